@@ -1,0 +1,98 @@
+# Everything happens inside this checkout: environments in .venv/, builds in build/. `make` lists what there is.
+PYTHON ?= python3
+# Arguments for what is run: make test ARGS="tests/test_loss.py -k jsd"
+ARGS ?=
+
+TAG := $(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])' 2>/dev/null || echo none)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV := .venv/$(TAG)
+DONE := $(VENV)/.done
+LINT := .venv/lint-$(TAG)
+
+# Known-good versions of what the pins bring along; a Python that is not tested gets the newest that fit.
+CONSTRAINTS := $(patsubst %,-c %,$(wildcard requirements/constraints-py$(VERSION).txt))
+PIP_FLAGS := --disable-pip-version-check --no-input -qq
+PIP = $(VENV)/bin/python -m pip $(PIP_FLAGS) install $(CONSTRAINTS)
+# torch looks for ninja, and torchrun jobs for python, on the PATH.
+RUN = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python
+
+EXTENSION_SOURCES := setup.py $(wildcard pyproject.toml) $(shell find csrc -type f 2>/dev/null)
+FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+# A stamp alone would not notice that the built file is gone.
+BUILT := $(wildcard vcrd/_C*$(patsubst cp%,%,$(TAG))*.so)
+
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench build lint format clean always
+
+help:
+	@echo "make demo     distil a real model in front of you; the first run installs and builds"
+	@echo "make test     run every test"
+	@echo "make bench    time the loss beside its peers"
+	@echo "make build    build the extension vcrd._C"
+	@echo "make lint     check style        make format   correct it"
+	@echo "make clean    remove environments, builds and caches"
+	@echo "PYTHON=...    the interpreter (default python3; 3.10 or newer). ARGS=... goes to what is run."
+
+demo: $(DONE)/demo $(DONE)/extension
+	@$(RUN) -m examples.demo $(ARGS)
+
+test: $(DONE)/demo $(DONE)/test $(DONE)/extension
+	@echo "==> running the tests with $(VENV)"
+	@$(RUN) -m pytest $(ARGS)
+
+bench: $(DONE)/bench $(DONE)/extension
+	@echo "==> timing the loss and its peers with $(VENV)"
+	@$(RUN) benchmarks/loss.py $(ARGS)
+
+build: $(DONE)/extension
+
+$(DONE)/venv:
+	@command -v $(PYTHON) >/dev/null || { echo "vcrd: there is no interpreter $(PYTHON) here; name one that exists with PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "vcrd: $(PYTHON) does not run, or is older than Python 3.10; name another with PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "vcrd: $(PYTHON) cannot create environments, because its module venv or ensurepip is missing (on Debian: apt-get install python3-venv)"; exit 1; }
+	@echo "==> creating $(VENV) from $$($(PYTHON) -c 'import sys; print(sys.executable, "(Python " + sys.version.split()[0] + ")")')"
+	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) && mkdir -p $(DONE) && touch $@
+
+$(DONE)/core: $(DONE)/venv requirements/core.txt requirements/build.txt
+	@echo "==> installing torch, megatron-core and build tools (the longest step: up to 5 GB where torch brings CUDA along)"
+	@$(PIP) -r requirements/core.txt -r requirements/build.txt && touch $@
+
+$(DONE)/demo: $(DONE)/core requirements/demo.txt requirements/demo-no-deps.txt
+	@echo "==> installing what the demo needs: transformers, a 135 M parameter model, mathematical problems"
+	@$(PIP) -r requirements/demo.txt && $(PIP) --no-deps -r requirements/demo-no-deps.txt && touch $@
+
+$(DONE)/test: $(DONE)/core requirements/test.txt
+	@echo "==> installing what the tests need: pytest and hypothesis"
+	@$(PIP) -r requirements/test.txt && touch $@
+
+$(DONE)/bench: $(DONE)/core requirements/bench.txt requirements/bench-no-deps.txt
+	@echo "==> installing the peers that the benchmark compares with"
+	@$(PIP) -r requirements/bench.txt && $(PIP) --no-deps -r requirements/bench-no-deps.txt && touch $@
+
+# Built in place, so that ninja compiles again only what changed; the .pth file makes vcrd importable from anywhere.
+$(DONE)/extension: $(DONE)/core $(EXTENSION_SOURCES) $(if $(BUILT),,always)
+	@command -v "$${CXX:-g++}" >/dev/null || command -v c++ >/dev/null || { echo "vcrd: no C++ compiler found; install one (on Debian: apt-get install g++) or name it in CXX"; exit 1; }
+	@$(VENV)/bin/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "vcrd: Python.h of $(PYTHON) is missing (on Debian: apt-get install python3-dev)"; exit 1; }
+	@echo "==> building the extension vcrd._C"
+	@$(RUN) setup.py -q build_ext --inplace
+	@echo "$(CURDIR)" > "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vcrd.pth" && touch $@
+
+$(LINT)/.done: requirements/lint.txt
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "vcrd: $(PYTHON) cannot create environments (on Debian: apt-get install python3-venv)"; exit 1; }
+	@echo "==> creating $(LINT) with ruff and clang-format"
+	@$(PYTHON) -m venv $(LINT) && $(LINT)/bin/python -m pip $(PIP_FLAGS) install -r requirements/lint.txt && touch $@
+
+lint: $(LINT)/.done
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/ruff format --check .
+	$(if $(FORMATTED),$(LINT)/bin/clang-format --dry-run -Werror $(FORMATTED))
+
+format: $(LINT)/.done
+	$(LINT)/bin/ruff check --fix .
+	$(LINT)/bin/ruff format .
+	$(if $(FORMATTED),$(LINT)/bin/clang-format -i $(FORMATTED))
+
+clean:
+	rm -rf .venv build dist *.egg-info vcrd/_C*.so .pytest_cache .ruff_cache .hypothesis out results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
