@@ -1,0 +1,249 @@
+"""The layers of the design, enforced: who may import and include whom, and how long a file may grow.
+
+Reads the source text and runs none of it. A new module needs a line in `LAYERS`, so that its place is a decision.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST = 400  # lines of one file
+CODE = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
+FOLDERS = ("vcrd", "csrc", "examples", "tests", "benchmarks")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What Python files that match `files` may import, besides the standard library: modules of ours, and packages.
+
+    A name in `ours` stands for the module and all below it; "vcrd" alone for what `vcrd/__init__.py` offers.
+    `packages` None: any. `never` is taken out of `ours` again.
+    """
+
+    files: str
+    ours: tuple[str, ...] = ()
+    packages: tuple[str, ...] | None = ("torch",)
+    never: tuple[str, ...] = ()
+
+
+# The first line that matches a file is its layer.
+LAYERS = (
+    Layer("vcrd/__init__.py", packages=()),
+    Layer("vcrd/loss.py", ("vcrd.validity", "vcrd.divergence")),
+    Layer("vcrd/validity.py", ("vcrd.divergence", "vcrd.layout", "vcrd.agreement")),
+    Layer("vcrd/divergence.py", ("vcrd.ops", "vcrd.layout", "vcrd.agreement")),
+    Layer("vcrd/layout.py", ("vcrd.agreement",)),
+    Layer("vcrd/agreement.py"),
+    Layer("vcrd/ops.py", ("vcrd._C",)),
+    Layer("vcrd/reference.py"),
+    Layer("vcrd/link/errors.py", packages=()),
+    Layer("vcrd/link/plan.py", ("vcrd.link.errors",), packages=()),
+    Layer("vcrd/link/student*.py", ("vcrd.link",), never=("vcrd.link.teacher",)),
+    Layer("vcrd/link/teacher*.py", ("vcrd.link",), never=("vcrd.link.student",)),
+    Layer("vcrd/link/__init__.py", ("vcrd.link",)),
+    Layer("vcrd/link/*.py", ("vcrd.link",), never=("vcrd.link.student", "vcrd.link.teacher")),
+    Layer(
+        "vcrd/megatron/*.py",
+        ("vcrd", "vcrd.loss", "vcrd.validity", "vcrd.divergence", "vcrd.link", "vcrd.megatron"),
+        ("torch", "megatron"),
+    ),
+    Layer(
+        "examples/**/*.py",
+        ("vcrd", "vcrd.loss", "vcrd.validity", "vcrd.reference", "vcrd.link", "vcrd.megatron", "examples"),
+        packages=None,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Includes:
+    """Files that match `files` may include nothing that matches `forbidden`."""
+
+    files: tuple[str, ...]
+    forbidden: str
+    reason: str
+
+
+TORCH = r"^(torch/|ATen/|c10/|pybind11/|Python\.h)"
+INCLUDES = (
+    Includes(
+        ("csrc/cuda/**/*", "csrc/cpu/**/*", "csrc/*.h"),
+        TORCH,
+        "only csrc/bind.cpp may see torch and pybind11",
+    ),
+    Includes(("csrc/cpu/**/*",), r"(^|/)cuda|^cub/|^thrust/", "CPU kernels do not know CUDA"),
+    Includes(("csrc/cuda/**/*",), r"(^|/)cpu/", "CUDA kernels do not know the CPU's"),
+    Includes(("csrc/bind.cpp",), r"(^|/)(cpu|cuda)/", "bind.cpp reaches kernels through kernels.h only"),
+    Includes(("csrc/*.h",), r"(^|/)(cpu|cuda)/", "shared headers do not know the kernels"),
+    Includes(("csrc/math.h", "csrc/params.h"), r"kernels\.h$", "kernels.h stands above math.h and params.h"),
+)
+
+
+def imports(path: Path, module: str) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of everything that a file imports, also under a function or as a literal name."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*base, *filter(None, [node.module])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def within(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def is_module(root: Path, name: str) -> bool:
+    path = root / name.replace(".", "/")
+    return name == "vcrd._C" or path.is_dir() or path.with_suffix(".py").exists()
+
+
+def resolve(root: Path, name: str) -> str:
+    """Cut the imported name down to the module it comes from: `vcrd.loss.CalibratedLoss` to `vcrd.loss`."""
+    while "." in name and not is_module(root, name):
+        name = name.rpartition(".")[0]
+    return name
+
+
+def import_violations(root: Path) -> list[str]:
+    found = []
+    for path in sorted([*root.glob("vcrd/**/*.py"), *root.glob("examples/**/*.py")]):
+        relative = path.relative_to(root)
+        layer = next((layer for layer in LAYERS if matches(relative, layer.files)), None)
+        if layer is None:
+            found.append(f"{relative}:1: no layer; give it a line in LAYERS of tests/test_layers.py")
+            continue
+        module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+        for line, name in imports(path, module):
+            top = name.split(".")[0]
+            if top in ("vcrd", "examples"):
+                target = resolve(root, name)
+                allowed = any(
+                    target == ours if ours == "vcrd" else within(target, ours) for ours in layer.ours
+                )
+                allowed = allowed and not any(within(target, never) for never in layer.never)
+            else:
+                target = top
+                known = layer.packages is None or top in layer.packages
+                allowed = known or top in sys.stdlib_module_names
+            if not allowed:
+                found.append(f"{relative}:{line}: {layer.files} may not import {target}")
+    return found
+
+
+def include_violations(root: Path) -> list[str]:
+    found = []
+    for rule in INCLUDES:
+        for path in sorted({path for pattern in rule.files for path in root.glob(pattern) if path.is_file()}):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                included = re.match(r'\s*#\s*include\s*[<"]([^>"]+)[>"]', line)
+                if included and re.search(rule.forbidden, included[1]):
+                    found.append(
+                        f"{path.relative_to(root)}:{number}: includes {included[1]}, but {rule.reason}"
+                    )
+    return found
+
+
+def length_violations(root: Path) -> list[str]:
+    found = []
+    for path in sorted(path for folder in FOLDERS for kind in CODE for path in (root / folder).rglob(kind)):
+        lines = len(path.read_text().splitlines())
+        if lines > LONGEST:
+            found.append(
+                f"{path.relative_to(root)}:{LONGEST + 1}: {lines} lines; split files before {LONGEST}"
+            )
+    return found
+
+
+def matches(relative: Path, pattern: str) -> bool:
+    """Glob match of the whole path; `**/` spans any number of folders, also none."""
+    expression = re.escape(pattern).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+    return re.fullmatch(expression, relative.as_posix()) is not None
+
+
+@pytest.mark.parametrize("check", [import_violations, include_violations, length_violations])
+def test_the_repository_keeps_its_layers(check):
+    found = check(ROOT)
+    assert not found, "\n" + "\n".join(found)
+
+
+PLANTED = [
+    (
+        "vcrd/link/wire.py",
+        "import torch\nfrom vcrd.loss import validity_calibrated_kl\n",
+        "vcrd/link/wire.py:2:",
+    ),
+    ("vcrd/link/wire.py", "import vcrd\n", "vcrd/link/wire.py:1:"),
+    ("vcrd/link/wire.py", "from .. import loss\n", "may not import vcrd.loss"),
+    ("vcrd/link/wire.py", "def f():\n    from ..loss import x\n", "vcrd/link/wire.py:2:"),
+    ("vcrd/link/wire.py", "import numpy\n", "may not import numpy"),
+    ("vcrd/link/wire.py", "import importlib\nimportlib.import_module('megatron.core')\n", "wire.py:2:"),
+    ("vcrd/link/wire.py", "from .student import StudentLink\n", "may not import vcrd.link.student"),
+    ("vcrd/link/student.py", "from .teacher import TeacherLink\n", "may not import vcrd.link.teacher"),
+    ("vcrd/link/plan.py", "import torch\n", "may not import torch"),
+    ("vcrd/loss.py", "from megatron.core import parallel_state\n", "may not import megatron"),
+    ("vcrd/loss.py", "from vcrd import _C\n", "may not import vcrd._C"),
+    ("vcrd/divergence.py", "from vcrd.loss import CalibratedLoss\n", "may not import vcrd.loss"),
+    ("vcrd/reference.py", "from vcrd import ops\n", "may not import vcrd.ops"),
+    ("vcrd/megatron/attach.py", "from vcrd.ops import gradient\n", "may not import vcrd.ops"),
+    ("vcrd/surprise.py", "", "no layer"),
+    ("examples/demo/run.py", "import vcrd\nfrom vcrd.ops import gradient\n", "examples/demo/run.py:2:"),
+    ("csrc/cuda/forward.cu", "#include <torch/extension.h>\n", "csrc/cuda/forward.cu:1:"),
+    ("csrc/cpu/inner/loops.h", '//\n#  include "ATen/ATen.h"\n', "csrc/cpu/inner/loops.h:2:"),
+    ("csrc/kernels.h", "#include <c10/util/Half.h>\n", "csrc/kernels.h:1:"),
+    ("csrc/cpu/loops.h", "#include <cuda_runtime.h>\n", "do not know CUDA"),
+    ("csrc/bind.cpp", '#include "cpu/loops.h"\n', "through kernels.h only"),
+    ("csrc/math.h", '#include "kernels.h"\n', "stands above"),
+    ("tests/test_long.py", "\n" * 401, "401 lines"),
+]
+
+ALLOWED = [
+    ("vcrd/link/wire.py", "import json\nimport torch.distributed as dist\nfrom .errors import LinkError\n"),
+    ("vcrd/link/plan.py", "from .errors import LinkError\n"),
+    ("vcrd/loss.py", "from torch import Tensor\nfrom vcrd.divergence import DivergenceStats\n"),
+    ("vcrd/ops.py", "from vcrd import _C\n"),
+    (
+        "vcrd/megatron/attach.py",
+        "import vcrd\nfrom megatron.core import mpu\nfrom vcrd.link.student import StudentLink\n",
+    ),
+    ("examples/demo/run.py", "import rich\nimport vcrd\nfrom vcrd import megatron\n"),
+    ("csrc/bind.cpp", '#include <torch/extension.h>\n#include "kernels.h"\n'),
+    ("csrc/cuda/forward.cu", '#include <cuda_runtime.h>\n#include "../kernels.h"\n'),
+    ("tests/test_long.py", "\n" * 400),
+]
+
+
+def plant(root: Path, file: str, text: str) -> list[str]:
+    """What the checks say of a repository with today's module names, all empty, and this one file."""
+    for path in [*ROOT.glob("vcrd/**/*.py"), ROOT / "vcrd/link/student.py", ROOT / "vcrd/link/teacher.py"]:
+        empty = root / path.relative_to(ROOT)
+        empty.parent.mkdir(parents=True, exist_ok=True)
+        empty.touch()
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    (root / file).write_text(text)
+    return import_violations(root) + include_violations(root) + length_violations(root)
+
+
+@pytest.mark.parametrize(("file", "text", "complaint"), PLANTED)
+def test_a_planted_violation_is_caught(tmp_path, file, text, complaint):
+    found = plant(tmp_path, file, text)
+    assert len(found) == 1 and complaint in found[0], found
+
+
+@pytest.mark.parametrize(("file", "text"), ALLOWED)
+def test_what_the_design_allows_passes(tmp_path, file, text):
+    assert plant(tmp_path, file, text) == []
