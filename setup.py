@@ -1,0 +1,76 @@
+"""Builds vcrd and its compiled extension vcrd._C.
+
+The CPU kernels are always built. CUDA kernels join them when torch has CUDA, a toolkit is found and csrc/cuda holds
+sources. torch must be the one that will run the extension, so build without isolation:
+
+    pip install --no-build-isolation -e .
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pybind11
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+ROOT = Path(__file__).parent
+
+# Exact sums are the point of this package, so no -ffast-math: only that no one reads errno or the floating-point traps,
+# which lets loops with comparisons vectorise; the `omp simd` annotations of the reductions; and a * b + c rounded once.
+# The C++ standard is left to torch, whose headers set it.
+CXX_FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden"]
+
+
+def version() -> str:
+    return re.search(r'^__version__ = "(.+)"', (ROOT / "vcrd/__init__.py").read_text(), re.M).group(1)
+
+
+def sources() -> tuple[list[str], bool]:
+    """Source files relative to the root, and whether CUDA is among them."""
+    cpu = ["csrc/bind.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
+    cuda = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
+    with_cuda = bool(cuda) and torch.version.cuda is not None and CUDA_HOME is not None
+    return cpu + (cuda if with_cuda else []), with_cuda
+
+
+def extension():
+    files, with_cuda = sources()
+    flags = [*CXX_FLAGS, f'-DVCRD_TORCH_VERSION="{torch.__version__}"']
+    build = CUDAExtension if with_cuda else CppExtension
+    compile_args = {"cxx": flags, "nvcc": ["-O3"]} if with_cuda else {"cxx": flags}
+    return build("vcrd._C", files, include_dirs=[pybind11.get_include()], extra_compile_args=compile_args)
+
+
+class SummarisedBuild(BuildExtension):
+    """Ninja build that ends by saying what was built against what."""
+
+    def run(self) -> None:
+        super().run()
+        _, with_cuda = sources()
+        if with_cuda:
+            cuda = f"CUDA {torch.version.cuda}, toolkit {CUDA_HOME}"
+        elif not list((ROOT / "csrc/cuda").glob("*.cu")):
+            cuda = "no (this version has no CUDA kernels)"
+        else:
+            cuda = "no (torch has no CUDA)" if torch.version.cuda is None else "no (no CUDA toolkit found)"
+        rows = {"vcrd": version(), "torch": torch.__version__, "CPU kernels": "yes", "CUDA kernels": cuda}
+        print("\nvcrd._C built:\n" + "\n".join(f"  {name:<13}{value}" for name, value in rows.items()))
+
+
+setup(
+    name="vcrd",
+    version=version(),
+    description="Validity-calibrated reasoning distillation for Megatron-Core",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["vcrd", "vcrd.link", "vcrd.megatron"],
+    install_requires=["torch>=2.6"],
+    extras_require={"megatron": ["megatron-core>=0.16"]},
+    ext_modules=[extension()],
+    cmdclass={"build_ext": SummarisedBuild.with_options(use_ninja=True)},
+)

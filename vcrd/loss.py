@@ -1,0 +1,91 @@
+"""The loss: divergence times weight, plus cross-entropy."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+
+from vcrd.divergence import DivergenceStats, vocab_parallel_divergence
+from vcrd.validity import Estimator, validity_weights
+
+
+class CalibratedLoss(NamedTuple):
+    """Per-token results, each [...] float32, equal on every rank of the group; nothing is reduced over tokens."""
+
+    loss: Tensor  # differentiable
+    weight: Tensor  # detached
+    relative_validity: Tensor  # rho in [0, 1], detached; above 1/2 the teacher is the more valid
+    stats: DivergenceStats
+
+
+def validity_calibrated_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+    alpha: float = 0.1,
+    beta: float = 0.5,
+    vocab_size: int | None = None,
+    mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    inplace_gradient: bool = False,
+    validity: str | Estimator = "label",
+    sharpness: float = 4.0,
+    floor: float = 0.1,
+    ceiling: float = 1.9,
+    steps: Tensor | None = None,
+    student_validity: Tensor | None = None,
+    teacher_validity: Tensor | None = None,
+    normalization: str = "none",
+    normalization_group: dist.ProcessGroup | None = None,
+    ce_weight: float = 0.0,
+) -> CalibratedLoss:
+    """loss = weight * divergence + ce_weight * cross_entropy, per token.
+
+    The weight comes from the relative validity of the two models' proposals, is detached, and sets the strength of the
+    update at each prefix; its direction stays the teacher's. Formula: `vcrd.validity`. Arguments, shapes, collectives
+    and errors: `vocab_parallel_divergence` (up to `inplace_gradient`) and `validity_weights` (from `validity` on).
+
+    Args:
+        labels: needed by validity "label" and by a `ce_weight`.
+        ce_weight: weight of the hard-label cross-entropy, which shares the one backward pass; not calibrated.
+
+    Raises TypeError or ValueError that names the argument.
+    """
+    if labels is None and (validity == "label" or ce_weight != 0):
+        reason = "validity 'label'" if validity == "label" else f"ce_weight {ce_weight}"
+        raise ValueError(f"labels: needed by {reason}, got None")
+    stats = vocab_parallel_divergence(
+        student_logits,
+        teacher_logits,
+        labels,
+        divergence=divergence,
+        temperature=temperature,
+        alpha=alpha,
+        beta=beta,
+        vocab_size=vocab_size,
+        mask=mask,
+        group=group,
+        inplace_gradient=inplace_gradient,
+    )
+    weight, rho = validity_weights(
+        stats,
+        validity,
+        sharpness,
+        floor,
+        ceiling,
+        steps,
+        student_validity,
+        teacher_validity,
+        mask,
+        normalization,
+        normalization_group,
+    )
+    loss = weight * stats.divergence
+    if ce_weight != 0:
+        loss = loss + ce_weight * stats.cross_entropy
+    return CalibratedLoss(loss, weight, rho, stats)

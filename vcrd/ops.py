@@ -1,0 +1,58 @@
+"""Loads the compiled extension and gives its operators fake kernels, so that torch.compile can trace them.
+
+The operators work on [tokens, vocabulary shard] matrices and are documented by `csrc/params.h`. They have no autograd of
+their own: `vcrd.divergence` is the one autograd function above them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from vcrd import _C
+except ImportError as error:
+    raise ImportError(
+        "vcrd's compiled extension vcrd._C is missing or was built against another torch "
+        f"(this one is {torch.__version__}): build it with `pip install --no-build-isolation -e .` in the "
+        f"checkout. The loader said: {error}"
+    ) from error
+
+PARTIAL_FLOATS: int = _C.partial_floats
+CONSTANT_FLOATS: int = _C.constant_floats
+STATISTICS: int = _C.statistics
+
+row_statistics = torch.ops.vcrd.row_statistics
+merge_statistics = torch.ops.vcrd.merge_statistics
+mixture_sums = torch.ops.vcrd.mixture_sums
+gradient = torch.ops.vcrd.gradient
+gradient_ = torch.ops.vcrd.gradient_
+
+
+@torch.library.register_fake("vcrd::row_statistics")
+def _(student, teacher, labels, mask, temperature, columns, first_column):
+    return student.new_empty((student.shape[0], PARTIAL_FLOATS), dtype=torch.float32)
+
+
+@torch.library.register_fake("vcrd::merge_statistics")
+def _(partials, labels, mask, temperature, divergence):
+    rows = partials.shape[1]
+    return (
+        partials.new_empty((STATISTICS, rows)),
+        partials.new_empty((2, rows), dtype=torch.int64),
+        partials.new_empty((rows, CONSTANT_FLOATS)),
+    )
+
+
+@torch.library.register_fake("vcrd::mixture_sums")
+def _(student, teacher, mask, constants, temperature, columns, divergence, teacher_share):
+    return constants.new_empty((student.shape[0], 2))
+
+
+@torch.library.register_fake("vcrd::gradient")
+def _(student, *_args):
+    return student.new_empty(student.shape)
+
+
+@torch.library.register_fake("vcrd::gradient_")
+def _(student, *_args):
+    return None

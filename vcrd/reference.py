@@ -1,0 +1,134 @@
+"""The mathematics once more, in float64 and plain torch over the whole vocabulary: the truth for every test.
+
+Short before fast. Nothing here is shared with the code it judges. Formulas: this project's own formalisation of
+validity-calibrated distillation (Saadi and Wang, arXiv 2605.04078), see the README.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) over the last dimension. Where p is 0 the term is 0, whatever q is."""
+    return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log of share p + (1 - share) q."""
+    if share == 0:
+        return log_q
+    log_share = torch.tensor([share, 1 - share], dtype=log_p.dtype, device=log_p.device).log()
+    return torch.logaddexp(log_p + log_share[0], log_q + log_share[1])
+
+
+def divergence(log_p: Tensor, log_q: Tensor, name: str, alpha: float, beta: float) -> Tensor:
+    """Divergence of the student's q from the teacher's p, over the last dimension."""
+    if name == "forward_kl":
+        return kl(log_p, log_q)
+    if name == "reverse_kl":
+        return kl(log_q, log_p)
+    if name == "jeffreys":
+        return (kl(log_p, log_q) + kl(log_q, log_p)) / 2
+    if name == "jsd":
+        log_m = mixture(log_p, log_q, beta)
+        return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+    if name == "skew_kl":
+        return kl(log_p, mixture(log_p, log_q, alpha))
+    if name == "skew_reverse_kl":
+        return kl(log_q, mixture(log_q, log_p, alpha))
+    raise ValueError(name)
+
+
+def statistics(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    name: str = "forward_kl",
+    temperature: float = 1.0,
+    alpha: float = 0.1,
+    beta: float = 0.5,
+    vocab_size: int | None = None,
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Every statistic of `vcrd.vocab_parallel_divergence` by its name, float64, differentiable in the student's logits.
+
+    Logits: [..., padded vocabulary], the whole of it. Labels, mask: [...]. Each result: [...].
+    """
+    vocab_size = vocab_size or min(student_logits.shape[-1], teacher_logits.shape[-1])
+    student, teacher = student_logits[..., :vocab_size].double(), teacher_logits[..., :vocab_size].double()
+    keep = torch.ones(student.shape[:-1], dtype=torch.bool) if mask is None else mask != 0
+    # where, not multiplication: a masked row may hold NaN, and NaN times 0 would reach the gradient.
+    student = torch.where(keep[..., None], student, 0.0)
+    teacher = torch.where(keep[..., None], teacher.detach(), 0.0)
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    tempered_q, tempered_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+
+    def at(log: Tensor, index: Tensor) -> Tensor:
+        return log.gather(-1, index[..., None]).squeeze(-1)
+
+    def entropy(log: Tensor) -> Tensor:
+        return -torch.where(log == -torch.inf, 0.0, log.exp() * log).sum(-1)
+
+    labelled = torch.zeros_like(keep) if labels is None else labels >= 0
+    label = torch.zeros(keep.shape, dtype=torch.long) if labels is None else labels.clamp(min=0, max=vocab_size - 1)
+    student_action, teacher_action = student.argmax(-1), teacher.argmax(-1)
+    out = {
+        "divergence": divergence(tempered_p, tempered_q, name, alpha, beta),
+        "cross_entropy": torch.where(labelled, -at(log_q, label), 0.0),
+        "student_label_logprob": torch.where(labelled, at(log_q, label), 0.0),
+        "teacher_label_logprob": torch.where(labelled, at(log_p, label), 0.0),
+        "student_logprob_of_student_action": at(log_q, student_action),
+        "student_logprob_of_teacher_action": at(log_q, teacher_action),
+        "teacher_logprob_of_student_action": at(log_p, student_action),
+        "teacher_logprob_of_teacher_action": at(log_p, teacher_action),
+        "student_entropy": entropy(log_q),
+        "teacher_entropy": entropy(log_p),
+        "student_action": student_action,
+        "teacher_action": teacher_action,
+    }
+    return {k: torch.where(keep, v, torch.zeros_like(v)) for k, v in out.items()}
+
+
+def log_validities(stats: dict[str, Tensor], validity: str) -> tuple[Tensor, Tensor]:
+    """log V of the student and of the teacher, [...], for the estimators that read nothing but the statistics."""
+    if validity == "label":
+        return stats["student_label_logprob"], stats["teacher_label_logprob"]
+    if validity == "margin":
+        return (
+            (stats["student_logprob_of_student_action"] + stats["teacher_logprob_of_student_action"]) / 2,
+            (stats["student_logprob_of_teacher_action"] + stats["teacher_logprob_of_teacher_action"]) / 2,
+        )
+    if validity == "confidence":
+        return -stats["student_entropy"], -stats["teacher_entropy"]
+    if validity == "uniform":
+        return torch.zeros_like(stats["divergence"]), torch.zeros_like(stats["divergence"])
+    raise ValueError(validity)
+
+
+def weights(
+    student_log_validity: Tensor,
+    teacher_log_validity: Tensor,
+    *,
+    sharpness: float = 4.0,
+    floor: float = 0.1,
+    ceiling: float = 1.9,
+    steps: Tensor | None = None,
+    mask: Tensor | None = None,
+    normalization: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """Weight and relative validity, [...], from log validities; 0 where the mask is 0."""
+    keep = torch.ones_like(student_log_validity, dtype=torch.bool) if mask is None else mask != 0
+    student, teacher = student_log_validity.detach().double().clone(), teacher_log_validity.detach().double().clone()
+    if steps is not None:
+        for step in steps[keep & (steps >= 0)].unique():
+            members = keep & (steps == step)
+            student[members] = student[members].mean()
+            teacher[members] = teacher[members].mean()
+    rho = torch.sigmoid(sharpness * (teacher - student))
+    weight = floor + (ceiling - floor) * rho
+    if normalization == "mean":
+        weight = weight / weight[keep].mean()
+    return torch.where(keep, weight, 0.0), torch.where(keep, rho, 0.0)

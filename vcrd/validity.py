@@ -1,0 +1,185 @@
+"""Local validity, relative validity and the weight map, in plain torch on per-token tensors.
+
+At a prefix student and teacher each propose a next action. Each proposal has a local validity V in (0, 1], and
+
+    relative validity rho = sigmoid(sharpness (log V_teacher - log V_student))
+    weight                = floor + (ceiling - floor) rho
+
+sets how strongly that prefix updates the student. Equal validity gives rho 1/2. This is the project's own formalisation
+of validity-calibrated distillation (Saadi and Wang, arXiv 2605.04078), whose equations are not public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vcrd.divergence import DivergenceStats
+
+ESTIMATORS = ("label", "margin", "confidence", "scores", "uniform")
+NORMALIZATIONS = ("none", "mean")
+
+# Stands for log 0, so that two validities of zero compare as equal and not as NaN.
+LOWEST_LOG = -1e30
+
+Estimator = Callable[[DivergenceStats], tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def validity_weights(
+    stats: DivergenceStats,
+    validity: str | Estimator = "label",
+    sharpness: float = 4.0,
+    floor: float = 0.1,
+    ceiling: float = 1.9,
+    steps: Tensor | None = None,
+    student_validity: Tensor | None = None,
+    teacher_validity: Tensor | None = None,
+    mask: Tensor | None = None,
+    normalization: str = "none",
+    normalization_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weight and relative validity of each token, detached, each [...] float32; 0 where the mask is 0.
+
+    Args:
+        stats: from `vocab_parallel_divergence`, each field [...].
+        validity: how V of a model m is estimated.
+            "label": pi_m(y), the chance that m's sampled proposal is the verified next token y. Tokens without a label
+                (negative) have no verdict: both validities are 1. Labels must be verified tokens, not the teacher's own
+                samples, which would raise the weight exactly where the teacher errs.
+            "margin": geometric mean of both models' probabilities at m's most probable token.
+            "confidence": exp(-entropy of m).
+            "scores": `student_validity` and `teacher_validity`, from a verifier, a process reward model or rollouts.
+            "uniform": 1, so the weight is (floor + ceiling) / 2 everywhere: the plain-distillation control.
+            a callable: given `stats`, returns student's and teacher's validity, each [...] in (0, 1].
+        sharpness: 1 makes rho = V_T / (V_T + V_S).
+        floor, ceiling: weight at rho 0 and 1. floor > ceiling reverses the direction, for an ablation.
+        steps: [...] integers, the reasoning step of each token, -1 for none. log V is averaged over a step's tokens and
+            each of them gets the step's weight. Equal ids mean the same step wherever they stand in the tensor, so
+            number the steps of different samples differently.
+        student_validity, teacher_validity: only for "scores"; [...] in [0, 1], or, with `steps`, one value per step,
+            [number of steps], indexed by the step's id.
+        mask: [...]; tokens where it is 0 take no part in steps or normalisation.
+        normalization: "none", or "mean": divide by the masked mean weight, over all ranks of `normalization_group`.
+
+    Collectives: none; with "mean" and a group, one all-reduce of two numbers.
+
+    Raises TypeError or ValueError that names the argument.
+    """
+    _check(stats, validity, sharpness, floor, ceiling, steps, student_validity, teacher_validity, mask, normalization)
+    student, teacher = _log_validities(stats, validity, steps, student_validity, teacher_validity)
+    keep = None if mask is None else mask != 0
+    if steps is not None:
+        student, teacher = _average_over_steps(student, teacher, steps, keep)
+    rho = torch.sigmoid(sharpness * (teacher.clamp(min=LOWEST_LOG) - student.clamp(min=LOWEST_LOG)))
+    weight = floor + (ceiling - floor) * rho
+    if keep is not None:
+        # where, not a product: what a masked row's estimate holds may not be a number.
+        rho, weight = torch.where(keep, rho, 0.0), torch.where(keep, weight, 0.0)
+    if normalization == "mean":
+        weight = weight / _mean(weight, keep, normalization_group)
+    return weight, rho
+
+
+def _log_validities(stats, validity, steps, student_validity, teacher_validity) -> tuple[Tensor, Tensor]:
+    if validity == "label":
+        return stats.student_label_logprob, stats.teacher_label_logprob
+    if validity == "margin":
+        student = stats.student_logprob_of_student_action + stats.teacher_logprob_of_student_action
+        teacher = stats.student_logprob_of_teacher_action + stats.teacher_logprob_of_teacher_action
+        return student / 2, teacher / 2
+    if validity == "confidence":
+        return -stats.student_entropy, -stats.teacher_entropy
+    if validity == "uniform":
+        zero = torch.zeros_like(stats.divergence)
+        return zero, zero
+    if validity == "scores":
+        student, teacher = student_validity, teacher_validity
+    else:
+        student, teacher = _ask(validity, stats)
+    shape = stats.divergence.shape
+    student, teacher = (
+        v if v.shape == shape else torch.where(steps >= 0, v[steps.clamp(min=0).long()], 1.0) for v in (student, teacher)
+    )
+    return student.float().log(), teacher.float().log()
+
+
+def _ask(estimator: Estimator, stats: DivergenceStats) -> tuple[Tensor, Tensor]:
+    answer = estimator(stats)
+    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+        raise TypeError(f"validity: expected the callable to return (student, teacher), got {type(answer).__name__}")
+    for name, value in zip(("student", "teacher"), answer, strict=True):
+        _check_validity(f"validity: the callable's {name} validity", value, stats.divergence, None)
+    return tuple(answer)
+
+
+def _average_over_steps(student: Tensor, teacher: Tensor, steps: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean log validity of each step, given to each of its tokens; tokens of no step keep their own."""
+    member = steps >= 0 if keep is None else (steps >= 0) & keep
+    # Every other token is a step of its own, numbered past the members'.
+    flat = torch.where(member, steps, -1).reshape(-1)
+    _, index = torch.unique(flat, return_inverse=True)
+    index = torch.where(flat >= 0, index, index.numel() + torch.arange(index.numel(), device=index.device))
+    slots = 2 * index.numel()
+    count = torch.zeros(slots, device=steps.device).index_add_(0, index, torch.ones_like(index, dtype=torch.float32))
+
+    def average(log_validity: Tensor) -> Tensor:
+        values = log_validity.clamp(min=LOWEST_LOG).reshape(-1).float()
+        total = torch.zeros(slots, device=steps.device).index_add_(0, index, values)
+        return (total / count.clamp(min=1))[index].view_as(log_validity)
+
+    return average(student), average(teacher)
+
+
+def _mean(weight: Tensor, keep: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
+    """Mean weight over the unmasked tokens of all ranks; 1 where there are none, which changes nothing."""
+    count = torch.full((), weight.numel(), device=weight.device) if keep is None else keep.sum()
+    totals = torch.stack([weight.double().sum(), count.double()])
+    if group is not None:
+        dist.all_reduce(totals, group=group)
+    return torch.where(totals[1] > 0, totals[0] / totals[1].clamp(min=1), 1.0).float()
+
+
+def _check(stats, validity, sharpness, floor, ceiling, steps, student_validity, teacher_validity, mask, normalization):
+    if not callable(validity) and validity not in ESTIMATORS:
+        raise ValueError(f"validity: expected one of {', '.join(ESTIMATORS)} or a callable, got {validity!r}")
+    for name, value in (("sharpness", sharpness), ("floor", floor), ("ceiling", ceiling)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
+    for name, tensor in (("steps", steps), ("mask", mask)):
+        if tensor is not None and tensor.shape != stats.divergence.shape:
+            raise ValueError(
+                f"{name}: expected the tokens' shape {list(stats.divergence.shape)}, got {list(tensor.shape)}"
+            )
+    if steps is not None and (steps.is_floating_point() or steps.dtype == torch.bool):
+        raise TypeError(f"steps: expected integers, got {steps.dtype}")
+    for name, value in (("student_validity", student_validity), ("teacher_validity", teacher_validity)):
+        if validity == "scores":
+            _check_validity(name, value, stats.divergence, steps)
+        elif value is not None:
+            raise ValueError(f"{name}: expected none unless validity is 'scores', got one with {validity!r}")
+
+
+def _check_validity(name: str, value: Tensor | None, tokens: Tensor, steps: Tensor | None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    per_step = steps is not None and value.dim() == 1
+    if value.shape != tokens.shape and not per_step:
+        raise ValueError(
+            f"{name}: expected the tokens' shape {list(tokens.shape)}"
+            f"{' or one value per step' if steps is not None else ''}, got {list(value.shape)}"
+        )
+    # Reading values would stall other devices' queues and break a graph under compilation.
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if value.shape != tokens.shape and steps.numel() and int(steps.max()) >= len(value):
+        raise ValueError(f"{name}: expected a value for each step up to {int(steps.max())}, got {len(value)}")
+    if value.numel() and not (0 <= value.min() and value.max() <= 1):
+        raise ValueError(f"{name}: expected values in [0, 1], got {float(value.min()):g} to {float(value.max()):g}")
