@@ -1,7 +1,7 @@
 """Megatron-Core on CPU and gloo: the calls that assume a CUDA device are redirected while a context is open.
 
-Nothing of Megatron is rewritten. Its own layers, pipeline schedules, data-parallel wrapper and optimizers run; only
-`device="cuda"`, `.cuda()`, streams, events, random states and a few type names answer for the CPU instead.
+Nothing of Megatron is rewritten: its own layers, pipeline schedules, data-parallel wrapper and optimizers run.
+Only `device="cuda"`, `.cuda()`, streams, events, random states and a few type names answer for the CPU instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-# With these importable, Megatron takes their norms and optimizers, which need a GPU, even with its local layers.
+# Where these can be imported Megatron takes their norms and optimizers, which need a GPU, even under `local`.
 HIDDEN_PACKAGES = (
     "transformer_engine",
     "transformer_engine_torch",
@@ -34,9 +34,10 @@ _TENSOR_TYPES = ("Float", "Double", "Half", "BFloat16", "Byte", "Char", "Short",
 def on_cpu() -> Iterator[None]:
     """Let Megatron-Core run on CPU and gloo inside this block; outside it torch and Megatron are as before.
 
-    Build models, initialise `parallel_state` and train inside the block, in the thread that opened it. The process
-    group must be gloo; in Megatron's configuration choose the local layer specification, `use_cpu_initialization`,
-    `persist_layer_norm=False` and no fusions. Sequence parallelism and context parallelism need GPU packages.
+    Build models, initialise `parallel_state` and train inside the block, in the thread that opened it. The
+    process group must be gloo; in Megatron's configuration choose the local layer specification,
+    `use_cpu_initialization`, `persist_layer_norm=False` and no fusions. Sequence parallelism and context
+    parallelism need GPU packages. Megatron modules first imported inside the block keep their torch norms after it.
 
     Raises RuntimeError when Transformer Engine or apex is already imported: hiding them must come first.
     """
@@ -281,7 +282,7 @@ def _set_environment(stack: contextlib.ExitStack) -> None:
         else:
             stack.callback(os.environ.__setitem__, name, before)
     compiled_before = "torch._dynamo" in sys.modules
-    # torch.compile'd helpers of Megatron would take minutes to build on a CPU; dynamo reads its switch at import.
+    # Megatron's torch.compile'd helpers would take minutes to build on a CPU; dynamo reads its switch at import.
     config = importlib.import_module("torch._dynamo.config")
     _replace(stack, config, "disable", True)
     if not compiled_before:

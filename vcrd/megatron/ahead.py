@@ -1,0 +1,67 @@
+"""Looks at the micro-batches that a script draws, and a few ahead, so that the teacher can be asked early."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+TokensOf = str | Callable[[Any], Tensor]
+
+
+class AskAhead:
+    """An iterator over `source` that calls `ask(tokens)` for `ahead` micro-batches more than were drawn.
+
+    number: what `ask` returned for the micro-batch that was drawn last; -1 before the first.
+    tokens_of: the key of the tokens in a micro-batch, or a function that finds them; int [b, s].
+    """
+
+    def __init__(
+        self, source: Iterator[Any], ask: Callable[[Tensor], int], ahead: int, tokens_of: TokensOf
+    ) -> None:
+        self.source = source
+        self.number = -1
+        self._ask = ask
+        self._ahead = ahead
+        self._tokens_of = tokens_of
+        self._asked: deque[tuple[int, Any]] = deque()
+        self._exhausted = False
+
+    @property
+    def pending(self) -> int:
+        """Micro-batches that were asked for and not yet drawn."""
+        return len(self._asked)
+
+    def __iter__(self) -> AskAhead:
+        return self
+
+    def __next__(self) -> Any:
+        while not self._exhausted and len(self._asked) <= self._ahead:
+            try:
+                batch = next(self.source)
+            except StopIteration:
+                self._exhausted = True
+                break
+            self._asked.append((self._ask(self._tokens(batch)), batch))
+        if not self._asked:
+            raise StopIteration
+        self.number, batch = self._asked.popleft()
+        return batch
+
+    def _tokens(self, batch: Any) -> Tensor:
+        if callable(self._tokens_of):
+            tokens = self._tokens_of(batch)
+        else:
+            try:
+                tokens = batch[self._tokens_of]
+            except (KeyError, TypeError, IndexError):
+                found = f"the keys {sorted(batch)}" if isinstance(batch, dict) else type(batch).__name__
+                raise ValueError(
+                    f"tokens: expected a micro-batch with {self._tokens_of!r}, got {found}"
+                ) from None
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+            got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"tokens: expected a tensor [b, s] in the micro-batch, got {got}")
+        return tokens

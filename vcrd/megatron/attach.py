@@ -1,0 +1,238 @@
+"""The one-line plug into a Megatron pretraining script: `forward_step = vcrd.megatron.distill(forward_step)`."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vcrd.link.rendezvous import host_store
+from vcrd.link.student import StudentLink
+from vcrd.loss import CalibratedLoss, validity_calibrated_kl
+from vcrd.megatron.ahead import AskAhead, TokensOf
+from vcrd.megatron.layout import Layout, unwrap
+from vcrd.megatron.report import Report
+from vcrd.megatron.settings import DistillSettings
+
+_log = logging.getLogger("vcrd")
+
+
+class Observation(NamedTuple):
+    """One micro-batch as the loss saw it; `out` and its stats are [s, b], labels and loss_mask [b, s]."""
+
+    number: int
+    labels: Tensor
+    loss_mask: Tensor | None
+    out: CalibratedLoss
+
+
+Observer = Callable[[Observation], None]
+
+
+def distill(
+    forward_step: Callable[..., Any], settings: DistillSettings | None = None, *, tokens: TokensOf = "tokens"
+) -> Distillation:
+    """Turns a script's `forward_step(data_iterator, model, ...)` into one that distils from the linked teacher.
+
+    The script's model, `loss_func`, masks, token counts, schedules and reporting stay as they are: only the
+    per-token loss [b, s] that the model computes becomes the validity-calibrated one. Evaluation
+    (`model.training` False) stays plain cross-entropy and asks the teacher nothing.
+
+    settings: default `DistillSettings.from_environment()`, the VCRD_* variables.
+    tokens: the key of the input tokens [b, s] in what the data iterator yields, or a function that finds them.
+
+    Every rank calls it; the process group and Megatron's parallel state must exist by the first training step,
+    where rank 0 opens the store and the ranks of the last stage wait for the teacher job. That step raises
+    ValueError for what cannot be distilled, and LinkError when the teacher does not come or does not fit.
+    """
+    settings = DistillSettings.from_environment() if settings is None else settings
+    return Distillation(forward_step, settings, tokens)
+
+
+class Distillation:
+    """The forward step that `distill` returns: call it, read `report`, `close` it when the run ends.
+
+    report: sums over the tokens of this rank's training micro-batches; see `Report.take`.
+    A run that forgets `close` parts from the teacher when the interpreter ends.
+    """
+
+    def __init__(
+        self, forward_step: Callable[..., Any], settings: DistillSettings, tokens_of: TokensOf
+    ) -> None:
+        self.settings = settings
+        self.report = Report()
+        self._forward_step = forward_step
+        self._tokens_of = tokens_of
+        self._store: dist.Store | None = None
+        self._link: StudentLink | None = None
+        self._layout: Layout | None = None
+        self._attached: Attachment | None = None
+        self._ahead: AskAhead | None = None
+        self._done = 0  # micro-batches whose loss was computed
+        self._measuring = False
+        self._observer: Observer | None = None
+        # Weakly, so that a forgotten plug can be collected; strongly held it would outlive every test.
+        atexit.register(_close_if_alive, weakref.ref(self))
+
+    def __call__(self, data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        chunk = unwrap(model)
+        if not (chunk.training or self._measuring):
+            return self._forward_step(data_iterator, model, *args, **kwargs)
+        if kwargs.get("return_schedule_plan"):
+            raise ValueError(
+                "return_schedule_plan: expected False, got True; vcrd does not work with "
+                "overlap_moe_expert_parallel_comm"
+            )
+        self._open_store()
+        if not getattr(chunk, "post_process", True):
+            return self._forward_step(data_iterator, model, *args, **kwargs)
+        attachment = self._attach(chunk)
+        iterator = self._ask_ahead(data_iterator)
+        before = self._done
+        with attachment.active():
+            result = self._forward_step(iterator, model, *args, **kwargs)
+        if self._done != before + 1:
+            raise ValueError(
+                f"forward_step: expected one loss from labels given to the model, got {self._done - before}; "
+                "vcrd works where the model itself computes its loss per token"
+            )
+        return result
+
+    @contextlib.contextmanager
+    def measure(self, observer: Observer | None = None) -> Iterator[Report]:
+        """Inside the block evaluation asks the teacher too; its figures go to the report that is yielded.
+
+        observer: called after each micro-batch with everything per token, on the ranks of the last stage.
+        Every rank opens the block. Give evaluation an iterator of its own, after training drew all it asked for.
+        """
+        training, self.report = self.report, Report()
+        self._measuring, self._observer = True, observer
+        try:
+            yield self.report
+        finally:
+            self.report = training
+            self._measuring, self._observer = False, None
+
+    def close(self) -> None:
+        """Says goodbye to the teacher and gives the model its own loss back. Idempotent; not a collective."""
+        if self._attached is not None:
+            self._attached.detach()
+            self._attached = None
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+        self._store = None
+
+    def _open_store(self) -> None:
+        if self._store is None and self._link is None and dist.get_rank() == 0:
+            self._store = host_store(self.settings.link)
+
+    def _attach(self, chunk: torch.nn.Module) -> Attachment:
+        if self._attached is None:
+            self._layout = Layout.of(chunk, self.settings)
+            self._attached = Attachment(chunk, self._loss)
+        elif self._attached.chunk is not chunk:
+            raise ValueError("model: expected the model that was distilled before, got another one")
+        if self._link is None:
+            self._link = self._layout.connect(self.settings, self._store)
+        return self._attached
+
+    def _ask_ahead(self, data_iterator: Any) -> Any:
+        """On the rank that asks: the iterator that looks ahead. Elsewhere the script's own."""
+        if self._layout.tensor_rank != 0 or data_iterator is None:
+            return data_iterator
+        if self._ahead is not None and self._ahead.source is data_iterator:
+            return self._ahead
+        if self._ahead is not None and self._ahead.pending:
+            raise ValueError(
+                f"data_iterator: expected the one of before, from which {self._ahead.pending} micro-batches were "
+                "asked of the teacher and not yet drawn, got another one (ahead=0 asks for none early)"
+            )
+        ahead = self.settings.link.credits if self.settings.ahead is None else self.settings.ahead
+        self._ahead = AskAhead(data_iterator, self._link.request, ahead, self._tokens_of)
+        return self._ahead
+
+    def _loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
+        """labels, loss_mask [b, s], logits [s, b, v/tp] -> [b, s]: the loss of the next micro-batch."""
+        link, number = self._link, self._done
+        if self._layout.tensor_rank == 0 and (self._ahead is None or self._ahead.number != number):
+            raise ValueError(
+                "data_iterator: expected forward_step to draw one micro-batch from it per call, got none or several"
+            )
+        waited, received = link.waited, link.bytes_received
+        teacher = link.receive(number)
+        self._done = number + 1
+        self.report.add_link(link.waited - waited, link.bytes_received - received)
+        mask = None if loss_mask is None else loss_mask.transpose(0, 1)
+        out = validity_calibrated_kl(
+            logits,
+            teacher,
+            labels.transpose(0, 1),
+            mask=mask,
+            vocab_size=self._layout.vocab_size,
+            group=self._layout.tensor_group,
+            inplace_gradient=torch.is_grad_enabled(),
+            **self.settings.loss_arguments(),
+        )
+        self.report.add(out, mask)
+        if self._observer is not None:
+            self._observer(Observation(number, labels, loss_mask, out))
+        return out.loss.transpose(0, 1).contiguous()
+
+
+class Attachment:
+    """One model instance with a loss of its own: `loss(labels, loss_mask, logits)`, used while `active`."""
+
+    def __init__(
+        self, chunk: torch.nn.Module, loss: Callable[[Tensor, Tensor | None, Tensor], Tensor]
+    ) -> None:
+        self.chunk = chunk
+        self._loss = loss
+        self._plain = chunk.compute_language_model_loss
+        self._signature = inspect.signature(chunk.forward)
+        self._extra_heads = bool(getattr(chunk.config, "mtp_num_layers", None))
+        self._active = False
+        self._labels: Tensor | None = None
+        self._loss_mask: Tensor | None = None
+        self._hook = chunk.register_forward_pre_hook(self._see, with_kwargs=True)
+        chunk.compute_language_model_loss = self._compute
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """While open, the model's loss is `loss`; otherwise its own."""
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+            self._labels = self._loss_mask = None
+
+    def detach(self) -> None:
+        """Leaves the model as it was found."""
+        self._hook.remove()
+        vars(self.chunk).pop("compute_language_model_loss", None)
+
+    def _see(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        self._labels, self._loss_mask = given.get("labels"), given.get("loss_mask")
+
+    def _compute(self, labels: Tensor, logits: Tensor) -> Tensor:
+        # Multi-token prediction asks first for losses of its own heads, with shifted copies of the labels.
+        of_extra_head = self._extra_heads and labels is not self._labels
+        if not self._active or of_extra_head:
+            return self._plain(labels, logits)
+        return self._loss(labels, self._loss_mask, logits)
+
+
+def _close_if_alive(plug: weakref.ref[Distillation]) -> None:
+    alive = plug()
+    if alive is not None:
+        alive.close()

@@ -1,0 +1,108 @@
+"""Everything a user may choose for distillation inside Megatron: one dataclass for the loss and the link."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from vcrd.link.settings import LinkSettings
+
+_LINK_FIELDS = tuple(f.name for f in fields(LinkSettings))
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Settings of `vcrd.megatron.distill`; the loss fields are documented by `vcrd.validity_calibrated_kl`.
+
+    vocab_size: the true vocabulary; columns past it are padding. None: the model's own, nothing is padding.
+    sequence_length: the longest sequence, a number both jobs must agree on. None: the model's maximum.
+    ahead: micro-batches drawn from the data iterator and asked of the teacher before the script draws them.
+        None: as many as the link's `credits`. 0: nothing is drawn early, and the teacher never works ahead.
+    link: `LinkSettings`, equal in the teacher's job.
+
+    Each field, and each field of `link`, can come from the environment: VCRD_SHARPNESS=2, VCRD_ADDRESS=host:port.
+    """
+
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    alpha: float = 0.1
+    beta: float = 0.5
+    validity: Any = "label"
+    sharpness: float = 4.0
+    floor: float = 0.1
+    ceiling: float = 1.9
+    normalization: str = "none"
+    ce_weight: float = 0.0
+    vocab_size: int | None = None
+    sequence_length: int | None = None
+    ahead: int | None = None
+    link: LinkSettings = field(default_factory=LinkSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "alpha", "beta", "sharpness", "floor", "ceiling", "ce_weight"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
+        for name, least in (("vocab_size", 1), ("sequence_length", 1), ("ahead", 0)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}: expected an integer of at least {least} or None, got {value!r}")
+        if self.validity == "scores":
+            raise ValueError(
+                "validity: expected an estimator that reads the two models or a callable, got 'scores', "
+                "whose per-token scores a Megatron batch does not carry"
+            )
+        if not isinstance(self.link, LinkSettings):
+            raise TypeError(f"link: expected LinkSettings, got {type(self.link).__name__}")
+
+    @classmethod
+    def from_environment(
+        cls, environment: Mapping[str, str] | None = None, **overrides: Any
+    ) -> DistillSettings:
+        """Defaults, then VCRD_* variables of `environment` (default: the process's), then `overrides`.
+
+        Raises ValueError that names the variable for an unknown VCRD_* name or a value of the wrong kind.
+        """
+        environment = os.environ if environment is None else environment
+        own = {f.name: f for f in fields(cls) if f.name != "link"}
+        link = {f.name: f for f in fields(LinkSettings)}
+        found: dict[str, Any] = {}
+        for variable, text in environment.items():
+            if not variable.startswith("VCRD_"):
+                continue
+            name = variable.removeprefix("VCRD_").lower()
+            if name not in own and name not in link:
+                known = ", ".join("VCRD_" + n.upper() for n in (*own, *link))
+                raise ValueError(f"{variable}: not a setting of vcrd; expected one of {known}")
+            found[name] = _parse(variable, text, str((own.get(name) or link[name]).type))
+        return cls().replaced(**{**found, **overrides})
+
+    def replaced(self, **changes: Any) -> DistillSettings:
+        """A copy with other values; names of `LinkSettings` fields reach `link`."""
+        link = {name: changes.pop(name) for name in list(changes) if name in _LINK_FIELDS}
+        if link:
+            changes["link"] = replace(changes.get("link", self.link), **link)
+        unknown = [name for name in changes if name not in {f.name for f in fields(self)}]
+        if unknown:
+            raise TypeError(f"{unknown[0]}: not a setting of vcrd")
+        return replace(self, **changes)
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `vcrd.validity_calibrated_kl` that do not depend on the micro-batch."""
+        names = ("divergence", "temperature", "alpha", "beta", "validity", "sharpness", "floor", "ceiling")
+        return {name: getattr(self, name) for name in (*names, "normalization", "ce_weight")}
+
+
+def _parse(variable: str, text: str, annotation: str) -> Any:
+    kind = annotation.split(" ")[0]
+    if "None" in annotation and text.lower() in ("", "none"):
+        return None
+    if kind in ("int", "float"):
+        try:
+            return int(text) if kind == "int" else float(text)
+        except ValueError:
+            expected = "an integer" if kind == "int" else "a number"
+            raise ValueError(f"{variable}: expected {expected}, got {text!r}") from None
+    return text

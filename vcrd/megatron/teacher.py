@@ -1,0 +1,99 @@
+"""The teacher's job: any Megatron model answers the student's requests through Megatron's own pipeline schedule."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from vcrd.link.teacher import Request, TeacherLink
+from vcrd.megatron.layout import Layout, unwrap
+from vcrd.megatron.settings import DistillSettings
+
+_log = logging.getLogger("vcrd")
+
+
+def serve(model: Any, settings: DistillSettings | None = None, *, microbatches: int | None = None) -> int:
+    """Answers requests with the model's logits until every student has said goodbye; returns how many.
+
+    model: this rank's part of the teacher (in a list or not, wrapped or not), with positions 0 .. s-1 and a
+        causal mask of its own: it is called as model(tokens [b, s], position_ids [b, s], None) and must return
+        logits [b, s, padded vocabulary / tensor size] on the last stage.
+    settings: default `DistillSettings.from_environment()`; the loss fields are not read.
+    microbatches: queued requests that go through the pipeline together, so that its stages overlap; fewer when
+        fewer are queued. Default: twice the pipeline's stages.
+
+    Every rank of the job calls it. Each data-parallel rank is a replica of its own. Tensor and pipeline
+    parallelism of any size; the students' may differ. No logits are gathered: each rank sends its own columns.
+    Raises LinkError, alike on every rank of a replica, when a student is lost or the jobs do not fit.
+    """
+    settings = DistillSettings.from_environment() if settings is None else settings
+    chunks = model if isinstance(model, (list, tuple)) else [model]
+    if len(chunks) != 1:
+        raise ValueError(
+            f"model: expected one chunk, for teachers do not interleave stages, got {len(chunks)}"
+        )
+    if microbatches is not None and microbatches < 1:
+        raise ValueError(f"microbatches: expected at least 1, got {microbatches}")
+    chunk = unwrap(chunks[0])
+    layout = Layout.of(chunk, settings)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    link = TeacherLink.connect(
+        settings.link,
+        vocab_size=layout.vocab_size,
+        padded_vocab_size=layout.padded_vocab_size,
+        sequence_length=layout.sequence_length,
+        tensor_rank=layout.tensor_rank,
+        tensor_size=layout.tensor_size,
+        replica=layout.data_rank,
+        replicas=layout.data_size,
+        is_last_stage=parallel_state.is_pipeline_last_stage(),
+        group=parallel_state.get_model_parallel_group(),
+        tensor_group=layout.tensor_group,
+    )
+    served = 0
+    training = chunk.training
+    chunk.eval()
+    try:
+        while (requests := link.next_batch(microbatches or 2 * stages)) is not None:
+            _answer(chunks[0], requests, link, layout.device)
+            served += len(requests)
+    finally:
+        chunk.train(training)
+        link.close()
+    _log.info("served %d micro-batches", served)
+    return served
+
+
+@torch.no_grad()
+def _answer(model: Any, requests: list[Request], link: TeacherLink, device: torch.device) -> None:
+    """One pass through the pipeline, forward only, with a micro-batch per request of equal shape."""
+    batch, sequence = requests[0].tokens.shape
+
+    def forward_step(data_iterator: Iterator[Request], model: Any) -> tuple[Tensor, Any]:
+        request = next(data_iterator)
+        tokens = request.tokens.to(device)
+        positions = torch.arange(sequence, device=device).expand(batch, sequence)
+        return model(tokens, positions, None), partial(_respond, link, request)
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(requests),
+        model=model,
+        num_microbatches=len(requests),
+        seq_length=sequence,
+        micro_batch_size=batch,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+
+
+def _respond(link: TeacherLink, request: Request, logits: Tensor, non_loss_data: bool = True) -> None:
+    """Sends logits [b, s, v/tp] as soon as the last stage has them; the schedule keeps nothing of them."""
+    link.respond(request, logits.transpose(0, 1))
