@@ -1,0 +1,185 @@
+"""Times the loss, forward and backward, beside what else a Megatron user could take; one line per shape.
+
+    python benchmarks/loss.py [--shapes 512x32768 ...] [--repeats 7] [--json results.json]
+
+vcrd, in place: vcrd.validity_calibrated_kl with labels; its gradient in a new buffer, or over the student's logits.
+ModelOpt: NVIDIA's LogitsKLLoss. compile: the textbook KL in float32 under torch.compile. The methods take turns in the
+same processes, the logits are restored outside the timed part, and each gradient is checked against float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
+
+from loss_measure import METERS, Case, Result, measure
+from loss_methods import COMPILED, METHODS, MODELOPT, OURS, OURS_INPLACE
+
+SHAPES = ["512x32768", "512x131072"]
+DTYPES = ["float32", "bfloat16"]
+# A method beyond these does not compute the same thing. bfloat16 rounds each element by up to 2^-8.
+LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 4e-3}
+# Extra memory in gradients: one, or none; the rest is for statistics per token and the allocator's pages.
+LARGEST_EXTRA = {OURS: 1.1, OURS_INPLACE: 0.1}
+
+Results = dict[str, "Result | str"]
+
+
+def bars(case: Case) -> dict[tuple[str, str], float]:
+    """How many times faster than a peer: (peer, ours) -> the least that counts as a pass."""
+    easy = case.dtype == "float32" and case.tp == 1
+    return {
+        (MODELOPT, OURS): 6.0 if easy else 10.0,
+        (MODELOPT, OURS_INPLACE): 12.0,
+        (COMPILED, OURS): 1.8,
+        (COMPILED, OURS_INPLACE): 3.0,
+    }
+
+
+def milliseconds(result: Result | str) -> float | None:
+    return None if isinstance(result, str) else median(result.times) * 1e3
+
+
+def verdicts(case: Case, results: Results) -> list[dict]:
+    """Each bar with what was reached; `passed` None where the peer could not run."""
+    out = []
+    for (peer, mine), least in bars(case).items():
+        slow, fast = milliseconds(results[peer]), milliseconds(results[mine])
+        ratio = None if slow is None or fast is None else slow / fast
+        out.append(
+            {
+                "bar": f"{peer} / {mine} >= {least:g}",
+                "reached": ratio,
+                "passed": None if ratio is None else ratio >= least,
+            }
+        )
+    for mine, most in LARGEST_EXTRA.items():
+        extra = results[mine].extra_bytes / results[mine].gradient_bytes
+        out.append({"bar": f"extra memory {mine} <= {most:g}", "reached": extra, "passed": extra <= most})
+    return out
+
+
+HEADER = (
+    f"{'':28} | {'median ms, forward + backward':^35} | {'peer / vcrd, peer / in place':^45} | "
+    f"{'peak RSS growth / gradient':^35} | {'gradient error against float64':^35}\n"
+    f"{'shape':>13} {'dtype':>9} {'tp':>3}  | "
+    + " ".join(f"{name:>8}" for name in METHODS)
+    + f" | {'ModelOpt':^22} {'compile':^22} | "
+    + " ".join(f"{name:>8}" for name in METHODS)
+    + " | "
+    + " ".join(f"{name:>8}" for name in METHODS)
+)
+
+
+def line(case: Case, results: Results) -> str:
+    def cells(width: int, text) -> str:
+        values = (results[name] for name in METHODS)
+        return " ".join(f"{'-' if isinstance(value, str) else text(value):>{width}}" for value in values)
+
+    def mark(verdict: dict) -> str:
+        if verdict["reached"] is None:
+            return f"{'-':>10}"
+        return f"{verdict['reached']:5.1f} {'pass' if verdict['passed'] else 'FAIL'}"
+
+    checked = verdicts(case, results)
+    return (
+        f"{f'[{case.tokens}, {case.vocab}]':>13} {case.dtype:>9} {case.tp:>3}  | "
+        + cells(8, lambda r: f"{milliseconds(r):.1f}")
+        + f" | {mark(checked[0]):>10} {mark(checked[1]):>11} {mark(checked[2]):>10} {mark(checked[3]):>11} | "
+        + cells(8, lambda r: f"{r.extra_bytes / r.gradient_bytes:.2f}")
+        + " | "
+        + cells(8, lambda r: f"{r.gradient_error:.1e}")
+    )
+
+
+def installed(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"no {package}"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(text.split(":", 1)[1].strip() for text in lines if text.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="TOKENSxVOCAB")
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=[*DTYPES, "float16"])
+    parser.add_argument("--tp", nargs="+", type=int, default=[1, 2], help="tensor-parallel sizes")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads, shared out among the ranks")
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each method")
+    parser.add_argument(
+        "--loss", choices=["calibrated", "divergence"], default="calibrated", help="which of ours"
+    )
+    parser.add_argument("--device", choices=sorted(METERS), default="cpu")
+    parser.add_argument("--json", type=Path, help="write every time here as well")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parse()
+    machine = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": options.threads,
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "packages": [installed(name) for name in ("torch", "megatron-core", "nvidia-modelopt")],
+    }
+    print(
+        f"{machine['processor']}, {machine['cores']} cores, {options.threads} threads; "
+        f"{', '.join(machine['packages'])}; load {machine['load_before']:.1f}"
+    )
+    if machine["load_before"] > 0.5:
+        print("The machine is busy with something else: ratios may hold, milliseconds will not.")
+    print(HEADER, flush=True)
+    records, reasons, wrong = [], {}, []
+    for shape, dtype, tp in product(options.shapes, options.dtypes, options.tp):
+        tokens, vocab = (int(size) for size in shape.split("x"))
+        threads = max(1, options.threads // tp)
+        case = Case(tokens, vocab, dtype, tp, threads, options.repeats, options.loss, options.device)
+        results = measure(case)
+        print(line(case, results), flush=True)
+        for name, result in results.items():
+            if isinstance(result, str):
+                reasons.setdefault((name, result), tp)
+            elif (
+                result.gradient_error
+                > (LARGEST_ERROR if name in LARGEST_EXTRA else LARGEST_ERROR_OF_PEERS)[dtype]
+            ):
+                wrong.append(f"{name} {shape} {dtype} tp {tp}: gradient error {result.gradient_error:.1e}")
+        figures = {name: r if isinstance(r, str) else asdict(r) for name, r in results.items()}
+        records.append({"case": asdict(case), "results": figures, "bars": verdicts(case, results)})
+    for (name, reason), tp in reasons.items():
+        print(f"{name} was not measured at tp {tp}: {reason}.")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(
+            json.dumps({"machine": machine, "torch": torch.__version__, "cases": records}, indent=1)
+        )
+        print(f"written: {options.json}")
+    for text in wrong:
+        print(f"WRONG RESULT: {text}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
