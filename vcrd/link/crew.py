@@ -1,0 +1,129 @@
+"""All ranks of one teacher replica, kept in step by small collectives over the caller's group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import HandshakeRefused, LinkError, StudentLost
+
+KEEPALIVE = 1.0  # seconds between collectives while rank 0 has nothing to say, far below any group's time-out
+_TEXT = 1024  # bytes of a text that is shared
+
+
+class Outcome(IntEnum):
+    """How a task ended; the largest over all ranks is the replica's."""
+
+    WAITING = 0
+    DONE = 1
+    LOST = 2
+    BROKEN = 3
+    REFUSED = 4
+
+
+class Crew:
+    """The replica's ranks; rank 0 leads. `group` None: this rank alone.
+
+    Every method is a collective over the group. LinkError when another rank of the replica is gone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self.rank = 0 if group is None else group.rank()
+        self.size = 1 if group is None else group.size()
+        # A backend that works on one kind of device dictates where the small control tensors live.
+        on_gpu = group is not None and "gloo" not in dist.get_backend(group)
+        self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def agree(self, values: Sequence[int]) -> list[int]:
+        """The largest of each value over all ranks."""
+        tensor = self._tensor(values)
+        self._run(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group))
+        return tensor.tolist()
+
+    def gather(self, values: Sequence[int]) -> list[list[int]]:
+        """The values of every rank, in rank order."""
+        tensor = self._tensor(values)
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        if self.size == 1:
+            return [tensor.tolist()]
+        self._run(lambda: dist.all_gather(parts, tensor, group=self._group))
+        return [part.tolist() for part in parts]
+
+    def share(self, tensor: Tensor | None, shape: Sequence[int]) -> Tensor:
+        """Rank 0's int64 tensor of `shape`, on the CPU; the other ranks pass None."""
+        if tensor is None:
+            tensor = torch.empty(*shape, dtype=torch.int64)
+        tensor = tensor.to(self._device)
+        self._run(lambda: dist.broadcast(tensor, src=dist.get_global_rank(self._group, 0), group=self._group))
+        return tensor.cpu()
+
+    def conclude(self, outcome: Outcome, text: str) -> str:
+        """Ends a common task: rank 0's text if it is DONE everywhere, else raises alike everywhere."""
+        return self._conclude(self.agree([outcome])[0], outcome, text)
+
+    def follow_leader(self, task: Callable[[Callable[[], None]], str]) -> str:
+        """Runs `task(tick)` on rank 0 alone; its text, or its LinkError, is that of every rank.
+
+        The task calls `tick` while it waits, which keeps the other ranks from running into a time-out.
+        """
+        if not self.leads:
+            while (worst := self.agree([Outcome.WAITING])[0]) == Outcome.WAITING:
+                pass
+            return self._conclude(worst, Outcome.WAITING, "")
+        try:
+            outcome, text = Outcome.DONE, task(self._ticker())
+        except LinkError as error:
+            outcome, text = outcome_of(error), str(error)
+        return self.conclude(outcome, text)
+
+    def _ticker(self) -> Callable[[], None]:
+        last = time.monotonic()
+
+        def tick() -> None:
+            nonlocal last
+            if time.monotonic() - last > KEEPALIVE:
+                self.agree([Outcome.WAITING])
+                last = time.monotonic()
+
+        return tick
+
+    def _conclude(self, worst: int, own: Outcome, text: str) -> str:
+        raw = text.encode()[:_TEXT]
+        rows = self.gather([own, len(raw), *raw, *bytes(_TEXT - len(raw))])
+        # The first rank that ended as the whole did speaks for all.
+        length, *content = next(row for row in rows if row[0] == worst)[1:]
+        text = bytes(content[:length]).decode(errors="replace")
+        if worst == Outcome.DONE:
+            return text
+        raise {Outcome.LOST: StudentLost, Outcome.REFUSED: HandshakeRefused}.get(Outcome(worst), LinkError)(
+            text
+        )
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _run(self, collective: Callable[[], None]) -> None:
+        if self.size == 1:
+            return
+        try:
+            collective()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise LinkError(f"a rank of this teacher replica is lost: {reason}") from error
+
+
+def outcome_of(error: LinkError) -> Outcome:
+    """The outcome that carries an error of this class to the other ranks."""
+    if isinstance(error, HandshakeRefused):
+        return Outcome.REFUSED
+    return Outcome.LOST if isinstance(error, StudentLost) else Outcome.BROKEN

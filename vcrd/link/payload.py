@@ -1,0 +1,92 @@
+"""What travels in a response. Tensors in, tensors out; no process group but the one for the row maximum.
+
+`float32` is bit-exact. `float16` carries logit minus the row's maximum over the whole vocabulary: small where
+the probability is large, so that two bytes lose 200 times less than bf16 logits do. With d the float32
+distance from the maximum, |error| <= max(2**-11 * d, 2**-25) for d <= 65504; below that the value is clamped,
+so -inf arrives as -65504. A softmax does not see a shift per row: what arrives are logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Rows are encoded in blocks of about this many elements, so that the float32 difference stays in cache and
+# no float32 copy of the logits is ever made.
+_BLOCK_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A way to carry logits: its name in settings, its code in headers, its element on the wire."""
+
+    name: str
+    code: int
+    dtype: torch.dtype
+    relative: bool  # to the row's maximum
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+
+PAYLOADS = (Payload("float16", 1, torch.float16, True), Payload("float32", 2, torch.float32, False))
+
+
+def payload_named(name: str) -> Payload:
+    for payload in PAYLOADS:
+        if payload.name == name:
+            return payload
+    raise ValueError(f"payload must be one of {', '.join(p.name for p in PAYLOADS)}, got {name!r}")
+
+
+def row_max(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The maximum of each row of [..., columns] over all ranks of `group`: [..., 1] float32, always finite.
+
+    `logits` holds true columns only; no column at all is allowed. NaN counts as the platform's maximum does.
+    Collectives: one all-reduce of one float32 per row when `group` has more than one rank.
+    """
+    if logits.shape[-1]:
+        top = logits.amax(-1, keepdim=True).float()
+    else:
+        top = logits.new_full((*logits.shape[:-1], 1), -torch.inf, dtype=torch.float32)
+    if group is not None and group.size() > 1:
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    # A finite shift keeps "-inf minus -inf" out of rows that hold no finite logit.
+    limits = torch.finfo(torch.float32)
+    return top.clamp_(limits.min, limits.max)
+
+
+def encode(payload: Payload, logits: Tensor, top: Tensor | None = None) -> Tensor:
+    """The columns of one piece, [s, b, width] of any float dtype, as a new contiguous CPU tensor for the
+    wire.
+
+    `top` [s, b, 1] is `row_max` over the whole vocabulary; needed by relative payloads only. The result never
+    shares memory with `logits`.
+    """
+    wire = torch.empty(logits.shape, dtype=payload.dtype, device=logits.device)
+    if payload.relative:
+        if top is None:
+            raise ValueError(f"top must be given for the relative payload {payload.name!r}, got None")
+        _encode_relative(wire, logits, top)
+    else:
+        wire.copy_(logits)
+    return wire.cpu()
+
+
+def decode(payload: Payload, wire: Tensor) -> Tensor:
+    """The logits [s, b, width] in what arrived, each row up to a shift: here just what arrived."""
+    if wire.dtype != payload.dtype:
+        raise ValueError(f"wire must be {payload.dtype} for payload {payload.name!r}, got {wire.dtype}")
+    return wire
+
+
+def _encode_relative(wire: Tensor, logits: Tensor, top: Tensor) -> None:
+    lowest = torch.finfo(wire.dtype).min
+    rows = max(1, _BLOCK_ELEMENTS // max(1, logits.shape[-1] * logits.shape[-2]))
+    for block, source, shift in zip(wire.split(rows), logits.split(rows), top.split(rows), strict=True):
+        # The difference is taken in float32 by type promotion with `shift`, and only then rounded.
+        block.copy_(torch.sub(source, shift)).clamp_(min=lowest, max=0.0)
