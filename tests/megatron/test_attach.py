@@ -1,0 +1,173 @@
+"""The plug: losses and gradients through Megatron's schedules and the link equal those computed directly."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jobs
+import pytest
+import torch
+from examples.demo.convert import to_hugging_face
+from vcrd.link.settings import LinkSettings
+from vcrd.megatron.ahead import AskAhead
+from vcrd.megatron.attach import Attachment
+from vcrd.megatron.report import Report
+from vcrd.megatron.settings import DistillSettings
+from worlds import World, free_port, run_worlds
+
+
+def settings(**changes) -> DistillSettings:
+    link = {"address": f"127.0.0.1:{free_port()}", "payload": "float32", "timeout": 60, "connect_timeout": 100}
+    return DistillSettings(vocab_size=jobs.TRUE_VOCAB).replaced(**{**link, **changes})
+
+
+def check_against_direct(students: list[SimpleNamespace], truth: SimpleNamespace, micro_batches: int) -> None:
+    last = [rank for rank in students if rank.place.stage == rank.place.stages - 1]
+    for rank in last:
+        mine = slice(rank.data_rank * micro_batches, (rank.data_rank + 1) * micro_batches)
+        for loss, expected in zip(rank.distilled, truth.distilled[mine], strict=True):
+            torch.testing.assert_close(loss.double(), expected, atol=2e-5, rtol=2e-5)
+        for evaluation in rank.plain:
+            for loss, expected in zip(evaluation, truth.plain[mine], strict=True):
+                torch.testing.assert_close(loss, expected, atol=2e-5, rtol=2e-5)
+        for (number, weight, _), expected in zip(rank.observed, truth.weights[mine], strict=True):
+            assert number >= micro_batches  # measured after the micro-batches of training
+            torch.testing.assert_close(weight.t().double(), expected, atol=1e-4, rtol=1e-4)
+        assert rank.own_loss_again
+        before, trained, after, measured = rank.bytes_after
+        assert before == 0 and trained > 0, "evaluation must ask the teacher nothing"
+        assert after == trained and measured == 2 * trained
+    shards = {rank.place: rank.gradients for rank in students if rank.data_rank == 0}
+    gradients = to_hugging_face(shards, jobs.STUDENT, jobs.STUDENT.layers)
+    assert gradients.keys() == truth.gradients.keys()
+    for name, expected in truth.gradients.items():
+        scale = expected.abs().max()
+        assert scale > 0, name
+        torch.testing.assert_close(gradients[name] / scale, expected / scale, atol=2e-4, rtol=0, msg=name)
+
+
+def test_tensor_and_pipeline_parallel_student_equals_direct_computation():
+    chosen = settings(divergence="jeffreys", ce_weight=0.25)
+    students, _, (truth,) = run_worlds(
+        World(jobs.student_job, 4, tensor=2, pipeline=2, arguments=(chosen, 3)),
+        World(jobs.teacher_job, 2, pipeline=2, arguments=(chosen,)),
+        World(jobs.direct, arguments=(chosen, 3)),
+    )
+    check_against_direct(students, truth, 3)
+    assert all(rank.figures.tokens == 0 and rank.figures.link_bytes == 0 for rank in students[:2])
+
+
+def test_data_parallel_student_of_a_tensor_parallel_teacher_equals_direct_computation():
+    chosen = settings(temperature=2.0, ahead=0)
+    students, (served, _), (truth,) = run_worlds(
+        World(jobs.student_job, 2, arguments=(chosen, 2)),
+        World(jobs.teacher_job, 2, tensor=2, arguments=(chosen, 1)),
+        World(jobs.direct, arguments=(chosen, 2, 2)),
+    )
+    check_against_direct(students, truth, 2)
+    assert served == 2 * 2 * 2, "two data ranks, training and measuring, two micro-batches"
+    for rank in students:
+        # Summed over both data ranks: tokens and means are those of the whole batch.
+        losses = torch.stack(truth.distilled)
+        masks = torch.stack([b["loss_mask"] for data_rank in range(2) for b in jobs.batches(2, data_rank)])
+        assert rank.figures.tokens == int(masks.sum())
+        assert rank.figures.loss == pytest.approx(float(losses.sum() / masks.sum()), rel=1e-4)
+        assert sum(rank.figures.validity_histogram) == rank.figures.tokens
+        assert 0 < rank.figures.student_more_valid < 1
+        assert (losses[masks == 0] == 0).all()
+
+
+class Heads(torch.nn.Module):
+    """A model as Megatron's: asks for the losses of two extra heads, then for that of the main one."""
+
+    def __init__(self, extra: int | None) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(mtp_num_layers=extra)
+
+    def compute_language_model_loss(self, labels, logits):
+        return ("plain", logits)
+
+    def forward(self, tokens, labels=None, *, loss_mask=None):
+        extra = [self.compute_language_model_loss(labels.clone(), n) for n in range(self.config.mtp_num_layers or 0)]
+        return [*extra, self.compute_language_model_loss(labels, "main")]
+
+
+@pytest.mark.parametrize("extra", [None, 2])
+def test_only_the_main_head_of_a_model_is_distilled(extra):
+    model, seen = Heads(extra), []
+    attachment = Attachment(model, lambda labels, mask, logits: seen.append((labels, mask, logits)) or "distilled")
+    labels, mask = torch.zeros(1, 2), torch.ones(1, 2)
+    assert model(None, labels, loss_mask=mask)[-1] == ("plain", "main")
+    with attachment.active():
+        losses = model(None, labels=labels, loss_mask=mask)
+    assert losses == [*(("plain", n) for n in range(extra or 0)), "distilled"]
+    assert len(seen) == 1 and seen[0][0] is labels and seen[0][1] is mask
+    attachment.detach()
+    assert "compute_language_model_loss" not in vars(model) and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 9])
+def test_looking_ahead_keeps_the_order_and_asks_for_each_micro_batch_once(ahead):
+    asked = []
+
+    def ask(tokens):
+        asked.append(int(tokens[0, 0]))
+        return len(asked) - 1
+
+    iterator = AskAhead(({"tokens": torch.tensor([[n]])} for n in range(5)), ask, ahead, "tokens")
+    for n in range(5):
+        assert next(iterator)["tokens"].item() == n and iterator.number == n
+        assert len(asked) == min(5, n + 1 + ahead) and iterator.pending == len(asked) - n - 1
+    with pytest.raises(StopIteration):
+        next(iterator)
+    assert asked == list(range(5))
+
+
+def test_a_micro_batch_without_tokens_is_one_sentence():
+    with pytest.raises(ValueError, match="expected a micro-batch with 'tokens', got the keys .'text'."):
+        next(AskAhead(iter([{"text": 1}]), lambda tokens: 0, 1, "tokens"))
+    with pytest.raises(ValueError, match=r"expected a tensor \[b, s\] in the micro-batch, got \[3\]"):
+        next(AskAhead(iter([torch.zeros(3)]), lambda tokens: 0, 1, lambda batch: batch))
+
+
+def test_settings_come_from_the_environment():
+    found = DistillSettings.from_environment(
+        {"VCRD_SHARPNESS": "2", "VCRD_ADDRESS": "host:1234", "VCRD_AHEAD": "none", "VCRD_CREDITS": "5", "HOME": "x"},
+        floor=0.2,
+    )
+    assert found == DistillSettings(sharpness=2.0, floor=0.2, link=LinkSettings(address="host:1234", credits=5))
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"VCRD_SHARPNES": "2"}, "VCRD_SHARPNES: not a setting of vcrd"),
+        ({"VCRD_CREDITS": "two"}, "VCRD_CREDITS: expected an integer, got 'two'"),
+        ({"VCRD_FLOOR": "low"}, "VCRD_FLOOR: expected a number, got 'low'"),
+        ({"VCRD_ADDRESS": "nowhere"}, "address must be 'host:port'"),
+        ({"VCRD_VALIDITY": "scores"}, "validity: expected an estimator"),
+        ({"VCRD_VOCAB_SIZE": "0"}, "vocab_size: expected an integer of at least 1 or None, got 0"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(environment, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        DistillSettings.from_environment(environment)
+
+
+def test_report_averages_over_tokens_and_not_over_micro_batches():
+    report = Report()
+    for tokens, value in ((1, 8.0), (3, 4.0)):
+        field = torch.full((3, 1), value)
+        stats = SimpleNamespace(
+            divergence=field,
+            cross_entropy=field,
+            student_action=torch.tensor([[0], [1], [2]]),
+            teacher_action=torch.tensor([[0], [9], [9]]),
+        )
+        out = SimpleNamespace(loss=field, weight=field, relative_validity=torch.full((3, 1), 0.3), stats=stats)
+        report.add(out, torch.tensor([[1.0]] * tokens + [[0.0]] * (3 - tokens)))
+    figures = report.take()
+    assert figures.tokens == 4 and figures.loss == 5.0 and figures.divergence == 5.0
+    assert figures.agreement == 0.5 and figures.student_more_valid == 1.0
+    assert figures.validity_histogram[12] == 4
+    assert report.take().tokens == 0
