@@ -9,6 +9,7 @@ on closing.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -50,10 +51,12 @@ class Channel:
         self.size = size
         control = _gloo_group(dist.PrefixStore("control", store), rank, size, host, seconds)
         self._groups = {Tag.HEADER: control, Tag.TOKENS: control, Tag.PAYLOAD: control}
+        self._deadline = math.inf  # of the wait with a time-out that is under way
 
     @property
-    def closed(self) -> bool:
-        return not self._groups
+    def broken_here(self) -> bool:
+        """Whether connections end because of this side: closed, or a wait that ran out of time."""
+        return not self._groups or time.monotonic() >= self._deadline
 
     def post(self, tensor: Tensor, peer: int, tag: Tag) -> dist.Work:
         """Begins to send a contiguous tensor, to stay unchanged until it has been taken.
@@ -64,15 +67,18 @@ class Channel:
             return self._group(tag).send([tensor], peer, tag)
 
     def complete(self, work: dist.Work, seconds: float) -> None:
-        """Waits for a posted send. TimeoutError, which ends the whole channel, or ConnectionError."""
-        begun = time.monotonic()
+        """Waits for a posted send, in one thread at a time. ConnectionError, or TimeoutError, which ends the
+        whole channel."""
+        # Known before the wait begins: the listeners hear of the broken connections before this thread does.
+        self._deadline = time.monotonic() + seconds
         try:
             with _as_connection_error():
                 work.wait(timedelta(seconds=seconds))
         except ConnectionError:
-            if time.monotonic() - begun < seconds:
+            if not self.broken_here:
                 raise
             raise TimeoutError(f"did not take what was sent within {seconds:g} seconds") from None
+        self._deadline = math.inf
 
     def receive(self, tensor: Tensor, peer: int, tag: Tag) -> None:
         """Fills a contiguous tensor, however long it takes. ConnectionError when peer or channel ends."""
@@ -112,7 +118,7 @@ class Listeners:
     """A thread per peer: reads headers, hands each to `handle(peer, header)` until that returns False.
 
     `lost(peer, reason)` is called, in that thread, when the peer's connection ends or when a header or
-    `handle` is refused with a LinkError; not when the channel is closed from this side.
+    `handle` is refused with a LinkError; not when connections end because of this side.
     """
 
     def __init__(
@@ -156,7 +162,7 @@ class Listeners:
             self._report(peer, f"could not be listened to any longer: {error!r}")
 
     def _report(self, peer: int, reason: str) -> None:
-        if not self._channel.closed:
+        if not self._channel.broken_here:
             self._lost(peer, reason)
 
 

@@ -8,7 +8,8 @@ all agreed.
 Keys, under the run's name:
     student                      the student's facts
     replicas                     how many teacher replicas there are, by the first to come
-    teacher/R, teacher/R/heard   replica R's facts; set once it has read the student's
+    teacher/R                    replica R's facts
+    heard/...                    set by a rank once it has read the other side's facts
     seat/R/I, seat/R/I/heard     "ok" or a complaint of rank I in replica R's group; set once it read all
     group/R/                     replica R's process group
 """
@@ -88,7 +89,7 @@ class Meeting:
         with _reached(self._settings):
             self._store.set("student", facts.text())
 
-    def student_reads(self, data_rank: int) -> tuple[Facts, Facts, Roster, int]:
+    def student_reads(self, data_rank: int, tensor_rank: int) -> tuple[Facts, Facts, Roster, int]:
         """The student's facts as its first rank stated them, the teacher's, the seats, and the replica that
         serves `data_rank`. TeacherLost if none comes; HandshakeRefused if the two do not fit."""
         absent = TeacherLost(f"no teacher came to {self._within()}")
@@ -97,12 +98,15 @@ class Meeting:
         student = stated.read(self._read("student", absent), "student")
         replica = stated.served_by(student, replicas, data_rank)
         absent = TeacherLost(f"teacher replica {replica} did not come to {self._within()}")
+        text = self._read(f"teacher/{replica}", absent)
+        with _reached(self._settings):
+            self._store.set(f"heard/student/{data_rank}/{tensor_rank}", _AGREED)
         try:
-            teacher = stated.read(self._read(f"teacher/{replica}", absent), "teacher")
+            teacher = stated.read(text, "teacher")
             if reason := stated.refusal(student, teacher, replicas):
                 raise HandshakeRefused(reason)
         except HandshakeRefused:
-            self._linger([f"teacher/{replica}/heard"])
+            self._linger([f"heard/teacher/{replica}", *_students_heard(student)])
             raise
         return student, teacher, stated.roster(student, teacher, replica), replica
 
@@ -117,7 +121,7 @@ class Meeting:
             self._store.set(f"teacher/{replica}", facts.text())
         student = self._read("student", StudentLost(f"no student stated its facts at {self._within()}"))
         with _reached(self._settings):
-            self._store.set(f"teacher/{replica}/heard", _AGREED)
+            self._store.set(f"heard/teacher/{replica}", _AGREED)
         student = stated.read(student, "student")
         if reason := stated.refusal(student, facts, replicas):
             raise HandshakeRefused(reason)
@@ -137,7 +141,7 @@ class Meeting:
         refused = [answer for answer in answers if answer != _AGREED]
         if refused:
             if rank in roster.students:
-                self._linger([f"seat/{replica}/{teacher}/heard" for teacher in roster.teachers])
+                self._linger([f"{key}/heard" for key in seats])
             raise HandshakeRefused(f"the link is refused: {refused[0]}")
         return self._form(roster, replica, rank)
 
@@ -170,7 +174,7 @@ class Meeting:
             return _until(lambda: self._store.check(keys), seconds, self._tick)
 
     def _linger(self, keys: Iterable[str]) -> None:
-        """Gives the other side time to read why it is refused, before this job ends and the store with it."""
+        """Gives the others time to read why they are refused, before this job ends and the store with it."""
         try:
             self._wait(keys, min(_LINGER, self._settings.connect_timeout))
         except LinkError:
@@ -189,6 +193,12 @@ def local_host(settings: LinkSettings) -> str:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # of a datagram socket: picks a route, sends nothing
             return probe.getsockname()[0]
+
+
+def _students_heard(student: Facts) -> Iterator[str]:
+    for data_rank in range(student.copies):
+        for tensor_rank in range(student.tensor_size):
+            yield f"heard/student/{data_rank}/{tensor_rank}"
 
 
 def _listen(settings: LinkSettings) -> socket.socket:

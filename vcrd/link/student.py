@@ -114,7 +114,7 @@ class StudentLink:
         meeting = Meeting(store, settings)
         if data_rank == 0 and tensor_rank == 0:
             meeting.student_states(own)
-        facts, teacher, roster, replica = meeting.student_reads(data_rank)
+        facts, teacher, roster, replica = meeting.student_reads(data_rank, tensor_rank)
         rank = roster.student(data_rank, tensor_rank)
         complaint = None if own == facts else f"{roster.describe(rank)} states {own}, the first rank {facts}"
         channel = meeting.take_seat(roster, replica, rank, complaint)

@@ -1,0 +1,120 @@
+"""The link between real processes: each student rank receives exactly its columns of the teacher's logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from link_jobs import Jobs, Layout, free_port, true_logits
+
+from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_store
+from vcrd.link.payload import payload_named
+
+# Different shapes in turn, so that batches of equal shape have to be sorted out; batch 3, 16 is the longest.
+SHAPES = [(2, 16), (2, 16), (3, 16), (1, 5), (2, 16), (2, 16), (1, 1), (1, 5)]
+
+# Different shapes in turn, so that batches of equal shape have to be sorted out; 16 is the longest.
+GRIDS = {
+    "one to one": Layout(vocab=7),
+    "student wider": Layout(
+        student_tensor=3, teacher_tensor=2, vocab=50, student_padded=51, teacher_padded=64
+    ),
+    "teacher wider": Layout(student_tensor=2, teacher_tensor=3, pipeline=1, vocab=101, student_padded=256),
+    "replicas": Layout(student_tensor=2, student_data=3, teacher_tensor=1, pipeline=1, replicas=2, vocab=33),
+    "empty shards": Layout(student_tensor=4, teacher_tensor=4, vocab=5, student_padded=12, teacher_padded=8),
+}
+
+
+def micro_batch(layout: Layout, data_rank: int, number: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * data_rank + number)
+    return torch.randint(layout.vocab, SHAPES[number % len(SHAPES)], generator=generator)
+
+
+def settings_of(layout: Layout, port: int, name: str) -> LinkSettings:
+    return LinkSettings(
+        address=f"127.0.0.1:{port}", name=name, timeout=30, connect_timeout=30, **layout.settings
+    )
+
+
+def run_student(rank: int, layout: Layout, port: int, runs: list[tuple[str, dict]]) -> None:
+    store = host_store(settings_of(layout, port, "x")) if rank == 0 else None
+    for name, extra in runs:
+        settings = settings_of(layout, port, name)
+        settings = LinkSettings(**{**vars(settings), **extra})
+        link = StudentLink.connect(settings, **layout.student(rank), store=store)
+        receive_all(link, layout, settings, layout.student(rank)["data_rank"])
+        link.close()
+        link.close()
+    dist.barrier()
+
+
+def receive_all(link: StudentLink, layout: Layout, settings: LinkSettings, data_rank: int) -> None:
+    count, ahead, asks, moved = 11, settings.credits + 2, link._tensor_rank == 0, 0
+    for number in range(count):
+        while asks and link._asked < min(count, number + ahead):
+            link.request(micro_batch(layout, data_rank, link._asked))
+        logits = link.receive(number)
+        check(logits, micro_batch(layout, data_rank, number), layout, link.columns, settings.payload)
+        moved += logits.numel() * logits.element_size()
+    assert link.bytes_received == moved
+    assert 0 < link.waited
+    dist.barrier()
+    if asks:  # what was asked for and is never received must not keep anyone from parting
+        link.request(micro_batch(layout, data_rank, count))
+
+
+def check(logits: torch.Tensor, tokens: torch.Tensor, layout: Layout, columns, payload: str) -> None:
+    truth = true_logits(tokens, layout.vocab)
+    wanted = truth[..., columns.start : columns.stop]
+    assert logits.shape == wanted.shape
+    assert logits.dtype == payload_named(payload).dtype
+    if payload == "float32":
+        assert torch.equal(logits, wanted)
+        return
+    distance = wanted - truth.amax(-1, keepdim=True)
+    # float16 has 11 significant bits.
+    assert ((logits.float() - distance).abs() <= distance.abs() * 2**-11 + 2**-25).all()
+
+
+def run_teacher(rank: int, replica: int, layout: Layout, port: int, runs: list[tuple[str, dict]]) -> None:
+    last = range(layout.pipeline, layout.teachers)
+    tensor_group = dist.new_group(list(last))
+    for name, extra in runs:
+        settings = settings_of(layout, port, name)
+        settings = LinkSettings(**{**vars(settings), **extra})
+        link = TeacherLink.connect(
+            settings,
+            **layout.teacher(replica, rank),
+            group=dist.group.WORLD,
+            tensor_group=tensor_group if rank in last and layout.teacher_tensor > 1 else None,
+        )
+        while (batch := link.next_batch(limit=3)) is not None:
+            assert 1 <= len(batch) <= 3
+            assert len({request.tokens.shape for request in batch}) == 1
+            for request in batch:
+                assert torch.equal(request.tokens, micro_batch(layout, request.data_rank, request.number))
+                if rank in last:
+                    link.respond(request, shard_of(request.tokens, layout, rank - layout.pipeline))
+        link.close()
+        link.close()
+
+
+def shard_of(tokens: torch.Tensor, layout: Layout, tensor_rank: int) -> torch.Tensor:
+    """The padded columns of a tensor rank; padding holds what would be the maximum if it counted."""
+    logits = torch.full((*tokens.T.shape, layout.teacher_padded), 1e4)
+    logits[..., : layout.vocab] = true_logits(tokens, layout.vocab)
+    return logits.chunk(layout.teacher_tensor, -1)[tensor_rank]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_each_student_rank_receives_its_columns(grid, tmp_path):
+    layout, port = GRIDS[grid], free_port()
+    runs = [
+        ("exact", {"payload": "float32", "credits": 1}),
+        ("half", {"payload": "float16", "credits": 3}),
+    ]
+    with Jobs(tmp_path) as jobs:
+        jobs.world("student", layout.students, run_student, layout, port, runs)
+        for replica in range(layout.replicas):
+            jobs.world(f"teacher{replica}.", layout.teachers, run_teacher, replica, layout, port, runs)
+        jobs.succeed()
