@@ -38,6 +38,14 @@ class DemoSettings:
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
+    def distill(self):
+        """The method's own defaults; only the link's address and its time-outs are the demo's."""
+        from vcrd.megatron import DistillSettings
+
+        return DistillSettings().replaced(
+            address=f"127.0.0.1:{self.port}", credits=4, timeout=120.0, connect_timeout=240.0
+        )
+
     @classmethod
     def load(cls, path: Path) -> DemoSettings:
         return cls(**json.loads(path.read_text()))

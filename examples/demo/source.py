@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,3 +106,7 @@ def _quiet() -> Iterator[None]:
     """Without the progress bars that transformers and gguf write to stderr while they read a file."""
     with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
         yield
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]))

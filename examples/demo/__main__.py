@@ -1,0 +1,116 @@
+"""`python -m examples.demo`: prepares, runs both jobs, shows the results; one sentence and a code above 0 on failure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from . import launch, page, plots, show
+from .settings import CACHE, KEPT_LAYERS, DemoSettings
+
+_FILES = {
+    "page.html": "held-out solutions, every token coloured by relative validity",
+    "curves.png": "curves of the run and the histogram of weights",
+    "results.json": "all figures",
+    "logs/": "what both jobs said",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    console = Console(highlight=False)
+    try:
+        with launch.signals_raised():
+            settings = _settings(arguments)
+            run(console, settings)
+        return 0
+    except (launch.DemoFailed, ValueError) as error:
+        console.print(f"demo: {error}", style="bold red", markup=False, soft_wrap=True)
+        return 1
+    except launch.Interrupted as error:
+        console.print(f"demo: stopped by {error}; both jobs were ended", style="bold red", markup=False)
+        return 128 + error.number
+
+
+def run(console: Console, settings: DemoSettings) -> None:
+    """The whole demo. Raises DemoFailed."""
+    begun = time.perf_counter()
+    launch.check_port(settings.port)
+    folder = _fresh_folder(settings)
+    settings_file = folder / "logs" / "settings.json"
+    settings.save(settings_file)
+    console.print(
+        "[bold]vcrd demo[/]  SmolLM2-135M-Instruct teaches a student of "
+        f"{len(KEPT_LAYERS)} of its 30 layers to solve mathematical problems step by step\n"
+        "  teacher job  2 pipeline stages   student job  3 tensor ranks   Megatron-Core on CPU and gloo"
+    )
+    with console.status("reading model and text (the first run also converts them)"):
+        launch.run_prepare(settings)
+    follower = show.Follower(console, settings)
+    with follower.drawing():
+        launch.run_jobs(settings, settings_file, follower.watch)
+    seconds = time.perf_counter() - begun
+    results = {
+        "settings": asdict(settings),
+        "seconds": seconds,
+        "student_layers": KEPT_LAYERS,
+        "held_out": follower.measured,
+        "training": follower.history,
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    solutions = json.loads((folder / "logs" / "held_out.json").read_text())
+    plots.draw(folder / "curves.png", results, solutions)
+    page.write(folder / "page.html", results, solutions, Path(settings.cache) / "tokenizer.json")
+    console.print()
+    console.print(show.table(follower.measured))
+    show.where(console, folder, _FILES)
+    console.print(f"It took {seconds / 60:.1f} minutes.")
+
+
+def _settings(arguments: list[str] | None) -> DemoSettings:
+    default = DemoSettings(output="demo-results")
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
+    parser.add_argument("--steps", type=int, default=default.steps, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=default.port, help="where the jobs meet (default: %(default)s)")
+    parser.add_argument("--output", default=default.output, help="folder for the results (default: %(default)s)")
+    parser.add_argument("--cache", default=str(CACHE), help="folder for the converted model (default: %(default)s)")
+    parser.add_argument("--fast", action="store_true", help="few, short sequences: a check that all of it works")
+    given = parser.parse_args(arguments)
+    settings = replace(
+        default,
+        steps=given.steps,
+        port=given.port,
+        output=str(Path(given.output).absolute()),
+        cache=str(Path(given.cache).absolute()),
+    )
+    if given.steps < 1:
+        raise ValueError(f"--steps: expected at least 1, got {given.steps}")
+    if not 0 < given.port < 65536:
+        raise ValueError(f"--port: expected 1 to 65535, got {given.port}")
+    return replace(settings, sequence_length=96, held_out=2, micro_batches=1) if given.fast else settings
+
+
+def _fresh_folder(settings: DemoSettings) -> Path:
+    """The output folder without what an earlier run left; git ignores what is in it."""
+    folder = settings.folder
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        for name in ("page.html", "curves.png", "results.json"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "logs")
+        (folder / "logs").mkdir()
+        (folder / ".gitignore").write_text("*\n")
+    except OSError as error:
+        raise launch.DemoFailed(f"--output {folder} cannot be written: {error.strerror}") from None
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

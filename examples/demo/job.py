@@ -1,0 +1,73 @@
+"""One process of a job, started by torchrun as `-m examples.demo.job student|teacher SETTINGS`.
+
+Opens Megatron on CPU and gloo before anything of Megatron is imported, and leaves one clear sentence when it fails.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from .settings import STUDENT_TENSOR_SIZE, TEACHER_STAGES, DemoSettings
+
+LAUNCHER = "DEMO_LAUNCHER"  # environment: the process that started both jobs
+_PARALLEL = {"student": (STUDENT_TENSOR_SIZE, 1), "teacher": (1, TEACHER_STAGES)}  # tensor, pipeline
+
+
+def main(name: str, settings: DemoSettings) -> None:
+    """Runs this rank of the job; a failure's sentence goes to logs/NAME-RANK.failed, where the launcher finds it."""
+    threading.Thread(target=_end_with_the_launcher, daemon=True).start()
+    try:
+        _run(name, settings)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        link = any(kind.__name__ == "LinkError" for kind in type(error).__mro__)
+        path = settings.folder / "logs" / f"{name}-{os.environ['RANK']}.failed"
+        path.with_suffix(".writing").write_text(f"{'link' if link else 'own'}\n{reason}\n")
+        path.with_suffix(".writing").rename(path)
+        raise
+
+
+def _run(name: str, settings: DemoSettings) -> None:
+    import torch
+
+    from vcrd.megatron import cpu
+
+    torch.set_num_threads(1)  # five processes on few cores
+    torch.manual_seed(settings.seed)
+    with cpu.on_cpu():
+        import torch.distributed as dist
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        dist.init_process_group("gloo")
+        parallel_state.initialize_model_parallel(*_PARALLEL[name])
+        model_parallel_cuda_manual_seed(settings.seed)
+        importlib.import_module(f".{name}", __package__).run(settings)
+        dist.destroy_process_group()
+
+
+def _end_with_the_launcher() -> None:
+    """Ends this process when torchrun or the launcher is gone, however that came about: nobody would wait for it."""
+    launcher, parent = int(os.environ.get(LAUNCHER, os.getppid())), os.getppid()
+    while os.getppid() == parent and _is_alive(launcher):
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], DemoSettings.load(Path(sys.argv[2])))

@@ -1,0 +1,143 @@
+"""Starts the two torchrun jobs, watches them, and leaves no process behind whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .job import LAUNCHER
+from .settings import STUDENT_TENSOR_SIZE, TEACHER_STAGES, DemoSettings
+
+_ROOT = Path(__file__).parents[2]
+_GRACE = 10.0  # seconds for a job that was asked to end
+_LAST_WORDS = 3.0  # seconds in which the processes of a failing run may still say why
+
+
+class DemoFailed(Exception):
+    """One sentence for the person who started the demo."""
+
+
+class Interrupted(Exception):
+    """A signal asked the demo to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def check_port(port: int) -> None:
+    """DemoFailed when nothing could listen there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise DemoFailed(f"port {port} cannot be used ({error.strerror}): choose another with --port") from None
+
+
+@contextmanager
+def signals_raised() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted here, so that both jobs are ended on the way out."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_jobs(settings: DemoSettings, settings_file: Path, watch: Callable[[], None]) -> None:
+    """Runs both jobs to their end, calling `watch` meanwhile. DemoFailed when one fails; none is left running."""
+    jobs: dict[str, subprocess.Popen] = {}
+    try:
+        for name, processes in (("student", STUDENT_TENSOR_SIZE), ("teacher", TEACHER_STAGES)):
+            jobs[name] = _start(name, processes, settings, settings_file)
+        while any(job.poll() is None for job in jobs.values()):
+            watch()
+            failed = [name for name, job in jobs.items() if job.poll()]
+            reasons = _reasons(settings)
+            if failed or reasons:
+                raise DemoFailed(_sentence(settings, jobs, failed))
+            time.sleep(0.1)
+        watch()
+        failed = [name for name, job in jobs.items() if job.returncode]
+        if failed:
+            raise DemoFailed(_sentence(settings, jobs, failed))
+    finally:
+        _end(jobs)
+
+
+def run_prepare(settings: DemoSettings) -> None:
+    """Fills the cache in a process of its own, which gives its memory back."""
+    command = [sys.executable, "-m", "examples.demo.source", settings.cache]
+    # OMP_NUM_THREADS stays the user's: nothing else runs now.
+    with open(settings.folder / "logs" / "prepare.log", "w") as log:
+        process = subprocess.Popen(command, cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait()
+        finally:
+            _end({"prepare": process})
+    if code:
+        lines = Path(log.name).read_text().strip().splitlines()
+        raise DemoFailed(f"model and text could not be read: {lines[-1] if lines else f'exit code {code}'}")
+
+
+def _start(name: str, processes: int, settings: DemoSettings, settings_file: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", str(processes), "-m", "examples.demo.job", name, str(settings_file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", LAUNCHER: str(os.getpid())}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    environment["PYTHONWARNINGS"] = "ignore"
+    if "lo" in {interface for _, interface in socket.if_nameindex()}:
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    with open(settings.folder / "logs" / f"{name}.log", "w") as log:
+        # A session of its own: Ctrl-C reaches the launcher alone, which then ends both jobs in order.
+        return subprocess.Popen(
+            command, cwd=_ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def _end(jobs: dict[str, subprocess.Popen]) -> None:
+    """Asks torchrun to end its workers, then insists; workers whose torchrun is gone end by themselves."""
+    for job in jobs.values():
+        if job.poll() is None:
+            job.terminate()
+    deadline = time.monotonic() + _GRACE
+    for job in jobs.values():
+        try:
+            job.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            job.kill()
+            job.wait()
+
+
+def _reasons(settings: DemoSettings) -> list[tuple[str, str, str]]:
+    """(rank's name, "own" or "link", sentence) of each failed rank, the first to fail first."""
+    found = sorted((settings.folder / "logs").glob("*.failed"), key=lambda path: path.stat().st_mtime_ns)
+    return [(path.stem, *path.read_text().split("\n", 1)) for path in found]
+
+
+def _sentence(settings: DemoSettings, jobs: dict[str, subprocess.Popen], failed: list[str]) -> str:
+    """Which job failed and why. A rank whose failure is not of the link is the cause; link errors follow from one."""
+    deadline = time.monotonic() + _LAST_WORDS
+    while time.monotonic() < deadline and all(kind != "own" for _, kind, _ in _reasons(settings)):
+        time.sleep(0.1)
+    reasons = sorted(_reasons(settings), key=lambda reason: reason[1] != "own")
+    logs = settings.folder / "logs"
+    if reasons:
+        rank, _, sentence = reasons[0]
+        name, _, number = rank.partition("-")
+        return f"rank {number} of the {name} job failed: {sentence.strip()} (see {logs / name}.log)"
+    name = failed[0] if failed else next(iter(jobs))
+    return f"the {name} job ended with exit code {jobs[name].returncode} (see {logs / name}.log)"

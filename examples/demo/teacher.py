@@ -1,0 +1,22 @@
+"""The teacher's job: the real SmolLM2 over two pipeline stages, serving the link."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vcrd.megatron import serve
+
+from .convert import load
+from .model import Shape, build
+from .settings import DemoSettings
+from .source import weights
+
+
+def run(settings: DemoSettings) -> None:
+    """Loads this rank's stage and answers until the student says goodbye."""
+    cache = Path(settings.cache)
+    shape = Shape.load(cache / "shape.json")
+    model = build(shape, shape.layers, settings.sequence_length)
+    with weights(cache) as fetch:
+        load(model, fetch, shape, range(shape.layers))
+    serve(model.requires_grad_(False), settings.distill())
