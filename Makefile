@@ -74,8 +74,9 @@ $(DONE)/bench: $(DONE)/core requirements/bench.txt requirements/bench-no-deps.tx
 $(DONE)/extension: $(DONE)/core $(EXTENSION_SOURCES) $(if $(BUILT),,always)
 	@command -v "$${CXX:-g++}" >/dev/null || command -v c++ >/dev/null || { echo "vcrd: no C++ compiler found; install one (on Debian: apt-get install g++) or name it in CXX"; exit 1; }
 	@$(VENV)/bin/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "vcrd: Python.h of $(PYTHON) is missing (on Debian: apt-get install python3-dev)"; exit 1; }
-	@echo "==> building the extension vcrd._C"
-	@$(RUN) setup.py -q build_ext --inplace
+	@echo "==> building the extension vcrd._C (the compiler's lines go to $(VENV)/build.log)"
+	@$(RUN) setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; echo "vcrd: the extension did not build; the compiler's words are above"; exit 1; }
+	@sed -n '/^vcrd._C built/,$$p' $(VENV)/build.log
 	@echo "$(CURDIR)" > "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vcrd.pth" && touch $@
 
 $(LINT)/.done: requirements/lint.txt
