@@ -129,14 +129,14 @@ class Jobs:
         for rank in range(size):
             self.start(f"{name}{rank}", _in_world, rank, size, port, target, args)
 
-    def wait(self, seconds: float = 40) -> dict[str, int | None]:
+    def wait(self, seconds: float = 90) -> dict[str, int | None]:
         """Exit status by name; None for what was still running at the end of that time."""
         deadline = time.monotonic() + seconds
         for process in self.processes.values():
             process.join(max(0.0, deadline - time.monotonic()))
         return {name: process.exitcode for name, process in self.processes.items()}
 
-    def succeed(self, seconds: float = 40) -> None:
+    def succeed(self, seconds: float = 90) -> None:
         failed = {name: code for name, code in self.wait(seconds).items() if code != 0}
         assert not failed, f"{failed}\n" + "\n".join(f"--- {name}\n{self.output(name)}" for name in failed)
 
@@ -144,7 +144,7 @@ class Jobs:
         path = self.folder / name
         return path.read_text() if path.exists() else ""
 
-    def await_output(self, name: str, text: str, seconds: float = 20) -> None:
+    def await_output(self, name: str, text: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.output(name):
             assert time.monotonic() < deadline, f"{name} did not say {text!r}: {self.output(name)}"

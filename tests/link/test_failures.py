@@ -205,24 +205,24 @@ def test_a_killed_teacher_is_lost_to_every_student_rank_at_once(victim, tmp_path
         assert all(codes[f"teacher{rank}"] for rank in range(case.teachers)), codes
 
 
-def test_a_stopped_teacher_is_lost_after_the_timeout_and_idle_time_is_not_counted(tmp_path):
-    case = Case(idle=2.0)
+def test_a_stopped_teacher_is_lost_after_the_timeout(tmp_path):
+    case = Case(idle=1.0)
     with Jobs(tmp_path) as jobs:
-        start(jobs, case, timeout=1.0)
+        start(jobs, case, timeout=3.0)
         jobs.await_output("student0", "idle")
         for rank in range(case.teachers):
             jobs.signal(f"teacher{rank}", signal.SIGSTOP)
         jobs.processes["student0"].join(LONG / 2)
         jobs.processes["student1"].join(LONG / 2)
-        all_said(jobs, "student", "TeacherLost: the teacher did not answer micro-batch 2 within 1 seconds", 2)
+        all_said(jobs, "student", "TeacherLost: the teacher did not answer micro-batch 2 within 3 seconds", 2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_student_that_is_gone_is_lost_to_every_teacher_rank(number, tmp_path):
     # Tensor rank 1, which never asks anything: it must be missed all the same.
-    case = Case(late=1.0)
+    case = Case(late=2.0)
     with Jobs(tmp_path) as jobs:
-        start(jobs, case, timeout=LONG if number == signal.SIGKILL else 2.0)
+        start(jobs, case, timeout=LONG if number == signal.SIGKILL else 5.0)
         jobs.await_output("teacher2", "asked")
         jobs.signal("student1", number)
         for rank in range(case.teachers):
@@ -230,7 +230,7 @@ def test_a_student_that_is_gone_is_lost_to_every_teacher_rank(number, tmp_path):
         how = (
             "closed its connection"
             if number == signal.SIGKILL
-            else "did not take what was sent within 2 seconds"
+            else "did not take what was sent within 5 seconds"
         )
         all_said(jobs, "teacher", f"StudentLost: student data rank 0, tensor rank 1 {how}", case.teachers)
 
@@ -333,38 +333,84 @@ def test_more_requests_than_credits_are_refused():
         intake.finish(LONG)
 
 
+def test_idle_time_is_not_counted():
+    """On either side: nothing is asked, nothing under way, for longer than the time-out."""
+    settings = link_settings(free_port(), timeout=2.0)
+    store = host_store(settings)
+    student, teacher = connected(settings, store)
+    for number in range(2):
+        time.sleep(1.2 * settings.timeout * number)
+        exchange(student, teacher, number)
+    part(student, teacher)
+
+
+def test_a_link_that_is_never_closed_ends_with_its_process(tmp_path):
+    settings = link_settings(free_port())
+    with Jobs(tmp_path) as jobs:
+        jobs.start("student", forget_student, settings)
+        jobs.start("teacher", forget_teacher, settings)
+        codes = jobs.wait(LONG / 2)
+        assert codes == {"student": 1, "teacher": 1}, codes
+        assert jobs.output("student").strip().endswith("RuntimeError: the training failed")
+        assert "StudentLost: student data rank 0, tensor rank 0 closed its connection" in jobs.output(
+            "teacher"
+        )
+
+
+def forget_student(settings: LinkSettings) -> None:
+    link = StudentLink.connect(settings, **Layout().student(0), store=host_store(settings))
+    link.request(torch.zeros(1, 4, dtype=torch.long))
+    raise RuntimeError("the training failed")
+
+
+def forget_teacher(settings: LinkSettings) -> None:
+    link = TeacherLink.connect(settings, **Layout().teacher(0, 0), group=None, tensor_group=None)
+    while link.next_batch(1) is not None:
+        pass
+
+
 def test_twenty_links_in_a_row_leave_nothing_behind():
     """Half of them part, half of them are dropped without a goodbye."""
     settings = link_settings(free_port())
     store = host_store(settings)
     counts = []
     for number in range(20):
-        connect_and_end(
-            LinkSettings(**(vars(settings) | {"name": f"run{number}"})), store, part=number % 2 == 0
-        )
+        student, teacher = connected(LinkSettings(**(vars(settings) | {"name": f"run{number}"})), store)
+        exchange(student, teacher, 0)
+        if number % 2:
+            part(student, teacher)
+        else:
+            teacher.close()
+            with pytest.raises(TeacherLost):
+                student.request(torch.zeros(1, 4, dtype=torch.long))
+                student.receive(1)
+            student.close()
+        del student, teacher
         counts.append((len(os.listdir("/proc/self/fd")), threading.active_count()))
-    assert counts[-1] == counts[3], counts
+    (files, threads), (later_files, later_threads) = counts[3], counts[-1]
+    assert later_threads == threads, counts
+    # The store's side of a connection closes a little later; one descriptor kept per link would make it 16.
+    assert later_files < files + 8, counts
 
 
-def connect_and_end(settings: LinkSettings, store: dist.Store, part: bool) -> None:
-    layout = Layout()
+def connected(settings: LinkSettings, store: dist.Store) -> tuple[StudentLink, TeacherLink]:
+    """A link of one rank with one rank, both in this process."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(
-            TeacherLink.connect, settings, **layout.teacher(0, 0), group=None, tensor_group=None
+            TeacherLink.connect, settings, **Layout().teacher(0, 0), group=None, tensor_group=None
         )
-        student = StudentLink.connect(settings, **layout.student(0), store=store)
-        teacher = coming.result()
+        student = StudentLink.connect(settings, **Layout().student(0), store=store)
+        return student, coming.result()
+
+
+def exchange(student: StudentLink, teacher: TeacherLink, number: int) -> None:
     student.request(torch.zeros(1, 4, dtype=torch.long))
     (request,) = teacher.next_batch(1)
-    teacher.respond(request, torch.zeros(4, 1, layout.teacher_padded))
-    assert student.receive(0).shape == (4, 1, layout.vocab)
-    if part:
-        student.close()
-        assert teacher.next_batch(1) is None
-        teacher.close()
-    else:
-        teacher.close()
-        with pytest.raises(TeacherLost):
-            student.request(torch.zeros(1, 4, dtype=torch.long))
-            student.receive(1)
-        student.close()
+    teacher.respond(request, torch.zeros(4, 1, Layout().teacher_padded))
+    assert student.receive(number).shape == (4, 1, Layout().vocab)
+
+
+def part(student: StudentLink, teacher: TeacherLink) -> None:
+    student.close()
+    assert teacher.next_batch(1) is None
+    teacher.close()

@@ -48,7 +48,7 @@ def read(text: bytes, whose: str) -> Facts:
     if len(text) <= _LARGEST_TEXT:
         try:
             values = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     if not isinstance(values, dict) or not isinstance(values.get("protocol"), int):
         raise HandshakeRefused(f"the link is refused: the {whose}'s facts cannot be read")
@@ -82,7 +82,7 @@ def refusal(student: Facts, teacher: Facts, replicas: int) -> str | None:
         )
     for whose, facts in (("student", student), ("teacher", teacher)):
         try:
-            facts.shards()
+            _check_layout(facts)
         except ValueError as error:
             reasons.append(f"for the {whose} {error}")
     return _sentence(reasons) if reasons else None
@@ -110,6 +110,16 @@ def served_by(student: Facts, replicas: int, data_rank: int) -> int:
 def _well_typed(values: dict) -> bool:
     numbers = [value for name, value in values.items() if name != "payload"]
     return isinstance(values["payload"], str) and all(type(n) is int and -1 <= n < 1 << 48 for n in numbers)
+
+
+def _check_layout(facts: Facts) -> None:
+    facts.shards()
+    if facts.copies < 1:
+        raise ValueError(f"copies must be at least 1, got {facts.copies}")
+    if facts.intake_sender >= facts.tensor_size:
+        raise ValueError(
+            f"intake_sender must be below tensor_size {facts.tensor_size}, got {facts.intake_sender}"
+        )
 
 
 def _differ(name: str, student: object, teacher: object) -> str:

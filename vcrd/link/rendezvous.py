@@ -94,7 +94,7 @@ class Meeting:
         serves `data_rank`. TeacherLost if none comes; HandshakeRefused if the two do not fit."""
         absent = TeacherLost(f"no teacher came to {self._within()}")
         _log.info("waiting for a teacher at %s", self._settings.address)
-        replicas = int(self._read("replicas", absent))
+        replicas = _count(self._read("replicas", absent))
         student = stated.read(self._read("student", absent), "student")
         replica = stated.served_by(student, replicas, data_rank)
         absent = TeacherLost(f"teacher replica {replica} did not come to {self._within()}")
@@ -117,7 +117,7 @@ class Meeting:
                 raise HandshakeRefused(
                     f"the link is refused: run {self._settings.name!r} has had a teacher replica {replica}"
                 )
-            replicas = int(self._store.compare_set("replicas", "", str(facts.copies)))
+            replicas = _count(self._store.compare_set("replicas", "", str(facts.copies)))
             self._store.set(f"teacher/{replica}", facts.text())
         student = self._read("student", StudentLost(f"no student stated its facts at {self._within()}"))
         with _reached(self._settings):
@@ -193,6 +193,12 @@ def local_host(settings: LinkSettings) -> str:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # of a datagram socket: picks a route, sends nothing
             return probe.getsockname()[0]
+
+
+def _count(text: bytes) -> int:
+    if not (text.isdigit() and 0 < len(text) < 10 and int(text)):
+        raise HandshakeRefused("the link is refused: the number of teacher replicas cannot be read")
+    return int(text)
 
 
 def _students_heard(student: Facts) -> Iterator[str]:
