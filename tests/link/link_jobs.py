@@ -13,12 +13,15 @@ import socket
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from vcrd.link import LinkSettings, StudentLink, TeacherLink
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "vcrd.link"])
@@ -174,3 +177,26 @@ def _in_world(rank: int, size: int, port: int, target, args) -> None:
     join_world(rank, size, port)
     target(rank, *args)
     dist.destroy_process_group()
+
+
+def connected(settings: LinkSettings, store: dist.Store) -> tuple[StudentLink, TeacherLink]:
+    """A link of one rank with one rank, both in this process."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(
+            TeacherLink.connect, settings, **Layout().teacher(0, 0), group=None, tensor_group=None
+        )
+        student = StudentLink.connect(settings, **Layout().student(0), store=store)
+        return student, coming.result()
+
+
+def exchange(student: StudentLink, teacher: TeacherLink, number: int) -> None:
+    student.request(torch.zeros(1, 4, dtype=torch.long))
+    (request,) = teacher.next_batch(1)
+    teacher.respond(request, torch.zeros(4, 1, Layout().teacher_padded))
+    assert student.receive(number).shape == (4, 1, Layout().vocab)
+
+
+def part(student: StudentLink, teacher: TeacherLink) -> None:
+    student.close()
+    assert teacher.next_batch(1) is None
+    teacher.close()

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
-from link_jobs import Jobs, Layout, free_port, true_logits
+from link_jobs import Jobs, Layout, connected, exchange, free_port, part, true_logits
 
 from vcrd.link import LinkError, LinkSettings, StudentLink, StudentLost, TeacherLink, TeacherLost, host_store
 from vcrd.link import header as headers
@@ -391,26 +391,3 @@ def test_twenty_links_in_a_row_leave_nothing_behind():
     assert later_threads == threads, counts
     # The store's side of a connection closes a little later; one descriptor kept per link would make it 16.
     assert later_files < files + 8, counts
-
-
-def connected(settings: LinkSettings, store: dist.Store) -> tuple[StudentLink, TeacherLink]:
-    """A link of one rank with one rank, both in this process."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(
-            TeacherLink.connect, settings, **Layout().teacher(0, 0), group=None, tensor_group=None
-        )
-        student = StudentLink.connect(settings, **Layout().student(0), store=store)
-        return student, coming.result()
-
-
-def exchange(student: StudentLink, teacher: TeacherLink, number: int) -> None:
-    student.request(torch.zeros(1, 4, dtype=torch.long))
-    (request,) = teacher.next_batch(1)
-    teacher.respond(request, torch.zeros(4, 1, Layout().teacher_padded))
-    assert student.receive(number).shape == (4, 1, Layout().vocab)
-
-
-def part(student: StudentLink, teacher: TeacherLink) -> None:
-    student.close()
-    assert teacher.next_batch(1) is None
-    teacher.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from link_jobs import Jobs, Layout, free_port, true_logits
+from link_jobs import Jobs, Layout, connected, exchange, free_port, part, true_logits
 
 from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_store
 from vcrd.link.payload import payload_named
@@ -118,3 +118,73 @@ def test_each_student_rank_receives_its_columns(grid, tmp_path):
         for replica in range(layout.replicas):
             jobs.world(f"teacher{replica}.", layout.teachers, run_teacher, replica, layout, port, runs)
         jobs.succeed()
+
+
+def test_credits_bound_what_is_asked_ahead():
+    settings = LinkSettings(address=f"127.0.0.1:{free_port()}", credits=2, timeout=30)
+    store = host_store(settings)
+    student, teacher = connected(settings, store)
+    for _ in range(5):
+        student.request(torch.zeros(1, 4, dtype=torch.long))
+    for number in range(5):
+        # Two are with the teacher or answered, besides those that have been received.
+        assert student._sent == min(number + 2, 5)
+        if number == 0:
+            answer(teacher, 2)
+        elif number < 4:
+            answer(teacher, 1)
+        student.receive(number)
+    part(student, teacher)
+
+
+def answer(teacher: TeacherLink, count: int) -> None:
+    while count:
+        for request in teacher.next_batch(count):
+            teacher.respond(request, torch.zeros(4, 1, Layout().teacher_padded))
+            count -= 1
+
+
+def test_wrong_arguments_are_named_and_leave_the_link_usable():
+    settings = LinkSettings(address=f"127.0.0.1:{free_port()}", timeout=30, max_tokens=32)
+    store = host_store(settings)
+    student, teacher = connected(settings, store)
+    for tokens, reason in [
+        (torch.zeros(4, dtype=torch.long), "must be a non-empty integer tensor"),
+        (torch.zeros(1, 4), "must be a non-empty integer tensor"),
+        (torch.zeros(1, 17, dtype=torch.long), "must be at most 16 long and 32 in all"),
+        (torch.zeros(3, 16, dtype=torch.long), "must be at most 16 long and 32 in all"),
+        (torch.full((1, 4), 50), r"must be in \[0, 50\), got 50 to 50"),
+        (torch.full((1, 4), -1), r"must be in \[0, 50\), got -1 to -1"),
+    ]:
+        with pytest.raises(ValueError, match=f"tokens {reason}"):
+            student.request(tokens)
+    with pytest.raises(ValueError, match="number must have been asked for"):
+        student.receive(0)
+    with pytest.raises(ValueError, match="number must be the next one, 0, got 1"):
+        student.receive(1)
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        teacher.next_batch(0)
+    student.request(torch.zeros(2, 4, dtype=torch.long))
+    (request,) = teacher.next_batch(1)
+    for logits in (torch.zeros(2, 4, 50), torch.zeros(4, 2, 50, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"logits must be a float tensor \[4, 2, 50\]"):
+            teacher.respond(request, logits)
+    teacher.respond(request, torch.zeros(4, 2, 50))
+    assert student.receive(0).shape == (4, 2, 50)
+    exchange(student, teacher, 1)
+    part(student, teacher)
+
+
+def test_wrong_places_are_named():
+    places = Layout().student(0)
+    with pytest.raises(ValueError, match=r"tensor_rank must be in \[0, 1\), got 1"):
+        StudentLink.connect(LinkSettings(), **(places | {"tensor_rank": 1}))
+    with pytest.raises(ValueError, match=r"data_rank must be in \[0, 1\), got -1"):
+        StudentLink.connect(LinkSettings(), **(places | {"data_rank": -1}))
+    places = Layout().teacher(0, 0) | {"group": None, "tensor_group": None}
+    with pytest.raises(ValueError, match=r"replica must be in \[0, 1\), got 1"):
+        TeacherLink.connect(LinkSettings(), **(places | {"replica": 1}))
+    with pytest.raises(ValueError, match="tensor_group must be given for tensor_size 2"):
+        TeacherLink.connect(LinkSettings(), **(places | {"tensor_size": 2}))
+    with pytest.raises(ValueError, match=r"each tensor rank of the last stage once, got tensor ranks \[\]"):
+        TeacherLink.connect(LinkSettings(), **(places | {"is_last_stage": False}))

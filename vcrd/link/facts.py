@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 
 from . import header as headers
 from .errors import HandshakeRefused
@@ -29,11 +29,7 @@ class Facts:
     copies: int
     credits: int = 0
     intake_sender: int = -1
-    protocol: int = -1
-
-    def __post_init__(self) -> None:
-        if self.protocol < 0:
-            object.__setattr__(self, "protocol", headers.PROTOCOL)
+    protocol: int = field(default_factory=lambda: headers.PROTOCOL)
 
     def shards(self) -> tuple[Shard, ...]:
         return vocab_shards(self.vocab_size, self.padded_vocab_size, self.tensor_size)
@@ -52,13 +48,13 @@ def read(text: bytes, whose: str) -> Facts:
             pass
     if not isinstance(values, dict) or not isinstance(values.get("protocol"), int):
         raise HandshakeRefused(f"the link is refused: the {whose}'s facts cannot be read")
-    names = {field.name for field in fields(Facts)}
+    names = {each.name for each in fields(Facts)}
     if values["protocol"] == headers.PROTOCOL and not (values.keys() == names and _well_typed(values)):
         raise HandshakeRefused(
             f"the link is refused: the {whose}'s facts are not those of protocol {headers.PROTOCOL}"
         )
     # Another version may state other facts; those in common are enough to say that the versions differ.
-    blank = {field.name: "" if field.name == "payload" else 0 for field in fields(Facts)}
+    blank = {name: "" if name == "payload" else 0 for name in names}
     return Facts(**(blank | {name: value for name, value in values.items() if name in names}))
 
 
@@ -96,10 +92,6 @@ def roster(student: Facts, teacher: Facts, replica: int) -> Roster:
         teacher_tensor_size=teacher.tensor_size,
         intake_sender=teacher.intake_sender,
     )
-
-
-def with_intake(facts: Facts, intake_sender: int) -> Facts:
-    return replace(facts, intake_sender=intake_sender)
 
 
 def served_by(student: Facts, replicas: int, data_rank: int) -> int:

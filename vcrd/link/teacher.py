@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -240,14 +241,14 @@ def _agreed(crew: Crew, facts: Facts, replica: int, sender: int) -> Facts:
         raise ValueError(
             f"group must hold each tensor rank of the last stage once, got tensor ranks {senders}"
         )
-    return stated.with_intake(facts, rows[0][0])
+    return replace(facts, intake_sender=rows[0][0])
 
 
 def _meet(crew: Crew, settings: LinkSettings, facts: Facts, replica: int) -> tuple[Facts, dist.Store | None]:
     """The student's facts on every rank, and on rank 0 the store over which they came."""
     stores = []
 
-    def task(tick) -> str:
+    def task(tick: Callable[[], None]) -> str:
         stores.append(join_store(settings, tick))
         return Meeting(stores[0], settings, tick).teacher_states_and_reads(facts, replica).text()
 
