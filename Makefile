@@ -31,7 +31,7 @@ help:
 	@echo "make bench    time the loss beside its peers"
 	@echo "make build    build the extension vcrd._C"
 	@echo "make lint     check style        make format   correct it"
-	@echo "make clean    remove environments, builds and caches"
+	@echo "make clean    remove environments, builds and caches; results stay"
 	@echo "PYTHON=...    the interpreter (default python3; 3.10 or newer). ARGS=... goes to what is run."
 
 demo: $(DONE)/demo $(DONE)/extension
@@ -95,5 +95,5 @@ format: $(LINT)/.done
 	$(if $(FORMATTED),$(LINT)/bin/clang-format -i $(FORMATTED))
 
 clean:
-	rm -rf .venv build dist *.egg-info vcrd/_C*.so .pytest_cache .ruff_cache .hypothesis out results
+	rm -rf .venv build dist *.egg-info vcrd/_C*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -50,7 +50,8 @@ def ours(loss: str, group: dist.ProcessGroup | None, inplace: bool) -> Method:
 
 def modelopt(tp: int) -> Method | str:
     """NVIDIA ModelOpt's LogitsKLLoss: KL(teacher || student), the peer for Megatron models."""
-    logging.getLogger("modelopt").setLevel(logging.ERROR)
+    for talker in ("modelopt", "torch.utils.cpp_extension"):  # say that there is no GPU, amid the table
+        logging.getLogger(talker).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about packages for GPUs, which are not used here
