@@ -171,8 +171,12 @@ def main() -> int:
                 wrong.append(f"{name} {shape} {dtype} tp {tp}: gradient error {result.gradient_error:.1e}")
         figures = {name: r if isinstance(r, str) else asdict(r) for name, r in results.items()}
         records.append({"case": asdict(case), "results": figures, "bars": verdicts(case, results)})
+    verdict = [bar["passed"] for record in records for bar in record["bars"]]
+    print(
+        f"bars: {verdict.count(True)} passed, {verdict.count(False)} failed, {verdict.count(None)} without a peer"
+    )
     for (name, reason), tp in reasons.items():
-        print(f"{name} was not measured at tp {tp}: {reason}.")
+        print(f"{name} was not measured at tp {tp}: {reason}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(
