@@ -209,6 +209,10 @@ def _students_heard(student: Facts) -> Iterator[str]:
 
 def _listen(settings: LinkSettings) -> socket.socket:
     with _resolved(settings) as (family, kind, _, _, address):
+        if address[0].startswith("127.0.1."):  # what Debian's /etc/hosts makes of the machine's own name
+            _log.warning(
+                "%s is %s here, which no other machine reaches: give an IP address", settings.host, address[0]
+            )
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as a restarted run needs
         try:

@@ -216,8 +216,7 @@ def _command(requests: list[Request] | None) -> Sequence[int]:
 
 
 def _agreed(crew: Crew, facts: Facts, replica: int, sender: int) -> Facts:
-    """The facts with rank 0's place in them; ValueError on every rank if the ranks do not make up one
-    replica.
+    """The facts with rank 0's place in them; ValueError on every rank if they do not make up one replica.
 
     sender: this rank's tensor rank if it is on the last stage, else -1.
     """
