@@ -148,7 +148,7 @@ void write_gradient(Tensor& gradient, const Tensor& student, const Tensor& teach
                    gradient.mutable_data_ptr(),
                    gradient.stride(0),
                    gradient.size(1)};
-  TORCH_CHECK(p.divergence < Divergence::kJsd || p.sums, "the mixture divergences need their merged sums");
+  TORCH_CHECK(p.divergence < Divergence::kJsd || sums.has_value(), "the mixture divergences need their merged sums");
   over_rows(cpu::kernels().gradient, p, tokens.rows, columns);
 }
 

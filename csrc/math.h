@@ -114,31 +114,6 @@ VCRD_FUNCTION uint16_t float_to_float16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
-// Logs of one token's probability against the mixture m = share p + (1 - share) q, from the ratio of the two
-// probabilities, which keeps the digits that log p - log m would lose where p is close to q.
-struct MixtureElement {
-  float log_student_ratio, log_teacher_ratio;  // log(q/m), log(p/m)
-  float student_ratio, teacher_ratio;          // q/m, p/m
-};
-
-VCRD_FUNCTION MixtureElement mixture_element(float p, float q, float log_q_minus_log_p, float share) {
-  MixtureElement e;
-  float rest = 1.0f - share;
-  // The larger probability divides, so that the ratio never overflows; both zero leaves 0 / 1.
-  float larger = p > q ? p : q;
-  float divisor = larger > 0.0f ? larger : 1.0f;
-  float scaled_mixture = share * (p / divisor) + rest * (q / divisor);
-  float safe_mixture = scaled_mixture > 0.0f ? scaled_mixture : 1.0f;
-  float log_mixture = logarithm(safe_mixture);  // log(m / larger)
-  float log_student = p > q ? log_q_minus_log_p : 0.0f;
-  float log_teacher = p > q ? 0.0f : -log_q_minus_log_p;
-  e.log_student_ratio = log_student - log_mixture;
-  e.log_teacher_ratio = log_teacher - log_mixture;
-  e.student_ratio = (q / divisor) / safe_mixture;
-  e.teacher_ratio = (p / divisor) / safe_mixture;
-  return e;
-}
-
 // The divergences D of a token's probabilities have d D / d logit_j = q_j (G_j - sum_k q_k G_k) / T, where the potential
 // G = d D / d q. Where the student is sure of itself, G_j of its action and the mean of G agree to many digits. So G is
 // always taken relative to its value at the student's action, and the mean ("centre") is summed of these differences.
@@ -148,20 +123,31 @@ VCRD_FUNCTION float reverse_potential(float u, float teacher_logit, const RowCon
   return u - distance(teacher_logit, c.teacher_at_student_action) * inverse_temperature;
 }
 
-template <Divergence kDivergence>
-VCRD_FUNCTION float mixture_potential(const MixtureElement& e, float share) {
-  if constexpr (kDivergence == Divergence::kJsd) return (1.0f - share) * e.log_student_ratio;
-  if constexpr (kDivergence == Divergence::kSkewKl) return (share - 1.0f) * e.teacher_ratio;
-  return e.log_student_ratio - (1.0f - share) * e.student_ratio;
-}
+// One token's term of a divergence against the mixture m = share p + (1 - share) q, and its potential.
+struct MixtureElement {
+  float term, potential;
+};
 
-// One token's term of a mixture divergence.
+// From the ratio of the two probabilities, which keeps the digits that log p - log m would lose where p is close to q.
+// Minima and maxima alone, and one result by value: shared conditions, or a struct passed on, would keep the compiler
+// from vectorising the loops.
 template <Divergence kDivergence>
-VCRD_FUNCTION float mixture_term(float p, float q, const MixtureElement& e, float share) {
+VCRD_FUNCTION MixtureElement mixture_element(float p, float q, float log_q_minus_log_p, float share) {
+  const float tiny = 1e-37f;  // where both probabilities are 0: every result is finite, to be multiplied by them
+  float larger = p < q ? q : p;
+  float divisor = larger < tiny ? tiny : larger;
+  float teacher = p / divisor, student = q / divisor;
+  float sum = share * teacher + (1.0f - share) * student;
+  float mixture = sum < tiny ? tiny : sum;
+  float log_mixture = logarithm(mixture);  // log(m / larger)
+  float log_student_ratio = (log_q_minus_log_p < 0.0f ? log_q_minus_log_p : 0.0f) - log_mixture;    // log(q/m)
+  float log_teacher_ratio = (-log_q_minus_log_p < 0.0f ? -log_q_minus_log_p : 0.0f) - log_mixture;  // log(p/m)
   if constexpr (kDivergence == Divergence::kJsd)
-    return share * (p * e.log_teacher_ratio) + (1.0f - share) * (q * e.log_student_ratio);
-  if constexpr (kDivergence == Divergence::kSkewKl) return p * e.log_teacher_ratio;
-  return q * e.log_student_ratio;
+    return {share * (p * log_teacher_ratio) + (1.0f - share) * (q * log_student_ratio),
+            (1.0f - share) * log_student_ratio};
+  if constexpr (kDivergence == Divergence::kSkewKl)
+    return {p * log_teacher_ratio, (share - 1.0f) * (teacher / mixture)};
+  return {q * log_student_ratio, log_student_ratio - (1.0f - share) * (student / mixture)};
 }
 
 // The mixture's potential at the student's action, where u is 0.
@@ -169,8 +155,8 @@ template <Divergence kDivergence>
 VCRD_FUNCTION float mixture_anchor(const RowConstants& c, float inverse_temperature, float share) {
   float v = distance(c.teacher_at_student_action, c.teacher_max) * inverse_temperature;
   float p = exponential(v) * c.teacher_tempered_inverse_sum;
-  MixtureElement e = mixture_element(p, c.student_tempered_inverse_sum, 0.0f - v - c.log_sum_difference, share);
-  return mixture_potential<kDivergence>(e, share);
+  float q = c.student_tempered_inverse_sum;
+  return mixture_element<kDivergence>(p, q, 0.0f - v - c.log_sum_difference, share).potential;
 }
 
 // What one row of merged statistics holds before it is written to its several arrays.

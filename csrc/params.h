@@ -95,7 +95,7 @@ struct MixtureParams {
   Divergence divergence;
   float teacher_share;
   const RowConstants* constants;
-  float* sums;  // [rows, 2], this shard's share of the divergence and of the centre (see mixture_potential)
+  float* sums;  // [rows, 2], this shard's share of the divergence and of the centre of its potential
 };
 
 struct GradientParams {

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,12 +20,15 @@ from torch.distributed.distributed_c10d import _get_process_group_store
 Facts = dict[str, "int | float | str | bool | list[int] | None"]
 
 
+Conclusion = TypeVar("Conclusion")
+
+
 @dataclass
 class _GroupLedger:
     """What one group has agreed on. `rounds` is equal on every rank, because all ranks make the same calls."""
 
     rounds: int = 0
-    agreed: dict[str, list[Facts]] = field(default_factory=dict)
+    conclusions: dict[str, Any] = field(default_factory=dict)
 
 
 # Keyed weakly: a destroyed group takes its agreements with it.
@@ -31,18 +36,24 @@ _LEDGERS: weakref.WeakKeyDictionary[dist.ProcessGroup, _GroupLedger] = weakref.W
 
 
 @torch.compiler.disable
-def agree(group: dist.ProcessGroup, facts: Facts) -> list[Facts]:
-    """The facts of every rank of `group`, in rank order.
+def agree(
+    group: dist.ProcessGroup, facts: Facts, conclude: Callable[[list[Facts]], Conclusion]
+) -> Conclusion:
+    """What `conclude` makes of the facts of every rank of `group`, in rank order.
+
+    `conclude` sees the same list on every rank, so where it raises it raises on all of them. A conclusion is kept for
+    later calls with the same facts; an error is not.
 
     Collectives: none. The first call with new facts waits for the other ranks through the group's store.
 
-    Raises ValueError where another rank refused its own arguments, RuntimeError where one does not arrive in time.
+    Raises what `conclude` raises; ValueError where another rank refused its own arguments; RuntimeError where one does
+    not arrive in time.
     """
     ledger = _LEDGERS.setdefault(group, _GroupLedger())
     signature = json.dumps(facts, sort_keys=True)
-    if signature not in ledger.agreed:
-        ledger.agreed[signature] = _exchange(group, ledger, {"facts": facts})
-    return ledger.agreed[signature]
+    if signature not in ledger.conclusions:
+        ledger.conclusions[signature] = conclude(_exchange(group, ledger, {"facts": facts}))
+    return ledger.conclusions[signature]
 
 
 @torch.compiler.disable

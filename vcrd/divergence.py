@@ -78,10 +78,11 @@ def vocab_parallel_divergence(
     Args:
         student_logits: [..., vocabulary shard], float32, bfloat16 or float16. Each rank of `group` holds its own
             contiguous shard, in rank order. The last dimension should be adjacent in memory; otherwise it is copied.
-        teacher_logits: [..., vocabulary shard], any of these dtypes. Must begin at the same column as the student's shard
-            and hold its true columns; padding may differ. Never receives a gradient.
+        teacher_logits: [..., vocabulary shard], any of these dtypes. Must begin at the same column as the student's
+            shard and hold its true columns; padding may differ. Never receives a gradient.
         labels: [...], integers, ids of the whole vocabulary; negative for none.
-        vocab_size: the true vocabulary. Columns at and past it are padding: no probability, zero gradient. Default: all.
+        vocab_size: the true vocabulary. Columns at and past it are padding: no probability, zero gradient.
+            Default: all.
         mask: [...], any dtype. Rows where it is 0 are not read; their loss and gradient are 0 even where they hold NaN.
         group: the tensor-parallel group; None means one shard.
         inplace_gradient: let backward overwrite the student's logits with their gradient, which saves a buffer of their
@@ -113,7 +114,13 @@ def vocab_parallel_divergence(
         group = None
     inplace_gradient = inplace_gradient and not torch.compiler.is_compiling()
     fields = _VocabParallelDivergence.apply(
-        _as_rows(student_logits, rows), _as_rows(teacher_logits, rows), labels, mask, plan, group, inplace_gradient
+        _as_rows(student_logits, rows),
+        _as_rows(teacher_logits, rows),
+        labels,
+        mask,
+        plan,
+        group,
+        inplace_gradient,
     )
     return DivergenceStats(*(field.view(leading) for field in fields))
 
@@ -144,12 +151,21 @@ class _VocabParallelDivergence(torch.autograd.Function):
             student, teacher, labels, mask, plan.temperature, plan.columns, plan.first_column
         )
         partials = _gather_shards(partials, group)
-        statistics, actions, constants = ops.merge_statistics(partials, labels, mask, plan.temperature, plan.code)
+        statistics, actions, constants = ops.merge_statistics(
+            partials, labels, mask, plan.temperature, plan.code
+        )
         divergence, *rest = statistics.unbind(0)
         sums = None
         if plan.has_mixture:
             sums = ops.mixture_sums(
-                student, teacher, mask, constants, plan.temperature, plan.columns, plan.code, plan.teacher_share
+                student,
+                teacher,
+                mask,
+                constants,
+                plan.temperature,
+                plan.columns,
+                plan.code,
+                plan.teacher_share,
             )
             if group is not None and sums.shape[0]:
                 dist.all_reduce(sums, group=group)

@@ -23,7 +23,9 @@ class Layout(NamedTuple):
     vocab_size: int
 
 
-def check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> None:
+def check_tensors(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, mask: Tensor | None
+) -> None:
     """Raises TypeError or ValueError naming the argument that is wrong by itself."""
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if not isinstance(logits, Tensor):
@@ -35,7 +37,8 @@ def check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
     leading = student_logits.shape[:-1]
     if teacher_logits.shape[:-1] != leading:
         raise ValueError(
-            f"teacher_logits: expected the student's leading shape {list(leading)}, got {list(teacher_logits.shape[:-1])}"
+            f"teacher_logits: expected the student's leading shape {list(leading)}, "
+            f"got {list(teacher_logits.shape[:-1])}"
         )
     for name, tensor in (("labels", labels), ("mask", mask)):
         if tensor is None:
@@ -43,15 +46,23 @@ def check_tensors(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.shape != leading:
-            raise ValueError(f"{name}: expected the logits' leading shape {list(leading)}, got {list(tensor.shape)}")
-    if labels is not None and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
+            raise ValueError(
+                f"{name}: expected the logits' leading shape {list(leading)}, got {list(tensor.shape)}"
+            )
+    if labels is not None and (
+        labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+    ):
         raise TypeError(f"labels: expected integers, got {labels.dtype}")
     for name, tensor in (("teacher_logits", teacher_logits), ("labels", labels), ("mask", mask)):
         if tensor is not None and tensor.device != student_logits.device:
-            raise ValueError(f"{name}: expected device {student_logits.device} of student_logits, got {tensor.device}")
+            raise ValueError(
+                f"{name}: expected device {student_logits.device} of student_logits, got {tensor.device}"
+            )
 
 
-def check_settings(divergence: str, temperature: float, alpha: float, beta: float, vocab_size: int | None) -> None:
+def check_settings(
+    divergence: str, temperature: float, alpha: float, beta: float, vocab_size: int | None
+) -> None:
     """Raises ValueError or TypeError naming the setting that is wrong by itself."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
@@ -82,7 +93,7 @@ def settle_layout(
     vocab_size: int | None,
     group: dist.ProcessGroup | None,
 ) -> Layout:
-    """This rank's layout, after every rank of `group` has found all arguments right, or the same error on every rank."""
+    """This rank's layout, once every rank of `group` found all arguments right; or an error on every rank."""
     try:
         check_tensors(student_logits, teacher_logits, labels, mask)
         check_settings(divergence, temperature, alpha, beta, vocab_size)
@@ -106,7 +117,8 @@ def settle_layout(
     }
     if group is None:
         return layout_of([facts], 0)
-    return layout_of(agree(group, facts), dist.get_rank(group))
+    rank = dist.get_rank(group)
+    return agree(group, facts, lambda ranks: layout_of(ranks, rank))
 
 
 def layout_of(ranks: list[Facts], rank: int) -> Layout:
@@ -114,14 +126,17 @@ def layout_of(ranks: list[Facts], rank: int) -> Layout:
     for name, first in ranks[0].items():
         for other, facts in enumerate(ranks):
             if facts[name] != first and not name.endswith("columns"):
-                raise ValueError(f"{name}: expected equal on every rank, got {first} on rank 0, {facts[name]} on rank {other}")
+                raise ValueError(
+                    f"{name}: expected equal on every rank, got {first} on rank 0, {facts[name]} on rank {other}"
+                )
     student = [facts["student columns"] for facts in ranks]
     teacher = [facts["teacher columns"] for facts in ranks]
     vocab_size = ranks[0]["vocab_size"]
     if vocab_size is None:
         if student != teacher:
             raise ValueError(
-                f"vocab_size: needed where student and teacher are padded differently; shards of {student} and {teacher} columns"
+                "vocab_size: needed where student and teacher are padded differently, "
+                f"got none for shards of {student} and {teacher} columns"
             )
         vocab_size = sum(student)
     if not 1 <= vocab_size <= sum(student):
@@ -133,7 +148,7 @@ def layout_of(ranks: list[Facts], rank: int) -> Layout:
         inner = start + columns < vocab_size
         if width < columns or (inner and width != columns):
             raise ValueError(
-                f"teacher_logits: expected {'' if inner else 'at least '}{columns} columns on rank {other}, those of its "
-                f"student shard (from column {start}, vocab_size {vocab_size}), got {width}"
+                f"teacher_logits: expected {'' if inner else 'at least '}{columns} columns on rank {other}, "
+                f"those of its student shard (from column {start}, vocab_size {vocab_size}), got {width}"
             )
     return Layout(true[rank], starts[rank], vocab_size)

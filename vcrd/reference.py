@@ -73,7 +73,11 @@ def statistics(
         return -torch.where(log == -torch.inf, 0.0, log.exp() * log).sum(-1)
 
     labelled = torch.zeros_like(keep) if labels is None else labels >= 0
-    label = torch.zeros(keep.shape, dtype=torch.long) if labels is None else labels.clamp(min=0, max=vocab_size - 1)
+    label = (
+        torch.zeros(keep.shape, dtype=torch.long)
+        if labels is None
+        else labels.clamp(min=0, max=vocab_size - 1)
+    )
     student_action, teacher_action = student.argmax(-1), teacher.argmax(-1)
     out = {
         "divergence": divergence(tempered_p, tempered_q, name, alpha, beta),
@@ -121,7 +125,10 @@ def weights(
 ) -> tuple[Tensor, Tensor]:
     """Weight and relative validity, [...], from log validities; 0 where the mask is 0."""
     keep = torch.ones_like(student_log_validity, dtype=torch.bool) if mask is None else mask != 0
-    student, teacher = student_log_validity.detach().double().clone(), teacher_log_validity.detach().double().clone()
+    student, teacher = (
+        student_log_validity.detach().double().clone(),
+        teacher_log_validity.detach().double().clone(),
+    )
     if steps is not None:
         for step in steps[keep & (steps >= 0)].unique():
             members = keep & (steps == step)

@@ -69,7 +69,18 @@ def validity_weights(
 
     Raises TypeError or ValueError that names the argument.
     """
-    _check(stats, validity, sharpness, floor, ceiling, steps, student_validity, teacher_validity, mask, normalization)
+    _check(
+        stats,
+        validity,
+        sharpness,
+        floor,
+        ceiling,
+        steps,
+        student_validity,
+        teacher_validity,
+        mask,
+        normalization,
+    )
     student, teacher = _log_validities(stats, validity, steps, student_validity, teacher_validity)
     keep = None if mask is None else mask != 0
     if steps is not None:
@@ -102,7 +113,8 @@ def _log_validities(stats, validity, steps, student_validity, teacher_validity) 
         student, teacher = _ask(validity, stats)
     shape = stats.divergence.shape
     student, teacher = (
-        v if v.shape == shape else torch.where(steps >= 0, v[steps.clamp(min=0).long()], 1.0) for v in (student, teacher)
+        v if v.shape == shape else torch.where(steps >= 0, v[steps.clamp(min=0).long()], 1.0)
+        for v in (student, teacher)
     )
     return student.float().log(), teacher.float().log()
 
@@ -110,13 +122,17 @@ def _log_validities(stats, validity, steps, student_validity, teacher_validity) 
 def _ask(estimator: Estimator, stats: DivergenceStats) -> tuple[Tensor, Tensor]:
     answer = estimator(stats)
     if not isinstance(answer, (tuple, list)) or len(answer) != 2:
-        raise TypeError(f"validity: expected the callable to return (student, teacher), got {type(answer).__name__}")
+        raise TypeError(
+            f"validity: expected the callable to return (student, teacher), got {type(answer).__name__}"
+        )
     for name, value in zip(("student", "teacher"), answer, strict=True):
         _check_validity(f"validity: the callable's {name} validity", value, stats.divergence, None)
     return tuple(answer)
 
 
-def _average_over_steps(student: Tensor, teacher: Tensor, steps: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+def _average_over_steps(
+    student: Tensor, teacher: Tensor, steps: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Mean log validity of each step, given to each of its tokens; tokens of no step keep their own."""
     member = steps >= 0 if keep is None else (steps >= 0) & keep
     # Every other token is a step of its own, numbered past the members'.
@@ -124,7 +140,9 @@ def _average_over_steps(student: Tensor, teacher: Tensor, steps: Tensor, keep: T
     _, index = torch.unique(flat, return_inverse=True)
     index = torch.where(flat >= 0, index, index.numel() + torch.arange(index.numel(), device=index.device))
     slots = 2 * index.numel()
-    count = torch.zeros(slots, device=steps.device).index_add_(0, index, torch.ones_like(index, dtype=torch.float32))
+    count = torch.zeros(slots, device=steps.device).index_add_(
+        0, index, torch.ones_like(index, dtype=torch.float32)
+    )
 
     def average(log_validity: Tensor) -> Tensor:
         values = log_validity.clamp(min=LOWEST_LOG).reshape(-1).float()
@@ -143,7 +161,9 @@ def _mean(weight: Tensor, keep: Tensor | None, group: dist.ProcessGroup | None) 
     return torch.where(totals[1] > 0, totals[0] / totals[1].clamp(min=1), 1.0).float()
 
 
-def _check(stats, validity, sharpness, floor, ceiling, steps, student_validity, teacher_validity, mask, normalization):
+def _check(
+    stats, validity, sharpness, floor, ceiling, steps, student_validity, teacher_validity, mask, normalization
+):
     if not callable(validity) and validity not in ESTIMATORS:
         raise ValueError(f"validity: expected one of {', '.join(ESTIMATORS)} or a callable, got {validity!r}")
     for name, value in (("sharpness", sharpness), ("floor", floor), ("ceiling", ceiling)):
@@ -182,4 +202,6 @@ def _check_validity(name: str, value: Tensor | None, tokens: Tensor, steps: Tens
     if value.shape != tokens.shape and steps.numel() and int(steps.max()) >= len(value):
         raise ValueError(f"{name}: expected a value for each step up to {int(steps.max())}, got {len(value)}")
     if value.numel() and not (0 <= value.min() and value.max() <= 1):
-        raise ValueError(f"{name}: expected values in [0, 1], got {float(value.min()):g} to {float(value.max()):g}")
+        raise ValueError(
+            f"{name}: expected values in [0, 1], got {float(value.min()):g} to {float(value.max()):g}"
+        )

@@ -50,6 +50,14 @@ const T* row_of(const Logits& logits, int64_t row) {
 
 inline bool masked(const uint8_t* mask, int64_t row) { return mask && !mask[row]; }
 
+// The sweep for the maximum waits for memory, the sweep of exponentials does not: so each block's exponentials are
+// taken while the next block is on its way.
+template <class T>
+void prefetch(const T* row, int64_t begin, int64_t columns) {
+  int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
+  for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+}
+
 inline float block_maximum(const float* x, int64_t n) {
   float maximum = -INFINITY;
 #pragma omp simd reduction(max : maximum)
@@ -158,6 +166,8 @@ RowPartial row_partial(const StatisticsParams& p, int64_t row) {
       out.student_label = s[label - begin];
       out.teacher_label = t[label - begin];
     }
+    prefetch(student, begin + kBlock, p.tokens.columns);
+    prefetch(teacher, begin + kBlock, p.tokens.columns);
     // Before any finite logit the maximum is -inf, from which there is no distance.
     add_block<kTempered>(s, t, n, out.student_max == -INFINITY ? 0.0f : out.student_max,
                          out.teacher_max == -INFINITY ? 0.0f : out.teacher_max, out.teacher_at_student_action,
@@ -212,9 +222,10 @@ void mixture_sums(const MixtureParams& p, int64_t begin, int64_t end) {
           float v = distance(t[i], c.teacher_max) * p.inverse_temperature;
           float student = exponential(u) * c.student_tempered_inverse_sum;
           float teacher = exponential(v) * c.teacher_tempered_inverse_sum;
-          MixtureElement e = mixture_element(teacher, student, u - v - c.log_sum_difference, p.teacher_share);
-          block_divergence += mixture_term<kDivergence>(teacher, student, e, p.teacher_share);
-          block_centre += student * (mixture_potential<kDivergence>(e, p.teacher_share) - anchor);
+          MixtureElement e =
+              mixture_element<kDivergence>(teacher, student, u - v - c.log_sum_difference, p.teacher_share);
+          block_divergence += e.term;
+          block_centre += student * (e.potential - anchor);
         }
         divergence += block_divergence;
         centre += block_centre;
@@ -225,7 +236,7 @@ void mixture_sums(const MixtureParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// What one row's gradient needs besides its logits. `centre` and `anchor`: see mixture_potential.
+// What one row's gradient needs besides its logits. `centre` and `anchor`: see MixtureElement.
 struct RowGradient {
   RowConstants constants;
   float inverse_temperature, teacher_share;
@@ -253,8 +264,8 @@ void gradient_block(const float* s, const float* t, int64_t n, const RowGradient
       } else if constexpr (kDivergence == Divergence::kJeffreys) {
         slope = 0.5f * ((q - p) + q * (reverse_potential(u, t[i], c, row.inverse_temperature) - row.centre));
       } else {
-        MixtureElement e = mixture_element(p, q, u - v - c.log_sum_difference, row.teacher_share);
-        slope = q * ((mixture_potential<kDivergence>(e, row.teacher_share) - row.anchor) - row.centre);
+        MixtureElement e = mixture_element<kDivergence>(p, q, u - v - c.log_sum_difference, row.teacher_share);
+        slope = q * ((e.potential - row.anchor) - row.centre);
       }
     }
     float untempered = kTempered ? exponential(distance_u) * c.student_inverse_sum : q;

@@ -1,0 +1,246 @@
+"""What each rank of a gloo world runs in test_sharded.py; imported by the spawned processes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from cases import Case, assert_stats, product_of_cases, relative_error
+
+import vcrd
+
+
+def spawn(job, size: int, folder: Path, *arguments) -> None:
+    """Runs job(rank, *arguments) on `size` ranks of one gloo group; any rank's failure fails the caller."""
+    mp.spawn(_rank, (job, size, str(folder / "store"), arguments), nprocs=size)
+
+
+def _rank(rank: int, job, size: int, store: str, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=60)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
+    )
+    try:
+        job(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(full: torch.Tensor, rank: int, widths: list[int]) -> torch.Tensor:
+    """This rank's columns, a leaf of its own."""
+    start = sum(widths[:rank])
+    return full[..., start : start + widths[rank]].clone()
+
+
+def padded(full: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.nn.functional.pad(full, (0, width - full.shape[-1]), value=torch.nan)
+
+
+def sharded_call(case: Case, rank: int, widths: list[int], teacher_widths: list[int] | None = None, **extra):
+    """The loss on this rank's shards, backward done. Returns the statistics and this shard's gradient."""
+    student, teacher, labels, mask = case.tensors()
+    teacher_widths = teacher_widths or widths
+    student = shard(padded(student[..., : case.vocab], sum(widths)), rank, widths).requires_grad_()
+    teacher = shard(padded(teacher[..., : case.vocab], sum(teacher_widths)), rank, teacher_widths)
+    stats = vcrd.vocab_parallel_divergence(
+        student,
+        teacher,
+        labels,
+        divergence=case.divergence,
+        temperature=case.temperature,
+        vocab_size=case.vocab,
+        mask=mask,
+        group=dist.group.WORLD,
+        **case.settings,
+        **extra,
+    )
+    divergence, cross_entropy = case.upstream()
+    (stats.divergence * divergence + stats.cross_entropy * cross_entropy).sum().backward()
+    return stats, student.grad
+
+
+def widths_of(vocab: int, size: int) -> list[int]:
+    """Even shards of the padded vocabulary, as Megatron cuts it (the last shards may be padding alone)."""
+    width = -(-vocab // size) + 1
+    return [width] * size
+
+
+def check(case: Case, rank: int, widths: list[int], teacher_widths: list[int] | None = None, **extra) -> None:
+    stats, gradient = sharded_call(case, rank, widths, teacher_widths, **extra)
+    expected, full_gradient = case.expected()
+    assert_stats(stats, expected)
+    full_gradient = torch.nn.functional.pad(full_gradient[..., : case.vocab], (0, sum(widths) - case.vocab))
+    start = sum(widths[:rank])
+    mine = full_gradient[..., start : start + widths[rank]]
+    assert gradient.shape == mine.shape
+    if gradient.numel():
+        scale = full_gradient.abs().max().clamp(min=0.02)  # as in cases.relative_error, over all shards
+        assert (gradient.double() - mine).abs().max() / scale <= 1e-5, (case, rank)
+    assert (gradient[..., max(0, case.vocab - start) :] == 0).all()
+
+
+def everything(rank: int) -> None:
+    """All comparisons that a healthy group allows, in one world."""
+    size = dist.get_world_size()
+    for number, case in enumerate(product_of_cases()):
+        check(case, rank, widths_of(case.vocab, size), inplace_gradient=number % 2 == 0)
+    for dtype in (torch.bfloat16, torch.float16):
+        check_narrow(Case((5,), 1037, student_dtype=dtype, teacher_dtype=torch.bfloat16), rank)
+    uneven = Case((4,), 100, divergence="jsd")
+    check(
+        uneven,
+        rank,
+        [100 // size + (7 if r == 0 else -7 // (size - 1)) + (r == size - 1) * 30 for r in range(size)],
+    )
+    # The last shard's padding may differ; whole shards may be padding.
+    check(Case((4,), 90), rank, [64] * size, [64] * (size - 1) + [128])
+    check(Case((4,), 5), rank, [8] * size)
+    check(Case((0,), 64), rank, [32] * size)
+    ranks_agree(rank, size)
+
+
+def check_narrow(case: Case, rank: int) -> None:
+    widths = widths_of(case.vocab, dist.get_world_size())
+    stats, gradient = sharded_call(case, rank, widths)
+    expected, full = case.expected()
+    assert_stats(stats, expected)
+    start = sum(widths[:rank])
+    mine = full[..., start : start + widths[rank]]
+    best = (mine.to(case.student_dtype).double() - mine).abs().max()
+    assert (gradient[..., : mine.shape[-1]].double() - mine).abs().max() <= best + 1e-6
+
+
+def ranks_agree(rank: int, size: int) -> None:
+    """Statistics are equal bit for bit on every rank: weights and losses never drift apart."""
+    stats, _ = sharded_call(Case((6,), 1000, divergence="jsd"), rank, widths_of(1000, size))
+    for field in stats:
+        copies = [torch.empty_like(field) for _ in range(size)]
+        dist.all_gather(copies, field.detach().contiguous())
+        assert all(torch.equal(copy, copies[0]) for copy in copies)
+
+
+COLLECTIVES = [
+    name
+    for name in dir(dist)
+    if name.startswith(
+        ("all_", "reduce", "broadcast", "gather", "scatter", "barrier", "send", "recv", "isend", "irecv")
+    )
+    and callable(getattr(dist, name))
+]
+
+
+def count_collectives(rank: int) -> None:
+    """One all-gather forward, one small all-reduce more for mixtures, none backward; also in the first call."""
+    counts: Counter[str] = Counter()
+    for name in COLLECTIVES:
+        original = getattr(dist, name)
+
+        def counted(*args, name=name, original=original, **kwargs):
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        setattr(dist, name, counted)
+    for divergence in ("forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl"):
+        for _ in range(2):
+            student = torch.randn(3, 16, requires_grad=True)
+            labels = torch.zeros(3, dtype=torch.long)
+            counts.clear()
+            out = vcrd.validity_calibrated_kl(
+                student,
+                torch.randn(3, 16),
+                labels,
+                divergence=divergence,
+                group=dist.group.WORLD,
+                ce_weight=0.1,
+            )
+            mixture = {"all_reduce": 1} if divergence in ("jsd", "skew_kl", "skew_reverse_kl") else {}
+            assert dict(counts) == {"all_gather_into_tensor": 1, **mixture}, counts
+            counts.clear()
+            out.loss.sum().backward()
+            assert not counts, counts
+
+
+def raises_everywhere(rank: int) -> None:
+    """What is wrong on one rank is one sentence on all, at once; and the group works afterwards."""
+    good = dict(student_logits=torch.zeros(3, 8), teacher_logits=torch.zeros(3, 8), vocab_size=16)
+    wrong = [
+        (dict(student_logits=torch.zeros(3, 8).double()), "student_logits: expected float32"),
+        (
+            dict(student_logits=torch.zeros(4, 8), teacher_logits=torch.zeros(4, 8)),
+            "student_logits leading shape",
+        ),
+        (dict(teacher_logits=torch.zeros(3, 8).bfloat16()), "teacher_logits dtype"),
+        (dict(teacher_logits=torch.zeros(3, 7)), "teacher_logits: expected (at least )?8 columns on rank 1"),
+        (dict(vocab_size=15), "vocab_size: expected equal on every rank, got 16 on rank 0, 15 on rank 1"),
+        (dict(temperature=2.0), "temperature: expected equal on every rank"),
+        (dict(divergence="jsd"), "divergence: expected equal on every rank"),
+        (dict(divergence="kl"), "divergence: expected one of"),
+        (dict(labels=torch.zeros(3, dtype=torch.long)), "labels given: expected equal on every rank"),
+    ]
+    import re
+
+    for change, sentence in wrong:
+        arguments = {**good, **(change if rank == 1 else {})}
+        try:
+            vcrd.vocab_parallel_divergence(
+                arguments.pop("student_logits"),
+                arguments.pop("teacher_logits"),
+                group=dist.group.WORLD,
+                **arguments,
+            )
+        except (TypeError, ValueError) as error:
+            assert re.search(sentence, str(error)), error
+            assert isinstance(error, ValueError) or rank == 1
+        else:
+            raise AssertionError(f"rank {rank} did not refuse {change}")
+    check(Case((3,), 16), rank, [8, 8])
+
+
+def misaligned_padding(rank: int) -> None:
+    """Padding of an inner shard would shift the teacher's columns: refused, not computed wrongly."""
+    try:
+        vcrd.vocab_parallel_divergence(
+            torch.zeros(2, 8), torch.zeros(2, 10), vocab_size=16, group=dist.group.WORLD
+        )
+    except ValueError as error:
+        assert "teacher_logits: expected 8 columns on rank 0" in str(error)
+    else:
+        raise AssertionError("accepted")
+
+
+def mean_over_ranks(rank: int) -> None:
+    """Normalisation `mean` over the ranks that share a loss: exact for unequal token counts."""
+    student, teacher, labels, mask = Case((2, 9), 50, with_mask=True, scale=1.0).tensors()
+    size, mine = dist.get_world_size(), slice(0, 4) if rank == 0 else slice(4, 9)
+    if rank > 1:
+        mine = slice(9, 9)
+    local = vcrd.vocab_parallel_divergence(
+        student[:, mine], teacher[:, mine], labels[:, mine], mask=mask[:, mine]
+    )
+    weight, _ = vcrd.validity_weights(
+        local, mask=mask[:, mine], normalization="mean", normalization_group=dist.group.WORLD
+    )
+    whole = vcrd.vocab_parallel_divergence(student, teacher, labels, mask=mask)
+    expected, _ = vcrd.validity_weights(whole, mask=mask, normalization="mean")
+    torch.testing.assert_close(weight, expected[:, mine])
+    kept = expected[mask != 0]
+    assert size > 1 and abs(float(kept.mean()) - 1) < 1e-6
+
+
+def independent_groups(rank: int) -> None:
+    """Two tensor-parallel groups in one world, as with data parallelism: each agrees and gathers by itself."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    case = replace(Case((3,), 40), seed=rank // 2)
+    student, teacher, labels, _ = case.tensors()
+    half = shard(student, rank % 2, [20, 20]).requires_grad_()
+    stats = vcrd.vocab_parallel_divergence(
+        half, shard(teacher, rank % 2, [20, 20]), labels, group=groups[rank // 2]
+    )
+    assert_stats(stats, case.expected()[0])
+    assert relative_error(stats.divergence, case.expected()[0]["divergence"]) < 1e-5

@@ -1,0 +1,81 @@
+"""The loss under torch.compile, under no_grad and under PyTorch's own checks of custom operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case
+
+import vcrd
+from vcrd import ops
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_equals_eager_without_graph_breaks(divergence, dynamic):
+    def loss(student, teacher, labels, mask):
+        out = vcrd.validity_calibrated_kl(
+            student * 1.5,
+            teacher,
+            labels,
+            mask=mask,
+            divergence=divergence,
+            ce_weight=0.1,
+            inplace_gradient=True,
+        )
+        return out.loss.sum() + 0 * out.weight.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for tokens in (6, 9) if dynamic else (6,):
+        student, teacher, labels, mask = Case((tokens,), 130, with_mask=True).tensors()
+        student, teacher = student.nan_to_num(), teacher.nan_to_num()
+        a, b = student.clone().requires_grad_(), student.clone().requires_grad_()
+        eager, graph = loss(a, teacher, labels, mask), compiled(b, teacher, labels, mask)
+        torch.testing.assert_close(graph, eager)
+        eager.backward()
+        graph.backward()
+        torch.testing.assert_close(b.grad, a.grad)
+
+
+def test_no_grad_gives_the_same_numbers_and_no_graph():
+    student, teacher, labels, _ = Case((6,), 130).tensors()
+    student.requires_grad_()
+    with torch.no_grad():
+        out = vcrd.validity_calibrated_kl(student, teacher, labels, ce_weight=0.1)
+    assert not out.loss.requires_grad
+    assert torch.equal(out.loss, vcrd.validity_calibrated_kl(student, teacher, labels, ce_weight=0.1).loss)
+    with torch.inference_mode():
+        assert torch.equal(
+            out.loss, vcrd.validity_calibrated_kl(student, teacher, labels, ce_weight=0.1).loss
+        )
+
+
+def test_operators_pass_torchs_own_checks():
+    student, teacher, labels, _ = Case((3,), 20).tensors()
+    mask = torch.tensor([1, 0, 1], dtype=torch.uint8)
+    partials = ops.row_statistics(student, teacher, labels, mask, 1.0, 20, 0)
+    _, _, constants = ops.merge_statistics(partials[None], labels, mask, 1.0, 3)
+    sums = ops.mixture_sums(student, teacher, mask, constants, 1.0, 20, 3, 0.5)
+    rest = (teacher, labels, mask, constants, sums, torch.ones(3), torch.ones(3), 1.0, 20, 0, 3, 0.5)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.row_statistics, (student, teacher, labels, mask, 1.0, 20, 0), test_utils=checks)
+    torch.library.opcheck(ops.merge_statistics, (partials[None], labels, mask, 1.0, 3), test_utils=checks)
+    torch.library.opcheck(
+        ops.mixture_sums, (student, teacher, mask, constants, 1.0, 20, 3, 0.5), test_utils=checks
+    )
+    torch.library.opcheck(ops.gradient, (student, *rest), test_utils=checks)
+    torch.library.opcheck(ops.gradient_, (student.clone(), *rest), test_utils=checks)
+
+
+def test_only_the_requested_gradient_is_computed():
+    """A loss of the cross-entropy alone, or of the divergence alone, through the one backward pass."""
+    case = Case((4,), 90)
+    for name in ("divergence", "cross_entropy"):
+        student, teacher, labels, _ = case.tensors()
+        student.requires_grad_()
+        getattr(vcrd.vocab_parallel_divergence(student, teacher, labels), name).sum().backward()
+        from vcrd import reference
+
+        copy = case.tensors()[0].double().requires_grad_()
+        reference.statistics(copy, teacher, labels)[name].sum().backward()
+        torch.testing.assert_close(student.grad.double(), copy.grad, rtol=1e-5, atol=1e-6)
