@@ -80,7 +80,7 @@ $(DONE)/extension: $(DONE)/core $(EXTENSION_SOURCES) $(if $(BUILT),,always)
 	@echo "$(CURDIR)" > "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vcrd.pth" && touch $@
 
 $(LINT)/.done: requirements/lint.txt
-	@$(PYTHON) -c 'import ensurepip, venv' || { echo "vcrd: $(PYTHON) cannot create environments (on Debian: apt-get install python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "vcrd: $(PYTHON) cannot create environments (on Debian: apt-get install python3-venv)"; exit 1; }
 	@echo "==> creating $(LINT) with ruff and clang-format"
 	@$(PYTHON) -m venv $(LINT) && $(LINT)/bin/python -m pip $(PIP_FLAGS) install -r requirements/lint.txt && touch $@
 
