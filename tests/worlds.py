@@ -48,7 +48,10 @@ def run_worlds(*worlds: World, seconds: float = 150) -> list[list[Any]]:
                     process.kill()
                 process.join()
         return [
-            [torch.load(Path(folder) / f"{n}-{rank}.result", weights_only=False) for rank in range(world.size)]
+            [
+                torch.load(Path(folder) / f"{n}-{rank}.result", weights_only=False)
+                for rank in range(world.size)
+            ]
             for n, world in enumerate(worlds)
         ]
 
@@ -85,7 +88,9 @@ def _process(world: World, rank: int, folder: Path, number: int) -> None:
             result = _in_world(world, rank, folder / f"{number}.store")
         torch.save(result, folder / f"{number}-{rank}.result")
     except BaseException:
-        (folder / f"{number}-{rank}.error").write_text(f"world {number}, rank {rank}\n{traceback.format_exc()}")
+        (folder / f"{number}-{rank}.error").write_text(
+            f"world {number}, rank {rank}\n{traceback.format_exc()}"
+        )
         raise
 
 

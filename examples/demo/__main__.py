@@ -1,4 +1,4 @@
-"""`python -m examples.demo`: prepares, runs both jobs, shows the results; one sentence and a code above 0 on failure."""
+"""`python -m examples.demo`: prepares, runs both jobs, shows the results, or says in one sentence what failed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
+
+from examples import demo
 
 from . import launch, page, plots, show
 from .settings import CACHE, KEPT_LAYERS, DemoSettings
@@ -61,13 +63,14 @@ def run(console: Console, settings: DemoSettings) -> None:
         "settings": asdict(settings),
         "seconds": seconds,
         "student_layers": KEPT_LAYERS,
+        "method": json.loads((folder / "logs" / "method.json").read_text()),
         "held_out": follower.measured,
         "training": follower.history,
     }
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     solutions = json.loads((folder / "logs" / "held_out.json").read_text())
     plots.draw(folder / "curves.png", results, solutions)
-    page.write(folder / "page.html", results, solutions, Path(settings.cache) / "tokenizer.json")
+    page.write(folder / "page.html", results, solutions, Path(settings.cache), folder / "curves.png")
     console.print()
     console.print(show.table(follower.measured))
     show.where(console, folder, _FILES)
@@ -76,12 +79,22 @@ def run(console: Console, settings: DemoSettings) -> None:
 
 def _settings(arguments: list[str] | None) -> DemoSettings:
     default = DemoSettings(output="demo-results")
-    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
-    parser.add_argument("--steps", type=int, default=default.steps, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=default.port, help="where the jobs meet (default: %(default)s)")
-    parser.add_argument("--output", default=default.output, help="folder for the results (default: %(default)s)")
-    parser.add_argument("--cache", default=str(CACHE), help="folder for the converted model (default: %(default)s)")
-    parser.add_argument("--fast", action="store_true", help="few, short sequences: a check that all of it works")
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=demo.__doc__)
+    parser.add_argument(
+        "--steps", type=int, default=default.steps, help="optimizer steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=default.port, help="where the jobs meet (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", default=default.output, help="folder for the results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cache", default=str(CACHE), help="folder for the converted model (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="few, short sequences: a check that all of it works"
+    )
     given = parser.parse_args(arguments)
     settings = replace(
         default,

@@ -40,7 +40,10 @@ def tokenize(tokenizer, name: str, text: str, steps: Sequence[str]) -> Problem:
     for start, _ in encoded["offset_mapping"]:
         step = next((number for number, end in enumerate(ends) if start < end), len(steps) - 1)
         ids.append(-1 if start < len(prompt) else step)
-    return Problem(name, list(encoded["input_ids"]), ids)
+    # What the template writes after the answer's end mark is nobody's reasoning.
+    while whole[encoded["offset_mapping"][len(ids) - 1][0] :].isspace():
+        ids.pop()
+    return Problem(name, list(encoded["input_ids"])[: len(ids)], ids)
 
 
 def split(problems: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:

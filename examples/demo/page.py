@@ -1,1 +1,81 @@
-def write(*a): pass
+"""One self-contained HTML page: held-out solutions with every token coloured by its relative validity."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from statistics import pstdev
+from typing import Any
+
+from .show import figure_rows
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+_FIRST_LENGTH = range(110, 220)  # tokens of the solution that is shown first: it should fill a screen
+
+
+def write(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache: Path, picture: Path) -> None:
+    """results: as in results.json. solutions: as in logs/held_out.json. cache: the demo's, for text and tokenizer."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(cache / "tokenizer.json"))
+    known = {problem["name"]: problem for problem in json.loads((cache / "problems.json").read_text())}
+    fields = solutions["fields"]
+    problems = [
+        {
+            "name": name.removeprefix("P_").replace("_", " "),
+            "text": _question(tokenizer, known[name]),
+            **{stage: _rounded(solutions[stage][name]) for stage in ("before", "after")},
+        }
+        for name in sorted(solutions["after"])
+    ]
+    used = {
+        int(row[fields.index(column)])
+        for stage in ("before", "after")
+        for rows in solutions[stage].values()
+        for row in rows
+        for column in ("label", "student_action", "teacher_action")
+    }
+    data = {
+        "fields": fields,
+        "problems": problems,
+        "first": _first(problems, fields.index("relative_validity")),
+        "tokens": {token: tokenizer.decode([token], skip_special_tokens=False) for token in sorted(used)},
+        "figures": [["", "before", "after"], *figure_rows(results["held_out"])],
+        "floor": results["method"]["floor"],
+        "ceiling": results["method"]["ceiling"],
+    }
+    # In a script element only "</" could end the data.
+    text = _TEMPLATE.read_text().replace("@DATA@", json.dumps(data).replace("</", "<\\/"))
+    text = text.replace("@PICTURE@", base64.b64encode(picture.read_bytes()).decode())
+    path.write_text(text.replace("@FOOTER@", _footer(results)))
+
+
+def _question(tokenizer: Any, problem: dict[str, Any]) -> str:
+    """The problem as it was put to the models, without the chat template around it."""
+    prompt = [token for token, step in zip(problem["tokens"], problem["steps"], strict=True) if step < 0]
+    text = tokenizer.decode(prompt, skip_special_tokens=False)
+    return text.split("<|im_start|>user\n", 1)[-1].split("<|im_end|>", 1)[0]
+
+
+def _first(problems: list[dict[str, Any]], column: int) -> int:
+    """The problem that shows most: of those that fit on a screen the one with the widest spread of validity."""
+
+    def spread(problem: dict[str, Any]) -> tuple[bool, float]:
+        values = [row[column] for row in problem["after"]]
+        return len(values) in _FIRST_LENGTH, pstdev(values) if values else 0.0
+
+    return max(range(len(problems)), key=lambda index: spread(problems[index]))
+
+
+def _rounded(rows: list[list[float]]) -> list[list[float]]:
+    return [[round(value, 4) for value in row] for row in rows]
+
+
+def _footer(results: dict[str, Any]) -> str:
+    method = results["method"]
+    return (
+        f"Student: {len(results['student_layers'])} of the teacher's 30 layers, {results['settings']['steps']} steps. "
+        f"Validity: {method['validity']}; sharpness {method['sharpness']:g}; divergence "
+        f"{method['divergence']}. Model: SmolLM2-135M-Instruct. Problems and solutions: CHAMP (Mao, Kim, Zhou 2024)."
+    )

@@ -8,8 +8,9 @@ from pathlib import Path
 
 CACHE = Path(__file__).parents[2] / "build" / "demo"
 
-# Ten of the teacher's thirty layers.
-KEPT_LAYERS = (0, 1, 2, 4, 6, 10, 14, 18, 24, 29)
+# Ten of the teacher's thirty layers. Found by leaving out, one after the other, the layer without which the
+# divergence on CHAMP problems grew least: every third layer at even distances starts at twice the divergence.
+KEPT_LAYERS = (0, 1, 2, 8, 19, 20, 24, 27, 28, 29)
 
 TEACHER_STAGES = 2
 STUDENT_TENSOR_SIZE = 3
@@ -23,7 +24,7 @@ class DemoSettings:
     output: str
     cache: str = str(CACHE)
     port: int = 29600
-    steps: int = 40
+    steps: int = 28
     micro_batches: int = 2
     micro_batch_size: int = 2
     sequence_length: int = 384

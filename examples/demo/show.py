@@ -42,7 +42,9 @@ class Follower:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("starting", total=settings.steps, numbers="both jobs load their models")
+        self._task = self._progress.add_task(
+            "starting", total=settings.steps, numbers="both jobs load their models"
+        )
 
     @contextmanager
     def drawing(self) -> Iterator[Follower]:
@@ -63,7 +65,9 @@ class Follower:
 
     def _take(self, event: dict[str, Any]) -> None:
         if event["event"] == "measuring":
-            self._progress.update(self._task, description="measuring", numbers=f"held-out problems, {event['stage']}")
+            self._progress.update(
+                self._task, description="measuring", numbers=f"held-out problems, {event['stage']}"
+            )
             self._say(f"measuring on held-out problems, {event['stage']} training")
         elif event["event"] == "measured":
             self.measured[event["stage"]] = event["figures"]
@@ -99,9 +103,17 @@ def table(measured: dict[str, dict[str, Any]]) -> Table:
     found.add_column("")
     found.add_column("before", justify="right")
     found.add_column("after", justify="right", style="bold")
-    for label, name, form in _ROWS:
-        found.add_row(label, form.format(measured["before"][name]), form.format(measured["after"][name]))
+    for row in figure_rows(measured):
+        found.add_row(*row)
     return found
+
+
+def figure_rows(measured: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """[what, before, after] as text."""
+    return [
+        [label, *(form.format(measured[stage][name]) for stage in ("before", "after"))]
+        for label, name, form in _ROWS
+    ]
 
 
 def where(console: Console, folder: Path, files: dict[str, str]) -> None:

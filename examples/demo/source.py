@@ -22,7 +22,7 @@ from .data import Problem, tokenize
 from .model import Shape
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FORMAT = "1"  # of the cache; raise it when what is written changes
+_FORMAT = "2"  # of the cache; raise it when what is written changes
 
 
 def prepare(cache: Path) -> None:

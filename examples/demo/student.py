@@ -39,6 +39,9 @@ def run(settings: DemoSettings) -> None:
     train, held = data.split(source.problems(Path(settings.cache)))
     held = held[:: max(1, len(held) // settings.held_out)][: settings.held_out]
     evaluation = data.held_out_batches(held, settings.micro_batch_size, settings.sequence_length)
+    if dist.get_rank() == 0:
+        method = json.dumps(plug.settings.loss_arguments())
+        (settings.folder / "logs" / "method.json").write_text(method)
     tell("measuring", stage="before")
     before = held_out.measure(plug, model, evaluation, run_schedule)
     tell("measured", stage="before", figures=asdict(before.figures))

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from worlds import World, run_worlds
+
 from examples.demo import source
 from examples.demo.convert import Place, load, to_hugging_face, to_megatron
 from examples.demo.model import Shape, build
 from examples.demo.settings import KEPT_LAYERS
-from worlds import World, run_worlds
 
 SMALL = Shape(
     layers=4,
@@ -47,7 +48,9 @@ def small_weights() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_shards_go_back_to_the_same_weights(tensor_size, stages):
     weights = small_weights()
-    places = [Place(rank, tensor_size, stage, stages) for stage in range(stages) for rank in range(tensor_size)]
+    places = [
+        Place(rank, tensor_size, stage, stages) for stage in range(stages) for rank in range(tensor_size)
+    ]
     shards = {place: to_megatron(weights.__getitem__, SMALL, range(4), place) for place in places}
     back = to_hugging_face(shards, SMALL, 4)
     assert back.keys() == weights.keys()
@@ -102,12 +105,18 @@ def megatron_logits(cache: Path, kept: tuple[int, ...], tokens: torch.Tensor) ->
             forward_only=True,
             collect_non_loss_data=True,
         )
-    return gather_from_tensor_model_parallel_region(collected[0]) if parallel_state.is_pipeline_last_stage() else None
+    return (
+        gather_from_tensor_model_parallel_region(collected[0])
+        if parallel_state.is_pipeline_last_stage()
+        else None
+    )
 
 
 def test_teacher_of_two_stages_gives_the_real_logits(real, demo_cache):
     tokens, full, _ = real
-    (ranks,) = run_worlds(World(megatron_logits, 2, pipeline=2, arguments=(demo_cache, tuple(range(30)), tokens)))
+    (ranks,) = run_worlds(
+        World(megatron_logits, 2, pipeline=2, arguments=(demo_cache, tuple(range(30)), tokens))
+    )
     torch.testing.assert_close(ranks[1], full, atol=1e-3, rtol=0)
 
 

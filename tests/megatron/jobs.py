@@ -6,9 +6,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
+
 from examples.demo.convert import Place, load, to_hugging_face
 from examples.demo.model import Shape, build
-from torch import Tensor
 
 TRUE_VOCAB = 45  # divides nothing; student and teacher are padded differently
 SEQUENCE = 12
@@ -62,7 +63,7 @@ def model(shape: Shape, seed: int) -> torch.nn.Module:
 
 
 def batches(count: int, data_rank: int = 0, size: int = 2) -> list[dict[str, Tensor]]:
-    """Micro-batches in which some tokens are masked and some labels absent only where masked."""
+    """Micro-batches in which some tokens are masked."""
     generator = torch.Generator().manual_seed(100 + data_rank)
     found = []
     for _ in range(count):
@@ -79,9 +80,7 @@ def plain_forward_step(losses: list):
     def forward_step(data_iterator, model):
         batch = next(data_iterator)
         positions = torch.arange(SEQUENCE).expand_as(batch["tokens"])
-        output = model(
-            batch["tokens"], positions, None, labels=batch["labels"], loss_mask=batch["loss_mask"]
-        )
+        output = model(batch["tokens"], positions, None, labels=batch["labels"], loss_mask=batch["loss_mask"])
 
         def loss_func(output):
             losses.append(output.detach().clone())
@@ -99,6 +98,7 @@ def student_job(settings, micro_batches: int) -> SimpleNamespace:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed import finalize_model_grads as finalize
     from megatron.core.pipeline_parallel import get_forward_backward_func
+
     from vcrd.megatron import distill
 
     part = model(STUDENT, seed=1)
@@ -171,6 +171,7 @@ def teacher_job(settings, microbatches: int | None = None) -> int:
 def direct(settings, micro_batches: int, data_size: int = 1) -> SimpleNamespace:
     """The same step in one process, from both models' whole logits: reference losses, autograd, no plug, no link."""
     from torch.nn.functional import cross_entropy
+
     from vcrd import reference
 
     student, teacher = model(STUDENT, seed=1), model(TEACHER, seed=2)

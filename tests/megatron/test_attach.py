@@ -7,17 +7,23 @@ from types import SimpleNamespace
 import jobs
 import pytest
 import torch
+from worlds import World, free_port, run_worlds
+
 from examples.demo.convert import to_hugging_face
 from vcrd.link.settings import LinkSettings
 from vcrd.megatron.ahead import AskAhead
 from vcrd.megatron.attach import Attachment
 from vcrd.megatron.report import Report
 from vcrd.megatron.settings import DistillSettings
-from worlds import World, free_port, run_worlds
 
 
 def settings(**changes) -> DistillSettings:
-    link = {"address": f"127.0.0.1:{free_port()}", "payload": "float32", "timeout": 60, "connect_timeout": 100}
+    link = {
+        "address": f"127.0.0.1:{free_port()}",
+        "payload": "float32",
+        "timeout": 60,
+        "connect_timeout": 100,
+    }
     return DistillSettings(vocab_size=jobs.TRUE_VOCAB).replaced(**{**link, **changes})
 
 
@@ -88,14 +94,19 @@ class Heads(torch.nn.Module):
         return ("plain", logits)
 
     def forward(self, tokens, labels=None, *, loss_mask=None):
-        extra = [self.compute_language_model_loss(labels.clone(), n) for n in range(self.config.mtp_num_layers or 0)]
+        extra = [
+            self.compute_language_model_loss(labels.clone(), n)
+            for n in range(self.config.mtp_num_layers or 0)
+        ]
         return [*extra, self.compute_language_model_loss(labels, "main")]
 
 
 @pytest.mark.parametrize("extra", [None, 2])
 def test_only_the_main_head_of_a_model_is_distilled(extra):
     model, seen = Heads(extra), []
-    attachment = Attachment(model, lambda labels, mask, logits: seen.append((labels, mask, logits)) or "distilled")
+    attachment = Attachment(
+        model, lambda labels, mask, logits: seen.append((labels, mask, logits)) or "distilled"
+    )
     labels, mask = torch.zeros(1, 2), torch.ones(1, 2)
     assert model(None, labels, loss_mask=mask)[-1] == ("plain", "main")
     with attachment.active():
@@ -132,10 +143,18 @@ def test_a_micro_batch_without_tokens_is_one_sentence():
 
 def test_settings_come_from_the_environment():
     found = DistillSettings.from_environment(
-        {"VCRD_SHARPNESS": "2", "VCRD_ADDRESS": "host:1234", "VCRD_AHEAD": "none", "VCRD_CREDITS": "5", "HOME": "x"},
+        {
+            "VCRD_SHARPNESS": "2",
+            "VCRD_ADDRESS": "host:1234",
+            "VCRD_AHEAD": "none",
+            "VCRD_CREDITS": "5",
+            "HOME": "x",
+        },
         floor=0.2,
     )
-    assert found == DistillSettings(sharpness=2.0, floor=0.2, link=LinkSettings(address="host:1234", credits=5))
+    assert found == DistillSettings(
+        sharpness=2.0, floor=0.2, link=LinkSettings(address="host:1234", credits=5)
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +183,9 @@ def test_report_averages_over_tokens_and_not_over_micro_batches():
             student_action=torch.tensor([[0], [1], [2]]),
             teacher_action=torch.tensor([[0], [9], [9]]),
         )
-        out = SimpleNamespace(loss=field, weight=field, relative_validity=torch.full((3, 1), 0.3), stats=stats)
+        out = SimpleNamespace(
+            loss=field, weight=field, relative_validity=torch.full((3, 1), 0.3), stats=stats
+        )
         report.add(out, torch.tensor([[1.0]] * tokens + [[0.0]] * (3 - tokens)))
     figures = report.take()
     assert figures.tokens == 4 and figures.loss == 5.0 and figures.divergence == 5.0
