@@ -23,10 +23,14 @@ using OptionalTensor = std::optional<Tensor>;
 
 Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return Dtype::kFloat32;
-    case at::kBFloat16: return Dtype::kBFloat16;
-    case at::kHalf: return Dtype::kFloat16;
-    default: TORCH_CHECK_TYPE(false, "vcrd kernels read float32, bfloat16 or float16, got ", t.scalar_type());
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "vcrd kernels read float32, bfloat16 or float16, got ", t.scalar_type());
   }
 }
 
@@ -80,7 +84,8 @@ void advise_huge_pages(const Tensor& t) {
 Tensor row_statistics(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
                       const OptionalTensor& mask, double temperature, int64_t columns, int64_t first_column) {
   StatisticsParams p{logits_of(student), logits_of(teacher),
-                     tokens_of(student, teacher, labels, mask, columns, first_column), float(1.0 / temperature), nullptr};
+                     tokens_of(student, teacher, labels, mask, columns, first_column), float(1.0 / temperature),
+                     nullptr};
   Tensor partials = at::empty({p.tokens.rows, kPartialFloats}, student.options().dtype(at::kFloat));
   p.partials = static_cast<RowPartial*>(partials.mutable_data_ptr());
   over_rows(cpu::kernels().row_statistics, p, p.tokens.rows, columns);
@@ -115,15 +120,15 @@ Tensor mixture_sums(const Tensor& student, const Tensor& teacher, const Optional
                     double temperature, int64_t columns, int64_t divergence, double teacher_share) {
   Tokens tokens = tokens_of(student, teacher, std::nullopt, mask, columns, 0);
   Tensor sums = at::empty({tokens.rows, 2}, constants.options());
-  MixtureParams p{logits_of(student),
-                  logits_of(teacher),
-                  tokens,
-                  float(1.0 / temperature),
-                  divergence_of(divergence),
-                  float(teacher_share),
-                  reinterpret_cast<const RowConstants*>(
-                      pointer<float>(constants, at::kFloat, tokens.rows * kConstantFloats)),
-                  sums.mutable_data_ptr<float>()};
+  MixtureParams p{
+      logits_of(student),
+      logits_of(teacher),
+      tokens,
+      float(1.0 / temperature),
+      divergence_of(divergence),
+      float(teacher_share),
+      reinterpret_cast<const RowConstants*>(pointer<float>(constants, at::kFloat, tokens.rows * kConstantFloats)),
+      sums.mutable_data_ptr<float>()};
   over_rows(cpu::kernels().mixture_sums, p, tokens.rows, columns);
   return sums;
 }
@@ -134,28 +139,28 @@ void write_gradient(Tensor& gradient, const Tensor& student, const Tensor& teach
                     double temperature, int64_t columns, int64_t first_column, int64_t divergence,
                     double teacher_share) {
   Tokens tokens = tokens_of(student, teacher, labels, mask, columns, first_column);
-  GradientParams p{logits_of(student),
-                   logits_of(teacher),
-                   tokens,
-                   float(1.0 / temperature),
-                   divergence_of(divergence),
-                   float(teacher_share),
-                   reinterpret_cast<const RowConstants*>(
-                       pointer<float>(constants, at::kFloat, tokens.rows * kConstantFloats)),
-                   pointer<float>(sums, at::kFloat, tokens.rows * 2),
-                   pointer<float>(divergence_gradient, at::kFloat, tokens.rows),
-                   pointer<float>(cross_entropy_gradient, at::kFloat, tokens.rows),
-                   gradient.mutable_data_ptr(),
-                   gradient.stride(0),
-                   gradient.size(1)};
+  GradientParams p{
+      logits_of(student),
+      logits_of(teacher),
+      tokens,
+      float(1.0 / temperature),
+      divergence_of(divergence),
+      float(teacher_share),
+      reinterpret_cast<const RowConstants*>(pointer<float>(constants, at::kFloat, tokens.rows * kConstantFloats)),
+      pointer<float>(sums, at::kFloat, tokens.rows * 2),
+      pointer<float>(divergence_gradient, at::kFloat, tokens.rows),
+      pointer<float>(cross_entropy_gradient, at::kFloat, tokens.rows),
+      gradient.mutable_data_ptr(),
+      gradient.stride(0),
+      gradient.size(1)};
   TORCH_CHECK(p.divergence < Divergence::kJsd || sums.has_value(), "the mixture divergences need their merged sums");
   over_rows(cpu::kernels().gradient, p, tokens.rows, columns);
 }
 
 Tensor gradient(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels, const OptionalTensor& mask,
                 const Tensor& constants, const OptionalTensor& sums, const OptionalTensor& divergence_gradient,
-                const OptionalTensor& cross_entropy_gradient, double temperature, int64_t columns,
-                int64_t first_column, int64_t divergence, double teacher_share) {
+                const OptionalTensor& cross_entropy_gradient, double temperature, int64_t columns, int64_t first_column,
+                int64_t divergence, double teacher_share) {
   Tensor out = at::empty(student.sizes(), student.options());
   advise_huge_pages(out);
   write_gradient(out, student, teacher, labels, mask, constants, sums, divergence_gradient, cross_entropy_gradient,
@@ -165,8 +170,8 @@ Tensor gradient(const Tensor& student, const Tensor& teacher, const OptionalTens
 
 void gradient_(Tensor& student, const Tensor& teacher, const OptionalTensor& labels, const OptionalTensor& mask,
                const Tensor& constants, const OptionalTensor& sums, const OptionalTensor& divergence_gradient,
-               const OptionalTensor& cross_entropy_gradient, double temperature, int64_t columns,
-               int64_t first_column, int64_t divergence, double teacher_share) {
+               const OptionalTensor& cross_entropy_gradient, double temperature, int64_t columns, int64_t first_column,
+               int64_t divergence, double teacher_share) {
   write_gradient(student, student, teacher, labels, mask, constants, sums, divergence_gradient, cross_entropy_gradient,
                  temperature, columns, first_column, divergence, teacher_share);
 }

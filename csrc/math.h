@@ -114,9 +114,10 @@ VCRD_FUNCTION uint16_t float_to_float16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
-// The divergences D of a token's probabilities have d D / d logit_j = q_j (G_j - sum_k q_k G_k) / T, where the potential
-// G = d D / d q. Where the student is sure of itself, G_j of its action and the mean of G agree to many digits. So G is
-// always taken relative to its value at the student's action, and the mean ("centre") is summed of these differences.
+// The divergences D of a token's probabilities have d D / d logit_j = q_j (G_j - sum_k q_k G_k) / T, where the
+// potential G = d D / d q. Where the student is sure of itself, G_j of its action and the mean of G agree to many
+// digits. So G is always taken relative to its value at the student's action, and the mean ("centre") is summed of
+// these differences.
 
 // log(q/p) relative to its value at the student's action. `u` is the student's tempered distance.
 VCRD_FUNCTION float reverse_potential(float u, float teacher_logit, const RowConstants& c, float inverse_temperature) {
@@ -139,7 +140,7 @@ VCRD_FUNCTION MixtureElement mixture_element(float p, float q, float log_q_minus
   float teacher = p / divisor, student = q / divisor;
   float sum = share * teacher + (1.0f - share) * student;
   float mixture = sum < tiny ? tiny : sum;
-  float log_mixture = logarithm(mixture);  // log(m / larger)
+  float log_mixture = logarithm(mixture);                                                           // log(m / larger)
   float log_student_ratio = (log_q_minus_log_p < 0.0f ? log_q_minus_log_p : 0.0f) - log_mixture;    // log(q/m)
   float log_teacher_ratio = (-log_q_minus_log_p < 0.0f ? -log_q_minus_log_p : 0.0f) - log_mixture;  // log(p/m)
   if constexpr (kDivergence == Divergence::kJsd)
@@ -167,7 +168,8 @@ struct MergedRow {
 };
 
 // Merges a row's shards, `stride` partials apart, in double: a few operations per row buy exact normalisers.
-// A label that no shard holds lies outside the vocabulary: its numbers are NaN, since a silent 0 would train on nothing.
+// A label that no shard holds lies outside the vocabulary: its numbers are NaN, since a silent 0 would train on
+// nothing.
 VCRD_FUNCTION MergedRow merge_row(const RowPartial* partials, int64_t shards, int64_t stride, bool labelled,
                                   double inverse_temperature, Divergence divergence) {
   double student_max = -INFINITY, teacher_max = -INFINITY;
@@ -197,7 +199,8 @@ VCRD_FUNCTION MergedRow merge_row(const RowPartial* partials, int64_t shards, in
     double action_shift = double(part.teacher_at_student_action) - student_part.teacher_at_student_action;
     student_tempered += student_weight * part.student_tempered_sum;
     teacher_tempered += teacher_weight * part.teacher_tempered_sum;
-    forward_cross += teacher_weight * (part.forward_cross + (teacher_shift - student_shift) * part.teacher_tempered_sum);
+    forward_cross +=
+        teacher_weight * (part.forward_cross + (teacher_shift - student_shift) * part.teacher_tempered_sum);
     reverse_cross += student_weight * (part.reverse_cross + (student_shift - action_shift) * part.student_tempered_sum);
     if (part.has_label) {
       student_label = part.student_label;
@@ -211,8 +214,8 @@ VCRD_FUNCTION MergedRow merge_row(const RowPartial* partials, int64_t shards, in
   double log_sum_difference = log(student_tempered / teacher_tempered);
   double forward_kl = forward_cross / teacher_tempered * inverse_temperature + log_sum_difference;
   double reverse_centre = reverse_cross / student_tempered * inverse_temperature;
-  double reverse_kl = reverse_centre -
-                      (student_part.teacher_at_student_action - teacher_max) * inverse_temperature - log_sum_difference;
+  double reverse_kl = reverse_centre - (student_part.teacher_at_student_action - teacher_max) * inverse_temperature -
+                      log_sum_difference;
   // Rounding may leave a hair below zero; a NaN must stay.
   forward_kl = forward_kl < 0 ? 0 : forward_kl > kInfiniteDivergence ? INFINITY : forward_kl;
   reverse_kl = reverse_kl < 0 ? 0 : reverse_kl > kInfiniteDivergence ? INFINITY : reverse_kl;

@@ -30,8 +30,8 @@ struct Tokens {
 // row of partials travels as one row of a float32 tensor.
 struct RowPartial {
   float student_max, teacher_max;
-  float student_sum, teacher_sum;                  // sum exp(u), sum exp(v)
-  float student_moment, teacher_moment;            // sum exp(u) u, sum exp(v) v: the entropies
+  float student_sum, teacher_sum;        // sum exp(u), sum exp(v)
+  float student_moment, teacher_moment;  // sum exp(u) u, sum exp(v) v: the entropies
   float student_tempered_sum, teacher_tempered_sum;
   float forward_cross;  // sum exp(v/T) (v - u): KL(p || q)
   float reverse_cross;  // sum exp(u/T) (u - w): KL(q || p); w = teacher logit - teacher_at_student_action
@@ -81,9 +81,9 @@ struct MergeParams {
   const uint8_t* mask;
   int64_t shards, rows;
   float inverse_temperature;
-  Divergence divergence;  // the mixtures' own divergence is left to the second pass
-  float* statistics;      // [kStatistics, rows]
-  int64_t* actions;       // [2, rows]: student's, teacher's
+  Divergence divergence;    // the mixtures' own divergence is left to the second pass
+  float* statistics;        // [kStatistics, rows]
+  int64_t* actions;         // [2, rows]: student's, teacher's
   RowConstants* constants;  // [rows]
 };
 
@@ -105,12 +105,12 @@ struct GradientParams {
   Divergence divergence;
   float teacher_share;
   const RowConstants* constants;
-  const float* sums;                      // merged MixtureParams::sums; null for the others
-  const float* divergence_gradient;       // [rows] or null for zero
-  const float* cross_entropy_gradient;    // [rows] or null for zero
-  void* gradient;                         // student's dtype; may be the student's logits themselves
+  const float* sums;                    // merged MixtureParams::sums; null for the others
+  const float* divergence_gradient;     // [rows] or null for zero
+  const float* cross_entropy_gradient;  // [rows] or null for zero
+  void* gradient;                       // student's dtype; may be the student's logits themselves
   int64_t gradient_stride;
-  int64_t gradient_columns;               // columns of the shard with its padding, which gets zeros
+  int64_t gradient_columns;  // columns of the shard with its padding, which gets zeros
 };
 
 }  // namespace vcrd
