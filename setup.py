@@ -21,7 +21,14 @@ ROOT = Path(__file__).parent
 # Exact sums are the point of this package, so no -ffast-math: only that no one reads errno or the floating-point traps,
 # which lets loops with comparisons vectorise; the `omp simd` annotations of the reductions; and a * b + c rounded once.
 # The C++ standard is left to torch, whose headers set it.
-CXX_FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden"]
+CXX_FLAGS = [
+    "-O3",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+]
 
 
 def version() -> str:
