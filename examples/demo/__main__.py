@@ -51,7 +51,8 @@ def run(console: Console, settings: DemoSettings) -> None:
     console.print(
         "[bold]vcrd demo[/]  SmolLM2-135M-Instruct teaches a student of "
         f"{len(KEPT_LAYERS)} of its 30 layers to solve mathematical problems step by step\n"
-        "  teacher job  2 pipeline stages   student job  3 tensor ranks   Megatron-Core on CPU and gloo"
+        "  teacher job  2 pipeline stages   student job  3 tensor ranks   Megatron-Core on CPU and gloo",
+        soft_wrap=True,
     )
     with console.status("reading model and text (the first run also converts them)"):
         launch.run_prepare(settings)

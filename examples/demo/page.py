@@ -25,6 +25,9 @@ def write(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache:
         {
             "name": name.removeprefix("P_").replace("_", " "),
             "text": _question(tokenizer, known[name]),
+            "written": _as_written(
+                tokenizer, [int(row[fields.index("label")]) for row in solutions["after"][name]]
+            ),
             **{stage: _rounded(solutions[stage][name]) for stage in ("before", "after")},
         }
         for name in sorted(solutions["after"])
@@ -56,6 +59,18 @@ def _question(tokenizer: Any, problem: dict[str, Any]) -> str:
     prompt = [token for token, step in zip(problem["tokens"], problem["steps"], strict=True) if step < 0]
     text = tokenizer.decode(prompt, skip_special_tokens=False)
     return text.split("<|im_start|>user\n", 1)[-1].split("<|im_end|>", 1)[0]
+
+
+def _as_written(tokenizer: Any, tokens: list[int]) -> list[str]:
+    """The text of each token where it stands; of a character's several tokens the last one has it."""
+    texts, waiting = [], []
+    for token in tokens:
+        waiting.append(token)
+        text = tokenizer.decode(waiting, skip_special_tokens=False)
+        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")
+        texts.append(text if whole else "")
+        waiting = [] if whole else waiting
+    return texts
 
 
 def _first(problems: list[dict[str, Any]], column: int) -> int:

@@ -53,14 +53,24 @@ def _draw_losses(axes: Any, results: dict[str, Any]) -> None:
         values = [step["figures"][name] for step in results["training"]]
         axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
         axes.plot([0, steps[-1]], [before[name], after[name]], "o", color=colour, markersize=7, clip_on=False)
-        for x, value, side in ((0, before[name], "left"), (steps[-1], after[name], "right")):
+        for x, value, offset, side in (
+            (0, before[name], (9, -4), "left"),
+            (steps[-1], after[name], (0, 9), "right"),
+        ):
             axes.annotate(
-                f"{value:.2f}", (x, value), (0, 8), textcoords="offset points", ha=side, color=colour
+                f"{value:.2f}",
+                (x, value),
+                offset,
+                textcoords="offset points",
+                ha=side,
+                color=colour,
+                weight="bold",
             )
     axes.plot([], [], "o", color=INK, markersize=6, label="on held-out problems")
     axes.set(
         title="The student closes in on the teacher", xlabel="step", ylabel="nats per token", ylim=(0, None)
     )
+    axes.set_xlim(-0.03 * steps[-1], None)
     axes.legend(loc="upper right")
 
 
@@ -74,9 +84,8 @@ def _draw_judgement(axes: Any, results: dict[str, Any]) -> None:
         axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
         ends = [100 * results["held_out"][stage][name] for stage in ("before", "after")]
         axes.plot([0, steps[-1]], ends, "o", color=colour, markersize=7, clip_on=False)
-    axes.set(
-        title="... and more often is the better judge", xlabel="step", ylabel="% of tokens", ylim=(0, None)
-    )
+    axes.set(title="... and more often is the better judge", xlabel="step", ylabel="% of tokens")
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
     axes.legend(loc="upper left")
 
 
@@ -101,13 +110,14 @@ def _draw_weights(axes: Any, results: dict[str, Any], solutions: dict[str, Any])
         linewidth=1.4,
         **options,
     )
-    axes.axvline((low + high) / 2, color=INK, linewidth=1, linestyle=":")
+    axes.axvline((low + high) / 2, ymax=0.85, color=INK, linewidth=1, linestyle=":")
     axes.set(
         title="How strongly each held-out token pulls",
         xlabel="weight of the token",
         ylabel="% of tokens (log)",
     )
     axes.set_yscale("log")
+    axes.set_ylim(None, 6 * axes.get_ylim()[1])
     axes.yaxis.set_major_formatter("{x:g}")
     handles = [
         Patch(color=STUDENT, alpha=0.9, label="after: student more valid"),
@@ -115,4 +125,4 @@ def _draw_weights(axes: Any, results: dict[str, Any], solutions: dict[str, Any])
         Line2D([], [], color=INK, linewidth=1.4, label="before training"),
         Line2D([], [], color=INK, linewidth=1, linestyle=":", label="plain distillation"),
     ]
-    axes.legend(handles=handles, loc="upper center", fontsize=9)
+    axes.legend(handles=handles, loc="upper center", fontsize=9, ncols=2)

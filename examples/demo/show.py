@@ -81,7 +81,7 @@ class Follower:
     def _say(self, line: str) -> None:
         # Without a terminal nothing is redrawn: now and then a line.
         if not self._console.is_terminal:
-            self._console.print(line, highlight=False, markup=False)
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _numbers(history: list[dict[str, Any]]) -> str:

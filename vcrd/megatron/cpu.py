@@ -74,8 +74,6 @@ class _Redirect(TorchFunctionMode):
             kwargs = {**kwargs, "pin_memory": False}
         if func in _IDENTITY:
             return args[0]
-        if func is torch.Tensor.record_stream:
-            return None
         if func is torch.Tensor.to:
             args = (args[0], *(torch.device("cpu") if _is_cuda(value) else value for value in args[1:]))
         elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -225,6 +223,8 @@ def _stand_ins(rng: types.ModuleType) -> list[tuple[Any, dict[str, Any]]]:
         (torch.cuda.graphs, {"is_current_stream_capturing": streams["is_current_stream_capturing"]}),
         (torch.cuda.nvtx, {"range_push": zero, "range_pop": zero}),
         (torch.utils.data.DataLoader, {"__init__": init_loader}),
+        # Not in the function mode: torch would refuse the stand-in stream before the mode hears of the call.
+        (torch.Tensor, {"record_stream": nothing}),
         (
             rng,
             {
@@ -281,9 +281,9 @@ def _set_environment(stack: contextlib.ExitStack) -> None:
             stack.callback(os.environ.pop, name, None)
         else:
             stack.callback(os.environ.__setitem__, name, before)
-    compiled_before = "torch._dynamo" in sys.modules
-    # Megatron's torch.compile'd helpers would take minutes to build on a CPU; dynamo reads its switch at import.
+    # Megatron's torch.compile'd helpers would take minutes to build on a CPU. Dynamo reads the variable above at its
+    # import, so its switch is what must be put back; that is off where this import is the first.
+    imported = "torch._dynamo.config" in sys.modules
     config = importlib.import_module("torch._dynamo.config")
-    _replace(stack, config, "disable", True)
-    if not compiled_before:
-        stack.callback(setattr, config, "disable", False)
+    stack.callback(setattr, config, "disable", config.disable if imported else False)
+    config.disable = True
