@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -31,7 +32,10 @@ class World:
 
 def run_worlds(*worlds: World, seconds: float = 150) -> list[list[Any]]:
     """What each rank of each world returned. AssertionError with the traceback of the first that failed."""
-    context = mp.get_context("spawn")
+    # Forked from a server that has imported torch and Megatron once and started no thread.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["worlds_preload"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # all that the server knows of where modules are
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for number, world in enumerate(worlds):

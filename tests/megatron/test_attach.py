@@ -10,6 +10,7 @@ import torch
 from worlds import World, free_port, run_worlds
 
 from examples.demo.convert import to_hugging_face
+from vcrd.link.errors import LinkError
 from vcrd.link.settings import LinkSettings
 from vcrd.megatron.ahead import AskAhead
 from vcrd.megatron.attach import Attachment
@@ -192,3 +193,56 @@ def test_report_averages_over_tokens_and_not_over_micro_batches():
     assert figures.agreement == 0.5 and figures.student_more_valid == 1.0
     assert figures.validity_histogram[12] == 4
     assert report.take().tokens == 0
+
+
+def refuse_what_cannot_be_distilled(settings: DistillSettings) -> list[str]:
+    """Sentences, in order: port taken, no loss, nothing drawn, another iterator, another model."""
+    import socket
+
+    from vcrd.megatron import distill
+
+    sentences = []
+
+    def expect(kind: type[Exception], plug, iterator, model) -> None:
+        with pytest.raises(kind) as error:
+            plug(iterator, model)
+        sentences.append(str(error.value))
+
+    part = jobs.model(jobs.STUDENT, seed=1).train()
+    batches = jobs.batches(8)
+    step = jobs.plain_forward_step([])
+    with socket.create_server(("127.0.0.1", settings.link.port)):
+        expect(LinkError, distill(step, settings), iter(batches), part)
+    plug = distill(lambda iterator, model: (next(iterator), None), settings)
+    expect(ValueError, plug, iter(batches), part)
+    plug.close()
+
+    plug = distill(lambda iterator, model: step(iter(batches), model), settings.replaced(name="second"))
+    expect(ValueError, plug, iter(batches), part)
+    plug.close()
+
+    plug = distill(step, settings.replaced(name="third"))
+    plug(iter(batches), part)
+    expect(ValueError, plug, iter(batches), part)
+    expect(ValueError, plug, iter(batches), jobs.model(jobs.STUDENT, seed=1))
+    plug.close()
+    return sentences
+
+
+def serve_names(settings: DistillSettings, names: tuple[str, ...]) -> None:
+    for name in names:
+        jobs.teacher_job(settings.replaced(name=name))
+
+
+def test_what_cannot_be_distilled_is_one_sentence():
+    chosen = settings()
+    ((sentences,), _) = run_worlds(
+        World(refuse_what_cannot_be_distilled, arguments=(chosen,)),
+        World(serve_names, arguments=(chosen, ("vcrd", "second", "third"))),
+    )
+    assert len(sentences) == 5
+    assert "must be a free port" in sentences[0]
+    assert sentences[1].startswith("forward_step: expected one loss from labels given to the model, got 0")
+    assert sentences[2].endswith("to draw one micro-batch from it per call, got none or several")
+    assert "from which 2 micro-batches were asked of the teacher and not yet drawn" in sentences[3]
+    assert sentences[4] == "model: expected the model that was distilled before, got another one"

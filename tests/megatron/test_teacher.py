@@ -1,0 +1,157 @@
+"""The teacher's job: any request is answered with the model's own logits, and it ends when it should."""
+
+from __future__ import annotations
+
+import os
+
+import jobs
+import pytest
+import torch
+from worlds import World, free_port, run_worlds
+
+from vcrd.link.errors import HandshakeRefused, LinkError, StudentLost
+from vcrd.megatron.settings import DistillSettings
+
+
+def settings(**changes) -> DistillSettings:
+    link = {
+        "address": f"127.0.0.1:{free_port()}",
+        "payload": "float32",
+        "timeout": 60,
+        "connect_timeout": 100,
+    }
+    return DistillSettings(vocab_size=jobs.TRUE_VOCAB).replaced(**{**link, **changes})
+
+
+def connect(settings: DistillSettings, vocab_size: int):
+    """A student of one rank, without Megatron."""
+    from vcrd.link.rendezvous import host_store
+    from vcrd.link.student import StudentLink
+
+    return StudentLink.connect(
+        settings.link,
+        vocab_size=vocab_size,
+        padded_vocab_size=jobs.STUDENT.vocab_size,
+        sequence_length=jobs.SEQUENCE,
+        tensor_rank=0,
+        tensor_size=1,
+        data_rank=0,
+        data_size=1,
+        store=host_store(settings.link),
+    )
+
+
+def requests() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(2, 12), (2, 12), (2, 12), (1, 5), (3, 1), (1, 12), (1, 12)]
+    return [torch.randint(jobs.TRUE_VOCAB, shape, generator=generator) for shape in shapes]
+
+
+def ask(settings: DistillSettings) -> list[torch.Tensor]:
+    link = connect(settings, jobs.TRUE_VOCAB)
+    numbers = [link.request(tokens) for tokens in requests()]
+    answers = [link.receive(number) for number in numbers]
+    link.close()
+    return answers
+
+
+def compute() -> list[torch.Tensor]:
+    teacher = jobs.model(jobs.TEACHER, seed=2)
+    with torch.no_grad():
+        return [teacher(t, torch.arange(t.shape[1]).expand_as(t), None) for t in requests()]
+
+
+def serve_and_restore(settings: DistillSettings) -> tuple[int, bool]:
+    from vcrd.megatron import serve
+
+    teacher = jobs.model(jobs.TEACHER, seed=2).train()
+    return serve([teacher], settings), teacher.training
+
+
+def test_every_request_is_answered_with_the_models_logits_and_goodbye_ends_it():
+    chosen = settings(credits=5)
+    (answers,), served, (expected,) = run_worlds(
+        World(ask, arguments=(chosen,)),
+        World(serve_and_restore, 4, tensor=2, pipeline=2, arguments=(chosen,)),
+        World(compute),
+    )
+    assert served == [(len(requests()), True)] * 4
+    for answer, logits in zip(answers, expected, strict=True):
+        # [s, b, columns] without padding, each row up to a shift; logits are [b, s, padded].
+        answer, logits = answer.transpose(0, 1), logits[..., : jobs.TRUE_VOCAB]
+        torch.testing.assert_close(answer.log_softmax(-1), logits.log_softmax(-1), atol=2e-5, rtol=1e-4)
+
+
+def vanish(settings: DistillSettings) -> None:
+    link = connect(settings, jobs.TRUE_VOCAB)
+    link.receive(link.request(requests()[0]))
+    link.request(requests()[0])
+    os._exit(0)  # as a killed process does: no goodbye, no result
+
+
+def serve_until_lost(settings: DistillSettings) -> str:
+    from vcrd.megatron import serve
+
+    with pytest.raises(StudentLost) as lost:
+        serve(jobs.model(jobs.TEACHER, seed=2), settings)
+    return str(lost.value)
+
+
+def test_a_student_that_vanishes_is_one_sentence_on_every_rank_of_the_teacher():
+    chosen = settings()
+    with pytest.raises(FileNotFoundError, match="0-0.result"):  # the one that vanished left none
+        run_worlds(
+            World(vanish, arguments=(chosen,)), World(serve_until_lost, 2, pipeline=2, arguments=(chosen,))
+        )
+
+
+def join_with_another_vocabulary(settings: DistillSettings) -> str:
+    with pytest.raises(HandshakeRefused) as refused:
+        connect(settings, jobs.TRUE_VOCAB - 1)
+    return str(refused.value)
+
+
+def be_refused(settings: DistillSettings) -> str:
+    from vcrd.megatron import serve
+
+    with pytest.raises(HandshakeRefused) as refused:
+        serve(jobs.model(jobs.TEACHER, seed=2), settings)
+    return str(refused.value)
+
+
+def test_another_vocabulary_is_refused_with_the_same_sentence_on_both_sides():
+    chosen = settings()
+    (student,), teachers = run_worlds(
+        World(join_with_another_vocabulary, arguments=(chosen,)),
+        World(be_refused, 2, pipeline=2, arguments=(chosen,)),
+    )
+    assert "vocab_size is 44 for the student and 45 for the teacher" in student
+    assert teachers == [student] * 2
+
+
+def refuse_what_cannot_be_served(settings: DistillSettings) -> list[str]:
+    from vcrd.megatron import serve
+
+    teacher = jobs.model(jobs.TEACHER, seed=2)
+    wrong = [
+        lambda: serve([teacher, teacher], settings),
+        lambda: serve(teacher, settings, microbatches=0),
+        lambda: serve(teacher, settings.replaced(vocab_size=53)),
+        lambda: serve(torch.nn.Linear(2, 2), settings),
+        lambda: serve(teacher, settings.replaced(connect_timeout=0.2)),
+    ]
+    sentences = []
+    for call in wrong:
+        with pytest.raises((ValueError, LinkError)) as error:
+            call()
+        sentences.append(str(error.value))
+    return sentences
+
+
+def test_what_cannot_be_served_is_one_sentence():
+    ((sentences,),) = run_worlds(World(refuse_what_cannot_be_served, arguments=(settings(),)))
+    assert sentences[0].startswith("model: expected one chunk")
+    assert sentences[1] == "microbatches: expected at least 1, got 0"
+    assert sentences[2] == "vocab_size: expected at most the model's 52 columns, got 53"
+    assert sentences[3] == "model: expected a language model with a vocab_size, got Linear"
+    assert "within 0.2 seconds (connect_timeout)" in sentences[4]
