@@ -44,6 +44,7 @@ def check_against_direct(students: list[SimpleNamespace], truth: SimpleNamespace
         before, trained, after, measured = rank.bytes_after
         assert before == 0 and trained > 0, "evaluation must ask the teacher nothing"
         assert after == trained and measured == 2 * trained
+        assert rank.figures.link_bytes == trained and rank.measured.link_bytes == trained
     shards = {rank.place: rank.gradients for rank in students if rank.data_rank == 0}
     gradients = to_hugging_face(shards, jobs.STUDENT, jobs.STUDENT.layers)
     assert gradients.keys() == truth.gradients.keys()

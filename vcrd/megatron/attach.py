@@ -77,6 +77,7 @@ class Distillation:
         self._attached: Attachment | None = None
         self._ahead: AskAhead | None = None
         self._done = 0  # micro-batches whose loss was computed
+        self._counted = (0.0, 0)  # of the link's seconds waited and bytes received: what a report has already
         self._measuring = False
         self._observer: Observer | None = None
         # Weakly, so that a forgotten plug can be collected; strongly held it would outlive every test.
@@ -167,10 +168,12 @@ class Distillation:
             raise ValueError(
                 "data_iterator: expected forward_step to draw one micro-batch from it per call, got none or several"
             )
-        waited, received = link.waited, link.bytes_received
         teacher = link.receive(number)
         self._done = number + 1
-        self.report.add_link(link.waited - waited, link.bytes_received - received)
+        # Bytes also arrive between two losses: they are counted with the next.
+        counted = self._counted
+        self._counted = (link.waited, link.bytes_received)
+        self.report.add_link(self._counted[0] - counted[0], self._counted[1] - counted[1])
         mask = None if loss_mask is None else loss_mask.transpose(0, 1)
         out = validity_calibrated_kl(
             logits,
