@@ -19,11 +19,12 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 ROOT = Path(__file__).parent
 
 # Exact sums are the point of this package, so no -ffast-math: only that no one reads errno or the floating-point traps,
-# which lets loops with comparisons vectorise; the `omp simd` annotations of the reductions; and a * b + c rounded once.
-# The C++ standard is left to torch, whose headers set it.
+# which lets loops with comparisons vectorise, and a * b + c rounded once. -fopenmp is for the `omp simd` annotations of
+# the reductions and for torch's thread pool, without which at::parallel_for is a plain loop; it is not given to the
+# linker, so that the OpenMP runtime is the one that torch brings. The C++ standard is left to torch's headers.
 CXX_FLAGS = [
     "-O3",
-    "-fopenmp-simd",
+    "-fopenmp",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
@@ -63,7 +64,8 @@ class SummarisedBuild(BuildExtension):
             cuda = "no (this version has no CUDA kernels)"
         else:
             cuda = "no (torch has no CUDA)" if torch.version.cuda is None else "no (no CUDA toolkit found)"
-        rows = {"vcrd": version(), "torch": torch.__version__, "CPU kernels": "yes", "CUDA kernels": cuda}
+        threads = "torch's OpenMP threads" if torch.backends.openmp.is_available() else "one thread"
+        rows = {"vcrd": version(), "torch": torch.__version__, "CPU kernels": threads, "CUDA kernels": cuda}
         print("\nvcrd._C built:\n" + "\n".join(f"  {name:<13}{value}" for name, value in rows.items()))
 
 

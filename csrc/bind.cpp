@@ -209,6 +209,11 @@ TORCH_LIBRARY_IMPL(vcrd, CPU, library) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "vcrd's compiled kernels, registered as torch.ops.vcrd.*";
   module.attr("cpu_instruction_set") = std::string(cpu::kernels().instruction_set);
+#ifdef _OPENMP
+  module.attr("threaded") = true;
+#else
+  module.attr("threaded") = false;  // at::parallel_for is then a plain loop
+#endif
   module.attr("torch_version") = std::string(VCRD_TORCH_VERSION);
   module.attr("partial_floats") = kPartialFloats;
   module.attr("constant_floats") = kConstantFloats;

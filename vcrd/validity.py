@@ -6,7 +6,7 @@ At a prefix student and teacher each propose a next action. Each proposal has a 
     weight                = floor + (ceiling - floor) rho
 
 sets how strongly that prefix updates the student. Equal validity gives rho 1/2. This is the project's own formalisation
-of validity-calibrated distillation (Saadi and Wang, arXiv 2605.04078), whose equations are not public.
+of validity-calibrated distillation (Saadi and Wang, arXiv 2605.04078), of which only the abstract was at hand.
 """
 
 from __future__ import annotations

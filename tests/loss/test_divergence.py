@@ -249,6 +249,16 @@ def test_results_are_bitwise_equal_from_run_to_run_and_for_any_number_of_threads
         assert torch.equal(a, b)
 
 
+def test_the_kernels_run_on_torchs_threads():
+    """Compiled without OpenMP, at::parallel_for would silently run on one thread; linked to a second OpenMP runtime, it
+    would not hear of torch.set_num_threads."""
+    assert ops._C.threaded == torch.backends.openmp.is_available()
+    mapped = open("/proc/self/maps").read()
+    assert (
+        len({line.split()[-1] for line in mapped.splitlines() if "libgomp" in line or "libiomp" in line}) <= 1
+    )
+
+
 def test_a_row_past_two_to_the_31_elements_is_found():
     """64-bit row offsets: 9 rows that lie 300 million elements apart, almost all of them never touched."""
     stride, columns = 300_000_000, 128

@@ -30,3 +30,7 @@ def test_mean_normalisation_over_ranks(size, tmp_path):
 
 def test_two_groups_in_one_world(tmp_path):
     jobs.spawn(jobs.independent_groups, 4, tmp_path)
+
+
+def test_compiled_equals_eager(tmp_path):
+    jobs.spawn(jobs.compiled, 2, tmp_path)
