@@ -25,11 +25,18 @@ def main(name: str, settings: DemoSettings) -> None:
         _run(name, settings)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        link = any(kind.__name__ == "LinkError" for kind in type(error).__mro__)
         path = settings.folder / "logs" / f"{name}-{os.environ['RANK']}.failed"
-        path.with_suffix(".writing").write_text(f"{'link' if link else 'own'}\n{reason}\n")
+        path.with_suffix(".writing").write_text(f"{_kind(error)}\n{reason}\n")
         path.with_suffix(".writing").rename(path)
         raise
+
+
+def _kind(error: Exception) -> str:
+    """Whose failure it is: "own", "link" for one of the other job, "peer" for one of another rank of this job."""
+    if any(kind.__name__ == "LinkError" for kind in type(error).__mro__):
+        return "link"
+    of_peer = isinstance(error, RuntimeError) and ("gloo" in str(error) or "Connection" in str(error))
+    return "peer" if of_peer else "own"
 
 
 def _run(name: str, settings: DemoSettings) -> None:

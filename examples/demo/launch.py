@@ -136,21 +136,24 @@ def _end(jobs: dict[str, subprocess.Popen]) -> None:
 
 
 def _reasons(settings: DemoSettings) -> list[tuple[str, str, str]]:
-    """(rank's name, "own" or "link", sentence) of each failed rank, the first to fail first."""
+    """(rank's name, whose failure as `job._kind` says, sentence) of each failed rank, the first to fail first."""
     found = sorted((settings.folder / "logs").glob("*.failed"), key=lambda path: path.stat().st_mtime_ns)
     return [(path.stem, *path.read_text().split("\n", 1)) for path in found]
 
 
 def _sentence(settings: DemoSettings, jobs: dict[str, subprocess.Popen], failed: list[str]) -> str:
-    """Which job failed and why. A rank whose failure is not of the link is the cause; link errors follow from one."""
+    """Which job failed and why: a rank's own failure if there is one, for what others saw of it follows from it."""
     deadline = time.monotonic() + _LAST_WORDS
     while time.monotonic() < deadline and all(kind != "own" for _, kind, _ in _reasons(settings)):
         time.sleep(0.1)
-    reasons = sorted(_reasons(settings), key=lambda reason: reason[1] != "own")
+    reasons = sorted(_reasons(settings), key=lambda reason: ("own", "link", "peer").index(reason[1]))
     logs = settings.folder / "logs"
     if reasons:
-        rank, _, sentence = reasons[0]
+        rank, kind, sentence = reasons[0]
         name, _, number = rank.partition("-")
-        return f"rank {number} of the {name} job failed: {sentence.strip()} (see {logs / name}.log)"
+        if kind == "link":
+            return f"the link between the two jobs failed: {sentence.strip()} (see {logs})"
+        said = sentence.strip() if kind == "own" else "another rank of it ended"
+        return f"rank {number} of the {name} job failed: {said} (see {logs / name}.log)"
     name = failed[0] if failed else next(iter(jobs))
     return f"the {name} job ended with exit code {jobs[name].returncode} (see {logs / name}.log)"
