@@ -10,6 +10,8 @@ from typing import Any
 from vcrd.link.settings import LinkSettings
 
 _LINK_FIELDS = tuple(f.name for f in fields(LinkSettings))
+# VCRD_* variables that other parts of vcrd read.
+_OTHER_VARIABLES = ("VCRD_CPU_INSTRUCTION_SET",)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class DistillSettings:
         link = {f.name: f for f in fields(LinkSettings)}
         found: dict[str, Any] = {}
         for variable, text in environment.items():
-            if not variable.startswith("VCRD_"):
+            if not variable.startswith("VCRD_") or variable in _OTHER_VARIABLES:
                 continue
             name = variable.removeprefix("VCRD_").lower()
             if name not in own and name not in link:
