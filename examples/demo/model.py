@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import silu
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,12 @@ class Shape:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
-def build(shape: Shape, layers: int, sequence_length: int) -> torch.nn.Module:
-    """This rank's part of a float32 GPT model of `layers` layers; Megatron's parallel state must exist."""
+def configure(shape: Shape, layers: int) -> TransformerConfig:
+    """Megatron's float32 configuration of `layers` such layers; Megatron's parallel state must exist."""
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
-    config = TransformerConfig(
+    return TransformerConfig(
         num_layers=layers,
         hidden_size=shape.hidden,
         ffn_hidden_size=shape.feed_forward,
@@ -75,6 +78,7 @@ def build(shape: Shape, layers: int, sequence_length: int) -> torch.nn.Module:
         pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
         perform_initialization=False,
+        # What needs a GPU or its compiler.
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -82,14 +86,25 @@ def build(shape: Shape, layers: int, sequence_length: int) -> torch.nn.Module:
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
     )
+
+
+def build(shape: Shape, config: TransformerConfig, sequence_length: int, **stage: Any) -> GPTModel:
+    """This rank's part of a GPT model. stage: pre_process, post_process and so on, where not the rank's own."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    own = {
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+    }
     return GPTModel(
         config,
         get_gpt_layer_local_spec(normalization="RMSNorm"),
         vocab_size=shape.vocab_size,
         max_sequence_length=sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=True,
         position_embedding_type="rope",
         rotary_base=int(shape.rope_base),
+        **{**own, **stage},
     )

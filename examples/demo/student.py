@@ -27,7 +27,7 @@ from vcrd.megatron import distill
 
 from . import data, held_out, source
 from .convert import load
-from .model import Shape, build
+from .model import Shape, build, configure
 from .settings import KEPT_LAYERS, DemoSettings
 
 
@@ -87,7 +87,7 @@ def set_up(settings: DemoSettings) -> tuple[Any, Any, Any]:
     """(model in Megatron's data-parallel wrapper, Megatron optimizer, learning-rate schedule)."""
     cache = Path(settings.cache)
     shape = Shape.load(cache / "shape.json")
-    model = build(shape, len(KEPT_LAYERS), settings.sequence_length)
+    model = build(shape, configure(shape, len(KEPT_LAYERS)), settings.sequence_length)
     with source.weights(cache) as fetch:
         load(model, fetch, shape, KEPT_LAYERS)
     model.config.finalize_model_grads_func = finalize_model_grads

@@ -7,7 +7,7 @@ from pathlib import Path
 from vcrd.megatron import serve
 
 from .convert import load
-from .model import Shape, build
+from .model import Shape, build, configure
 from .settings import DemoSettings
 from .source import weights
 
@@ -16,7 +16,7 @@ def run(settings: DemoSettings) -> None:
     """Loads this rank's stage and answers until the student says goodbye."""
     cache = Path(settings.cache)
     shape = Shape.load(cache / "shape.json")
-    model = build(shape, shape.layers, settings.sequence_length)
+    model = build(shape, configure(shape, shape.layers), settings.sequence_length)
     with weights(cache) as fetch:
         load(model, fetch, shape, range(shape.layers))
     serve(model.requires_grad_(False), settings.distill())

@@ -10,7 +10,7 @@ from worlds import World, run_worlds
 
 from examples.demo import source
 from examples.demo.convert import Place, load, to_hugging_face, to_megatron
-from examples.demo.model import Shape, build
+from examples.demo.model import Shape, build, configure
 from examples.demo.settings import KEPT_LAYERS
 
 SMALL = Shape(
@@ -86,7 +86,7 @@ def megatron_logits(cache: Path, kept: tuple[int, ...], tokens: torch.Tensor) ->
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     shape = Shape.load(cache / "shape.json")
-    model = build(shape, len(kept), tokens.shape[1]).eval()
+    model = build(shape, configure(shape, len(kept)), tokens.shape[1]).eval()
     with source.weights(cache) as fetch:
         load(model, fetch, shape, kept)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from examples.demo.convert import Place, load, to_hugging_face
-from examples.demo.model import Shape, build
+from examples.demo.convert import Place, load, to_hugging_face, to_megatron
+from examples.demo.model import Shape, build, configure
 
 TRUE_VOCAB = 45  # divides nothing; student and teacher are padded differently
 SEQUENCE = 12
@@ -57,9 +57,40 @@ def weights(shape: Shape, seed: int) -> dict[str, Tensor]:
 
 def model(shape: Shape, seed: int) -> torch.nn.Module:
     """This rank's part of the model with those weights."""
-    part = build(shape, shape.layers, SEQUENCE)
+    part = build(shape, configure(shape, shape.layers), SEQUENCE)
     load(part, weights(shape, seed).__getitem__, shape, range(shape.layers))
     return part
+
+
+def chunks(shape: Shape, seed: int, per_rank: int | None) -> list[tuple[Place, torch.nn.Module]]:
+    """This rank's parts of the model, interleaved over the pipeline `per_rank` times, and where each is in it."""
+    from megatron.core import parallel_state
+
+    tensor = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    rank, size = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    if per_rank is None:
+        return [(Place(*tensor, rank, size), model(shape, seed))]
+    # Two stages send both ways between the same two ranks: Megatron needs its overlapped communication for that.
+    config = replace(
+        configure(shape, shape.layers),
+        virtual_pipeline_model_parallel_size=per_rank,
+        overlap_p2p_comm=True,
+        batch_p2p_comm=False,
+    )
+    found = []
+    for number in range(per_rank):
+        place = Place(*tensor, number * size + rank, per_rank * size)
+        first, last = place.stage == 0, place.stage == place.stages - 1
+        part = build(shape, config, SEQUENCE, pre_process=first, post_process=last, vp_stage=number)
+        part.load_state_dict(to_megatron(weights(shape, seed).__getitem__, shape, range(shape.layers), place))
+        found.append((place, part))
+    return found
 
 
 def batches(count: int, data_rank: int = 0, size: int = 2) -> list[dict[str, Tensor]]:
@@ -92,8 +123,8 @@ def plain_forward_step(losses: list):
     return forward_step
 
 
-def student_job(settings, micro_batches: int) -> SimpleNamespace:
-    """Evaluates, takes one training step's gradients through the plug, evaluates again."""
+def student_job(settings, micro_batches: int, per_rank: int | None = None) -> SimpleNamespace:
+    """Evaluates, takes one training step's gradients through the plug, evaluates again, measures."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed import finalize_model_grads as finalize
@@ -101,64 +132,69 @@ def student_job(settings, micro_batches: int) -> SimpleNamespace:
 
     from vcrd.megatron import distill
 
-    part = model(STUDENT, seed=1)
-    part.config.finalize_model_grads_func = finalize
-    wrapped = DistributedDataParallel(part.config, DistributedDataParallelConfig(), part)
+    parts = chunks(STUDENT, 1, per_rank)
+    wrapped = []
+    for _, part in parts:
+        part.config.finalize_model_grads_func = finalize
+        wrapped.append(DistributedDataParallel(part.config, DistributedDataParallelConfig(), part))
     losses: list[Tensor] = []
     plug = distill(plain_forward_step(losses), settings)
     data = batches(micro_batches, parallel_state.get_data_parallel_rank())
-    plain, asked, gradients = [], [], {}
+    plain, received = [], []
 
     def run(forward_only: bool) -> list[Tensor]:
         losses.clear()
+        iterators = [iter(data) for _ in parts]
         get_forward_backward_func()(
             forward_step_func=plug,
-            data_iterator=iter(data),
-            model=[wrapped],
+            data_iterator=iterators if per_rank else iterators[0],
+            model=wrapped,
             num_microbatches=micro_batches,
             seq_length=SEQUENCE,
             micro_batch_size=2,
             forward_only=forward_only,
         )
-        asked.append(0 if plug._link is None else plug._link.bytes_received)
+        received.append(0 if plug._link is None else plug._link.bytes_received)
         return list(losses)
 
+    def set_training(training: bool) -> None:
+        for chunk in wrapped:
+            chunk.train(training)
+
     def evaluate() -> list[Tensor]:
-        wrapped.eval()
+        set_training(False)
         with torch.no_grad():
             found = run(forward_only=True)
-        wrapped.train()
+        set_training(True)
         return found
 
     plain.append(evaluate())
-    wrapped.zero_grad_buffer()
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
     distilled = run(forward_only=False)
-    gradients = {name: p.main_grad.clone() for name, p in part.named_parameters()}
+    gradients = {
+        place: {name: p.main_grad.clone() for name, p in part.named_parameters()} for place, part in parts
+    }
     plain.append(evaluate())
     figures = plug.report.take(parallel_state.get_data_parallel_group())
     observed: list = []
-    wrapped.eval()
+    set_training(False)
     with torch.no_grad(), plug.measure(observed.append) as report:
         run(forward_only=True)
     measured = report.take()
     plug.close()
-    place = Place(
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    )
+    original = type(parts[-1][1]).compute_language_model_loss
     return SimpleNamespace(
-        place=place,
+        has_loss=parallel_state.is_pipeline_last_stage(),
         data_rank=parallel_state.get_data_parallel_rank(),
         distilled=distilled,
         plain=plain,
-        bytes_after=asked,
+        received=received,
         gradients=gradients,
         figures=figures,
         measured=measured,
-        observed=[(o.number, o.out.weight, o.out.stats.divergence) for o in observed],
-        own_loss_again=part.compute_language_model_loss.__func__ is type(part).compute_language_model_loss,
+        observed=[(o.number, o.out.weight) for o in observed],
+        own_loss_again=parts[-1][1].compute_language_model_loss.__func__ is original,
     )
 
 
