@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import threading
 import time
@@ -24,7 +25,10 @@ def main(name: str, settings: DemoSettings) -> None:
     try:
         _run(name, settings)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # What gloo says of a lost connection is no sentence for the person who runs the demo.
+        reason = re.sub(
+            r":? ?\[[^\]]*gloo.*", "", (str(error).strip() or type(error).__name__).splitlines()[0]
+        )
         path = settings.folder / "logs" / f"{name}-{os.environ['RANK']}.failed"
         path.with_suffix(".writing").write_text(f"{_kind(error)}\n{reason}\n")
         path.with_suffix(".writing").rename(path)
