@@ -3,15 +3,15 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
+#include <cstdlib>
+#include <mutex>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "kernels.h"
 
@@ -69,22 +69,61 @@ void over_rows(Kernel kernel, const Params& params, int64_t rows, int64_t column
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
-// A fresh gradient costs more in page faults than in arithmetic; huge pages cut the faults by hundreds. Only whole huge
-// pages inside the buffer are advised, and only for large buffers, which the allocator maps on their own.
-void advise_huge_pages(const Tensor& t) {
-#ifdef __linux__
-  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
-  uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  uintptr_t end = (begin + t.nbytes()) & ~(kHuge - 1);
-  begin = (begin + kHuge - 1) & ~(kHuge - 1);
-  if (end > begin + 8 * kHuge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
+// Memory of the last large gradient, kept for the next one. The pages of a fresh buffer cost more than the arithmetic:
+// the kernel maps and clears each of them anew, since the C library returns large blocks to it at once. One buffer is
+// kept, never more; the gradient that is alive does not count twice.
+class GradientMemory {
+ public:
+  static GradientMemory& instance() {
+    static auto* memory = new GradientMemory;  // never destroyed: a gradient may outlive static destruction
+    return *memory;
+  }
+
+  Tensor tensor(const Tensor& like) {
+    size_t bytes = like.numel() * like.element_size();
+    if (bytes < kSmallest) return at::empty(like.sizes(), like.options());
+    void* block = take(bytes);
+    auto give_back = [bytes](void* p) { instance().keep(p, bytes); };
+    return at::from_blob(block, like.sizes(), give_back, like.options().requires_grad(false));
+  }
+
+ private:
+  static constexpr size_t kSmallest = size_t(4) << 20;
+  static constexpr size_t kAlignment = 4096;
+
+  void* take(size_t bytes) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (kept_ && kept_bytes_ == bytes) return std::exchange(kept_, nullptr);
+    }
+    void* block = nullptr;
+    TORCH_CHECK(posix_memalign(&block, kAlignment, bytes) == 0, "no memory for a gradient of ", bytes, " bytes");
+    return block;
+  }
+
+  void keep(void* block, size_t bytes) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      std::swap(block, kept_);
+      kept_bytes_ = bytes;
+    }
+    free(block);  // what was kept before
+  }
+
+  std::mutex mutex_;
+  void* kept_ = nullptr;
+  size_t kept_bytes_ = 0;
+};
 
 Tensor row_statistics(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
-                      const OptionalTensor& mask, double temperature, int64_t columns, int64_t first_column) {
-  StatisticsParams p{logits_of(student), logits_of(teacher),
-                     tokens_of(student, teacher, labels, mask, columns, first_column), float(1.0 / temperature),
+                      const OptionalTensor& mask, double temperature, int64_t columns, int64_t first_column,
+                      int64_t divergence) {
+  Divergence needed = divergence_of(divergence);
+  StatisticsParams p{logits_of(student),
+                     logits_of(teacher),
+                     tokens_of(student, teacher, labels, mask, columns, first_column),
+                     float(1.0 / temperature),
+                     needed == Divergence::kReverseKl || needed == Divergence::kJeffreys,
                      nullptr};
   Tensor partials = at::empty({p.tokens.rows, kPartialFloats}, student.options().dtype(at::kFloat));
   p.partials = static_cast<RowPartial*>(partials.mutable_data_ptr());
@@ -161,8 +200,7 @@ Tensor gradient(const Tensor& student, const Tensor& teacher, const OptionalTens
                 const Tensor& constants, const OptionalTensor& sums, const OptionalTensor& divergence_gradient,
                 const OptionalTensor& cross_entropy_gradient, double temperature, int64_t columns, int64_t first_column,
                 int64_t divergence, double teacher_share) {
-  Tensor out = at::empty(student.sizes(), student.options());
-  advise_huge_pages(out);
+  Tensor out = GradientMemory::instance().tensor(student);
   write_gradient(out, student, teacher, labels, mask, constants, sums, divergence_gradient, cross_entropy_gradient,
                  temperature, columns, first_column, divergence, teacher_share);
   return out;
@@ -181,7 +219,7 @@ void gradient_(Tensor& student, const Tensor& teacher, const OptionalTensor& lab
 TORCH_LIBRARY(vcrd, library) {
   library.def(
       "row_statistics(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, float temperature, SymInt columns, "
-      "SymInt first_column) -> Tensor");
+      "SymInt first_column, int divergence) -> Tensor");
   library.def(
       "merge_statistics(Tensor partials, Tensor? labels, Tensor? mask, float temperature, int divergence) -> "
       "(Tensor, Tensor, Tensor)");

@@ -72,6 +72,7 @@ struct StatisticsParams {
   Logits student, teacher;
   Tokens tokens;
   float inverse_temperature;
+  bool with_reverse;     // whether reverse_cross is needed
   RowPartial* partials;  // [rows]
 };
 

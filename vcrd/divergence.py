@@ -148,7 +148,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, labels, mask, plan, group, inplace_gradient):
         partials = ops.row_statistics(
-            student, teacher, labels, mask, plan.temperature, plan.columns, plan.first_column
+            student, teacher, labels, mask, plan.temperature, plan.columns, plan.first_column, plan.code
         )
         partials = _gather_shards(partials, group)
         statistics, actions, constants = ops.merge_statistics(

@@ -29,7 +29,7 @@ gradient_ = torch.ops.vcrd.gradient_
 
 
 @torch.library.register_fake("vcrd::row_statistics")
-def _(student, teacher, labels, mask, temperature, columns, first_column):
+def _(student, teacher, labels, mask, temperature, columns, first_column, divergence):
     return student.new_empty((student.shape[0], PARTIAL_FLOATS), dtype=torch.float32)
 
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #pragma GCC target("avx2,fma")
 #define VCRD_INSTRUCTION_SET avx2

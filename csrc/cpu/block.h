@@ -7,7 +7,7 @@
 namespace vcrd::cpu::VCRD_INSTRUCTION_SET {
 namespace {
 
-constexpr int64_t kBlock = 512;
+constexpr int64_t kBlock = 1024;
 
 // float32 is used where it lies; the narrow types are widened into a buffer of one block.
 inline const float* widen(const float* in, float*, int64_t) { return in; }

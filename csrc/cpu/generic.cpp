@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #define VCRD_INSTRUCTION_SET generic
 #include "loops.h"

@@ -48,6 +48,24 @@ struct RowGradient {
 };
 
 // out[i] = divergence_scale * slope(i) + cross_entropy_scale * q(i) at temperature 1; the label is the caller's.
+// The plain case, apart because it is the common one: no logarithm, and the scales fold into the normalisers.
+template <bool kTempered>
+void forward_kl_gradient_block(const float* s, const float* t, int64_t n, const RowGradient& row, float* out) {
+  const RowConstants c = row.constants;
+  const float it = row.inverse_temperature;
+  const float teacher_scale = row.divergence_scale * c.teacher_tempered_inverse_sum;
+  const float untempered_scale = row.cross_entropy_scale * c.student_inverse_sum;
+  const float student_scale =
+      row.divergence_scale * c.student_tempered_inverse_sum + (kTempered ? 0.0f : untempered_scale);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    float u = s[i] - c.student_max, v = t[i] - c.teacher_max;
+    float slope =
+        exponential(kTempered ? u * it : u) * student_scale - exponential(kTempered ? v * it : v) * teacher_scale;
+    out[i] = kTempered ? slope + exponential(u) * untempered_scale : slope;
+  }
+}
+
 template <Divergence kDivergence, bool kTempered>
 void gradient_block(const float* s, const float* t, int64_t n, const RowGradient& row, float* out) {
   const RowConstants c = row.constants;
@@ -62,9 +80,7 @@ void gradient_block(const float* s, const float* t, int64_t n, const RowGradient
       slope = q * (reverse_potential(u, t[i], c, row.inverse_temperature) - row.centre);
     } else {
       float p = exponential(v) * c.teacher_tempered_inverse_sum;
-      if constexpr (kDivergence == Divergence::kForwardKl) {
-        slope = q - p;
-      } else if constexpr (kDivergence == Divergence::kJeffreys) {
+      if constexpr (kDivergence == Divergence::kJeffreys) {
         slope = 0.5f * ((q - p) + q * (reverse_potential(u, t[i], c, row.inverse_temperature) - row.centre));
       } else {
         MixtureElement e = mixture_element<kDivergence>(p, q, u - v - c.log_sum_difference, row.teacher_share);
@@ -101,7 +117,10 @@ void gradient(const GradientParams& p, int64_t begin, int64_t end) {
       const float* s = widen(row_of<S>(p.student, row) + block, student_buffer, n);
       const float* t = widen(row_of<T>(p.teacher, row) + block, teacher_buffer, n);
       // Through a buffer also for float32: the compiler need not fear that `out` is `s`.
-      gradient_block<kDivergence, kTempered>(s, t, n, g, gradient_buffer);
+      if constexpr (kDivergence == Divergence::kForwardKl)
+        forward_kl_gradient_block<kTempered>(s, t, n, g, gradient_buffer);
+      else
+        gradient_block<kDivergence, kTempered>(s, t, n, g, gradient_buffer);
       if (label >= block && label < block + n) gradient_buffer[label - block] -= cross_entropy_scale;
       narrow(gradient_buffer, out + block, n);
     }

@@ -20,6 +20,13 @@ void with_dtype(Dtype dtype, F f) {
   }
 }
 
+template <class F>
+void with_bools(bool a, bool b, F f) {
+  using True = std::true_type;
+  using False = std::false_type;
+  a ? (b ? f(True{}, True{}) : f(True{}, False{})) : (b ? f(False{}, True{}) : f(False{}, False{}));
+}
+
 template <Divergence kValue>
 struct DivergenceTag {
   static constexpr Divergence value = kValue;
@@ -50,10 +57,9 @@ void with_dtypes(const Params& p, F f) {
 
 void launch_row_statistics(const StatisticsParams& p, int64_t begin, int64_t end) {
   with_dtypes(p, [&](auto s, auto t) {
-    using S = decltype(s);
-    using T = decltype(t);
-    p.inverse_temperature == 1.0f ? row_statistics<S, T, false>(p, begin, end)
-                                  : row_statistics<S, T, true>(p, begin, end);
+    with_bools(p.inverse_temperature != 1.0f, p.with_reverse, [&](auto tempered, auto reverse) {
+      row_statistics<decltype(s), decltype(t), tempered.value, reverse.value>(p, begin, end);
+    });
   });
 }
 

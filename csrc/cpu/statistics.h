@@ -30,7 +30,7 @@ struct RowSums {
   }
 };
 
-template <bool kTempered>
+template <bool kTempered, bool kReverse>
 void add_block(const float* s, const float* t, int64_t n, float student_max, float teacher_max,
                float teacher_at_student_action, float inverse_temperature, RowSums& sums) {
   float student = 0, teacher = 0, student_moment = 0, teacher_moment = 0;
@@ -51,7 +51,7 @@ void add_block(const float* s, const float* t, int64_t n, float student_max, flo
       teacher_tempered += ev;
     }
     forward_cross += ev * (v - u);
-    reverse_cross += eu * (u - distance(t[i], teacher_at_student_action));
+    if constexpr (kReverse) reverse_cross += eu * (u - distance(t[i], teacher_at_student_action));
   }
   sums.student += student;
   sums.teacher += teacher;
@@ -63,7 +63,7 @@ void add_block(const float* s, const float* t, int64_t n, float student_max, flo
   sums.reverse_cross += reverse_cross;
 }
 
-template <class S, class T, bool kTempered>
+template <class S, class T, bool kTempered, bool kReverse>
 RowPartial row_partial(const StatisticsParams& p, int64_t row) {
   const S* student = row_of<S>(p.student, row);
   const T* teacher = row_of<T>(p.teacher, row);
@@ -104,9 +104,9 @@ RowPartial row_partial(const StatisticsParams& p, int64_t row) {
     prefetch(student, begin + kBlock, p.tokens.columns);
     prefetch(teacher, begin + kBlock, p.tokens.columns);
     // Before any finite logit the maximum is -inf, from which there is no distance.
-    add_block<kTempered>(s, t, n, out.student_max == -INFINITY ? 0.0f : out.student_max,
-                         out.teacher_max == -INFINITY ? 0.0f : out.teacher_max, out.teacher_at_student_action,
-                         p.inverse_temperature, sums);
+    add_block<kTempered, kReverse>(s, t, n, out.student_max == -INFINITY ? 0.0f : out.student_max,
+                                   out.teacher_max == -INFINITY ? 0.0f : out.teacher_max, out.teacher_at_student_action,
+                                   p.inverse_temperature, sums);
   }
   out.student_sum = static_cast<float>(sums.student);
   out.teacher_sum = static_cast<float>(sums.teacher);
@@ -119,10 +119,10 @@ RowPartial row_partial(const StatisticsParams& p, int64_t row) {
   return out;
 }
 
-template <class S, class T, bool kTempered>
+template <class S, class T, bool kTempered, bool kReverse>
 void row_statistics(const StatisticsParams& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row)
-    p.partials[row] = masked(p.tokens.mask, row) ? RowPartial{} : row_partial<S, T, kTempered>(p, row);
+    p.partials[row] = masked(p.tokens.mask, row) ? RowPartial{} : row_partial<S, T, kTempered, kReverse>(p, row);
 }
 
 void merge_statistics(const MergeParams& p, int64_t begin, int64_t end) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
@@ -17,7 +18,10 @@ import vcrd
 
 def spawn(job, size: int, folder: Path, *arguments) -> None:
     """Runs job(rank, *arguments) on `size` ranks of one gloo group; any rank's failure fails the caller."""
-    mp.spawn(_rank, (job, size, str(folder / "store"), arguments), nprocs=size)
+    # Forked from a server that has imported torch once: each process of a plain spawn would import it anew.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "vcrd.loss"])
+    arguments = (job, size, str(folder / "store"), arguments)
+    mp.start_processes(_rank, arguments, nprocs=size, start_method="forkserver")
 
 
 def _rank(rank: int, job, size: int, store: str, arguments: tuple) -> None:

@@ -113,7 +113,7 @@ def test_gradient_is_rounded_to_nearest_even():
 
 
 def _constants(student, teacher):
-    partials = ops.row_statistics(student, teacher, None, None, 1.0, 2, 0)
+    partials = ops.row_statistics(student, teacher, None, None, 1.0, 2, 0, 0)
     return [ops.merge_statistics(partials[None], None, None, 1.0, 0)[2]]
 
 
