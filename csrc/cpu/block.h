@@ -9,9 +9,6 @@ namespace {
 
 constexpr int64_t kBlock = 1024;
 
-// float32 is used where it lies; the narrow types are widened into a buffer of one block.
-inline const float* widen(const float* in, float*, int64_t) { return in; }
-
 struct BFloat16 {
   uint16_t bits;
 };
@@ -19,16 +16,20 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline const float* widen(const BFloat16* in, float* buffer, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) buffer[i] = bfloat16_to_float(in[i].bits);
-  return buffer;
-}
+inline float widened(const float* in, int64_t i) { return in[i]; }
+inline float widened(const BFloat16* in, int64_t i) { return bfloat16_to_float(in[i].bits); }
+inline float widened(const Float16* in, int64_t i) { return float16_to_float(in[i].bits); }
 
-inline const float* widen(const Float16* in, float* buffer, int64_t n) {
+// float32 is used where it lies; the narrow types are widened into a buffer of one block.
+template <class T>
+const float* widen(const T* in, float* buffer, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) {
+    return in;
+  } else {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) buffer[i] = float16_to_float(in[i].bits);
-  return buffer;
+    for (int64_t i = 0; i < n; ++i) buffer[i] = widened(in, i);
+    return buffer;
+  }
 }
 
 inline void narrow(const float* in, float* out, int64_t n) { memcpy(out, in, n * sizeof(float)); }
@@ -50,19 +51,17 @@ const T* row_of(const Logits& logits, int64_t row) {
 
 inline bool masked(const uint8_t* mask, int64_t row) { return mask && !mask[row]; }
 
-// The sweep for the maximum waits for memory, the sweep of exponentials does not: so each block's exponentials are
-// taken while the next block is on its way.
+// Widens a block and finds its maximum in one sweep. Kept out of line: inlined into some callers the compiler no longer
+// vectorises it.
 template <class T>
-void prefetch(const T* row, int64_t begin, int64_t columns) {
-  int64_t end = begin + kBlock < columns ? begin + kBlock : columns;
-  for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
-}
-
-// Kept out of line: inlined into some callers the compiler no longer vectorises it.
-__attribute__((noinline)) float block_maximum(const float* x, int64_t n) {
+__attribute__((noinline)) float widen_and_maximum(const T* in, float* buffer, int64_t n) {
   float maximum = -INFINITY;
 #pragma omp simd reduction(max : maximum)
-  for (int64_t i = 0; i < n; ++i) maximum = x[i] > maximum ? x[i] : maximum;
+  for (int64_t i = 0; i < n; ++i) {
+    float x = widened(in, i);
+    if constexpr (!std::is_same_v<T, float>) buffer[i] = x;
+    maximum = x > maximum ? x : maximum;
+  }
   return maximum;
 }
 

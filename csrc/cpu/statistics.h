@@ -30,14 +30,57 @@ struct RowSums {
   }
 };
 
-template <bool kTempered, bool kReverse>
-void add_block(const float* s, const float* t, int64_t n, float student_max, float teacher_max,
-               float teacher_at_student_action, float inverse_temperature, RowSums& sums) {
+// A block ready for its exponentials: float32, and its maxima known.
+struct Block {
+  const float* student;
+  const float* teacher;
+  float student_max, teacher_max;
+};
+
+// The block that follows, still where the logits lie.
+template <class S, class T>
+struct Following {
+  const S* student;
+  const T* teacher;
+  float* student_buffer;
+  float* teacher_buffer;
+};
+
+template <class T>
+const float* where(const T* in, float* buffer) {
+  if constexpr (std::is_same_v<T, float>)
+    return in;
+  else
+    return buffer;
+}
+
+template <class S, class T>
+Block prepare(const Following<S, T>& from, int64_t n) {
+  return {where(from.student, from.student_buffer), where(from.teacher, from.teacher_buffer),
+          widen_and_maximum(from.student, from.student_buffer, n),
+          widen_and_maximum(from.teacher, from.teacher_buffer, n)};
+}
+
+// Adds the block's sums. With kPrepare it also prepares the following block, of equal length, in the same loop: looking
+// for maxima waits for memory, exponentials do not, and so each is done while the other waits. For float32 alone: with
+// half the bytes to wait for, and lanes of two widths, the narrow types lose more than they gain.
+template <class S, class T, bool kTempered, bool kReverse, bool kPrepare>
+Block add_block(const Block& block, int64_t n, float student_max, float teacher_max, float teacher_at_student_action,
+                float inverse_temperature, const Following<S, T>& following, RowSums& sums) {
+  const float *s = block.student, *t = block.teacher;
+  const S* next_student = following.student;
+  const T* next_teacher = following.teacher;
   float student = 0, teacher = 0, student_moment = 0, teacher_moment = 0;
   float student_tempered = 0, teacher_tempered = 0, forward_cross = 0, reverse_cross = 0;
+  float next_student_max = -INFINITY, next_teacher_max = -INFINITY;
 #pragma omp simd reduction(+ : student, teacher, student_moment, teacher_moment, student_tempered, teacher_tempered, \
-                               forward_cross, reverse_cross)
+                               forward_cross, reverse_cross) reduction(max : next_student_max, next_teacher_max)
   for (int64_t i = 0; i < n; ++i) {
+    if constexpr (kPrepare) {
+      float x = next_student[i], y = next_teacher[i];
+      next_student_max = x > next_student_max ? x : next_student_max;
+      next_teacher_max = y > next_teacher_max ? y : next_teacher_max;
+    }
     float u = distance(s[i], student_max), v = distance(t[i], teacher_max);
     float eu = exponential(u), ev = exponential(v);
     student += eu;
@@ -61,52 +104,73 @@ void add_block(const float* s, const float* t, int64_t n, float student_max, flo
   sums.teacher_tempered += kTempered ? teacher_tempered : teacher;
   sums.forward_cross += forward_cross;
   sums.reverse_cross += reverse_cross;
+  return {where(next_student, following.student_buffer), where(next_teacher, following.teacher_buffer),
+          next_student_max, next_teacher_max};
+}
+
+// Takes note of the block's maxima where they exceed those so far, and moves the sums to them.
+inline void raise_maxima(const Block& block, int64_t first_id, float inverse_temperature, RowPartial& out,
+                         RowSums& sums) {
+  if (block.student_max > out.student_max) {
+    int64_t i = first_index_of(block.student, block.student_max);
+    float teacher_there = at_least_lowest(block.teacher[i]);
+    if (out.student_max != -INFINITY)
+      sums.raise_student(double(block.student_max) - out.student_max,
+                         double(teacher_there) - out.teacher_at_student_action, inverse_temperature);
+    out.student_max = block.student_max;
+    out.student_action = static_cast<int32_t>(first_id + i);
+    out.teacher_at_student_action = teacher_there;
+  }
+  if (block.teacher_max > out.teacher_max) {
+    if (out.teacher_max != -INFINITY)
+      sums.raise_teacher(double(block.teacher_max) - out.teacher_max, inverse_temperature);
+    int64_t i = first_index_of(block.teacher, block.teacher_max);
+    out.teacher_max = block.teacher_max;
+    out.teacher_action = static_cast<int32_t>(first_id + i);
+    out.student_at_teacher_action = block.student[i];
+  }
 }
 
 template <class S, class T, bool kTempered, bool kReverse>
 RowPartial row_partial(const StatisticsParams& p, int64_t row) {
   const S* student = row_of<S>(p.student, row);
   const T* teacher = row_of<T>(p.teacher, row);
-  alignas(64) float student_buffer[kBlock], teacher_buffer[kBlock];
+  alignas(64) float student_buffers[2][kBlock], teacher_buffers[2][kBlock];
+  const int64_t columns = p.tokens.columns;
+  auto length = [&](int64_t begin) { return columns - begin < kBlock ? columns - begin : kBlock; };
+  auto block_at = [&](int64_t begin) {
+    int64_t parity = begin / kBlock % 2;
+    return Following<S, T>{student + begin, teacher + begin, student_buffers[parity], teacher_buffers[parity]};
+  };
   RowPartial out = {};
   out.student_max = out.teacher_max = -INFINITY;
   out.student_action = out.teacher_action = static_cast<int32_t>(p.tokens.first_column);
   RowSums sums;
   int64_t label = p.tokens.labels && p.tokens.labels[row] >= 0 ? p.tokens.labels[row] - p.tokens.first_column : -1;
-  for (int64_t begin = 0; begin < p.tokens.columns; begin += kBlock) {
-    int64_t n = p.tokens.columns - begin < kBlock ? p.tokens.columns - begin : kBlock;
-    const float* s = widen(student + begin, student_buffer, n);
-    const float* t = widen(teacher + begin, teacher_buffer, n);
-    float student_max = block_maximum(s, n), teacher_max = block_maximum(t, n);
-    if (student_max > out.student_max) {
-      int64_t i = first_index_of(s, student_max);
-      float teacher_there = at_least_lowest(t[i]);
-      if (out.student_max != -INFINITY)
-        sums.raise_student(double(student_max) - out.student_max, double(teacher_there) - out.teacher_at_student_action,
-                           p.inverse_temperature);
-      out.student_max = student_max;
-      out.student_action = static_cast<int32_t>(p.tokens.first_column + begin + i);
-      out.teacher_at_student_action = teacher_there;
-    }
-    if (teacher_max > out.teacher_max) {
-      if (out.teacher_max != -INFINITY)
-        sums.raise_teacher(double(teacher_max) - out.teacher_max, p.inverse_temperature);
-      int64_t i = first_index_of(t, teacher_max);
-      out.teacher_max = teacher_max;
-      out.teacher_action = static_cast<int32_t>(p.tokens.first_column + begin + i);
-      out.student_at_teacher_action = s[i];
-    }
-    if (label >= begin && label < begin + n) {
-      out.has_label = 1;
-      out.student_label = s[label - begin];
-      out.teacher_label = t[label - begin];
-    }
-    prefetch(student, begin + kBlock, p.tokens.columns);
-    prefetch(teacher, begin + kBlock, p.tokens.columns);
+  if (label >= 0 && label < columns) {
+    out.has_label = 1;
+    out.student_label = widened(student, label);
+    out.teacher_label = widened(teacher, label);
+  }
+  Block block = columns ? prepare(block_at(0), length(0)) : Block{};
+  for (int64_t begin = 0; begin < columns; begin += kBlock) {
+    raise_maxima(block, p.tokens.first_column + begin, p.inverse_temperature, out, sums);
     // Before any finite logit the maximum is -inf, from which there is no distance.
-    add_block<kTempered, kReverse>(s, t, n, out.student_max == -INFINITY ? 0.0f : out.student_max,
-                                   out.teacher_max == -INFINITY ? 0.0f : out.teacher_max, out.teacher_at_student_action,
-                                   p.inverse_temperature, sums);
+    float student_max = out.student_max == -INFINITY ? 0.0f : out.student_max;
+    float teacher_max = out.teacher_max == -INFINITY ? 0.0f : out.teacher_max;
+    const int64_t next = begin + kBlock;
+    const Following<S, T> following = block_at(next);
+    constexpr bool kPrepare = std::is_same_v<S, float> && std::is_same_v<T, float>;
+    if (kPrepare && length(next) == kBlock) {
+      block = add_block<S, T, kTempered, kReverse, kPrepare>(block, kBlock, student_max, teacher_max,
+                                                             out.teacher_at_student_action, p.inverse_temperature,
+                                                             following, sums);
+    } else {
+      add_block<S, T, kTempered, kReverse, false>(block, length(begin), student_max, teacher_max,
+                                                  out.teacher_at_student_action, p.inverse_temperature, following,
+                                                  sums);
+      if (next < columns) block = prepare(following, length(next));
+    }
   }
   out.student_sum = static_cast<float>(sums.student);
   out.teacher_sum = static_cast<float>(sums.teacher);

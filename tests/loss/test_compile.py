@@ -58,7 +58,9 @@ def test_operators_pass_torchs_own_checks():
     sums = ops.mixture_sums(student, teacher, mask, constants, 1.0, 20, 3, 0.5)
     rest = (teacher, labels, mask, constants, sums, torch.ones(3), torch.ones(3), 1.0, 20, 0, 3, 0.5)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.row_statistics, (student, teacher, labels, mask, 1.0, 20, 0, 3), test_utils=checks)
+    torch.library.opcheck(
+        ops.row_statistics, (student, teacher, labels, mask, 1.0, 20, 0, 3), test_utils=checks
+    )
     torch.library.opcheck(ops.merge_statistics, (partials[None], labels, mask, 1.0, 3), test_utils=checks)
     torch.library.opcheck(
         ops.mixture_sums, (student, teacher, mask, constants, 1.0, 20, 3, 0.5), test_utils=checks
