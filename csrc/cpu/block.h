@@ -65,6 +65,11 @@ __attribute__((noinline)) float widen_and_maximum(const T* in, float* buffer, in
   return maximum;
 }
 
+template <class T>
+void prefetch(const T* in, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(in + i, 0, 2);
+}
+
 inline int64_t first_index_of(const float* x, float value) {
   int64_t i = 0;
   while (x[i] != value) ++i;

@@ -63,7 +63,7 @@ Block prepare(const Following<S, T>& from, int64_t n) {
 
 // Adds the block's sums. With kPrepare it also prepares the following block, of equal length, in the same loop: looking
 // for maxima waits for memory, exponentials do not, and so each is done while the other waits. For float32 alone: with
-// half the bytes to wait for, and lanes of two widths, the narrow types lose more than they gain.
+// lanes of two widths the narrow types lose more than they gain, and prefetch the following block instead.
 template <class S, class T, bool kTempered, bool kReverse, bool kPrepare>
 Block add_block(const Block& block, int64_t n, float student_max, float teacher_max, float teacher_at_student_action,
                 float inverse_temperature, const Following<S, T>& following, RowSums& sums) {
@@ -166,6 +166,10 @@ RowPartial row_partial(const StatisticsParams& p, int64_t row) {
                                                              out.teacher_at_student_action, p.inverse_temperature,
                                                              following, sums);
     } else {
+      if (next < columns) {
+        prefetch(following.student, length(next));
+        prefetch(following.teacher, length(next));
+      }
       add_block<S, T, kTempered, kReverse, false>(block, length(begin), student_max, teacher_max,
                                                   out.teacher_at_student_action, p.inverse_temperature, following,
                                                   sums);
