@@ -87,7 +87,8 @@ def vocab_parallel_divergence(
         group: the tensor-parallel group; None means one shard.
         inplace_gradient: let backward overwrite the student's logits with their gradient, which saves a buffer of their
             size. Backward then runs once. Without effect under torch.compile, which plans its own buffers, and on
-            logits whose rows are not evenly spaced.
+            logits whose rows are not evenly spaced. On CPU, where fresh pages cost more than the arithmetic, the
+            buffer of the last large gradient is otherwise kept for the next one.
 
     Accumulates in float32. Inputs are never modified, unless `inplace_gradient` says so.
 
