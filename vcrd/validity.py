@@ -83,10 +83,14 @@ def validity_weights(
     )
     student, teacher = _log_validities(stats, validity, steps, student_validity, teacher_validity)
     keep = None if mask is None else mask != 0
+    index = None
     if steps is not None:
-        student, teacher = _average_over_steps(student, teacher, steps, keep)
+        student, teacher, index = _average_over_steps(student, teacher, steps, keep)
     rho = torch.sigmoid(sharpness * (teacher.clamp(min=LOWEST_LOG) - student.clamp(min=LOWEST_LOG)))
     weight = floor + (ceiling - floor) * rho
+    if index is not None:
+        # Handed out only now: vectorised functions may round equal inputs differently from place to place.
+        rho, weight = rho[index], weight[index]
     if keep is not None:
         # where, not a product: what a masked row's estimate holds may not be a number.
         rho, weight = torch.where(keep, rho, 0.0), torch.where(keep, weight, 0.0)
@@ -132,24 +136,24 @@ def _ask(estimator: Estimator, stats: DivergenceStats) -> tuple[Tensor, Tensor]:
 
 def _average_over_steps(
     student: Tensor, teacher: Tensor, steps: Tensor, keep: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Mean log validity of each step, given to each of its tokens; tokens of no step keep their own."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean log validities of each step, [slots], and the slot of each token, [...]; tokens of no step have their own."""
     member = steps >= 0 if keep is None else (steps >= 0) & keep
-    # Every other token is a step of its own, numbered past the members'.
     flat = torch.where(member, steps, -1).reshape(-1)
-    _, index = torch.unique(flat, return_inverse=True)
-    index = torch.where(flat >= 0, index, index.numel() + torch.arange(index.numel(), device=index.device))
-    slots = 2 * index.numel()
+    _, slot = torch.unique(flat, return_inverse=True)
+    # Every other token is a step of its own, numbered past the members'.
+    slot = torch.where(flat >= 0, slot, slot.numel() + torch.arange(slot.numel(), device=slot.device))
+    slots = 2 * slot.numel()
     count = torch.zeros(slots, device=steps.device).index_add_(
-        0, index, torch.ones_like(index, dtype=torch.float32)
+        0, slot, torch.ones_like(slot, dtype=torch.float32)
     )
 
     def average(log_validity: Tensor) -> Tensor:
         values = log_validity.clamp(min=LOWEST_LOG).reshape(-1).float()
-        total = torch.zeros(slots, device=steps.device).index_add_(0, index, values)
-        return (total / count.clamp(min=1))[index].view_as(log_validity)
+        total = torch.zeros(slots, device=steps.device).index_add_(0, slot, values)
+        return total / count.clamp(min=1)
 
-    return average(student), average(teacher)
+    return average(student), average(teacher), slot.view_as(steps)
 
 
 def _mean(weight: Tensor, keep: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
