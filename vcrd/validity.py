@@ -137,7 +137,7 @@ def _ask(estimator: Estimator, stats: DivergenceStats) -> tuple[Tensor, Tensor]:
 def _average_over_steps(
     student: Tensor, teacher: Tensor, steps: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean log validities of each step, [slots], and the slot of each token, [...]; tokens of no step have their own."""
+    """Mean log validities of each step, [slots], and each token's slot, [...]; tokens of no step have their own."""
     member = steps >= 0 if keep is None else (steps >= 0) & keep
     flat = torch.where(member, steps, -1).reshape(-1)
     _, slot = torch.unique(flat, return_inverse=True)
