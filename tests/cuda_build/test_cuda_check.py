@@ -1,0 +1,117 @@
+"""The parts of `make cuda-check` that read text, on what nvcc 13.0 and cuobjdump 13.2 said of three small kernels:
+
+row_maxima reads one float32 at a time, gradient four columns (16 bytes of float32, 8 of bfloat16), and merge_statistics
+keeps an array in local memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cuda_check
+import pytest
+from cuda_binary import (
+    CHIPS,
+    Kernel,
+    Rule,
+    demangled,
+    faults,
+    launch_bounds,
+    memory_accesses,
+    occupancy,
+    resources,
+)
+
+SAMPLES = Path(__file__).parent / "samples"
+
+
+@pytest.fixture(scope="module")
+def kernels() -> dict[str, Kernel]:
+    read = {name: (SAMPLES / f"{name}.txt").read_text() for name in ("ptxas", "elf", "sass")}
+    found, bounds, accesses = (
+        resources(read["ptxas"]),
+        launch_bounds(read["elf"]),
+        memory_accesses(read["sass"]),
+    )
+    names = demangled(list(found))
+    for symbol, kernel in found.items():
+        kernel.name, kernel.arguments = names[symbol]
+        kernel.threads = bounds[symbol]
+        kernel.local_accesses, kernel.loads, kernel.stores = accesses[symbol]
+    return {kernel.name.removesuffix("_kernel"): kernel for kernel in found.values()}
+
+
+def test_reads_resources_and_names(kernels):
+    gradient = kernels["gradient"]
+    assert gradient.arguments == ("__nv_bfloat16", "float", "(vcrd::Divergence)1")
+    assert gradient.types == ["__nv_bfloat16", "float"]
+    assert gradient.title == "gradient_kernel<bf16, f32, 1>"
+    assert (gradient.registers, gradient.threads, gradient.stack, gradient.spills) == (16, 256, 0, 0)
+    assert kernels["merge_statistics"].arguments == ()
+    assert [kernels[name].threads for name in ("row_maxima", "merge_statistics")] == [128, 64]
+
+
+def test_accepts_vector_accesses(kernels):
+    assert kernels["gradient"].loads == [[8, 16]]
+    assert kernels["gradient"].stores == [[8]]
+    assert faults(kernels["gradient"], cuda_check.RULES["gradient"]) == []
+
+
+def test_narrow_loads_are_a_fault(kernels):
+    (fault,) = faults(kernels["row_maxima"], cuda_check.RULES["row_maxima"])
+    assert "no loop with 128-bit loads" in fault and "32" in fault
+
+
+def test_narrow_stores_are_a_fault(kernels):
+    gradient = kernels["gradient"]
+    gradient = Kernel(**{**vars(gradient), "stores": [[4, 4, 4, 4]]})
+    (fault,) = faults(gradient, cuda_check.RULES["gradient"])
+    assert "no loop with 64-bit stores" in fault
+
+
+def test_loads_of_two_rows_must_be_in_flight_together(kernels):
+    gradient = Kernel(**{**vars(kernels["gradient"]), "loads": [[8], [16]]})
+    assert len(faults(gradient, Rule(loads=(0, 1)))) == 1
+
+
+def test_local_memory_is_a_fault(kernels):
+    merge = kernels["merge_statistics"]
+    assert (merge.stack, merge.local_accesses) == (256, 19)
+    (fault,) = faults(merge, cuda_check.RULES["merge_statistics"])
+    assert "256 bytes of stack, 19 accesses" in fault
+
+
+def test_spills_are_a_fault():
+    (kernel,) = resources(
+        "ptxas info    : Compiling entry function 'k' for 'sm_90a'\n"
+        "ptxas info    : Function properties for k\n"
+        "    312 bytes stack frame, 592 bytes spill stores, 644 bytes spill loads\n"
+        "ptxas info    : Used 32 registers, used 1 barriers, 312 bytes cumulative stack size, 1024 bytes smem\n"
+    ).values()
+    assert (kernel.registers, kernel.shared) == (32, 1024)
+    assert faults(kernel, None)[0] == "spills 1236 bytes of registers"
+
+
+@pytest.mark.parametrize(
+    "registers, shared, threads, arch, share",
+    [
+        (32, 0, 256, "sm_90a", 1.0),
+        (72, 0, 256, "sm_90a", 0.375),  # 7 warps fit a scheduler, so 28 of the chip's, 3 blocks
+        (80, 0, 256, "sm_90a", 0.375),
+        (255, 0, 64, "sm_90a", 0.125),  # 2 warps to each of the 4 schedulers
+        (32, 0, 32, "sm_90a", 0.5),  # 32 blocks, whatever they hold
+        (32, 48 << 10, 256, "sm_90a", 0.5),  # 4 blocks of 49 KB in 228 KB
+        (32, 48 << 10, 256, "sm_80", 0.375),  # 3 in 164 KB
+    ],
+)
+def test_occupancy(registers, shared, threads, arch, share):
+    kernel = Kernel("k", registers=registers, shared=shared)
+    assert occupancy(kernel, CHIPS[arch], threads) == share
+
+
+def test_flags_are_those_of_setup():
+    assert "-O3" in cuda_check.nvcc_flags()
+
+
+def test_names_of_divergences_are_those_of_the_kernels():
+    assert cuda_check.divergence_names()["(vcrd::Divergence)1"] == "ReverseKl"
