@@ -8,13 +8,35 @@ sources. torch must be the one that will run the extension, so build without iso
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pybind11
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+
+def find_toolkit() -> None:
+    """Sets CUDA_HOME where it is not set. torch would take the folder above nvcc, which may only be a wrapper."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
+        return
+    steps = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", steps.stderr, re.M)
+    if top:
+        os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
+
+
+find_toolkit()  # before torch looks for it
+from torch.utils.cpp_extension import (  # noqa: E402
+    CUDA_HOME,
+    BuildExtension,
+    CppExtension,
+    CUDAExtension,
+)
 
 ROOT = Path(__file__).parent
 
@@ -30,6 +52,10 @@ CXX_FLAGS = [
     "-ffp-contract=fast",
     "-fvisibility=hidden",
 ]
+# Denormals are flushed, so that an exponential is one instruction on the special-function unit.
+NVCC_FLAGS = ["-O3", "-ftz=true", "-lineinfo"]
+# Where torch sees no GPU whose architecture it could take.
+DEFAULT_CUDA_ARCHITECTURES = "9.0a"
 
 
 def version() -> str:
@@ -47,9 +73,17 @@ def sources() -> tuple[list[str], bool]:
 def extension():
     files, with_cuda = sources()
     flags = [*CXX_FLAGS, f'-DVCRD_TORCH_VERSION="{torch.__version__}"']
-    build = CUDAExtension if with_cuda else CppExtension
-    compile_args = {"cxx": flags, "nvcc": ["-O3"]} if with_cuda else {"cxx": flags}
-    return build("vcrd._C", files, include_dirs=[pybind11.get_include()], extra_compile_args=compile_args)
+    include_dirs = [pybind11.get_include()]
+    if not with_cuda:
+        return CppExtension("vcrd._C", files, include_dirs=include_dirs, extra_compile_args={"cxx": flags})
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    return CUDAExtension(
+        "vcrd._C",
+        files,
+        include_dirs=include_dirs,
+        extra_compile_args={"cxx": [*flags, "-DVCRD_CUDA"], "nvcc": NVCC_FLAGS},
+    )
 
 
 class SummarisedBuild(BuildExtension):
@@ -59,7 +93,8 @@ class SummarisedBuild(BuildExtension):
         super().run()
         _, with_cuda = sources()
         if with_cuda:
-            cuda = f"CUDA {torch.version.cuda}, toolkit {CUDA_HOME}"
+            architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "this machine's architecture")
+            cuda = f"{architectures}, CUDA {torch.version.cuda}, toolkit {CUDA_HOME}"
         elif not list((ROOT / "csrc/cuda").glob("*.cu")):
             cuda = "no (this version has no CUDA kernels)"
         else:

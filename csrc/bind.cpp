@@ -7,19 +7,46 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
-#include <cstdlib>
-#include <mutex>
 #include <string>
 #include <tuple>
-#include <utility>
 
+#include "gradient_memory.h"
 #include "kernels.h"
+
+#ifdef VCRD_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#ifndef VCRD_CUDA_DEVICE  // a test that emulates CUDA names the CPU here
+#define VCRD_CUDA_DEVICE at::kCUDA
+#endif
+#endif
 
 namespace vcrd {
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+#ifdef VCRD_CUDA
+constexpr bool kWithCuda = true;
+
+bool on_gpu(const Tensor& t) { return t.device().type() == VCRD_CUDA_DEVICE; }
+
+// Launches on the tensor's device, on torch's current stream.
+template <class Launch>
+void on_stream(const Tensor& t, Launch launch) {
+  c10::cuda::CUDAGuard guard(t.device());
+  const char* error = launch(c10::cuda::getCurrentCUDAStream().stream());
+  TORCH_CHECK(!error, "vcrd's CUDA kernels on ", t.device(), ": ", error);
+}
+#else
+constexpr bool kWithCuda = false;
+
+bool on_gpu(const Tensor&) { return false; }
+
+template <class Launch>
+void on_stream(const Tensor&, Launch) {}
+#endif
 
 Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -29,14 +56,11 @@ Dtype dtype_of(const Tensor& t) {
       return Dtype::kBFloat16;
     case at::kHalf:
       return Dtype::kFloat16;
+    case at::kByte:
+      return Dtype::kDistance8;
     default:
-      TORCH_CHECK_TYPE(false, "vcrd kernels read float32, bfloat16 or float16, got ", t.scalar_type());
+      TORCH_CHECK_TYPE(false, "vcrd kernels read float32, bfloat16, float16 or uint8 codes, got ", t.scalar_type());
   }
-}
-
-Logits logits_of(const Tensor& t) {
-  TORCH_CHECK(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1), "vcrd kernels need rows with adjacent columns");
-  return {t.const_data_ptr(), t.stride(0), dtype_of(t)};
 }
 
 template <class T>
@@ -48,13 +72,30 @@ const T* pointer(const OptionalTensor& t, at::ScalarType dtype, int64_t elements
   return static_cast<const T*>(t->const_data_ptr());
 }
 
+Logits logits_of(const Tensor& t, const OptionalTensor& shift = std::nullopt) {
+  TORCH_CHECK(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1), "vcrd kernels need rows with adjacent columns");
+  return {t.const_data_ptr(), t.stride(0), dtype_of(t), pointer<float>(shift, at::kFloat, t.size(0))};
+}
+
+Logits student_of(const Tensor& t) {
+  Logits logits = logits_of(t);
+  TORCH_CHECK_TYPE(logits.dtype != Dtype::kDistance8, "vcrd kernels take codes from the teacher alone");
+  return logits;
+}
+
 Tokens tokens_of(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels, const OptionalTensor& mask,
                  int64_t columns, int64_t first_column) {
   int64_t rows = student.size(0);
+  TORCH_CHECK(teacher.device() == student.device(), "vcrd kernels need both logits on one device");
   TORCH_CHECK(teacher.size(0) == rows && columns >= 0 && columns <= student.size(1) && columns <= teacher.size(1),
               "vcrd kernels need equal rows and no more true columns than the logits have");
   return {pointer<int64_t>(labels, at::kLong, rows), pointer<uint8_t>(mask, at::kByte, rows), rows, columns,
           first_column};
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 Divergence divergence_of(int64_t value) {
@@ -69,65 +110,37 @@ void over_rows(Kernel kernel, const Params& params, int64_t rows, int64_t column
   at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
-// Memory of the last large gradient, kept for the next one. The pages of a fresh buffer cost more than the arithmetic:
-// the kernel maps and clears each of them anew, since the C library returns large blocks to it at once. One buffer is
-// kept, never more; the gradient that is alive does not count twice.
-class GradientMemory {
- public:
-  static GradientMemory& instance() {
-    static auto* memory = new GradientMemory;  // never destroyed: a gradient may outlive static destruction
-    return *memory;
-  }
-
-  Tensor tensor(const Tensor& like) {
-    size_t bytes = like.numel() * like.element_size();
-    if (bytes < kSmallest) return at::empty(like.sizes(), like.options());
-    void* block = take(bytes);
-    auto give_back = [bytes](void* p) { instance().keep(p, bytes); };
-    return at::from_blob(block, like.sizes(), give_back, like.options().requires_grad(false));
-  }
-
- private:
-  static constexpr size_t kSmallest = size_t(4) << 20;
-  static constexpr size_t kAlignment = 4096;
-
-  void* take(size_t bytes) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (kept_ && kept_bytes_ == bytes) return std::exchange(kept_, nullptr);
-    }
-    void* block = nullptr;
-    TORCH_CHECK(posix_memalign(&block, kAlignment, bytes) == 0, "no memory for a gradient of ", bytes, " bytes");
-    return block;
-  }
-
-  void keep(void* block, size_t bytes) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      std::swap(block, kept_);
-      kept_bytes_ = bytes;
-    }
-    free(block);  // what was kept before
-  }
-
-  std::mutex mutex_;
-  void* kept_ = nullptr;
-  size_t kept_bytes_ = 0;
-};
-
-Tensor row_statistics(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
-                      const OptionalTensor& mask, double temperature, int64_t columns, int64_t first_column,
-                      int64_t divergence) {
+Tensor row_statistics(const Tensor& student, const Tensor& teacher, const OptionalTensor& teacher_max,
+                      const OptionalTensor& labels, const OptionalTensor& mask, double temperature, int64_t columns,
+                      int64_t first_column, int64_t divergence) {
   Divergence needed = divergence_of(divergence);
-  StatisticsParams p{logits_of(student),
-                     logits_of(teacher),
+  StatisticsParams p{student_of(student),
+                     logits_of(teacher, teacher_max),
                      tokens_of(student, teacher, labels, mask, columns, first_column),
                      float(1.0 / temperature),
                      needed == Divergence::kReverseKl || needed == Divergence::kJeffreys,
                      nullptr};
-  Tensor partials = at::empty({p.tokens.rows, kPartialFloats}, student.options().dtype(at::kFloat));
-  p.partials = static_cast<RowPartial*>(partials.mutable_data_ptr());
-  over_rows(cpu::kernels().row_statistics, p, p.tokens.rows, columns);
+  const int64_t rows = p.tokens.rows;
+  auto partials_of = [&](int64_t parts) {
+    return at::empty({parts * rows, kPartialFloats}, student.options().dtype(at::kFloat));
+  };
+  Tensor partials = partials_of(1);
+  p.partials = data<RowPartial>(partials);
+  if constexpr (kWithCuda) {
+    if (on_gpu(student)) {
+      on_stream(student, [&](cuda::Stream stream) -> const char* {
+        const int64_t splits = cuda::row_splits(rows, columns);
+        if (splits == 1) return cuda::row_statistics(p, 1, stream);
+        Tensor parts = partials_of(splits);
+        CombineParams combine{data<RowPartial>(parts), p.tokens.mask, splits, rows, p.inverse_temperature, p.partials};
+        p.partials = data<RowPartial>(parts);
+        const char* error = cuda::row_statistics(p, splits, stream);
+        return error ? error : cuda::combine_partials(combine, stream);
+      });
+      return partials;
+    }
+  }
+  over_rows(cpu::kernels().row_statistics, p, rows, columns);
   return partials;
 }
 
@@ -150,37 +163,57 @@ std::tuple<Tensor, Tensor, Tensor> merge_statistics(const Tensor& partials, cons
                 divergence_of(divergence),
                 statistics.mutable_data_ptr<float>(),
                 actions.mutable_data_ptr<int64_t>(),
-                static_cast<RowConstants*>(constants.mutable_data_ptr())};
+                data<RowConstants>(constants)};
+  if constexpr (kWithCuda) {
+    if (on_gpu(partials)) {
+      on_stream(partials, [&](cuda::Stream stream) { return cuda::merge_statistics(p, stream); });
+      return {statistics, actions, constants};
+    }
+  }
   over_rows(cpu::kernels().merge_statistics, p, rows, 64 * shards);
   return {statistics, actions, constants};
 }
 
-Tensor mixture_sums(const Tensor& student, const Tensor& teacher, const OptionalTensor& mask, const Tensor& constants,
-                    double temperature, int64_t columns, int64_t divergence, double teacher_share) {
+Tensor mixture_sums(const Tensor& student, const Tensor& teacher, const OptionalTensor& teacher_max,
+                    const OptionalTensor& mask, const Tensor& constants, double temperature, int64_t columns,
+                    int64_t divergence, double teacher_share) {
   Tokens tokens = tokens_of(student, teacher, std::nullopt, mask, columns, 0);
   Tensor sums = at::empty({tokens.rows, 2}, constants.options());
   MixtureParams p{
-      logits_of(student),
-      logits_of(teacher),
+      student_of(student),
+      logits_of(teacher, teacher_max),
       tokens,
       float(1.0 / temperature),
       divergence_of(divergence),
       float(teacher_share),
       reinterpret_cast<const RowConstants*>(pointer<float>(constants, at::kFloat, tokens.rows * kConstantFloats)),
       sums.mutable_data_ptr<float>()};
+  if constexpr (kWithCuda) {
+    if (on_gpu(student)) {
+      on_stream(student, [&](cuda::Stream stream) {
+        const int64_t splits = cuda::row_splits(tokens.rows, columns);
+        if (splits > 1) sums = at::empty({splits, tokens.rows, 2}, constants.options());
+        p.sums = sums.mutable_data_ptr<float>();
+        const char* error = cuda::mixture_sums(p, splits, stream);
+        if (splits > 1) sums = sums.sum(0);
+        return error;
+      });
+      return sums;
+    }
+  }
   over_rows(cpu::kernels().mixture_sums, p, tokens.rows, columns);
   return sums;
 }
 
-void write_gradient(Tensor& gradient, const Tensor& student, const Tensor& teacher, const OptionalTensor& labels,
-                    const OptionalTensor& mask, const Tensor& constants, const OptionalTensor& sums,
-                    const OptionalTensor& divergence_gradient, const OptionalTensor& cross_entropy_gradient,
-                    double temperature, int64_t columns, int64_t first_column, int64_t divergence,
-                    double teacher_share) {
+void write_gradient(Tensor& gradient, const Tensor& student, const Tensor& teacher, const OptionalTensor& teacher_max,
+                    const OptionalTensor& labels, const OptionalTensor& mask, const Tensor& constants,
+                    const OptionalTensor& sums, const OptionalTensor& divergence_gradient,
+                    const OptionalTensor& cross_entropy_gradient, double temperature, int64_t columns,
+                    int64_t first_column, int64_t divergence, double teacher_share) {
   Tokens tokens = tokens_of(student, teacher, labels, mask, columns, first_column);
   GradientParams p{
-      logits_of(student),
-      logits_of(teacher),
+      student_of(student),
+      logits_of(teacher, teacher_max),
       tokens,
       float(1.0 / temperature),
       divergence_of(divergence),
@@ -193,56 +226,79 @@ void write_gradient(Tensor& gradient, const Tensor& student, const Tensor& teach
       gradient.stride(0),
       gradient.size(1)};
   TORCH_CHECK(p.divergence < Divergence::kJsd || sums.has_value(), "the mixture divergences need their merged sums");
+  if constexpr (kWithCuda) {
+    if (on_gpu(student)) return on_stream(student, [&](cuda::Stream stream) { return cuda::gradient(p, stream); });
+  }
   over_rows(cpu::kernels().gradient, p, tokens.rows, columns);
 }
 
-Tensor gradient(const Tensor& student, const Tensor& teacher, const OptionalTensor& labels, const OptionalTensor& mask,
-                const Tensor& constants, const OptionalTensor& sums, const OptionalTensor& divergence_gradient,
+Tensor new_gradient(const Tensor& student) {
+  using Memory = cpu::GradientMemory;
+  const size_t bytes = student.numel() * student.element_size();
+  if (!student.is_cpu() || bytes < Memory::kSmallest) return at::empty(student.sizes(), student.options());
+  void* block = Memory::instance().take(bytes);
+  TORCH_CHECK(block, "no memory for a gradient of ", bytes, " bytes");
+  auto give_back = [bytes](void* p) { Memory::instance().keep(p, bytes); };
+  return at::from_blob(block, student.sizes(), give_back, student.options().requires_grad(false));
+}
+
+Tensor gradient(const Tensor& student, const Tensor& teacher, const OptionalTensor& teacher_max,
+                const OptionalTensor& labels, const OptionalTensor& mask, const Tensor& constants,
+                const OptionalTensor& sums, const OptionalTensor& divergence_gradient,
                 const OptionalTensor& cross_entropy_gradient, double temperature, int64_t columns, int64_t first_column,
                 int64_t divergence, double teacher_share) {
-  Tensor out = GradientMemory::instance().tensor(student);
-  write_gradient(out, student, teacher, labels, mask, constants, sums, divergence_gradient, cross_entropy_gradient,
-                 temperature, columns, first_column, divergence, teacher_share);
+  Tensor out = new_gradient(student);
+  write_gradient(out, student, teacher, teacher_max, labels, mask, constants, sums, divergence_gradient,
+                 cross_entropy_gradient, temperature, columns, first_column, divergence, teacher_share);
   return out;
 }
 
-void gradient_(Tensor& student, const Tensor& teacher, const OptionalTensor& labels, const OptionalTensor& mask,
-               const Tensor& constants, const OptionalTensor& sums, const OptionalTensor& divergence_gradient,
-               const OptionalTensor& cross_entropy_gradient, double temperature, int64_t columns, int64_t first_column,
-               int64_t divergence, double teacher_share) {
-  write_gradient(student, student, teacher, labels, mask, constants, sums, divergence_gradient, cross_entropy_gradient,
-                 temperature, columns, first_column, divergence, teacher_share);
+void gradient_(Tensor& student, const Tensor& teacher, const OptionalTensor& teacher_max, const OptionalTensor& labels,
+               const OptionalTensor& mask, const Tensor& constants, const OptionalTensor& sums,
+               const OptionalTensor& divergence_gradient, const OptionalTensor& cross_entropy_gradient,
+               double temperature, int64_t columns, int64_t first_column, int64_t divergence, double teacher_share) {
+  write_gradient(student, student, teacher, teacher_max, labels, mask, constants, sums, divergence_gradient,
+                 cross_entropy_gradient, temperature, columns, first_column, divergence, teacher_share);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(vcrd, library) {
   library.def(
-      "row_statistics(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, float temperature, SymInt columns, "
+      "row_statistics(Tensor student, Tensor teacher, Tensor? teacher_max, Tensor? labels, Tensor? mask, float "
+      "temperature, SymInt columns, "
       "SymInt first_column, int divergence) -> Tensor");
   library.def(
       "merge_statistics(Tensor partials, Tensor? labels, Tensor? mask, float temperature, int divergence) -> "
       "(Tensor, Tensor, Tensor)");
   library.def(
-      "mixture_sums(Tensor student, Tensor teacher, Tensor? mask, Tensor constants, float temperature, SymInt columns, "
+      "mixture_sums(Tensor student, Tensor teacher, Tensor? teacher_max, Tensor? mask, Tensor constants, float "
+      "temperature, SymInt columns, "
       "int divergence, float teacher_share) -> Tensor");
   library.def(
-      "gradient(Tensor student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor constants, Tensor? sums, "
+      "gradient(Tensor student, Tensor teacher, Tensor? teacher_max, Tensor? labels, Tensor? mask, Tensor constants, "
+      "Tensor? sums, "
       "Tensor? divergence_gradient, Tensor? cross_entropy_gradient, float temperature, SymInt columns, "
       "SymInt first_column, int divergence, float teacher_share) -> Tensor");
   library.def(
-      "gradient_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? mask, Tensor constants, Tensor? sums, "
+      "gradient_(Tensor(a!) student, Tensor teacher, Tensor? teacher_max, Tensor? labels, Tensor? mask, Tensor "
+      "constants, Tensor? sums, "
       "Tensor? divergence_gradient, Tensor? cross_entropy_gradient, float temperature, SymInt columns, "
       "SymInt first_column, int divergence, float teacher_share) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(vcrd, CPU, library) {
+void implement(torch::Library& library) {
   library.impl("row_statistics", row_statistics);
   library.impl("merge_statistics", merge_statistics);
   library.impl("mixture_sums", mixture_sums);
   library.impl("gradient", gradient);
   library.impl("gradient_", gradient_);
 }
+
+TORCH_LIBRARY_IMPL(vcrd, CPU, library) { implement(library); }
+#ifdef VCRD_CUDA
+TORCH_LIBRARY_IMPL(vcrd, CUDA, library) { implement(library); }
+#endif
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "vcrd's compiled kernels, registered as torch.ops.vcrd.*";
@@ -252,6 +308,7 @@ PYBIND11_MODULE(_C, module) {
 #else
   module.attr("threaded") = false;  // at::parallel_for is then a plain loop
 #endif
+  module.attr("with_cuda") = kWithCuda;
   module.attr("torch_version") = std::string(VCRD_TORCH_VERSION);
   module.attr("partial_floats") = kPartialFloats;
   module.attr("constant_floats") = kConstantFloats;

@@ -5,6 +5,8 @@
 
 #include "params.h"
 
+struct CUstream_st;
+
 namespace vcrd::cpu {
 
 // Each handles rows [begin, end), so that the caller spreads rows over its own thread pool.
@@ -27,3 +29,26 @@ const Kernels& avx512_kernels();
 const Kernels& kernels();
 
 }  // namespace vcrd::cpu
+
+namespace vcrd::cuda {
+
+using Stream = ::CUstream_st*;  // cudaStream_t, without its header
+
+// Each launcher returns null, or the CUDA runtime's sentence about what failed. None of them waits for the device.
+
+// Into how many parts a row is cut, so that few long rows fill the chip; each part leaves a RowPartial of its own.
+int64_t row_splits(int64_t rows, int64_t columns);
+// Writes p.partials [splits, rows].
+const char* row_statistics(const StatisticsParams& p, int64_t splits, Stream stream);
+// Makes one partial of each row's `splits`: `partials` [splits, rows] -> `out` [rows].
+const char* combine_partials(const CombineParams& p, Stream stream);
+const char* merge_statistics(const MergeParams& p, Stream stream);
+// Writes p.sums [splits, rows, 2].
+const char* mixture_sums(const MixtureParams& p, int64_t splits, Stream stream);
+const char* gradient(const GradientParams& p, Stream stream);
+// Writes p.maxima [rows], over p.logits' columns.
+const char* row_maxima(const MaximumParams& p, Stream stream);
+// Writes p.codes [rows, columns], float16 or kDistance8, of logits - p.maxima.
+const char* encode(const EncodeParams& p, Stream stream);
+
+}  // namespace vcrd::cuda

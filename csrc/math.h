@@ -1,5 +1,5 @@
-// Per-element and row-merge mathematics, shared by the CPU loops and the CUDA kernels. Everything is a small static
-// function without branches in the element path, so that host compilers vectorise the loops that call it.
+// Per-element mathematics, shared by the CPU loops and the CUDA kernels. Everything is a small static function without
+// branches, so that host compilers vectorise the loops that call it.
 #pragma once
 
 #include <cmath>
@@ -45,6 +45,9 @@ VCRD_FUNCTION float distance(float logit, float reference) { return at_least_low
 // exp(x) for x <= 0, relative error 2e-7 with fused multiply-add; zero below kLowestExponent; NaN stays NaN.
 // 2^n 2^f with f in [-1/2, 1/2]; the polynomial is the minimax one of 2^f - 1 that passes through 0.
 VCRD_FUNCTION float exponential(float x) {
+#ifdef __CUDA_ARCH__
+  return exp2f(x * 1.44269504f);  // one instruction on the special-function unit, since denormals are flushed to zero
+#else
   // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits; 127 makes that a biased exponent, which
   // is 0 at the lowest x, and with it the result.
   const float round_to_exponent = 12582912.0f + 127.0f;
@@ -60,6 +63,16 @@ VCRD_FUNCTION float exponential(float x) {
   p = p * f + 1.0f;
   // Multiplied, not added to the exponent bits, so that a NaN cannot turn into a number.
   return p * from_bits(to_bits(shifted) << 23);
+#endif
+}
+
+// a / b for |b| < 2^126. On a GPU two units in the last place buy freedom from a slow path.
+VCRD_FUNCTION float divide(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
 }
 
 // log(x) for normal x > 0, with the coefficients of Cephes' logf.
@@ -113,6 +126,19 @@ VCRD_FUNCTION uint16_t float_to_float16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
+// A distance coded in 8 bits, as the logit it stands for relative to the row's maximum.
+VCRD_FUNCTION float distance8_to_float(float code) {
+  float root = code * 0.0192116844f;  // sqrt(kDistance8Range) / 255
+  return -root * root;
+}
+
+// The nearest code in the square root, where the error of exp(-d) is about even.
+VCRD_FUNCTION uint8_t float_to_distance8(float distance_below) {
+  float d = distance_below < 0.0f ? 0.0f : distance_below;
+  d = d < kDistance8Range ? d : kDistance8Range;               // a NaN too: codes have none
+  return static_cast<uint8_t>(sqrtf(d) * 52.0516570f + 0.5f);  // 255 / sqrt(kDistance8Range)
+}
+
 // The divergences D of a token's probabilities have d D / d logit_j = q_j (G_j - sum_k q_k G_k) / T, where the
 // potential G = d D / d q. Where the student is sure of itself, G_j of its action and the mean of G agree to many
 // digits. So G is always taken relative to its value at the student's action, and the mean ("centre") is summed of
@@ -136,7 +162,7 @@ VCRD_FUNCTION MixtureElement mixture_element(float p, float q, float log_q_minus
   const float tiny = 1e-37f;  // where both probabilities are 0: every result is finite, to be multiplied by them
   float larger = p < q ? q : p;
   float divisor = larger < tiny ? tiny : larger;
-  float teacher = p / divisor, student = q / divisor;
+  float teacher = divide(p, divisor), student = divide(q, divisor);
   float sum = share * teacher + (1.0f - share) * student;
   float mixture = sum < tiny ? tiny : sum;
   float log_mixture = logarithm(mixture);                                                           // log(m / larger)
@@ -146,8 +172,8 @@ VCRD_FUNCTION MixtureElement mixture_element(float p, float q, float log_q_minus
     return {share * (p * log_teacher_ratio) + (1.0f - share) * (q * log_student_ratio),
             (1.0f - share) * log_student_ratio};
   if constexpr (kDivergence == Divergence::kSkewKl)
-    return {p * log_teacher_ratio, (share - 1.0f) * (teacher / mixture)};
-  return {q * log_student_ratio, log_student_ratio - (1.0f - share) * (student / mixture)};
+    return {p * log_teacher_ratio, (share - 1.0f) * divide(teacher, mixture)};
+  return {q * log_student_ratio, log_student_ratio - (1.0f - share) * divide(student, mixture)};
 }
 
 // The mixture's potential at the student's action, where u is 0.
@@ -157,97 +183,6 @@ VCRD_FUNCTION float mixture_anchor(const RowConstants& c, float inverse_temperat
   float p = exponential(v) * c.teacher_tempered_inverse_sum;
   float q = c.student_tempered_inverse_sum;
   return mixture_element<kDivergence>(p, q, 0.0f - v - c.log_sum_difference, share).potential;
-}
-
-// What one row of merged statistics holds before it is written to its several arrays.
-struct MergedRow {
-  float statistics[kStatistics];
-  int32_t student_action, teacher_action;
-  RowConstants constants;
-};
-
-// Merges a row's shards, `stride` partials apart, in double: a few operations per row buy exact normalisers.
-// A label that no shard holds lies outside the vocabulary: its numbers are NaN, since a silent 0 would train on
-// nothing.
-VCRD_FUNCTION MergedRow merge_row(const RowPartial* partials, int64_t shards, int64_t stride, bool labelled,
-                                  double inverse_temperature, Divergence divergence) {
-  double student_max = -INFINITY, teacher_max = -INFINITY;
-  int64_t student_shard = 0, teacher_shard = 0;
-  for (int64_t i = 0; i < shards; ++i) {
-    const RowPartial& part = partials[i * stride];
-    if (part.student_max > student_max) student_max = part.student_max, student_shard = i;
-    if (part.teacher_max > teacher_max) teacher_max = part.teacher_max, teacher_shard = i;
-  }
-  const RowPartial& student_part = partials[student_shard * stride];
-  const RowPartial& teacher_part = partials[teacher_shard * stride];
-  double student_sum = 0, teacher_sum = 0, student_moment = 0, teacher_moment = 0;
-  double student_tempered = 0, teacher_tempered = 0, forward_cross = 0, reverse_cross = 0;
-  double student_label = NAN, teacher_label = NAN;
-  for (int64_t i = 0; i < shards; ++i) {
-    const RowPartial& part = partials[i * stride];
-    // A shard of padding alone, or of -inf alone, has nothing to move: its maximum of -inf would give NaN.
-    double student_shift = part.student_max == -INFINITY ? 0.0 : part.student_max - student_max;
-    double teacher_shift = part.teacher_max == -INFINITY ? 0.0 : part.teacher_max - teacher_max;
-    double student_scale = exp(student_shift), teacher_scale = exp(teacher_shift);
-    student_sum += student_scale * part.student_sum;
-    teacher_sum += teacher_scale * part.teacher_sum;
-    student_moment += student_scale * (part.student_moment + student_shift * part.student_sum);
-    teacher_moment += teacher_scale * (part.teacher_moment + teacher_shift * part.teacher_sum);
-    double student_weight = exp(student_shift * inverse_temperature);
-    double teacher_weight = exp(teacher_shift * inverse_temperature);
-    double action_shift = double(part.teacher_at_student_action) - student_part.teacher_at_student_action;
-    student_tempered += student_weight * part.student_tempered_sum;
-    teacher_tempered += teacher_weight * part.teacher_tempered_sum;
-    forward_cross +=
-        teacher_weight * (part.forward_cross + (teacher_shift - student_shift) * part.teacher_tempered_sum);
-    reverse_cross += student_weight * (part.reverse_cross + (student_shift - action_shift) * part.student_tempered_sum);
-    if (part.has_label) {
-      student_label = part.student_label;
-      teacher_label = part.teacher_label;
-    }
-  }
-  // A row without any probability (all -inf) has no distribution; its numbers are NaN, as torch's softmax gives.
-  if (student_sum == 0) student_sum = student_tempered = NAN;
-  if (teacher_sum == 0) teacher_sum = teacher_tempered = NAN;
-  double student_log_sum = log(student_sum), teacher_log_sum = log(teacher_sum);
-  double log_sum_difference = log(student_tempered / teacher_tempered);
-  double forward_kl = forward_cross / teacher_tempered * inverse_temperature + log_sum_difference;
-  double reverse_centre = reverse_cross / student_tempered * inverse_temperature;
-  double reverse_kl = reverse_centre - (student_part.teacher_at_student_action - teacher_max) * inverse_temperature -
-                      log_sum_difference;
-  // Rounding may leave a hair below zero; a NaN must stay.
-  forward_kl = forward_kl < 0 ? 0 : forward_kl > kInfiniteDivergence ? INFINITY : forward_kl;
-  reverse_kl = reverse_kl < 0 ? 0 : reverse_kl > kInfiniteDivergence ? INFINITY : reverse_kl;
-
-  MergedRow row;
-  float* out = row.statistics;
-  out[kDivergence] = static_cast<float>(divergence == Divergence::kForwardKl   ? forward_kl
-                                        : divergence == Divergence::kReverseKl ? reverse_kl
-                                        : divergence == Divergence::kJeffreys  ? 0.5 * (forward_kl + reverse_kl)
-                                                                               : 0.0);
-  double student_label_logprob = labelled ? student_label - student_max - student_log_sum : 0.0;
-  out[kCrossEntropy] = static_cast<float>(labelled ? -student_label_logprob : 0.0);
-  out[kStudentLabelLogprob] = static_cast<float>(student_label_logprob);
-  out[kTeacherLabelLogprob] = static_cast<float>(labelled ? teacher_label - teacher_max - teacher_log_sum : 0.0);
-  out[kStudentLogprobOfStudentAction] = static_cast<float>(-student_log_sum);
-  out[kStudentLogprobOfTeacherAction] =
-      static_cast<float>(teacher_part.student_at_teacher_action - student_max - student_log_sum);
-  out[kTeacherLogprobOfStudentAction] =
-      static_cast<float>(student_part.teacher_at_student_action - teacher_max - teacher_log_sum);
-  out[kTeacherLogprobOfTeacherAction] = static_cast<float>(-teacher_log_sum);
-  out[kStudentEntropy] = static_cast<float>(student_log_sum - student_moment / student_sum);
-  out[kTeacherEntropy] = static_cast<float>(teacher_log_sum - teacher_moment / teacher_sum);
-  row.student_action = student_part.student_action;
-  row.teacher_action = teacher_part.teacher_action;
-  row.constants.student_max = static_cast<float>(student_max);
-  row.constants.teacher_max = static_cast<float>(teacher_max);
-  row.constants.teacher_at_student_action = student_part.teacher_at_student_action;
-  row.constants.student_inverse_sum = static_cast<float>(1.0 / student_sum);
-  row.constants.student_tempered_inverse_sum = static_cast<float>(1.0 / student_tempered);
-  row.constants.teacher_tempered_inverse_sum = static_cast<float>(1.0 / teacher_tempered);
-  row.constants.log_sum_difference = static_cast<float>(log_sum_difference);
-  row.constants.reverse_centre = static_cast<float>(reverse_centre);
-  return row;
 }
 
 }  // namespace vcrd

@@ -5,7 +5,9 @@
 
 namespace vcrd {
 
-enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
+// kDistance8 is the teacher's 8-bit code: d = kDistance8Range (code / 255)^2 below the row's maximum.
+enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16, kDistance8 };
+constexpr float kDistance8Range = 24.0f;
 
 enum class Divergence : int32_t { kForwardKl, kReverseKl, kJeffreys, kJsd, kSkewKl, kSkewReverseKl };
 
@@ -14,6 +16,9 @@ struct Logits {
   const void* data;
   int64_t stride;
   Dtype dtype;
+  // [rows], what is to be added to a row's logits: the maximum that distances were taken from. Null for 0, which serves
+  // also where one maximum holds for the whole row, since no statistic sees a shift of all its logits.
+  const float* shift = nullptr;
 };
 
 // What is asked of every pass: which tokens, which columns of the vocabulary.
@@ -88,6 +93,15 @@ struct MergeParams {
   RowConstants* constants;  // [rows]
 };
 
+// Partials of a row's parts, to be made one.
+struct CombineParams {
+  const RowPartial* partials;  // [splits, rows]
+  const uint8_t* mask;         // [rows] or null
+  int64_t splits, rows;
+  float inverse_temperature;
+  RowPartial* out;  // [rows]
+};
+
 // Divergences against a mixture m = teacher_share p + (1 - teacher_share) q.
 struct MixtureParams {
   Logits student, teacher;
@@ -112,6 +126,21 @@ struct GradientParams {
   void* gradient;                       // student's dtype; may be the student's logits themselves
   int64_t gradient_stride;
   int64_t gradient_columns;  // columns of the shard with its padding, which gets zeros
+};
+
+struct MaximumParams {
+  Logits logits;
+  int64_t rows, columns;
+  float* maxima;  // [rows]
+};
+
+// Logits as distances below a maximum, in 16 or 8 bits.
+struct EncodeParams {
+  Logits logits;
+  int64_t rows, columns;
+  const float* maxima;  // [rows], of the whole vocabulary
+  Dtype code;           // kFloat16: logit - maximum; kDistance8: the square-root code
+  void* codes;          // [rows, columns]
 };
 
 }  // namespace vcrd

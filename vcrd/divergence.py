@@ -65,6 +65,7 @@ def vocab_parallel_divergence(
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     inplace_gradient: bool = False,
+    teacher_max: Tensor | None = None,
 ) -> DivergenceStats:
     """Divergence of the student from the teacher at each token, and what validity estimators need, in one pass.
 
@@ -78,8 +79,9 @@ def vocab_parallel_divergence(
     Args:
         student_logits: [..., vocabulary shard], float32, bfloat16 or float16. Each rank of `group` holds its own
             contiguous shard, in rank order. The last dimension should be adjacent in memory; otherwise it is copied.
-        teacher_logits: [..., vocabulary shard], any of these dtypes. Must begin at the same column as the student's
-            shard and hold its true columns; padding may differ. Never receives a gradient.
+        teacher_logits: [..., vocabulary shard], any of these dtypes, or uint8: the square-root code, which stands for
+            the logit -24 (code / 255)^2 below the row's maximum and is decoded in registers. Must begin at the same
+            column as the student's shard and hold its true columns; padding may differ. Never receives a gradient.
         labels: [...], integers, ids of the whole vocabulary; negative for none.
         vocab_size: the true vocabulary. Columns at and past it are padding: no probability, zero gradient.
             Default: all.
@@ -89,6 +91,9 @@ def vocab_parallel_divergence(
             size. Backward then runs once. Without effect under torch.compile, which plans its own buffers, and on
             logits whose rows are not evenly spaced. On CPU, where fresh pages cost more than the arithmetic, the
             buffer of the last large gradient is otherwise kept for the next one.
+        teacher_max: [...], float32, added to a row's teacher logits: the maxima that codes, or float16 distances, were
+            taken from. Only needed where these differ between the shards of a row, since a shift of the whole row
+            changes nothing.
 
     Accumulates in float32. Inputs are never modified, unless `inplace_gradient` says so.
 
@@ -99,11 +104,23 @@ def vocab_parallel_divergence(
     `vocab_size` is a ValueError on CPU; on other devices, where reading it would stall, that token's loss is NaN.
     """
     layout = settle_layout(
-        student_logits, teacher_logits, labels, mask, divergence, temperature, alpha, beta, vocab_size, group
+        student_logits,
+        teacher_logits,
+        teacher_max,
+        labels,
+        mask,
+        divergence,
+        temperature,
+        alpha,
+        beta,
+        vocab_size,
+        group,
     )
     leading, rows = student_logits.shape[:-1], student_logits.shape[:-1].numel()
     if mask is not None:
-        mask = (mask != 0).to(torch.uint8).reshape(rows).contiguous()
+        mask = (mask if mask.dtype == torch.bool else mask != 0).reshape(rows).contiguous().view(torch.uint8)
+    if teacher_max is not None:
+        teacher_max = teacher_max.reshape(rows).contiguous()
     if labels is not None:
         labels = labels.to(torch.int64).reshape(rows).contiguous()
         _check_labels(labels, mask, layout.vocab_size)
@@ -117,6 +134,7 @@ def vocab_parallel_divergence(
     fields = _VocabParallelDivergence.apply(
         _as_rows(student_logits, rows),
         _as_rows(teacher_logits, rows),
+        teacher_max,
         labels,
         mask,
         plan,
@@ -147,9 +165,10 @@ class _VocabParallelDivergence(torch.autograd.Function):
     """Rows in, the fields of DivergenceStats out, each [rows]."""
 
     @staticmethod
-    def forward(ctx, student, teacher, labels, mask, plan, group, inplace_gradient):
+    def forward(ctx, student, teacher, teacher_max, labels, mask, plan, group, inplace_gradient):
         partials = ops.row_statistics(
-            student, teacher, labels, mask, plan.temperature, plan.columns, plan.first_column, plan.code
+            *(student, teacher, teacher_max, labels, mask),
+            *(plan.temperature, plan.columns, plan.first_column, plan.code),
         )
         partials = _gather_shards(partials, group)
         statistics, actions, constants = ops.merge_statistics(
@@ -159,20 +178,14 @@ class _VocabParallelDivergence(torch.autograd.Function):
         sums = None
         if plan.has_mixture:
             sums = ops.mixture_sums(
-                student,
-                teacher,
-                mask,
-                constants,
-                plan.temperature,
-                plan.columns,
-                plan.code,
-                plan.teacher_share,
+                *(student, teacher, teacher_max, mask, constants),
+                *(plan.temperature, plan.columns, plan.code, plan.teacher_share),
             )
             if group is not None and sums.shape[0]:
                 dist.all_reduce(sums, group=group)
             divergence = sums[:, 0].clamp(min=0)  # rounding may leave a hair below
         cross_entropy, *rest = rest
-        ctx.save_for_backward(student, teacher, labels, mask, constants, sums)
+        ctx.save_for_backward(student, teacher, teacher_max, labels, mask, constants, sums)
         ctx.plan, ctx.inplace_gradient, ctx.overwritten = plan, inplace_gradient, False
         ctx.set_materialize_grads(False)
         fields = (divergence, cross_entropy, *rest, *actions.unbind(0))
@@ -186,10 +199,10 @@ class _VocabParallelDivergence(torch.autograd.Function):
             raise RuntimeError(
                 "inplace_gradient: expected one backward, got a second; the first overwrote the student's logits"
             )
-        student, teacher, labels, mask, constants, sums = ctx.saved_tensors
+        student, teacher, teacher_max, labels, mask, constants, sums = ctx.saved_tensors
         plan = ctx.plan
         arguments = (
-            *(teacher, labels, mask, constants, sums),
+            *(teacher, teacher_max, labels, mask, constants, sums),
             *(None if g is None else g.contiguous() for g in (divergence_gradient, cross_entropy_gradient)),
             *(plan.temperature, plan.columns, plan.first_column, plan.code, plan.teacher_share),
         )
@@ -199,7 +212,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
             ops.gradient_(gradient, *arguments)
         else:
             gradient = ops.gradient(student, *arguments)
-        return gradient, None, None, None, None, None, None
+        return gradient, *[None] * 7
 
 
 def _gather_shards(partials: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -12,7 +12,12 @@ from torch import Tensor
 from vcrd.agreement import Facts, agree, refuse
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl")
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STUDENT_DTYPES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+TEACHER_DTYPES = {**STUDENT_DTYPES, torch.uint8: "uint8 codes"}
 
 
 class Layout(NamedTuple):
@@ -24,14 +29,22 @@ class Layout(NamedTuple):
 
 
 def check_tensors(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, mask: Tensor | None
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    teacher_max: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
 ) -> None:
     """Raises TypeError or ValueError naming the argument that is wrong by itself."""
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+    for name, logits, dtypes in (
+        ("student_logits", student_logits, STUDENT_DTYPES),
+        ("teacher_logits", teacher_logits, TEACHER_DTYPES),
+    ):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(logits).__name__}")
-        if logits.dtype not in LOGIT_DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {logits.dtype}")
+        if logits.dtype not in dtypes:
+            *most, last = dtypes.values()
+            raise TypeError(f"{name}: expected {', '.join(most)} or {last}, got {logits.dtype}")
         if logits.dim() == 0:
             raise ValueError(f"{name}: expected shape [..., vocabulary shard], got a scalar")
     leading = student_logits.shape[:-1]
@@ -40,7 +53,8 @@ def check_tensors(
             f"teacher_logits: expected the student's leading shape {list(leading)}, "
             f"got {list(teacher_logits.shape[:-1])}"
         )
-    for name, tensor in (("labels", labels), ("mask", mask)):
+    rowwise = {"teacher_max": teacher_max, "labels": labels, "mask": mask}
+    for name, tensor in rowwise.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
@@ -53,7 +67,9 @@ def check_tensors(
         labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
     ):
         raise TypeError(f"labels: expected integers, got {labels.dtype}")
-    for name, tensor in (("teacher_logits", teacher_logits), ("labels", labels), ("mask", mask)):
+    if teacher_max is not None and teacher_max.dtype != torch.float32:
+        raise TypeError(f"teacher_max: expected float32, got {teacher_max.dtype}")
+    for name, tensor in {"teacher_logits": teacher_logits, **rowwise}.items():
         if tensor is not None and tensor.device != student_logits.device:
             raise ValueError(
                 f"{name}: expected device {student_logits.device} of student_logits, got {tensor.device}"
@@ -84,6 +100,7 @@ def check_settings(
 def settle_layout(
     student_logits: Tensor,
     teacher_logits: Tensor,
+    teacher_max: Tensor | None,
     labels: Tensor | None,
     mask: Tensor | None,
     divergence: str,
@@ -95,7 +112,7 @@ def settle_layout(
 ) -> Layout:
     """This rank's layout, once every rank of `group` found all arguments right; or an error on every rank."""
     try:
-        check_tensors(student_logits, teacher_logits, labels, mask)
+        check_tensors(student_logits, teacher_logits, teacher_max, labels, mask)
         check_settings(divergence, temperature, alpha, beta, vocab_size)
     except (TypeError, ValueError) as error:
         if group is not None:
@@ -107,6 +124,7 @@ def settle_layout(
         "student_logits leading shape": list(student_logits.shape[:-1]),
         "student_logits dtype": str(student_logits.dtype),
         "teacher_logits dtype": str(teacher_logits.dtype),
+        "teacher_max given": teacher_max is not None,
         "labels given": labels is not None,
         "mask given": mask is not None,
         "divergence": divergence,

@@ -33,6 +33,7 @@ def validity_calibrated_kl(
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     inplace_gradient: bool = False,
+    teacher_max: Tensor | None = None,
     validity: str | Estimator = "label",
     sharpness: float = 4.0,
     floor: float = 0.1,
@@ -48,7 +49,7 @@ def validity_calibrated_kl(
 
     The weight comes from the relative validity of the two models' proposals, is detached, and sets the strength of the
     update at each prefix; its direction stays the teacher's. Formula: `vcrd.validity`. Arguments, shapes, collectives
-    and errors: `vocab_parallel_divergence` (up to `inplace_gradient`) and `validity_weights` (from `validity` on).
+    and errors: `vocab_parallel_divergence` (up to `teacher_max`) and `validity_weights` (from `validity` on).
 
     Args:
         labels: needed by validity "label" and by a `ce_weight`.
@@ -71,6 +72,7 @@ def validity_calibrated_kl(
         mask=mask,
         group=group,
         inplace_gradient=inplace_gradient,
+        teacher_max=teacher_max,
     )
     weight, rho = validity_weights(
         stats,

@@ -29,7 +29,7 @@ gradient_ = torch.ops.vcrd.gradient_
 
 
 @torch.library.register_fake("vcrd::row_statistics")
-def _(student, teacher, labels, mask, temperature, columns, first_column, divergence):
+def _(student, teacher, teacher_max, labels, mask, temperature, columns, first_column, divergence):
     return student.new_empty((student.shape[0], PARTIAL_FLOATS), dtype=torch.float32)
 
 
@@ -44,7 +44,7 @@ def _(partials, labels, mask, temperature, divergence):
 
 
 @torch.library.register_fake("vcrd::mixture_sums")
-def _(student, teacher, mask, constants, temperature, columns, divergence, teacher_share):
+def _(student, teacher, teacher_max, mask, constants, temperature, columns, divergence, teacher_share):
     return constants.new_empty((student.shape[0], 2))
 
 

@@ -1,6 +1,7 @@
 // First pass: the statistics of each row, and the merge of its shards. Part of loops.h.
 #pragma once
 
+#include "../merge.h"
 #include "block.h"
 
 namespace vcrd::cpu::VCRD_INSTRUCTION_SET {

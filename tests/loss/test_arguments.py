@@ -25,7 +25,7 @@ LABELS = torch.zeros(3, dtype=torch.long)
         ),
         (
             TypeError,
-            "teacher_logits: expected float32, bfloat16 or float16, got torch.int64",
+            "teacher_logits: expected float32, bfloat16, float16 or uint8 codes, got torch.int64",
             dict(teacher_logits=TEACHER.long()),
         ),
         (ValueError, "student_logits: expected shape", dict(student_logits=torch.tensor(1.0))),

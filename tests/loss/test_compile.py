@@ -53,17 +53,17 @@ def test_no_grad_gives_the_same_numbers_and_no_graph():
 def test_operators_pass_torchs_own_checks():
     student, teacher, labels, _ = Case((3,), 20).tensors()
     mask = torch.tensor([1, 0, 1], dtype=torch.uint8)
-    partials = ops.row_statistics(student, teacher, labels, mask, 1.0, 20, 0, 3)
+    partials = ops.row_statistics(student, teacher, None, labels, mask, 1.0, 20, 0, 3)
     _, _, constants = ops.merge_statistics(partials[None], labels, mask, 1.0, 3)
-    sums = ops.mixture_sums(student, teacher, mask, constants, 1.0, 20, 3, 0.5)
-    rest = (teacher, labels, mask, constants, sums, torch.ones(3), torch.ones(3), 1.0, 20, 0, 3, 0.5)
+    sums = ops.mixture_sums(student, teacher, None, mask, constants, 1.0, 20, 3, 0.5)
+    rest = (teacher, None, labels, mask, constants, sums, torch.ones(3), torch.ones(3), 1.0, 20, 0, 3, 0.5)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        ops.row_statistics, (student, teacher, labels, mask, 1.0, 20, 0, 3), test_utils=checks
+        ops.row_statistics, (student, teacher, None, labels, mask, 1.0, 20, 0, 3), test_utils=checks
     )
     torch.library.opcheck(ops.merge_statistics, (partials[None], labels, mask, 1.0, 3), test_utils=checks)
     torch.library.opcheck(
-        ops.mixture_sums, (student, teacher, mask, constants, 1.0, 20, 3, 0.5), test_utils=checks
+        ops.mixture_sums, (student, teacher, None, mask, constants, 1.0, 20, 3, 0.5), test_utils=checks
     )
     torch.library.opcheck(ops.gradient, (student, *rest), test_utils=checks)
     torch.library.opcheck(ops.gradient_, (student.clone(), *rest), test_utils=checks)

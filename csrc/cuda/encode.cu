@@ -1,0 +1,95 @@
+// Logits as distances below their row's maximum, in 16 or 8 bits: what the teacher sends.
+#include "instances.cuh"
+
+namespace vcrd::cuda {
+namespace {
+
+template <class S>
+__global__ void __launch_bounds__(kThreads) row_maxima_kernel(MaximumParams p, Grid grid) {
+  constexpr int kColumns = 16 / sizeof(S);
+  __shared__ float of_warps[kWarps];
+  const Group group(grid);
+  float maximum = -INFINITY;
+  if (group.present) {
+    const S* row = static_cast<const S*>(p.logits.data) + group.row * p.logits.stride;
+    const Cut cut = cut_at<S, kColumns>(row, static_cast<int>(p.columns));
+    const Reader<S, kColumns> reader(row, cut);
+#pragma unroll 4
+    for (int pack = group.thread; pack < cut.packs; pack += group.threads) {
+      float x[kColumns];
+      reader.any_pack(pack, -INFINITY, x);
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) maximum = fmaxf(maximum, x[i]);
+    }
+  }
+  maximum = warp_max(maximum);
+  if (grid.warps > 1) {
+    if (group.lane() == 0) of_warps[threadIdx.x / 32] = maximum;
+    __syncthreads();
+    if (group.thread != 0) return;
+    for (int i = 1; i < grid.warps; ++i) maximum = fmaxf(maximum, of_warps[threadIdx.x / 32 + i]);
+  }
+  if (group.present && group.thread == 0) p.maxima[group.row] = maximum;
+}
+
+template <class Code>
+__device__ __forceinline__ Code coded(float logit, float maximum) {
+  if constexpr (std::is_same_v<Code, Distance8>)
+    return {float_to_distance8(maximum - logit)};
+  else
+    return narrowed<Code>(logit - maximum);
+}
+
+template <class S, class Code>
+__global__ void __launch_bounds__(kThreads) encode_kernel(EncodeParams p, Grid grid) {
+  constexpr int kColumns = 16 / sizeof(S), kWords = kColumns * sizeof(Code) / 4;
+  const Group group(grid);
+  if (!group.present) return;
+  const S* row = static_cast<const S*>(p.logits.data) + group.row * p.logits.stride;
+  Code* out = static_cast<Code*>(p.codes) + group.row * p.columns;
+  // A row without any finite logit has no maximum to measure from.
+  const float maximum = p.maxima[group.row] == -INFINITY ? 0.0f : p.maxima[group.row];
+  const Cut cut = cut_at<S, kColumns>(row, static_cast<int>(p.columns));
+  const Reader<S, kColumns> reader(row, cut);
+  int begin, end;
+  group.share(cut.packs, grid.splits, &begin, &end);
+#pragma unroll 4
+  for (int pack = begin + group.thread; pack < end; pack += group.threads) {
+    float x[kColumns];
+    reader.any_pack(pack, 0.0f, x);
+    Code codes[kColumns];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) codes[i] = coded<Code>(x[i], maximum);
+    const int column = cut.first_column(pack, kColumns);
+    Code* at = out + column;
+    if (column >= 0 && column + kColumns <= cut.columns && reinterpret_cast<uintptr_t>(at) % sizeof codes == 0) {
+      store_words(reinterpret_cast<char*>(at), bits_as<Words<kWords>>(codes));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i)
+        if (column + i >= 0 && column + i < cut.columns) at[i] = codes[i];
+    }
+  }
+}
+
+}  // namespace
+
+const char* row_maxima(const MaximumParams& p, Stream stream) {
+  if (const char* error = too_large(p.columns)) return error;
+  const Grid grid = grid_of(p.rows, p.columns, 1);
+  return with_student(p.logits.dtype, [&](auto s) {
+    return launch(row_maxima_kernel<decltype(s)>, grid.blocks(), kThreads, stream, p, grid);
+  });
+}
+
+const char* encode(const EncodeParams& p, Stream stream) {
+  if (const char* error = too_large(p.columns)) return error;
+  const Grid grid = grid_of(p.rows, p.columns, row_splits(p.rows, p.columns));
+  return with_student(p.logits.dtype, [&](auto s) {
+    using S = decltype(s);
+    auto kernel = p.code == Dtype::kDistance8 ? encode_kernel<S, Distance8> : encode_kernel<S, __half>;
+    return launch(kernel, grid.blocks(), kThreads, stream, p, grid);
+  });
+}
+
+}  // namespace vcrd::cuda

@@ -1,0 +1,78 @@
+// The pass after the merge for divergences against a mixture: their value, and the centre of their potential.
+#pragma once
+
+#include "group.cuh"
+#include "instances.cuh"
+
+namespace vcrd::cuda {
+
+template <class S, class T, Divergence kDivergence>
+__global__ void __launch_bounds__(kThreads, 3) mixture_sums_kernel(MixtureParams p, Grid grid) {
+  using Pair = RowPair<S, T>;
+  __shared__ float of_warps[2][kWarps];
+  const Group group(grid);
+  const bool read = group.present && !(p.tokens.mask && !p.tokens.mask[group.row]);
+  float divergence = 0, centre = 0;
+  if (read) {
+    RowConstants c = p.constants[group.row];
+    if (p.teacher.shift) {  // the logits are read without it
+      c.teacher_max -= p.teacher.shift[group.row];
+      c.teacher_at_student_action -= p.teacher.shift[group.row];
+    }
+    const float it = p.inverse_temperature;
+    const float anchor = mixture_anchor<kDivergence>(c, it, p.teacher_share);
+    const S* student = static_cast<const S*>(p.student.data) + group.row * p.student.stride;
+    const T* teacher = static_cast<const T*>(p.teacher.data) + group.row * p.teacher.stride;
+    const Cut cut = cut_at<S, Pair::kColumns>(student, static_cast<int>(p.tokens.columns));
+    const Pair pair(student, teacher, cut);
+    int begin, end;
+    group.share(cut.packs, grid.splits, &begin, &end);
+    for (int first = begin + group.thread; first < end; first += Pair::kPacks * group.threads) {
+      float s[Pair::kBatch], t[Pair::kBatch];
+      pair.read(first, group.threads, end, s, t);
+#pragma unroll
+      for (int i = 0; i < Pair::kBatch; ++i) {
+        // Where there is no column both probabilities are 0, and so is all that they multiply.
+        float u = distance(s[i], c.student_max) * it, v = distance(t[i], c.teacher_max) * it;
+        float q = exponential(u) * c.student_tempered_inverse_sum;
+        float p_teacher = exponential(v) * c.teacher_tempered_inverse_sum;
+        MixtureElement e = mixture_element<kDivergence>(p_teacher, q, u - v - c.log_sum_difference, p.teacher_share);
+        divergence += e.term;
+        centre += q * (e.potential - anchor);
+      }
+    }
+  }
+  divergence = warp_sum(divergence);
+  centre = warp_sum(centre);
+  if (grid.warps > 1) {
+    if (group.lane() == 0) of_warps[0][threadIdx.x / 32] = divergence, of_warps[1][threadIdx.x / 32] = centre;
+    __syncthreads();
+    if (group.thread != 0) return;
+    for (int i = 1; i < grid.warps; ++i) {
+      divergence += of_warps[0][threadIdx.x / 32 + i];
+      centre += of_warps[1][threadIdx.x / 32 + i];
+    }
+  }
+  if (group.present && group.thread == 0) {
+    float* sums = p.sums + 2 * (group.split * p.tokens.rows + group.row);
+    sums[0] = divergence;
+    sums[1] = centre;
+  }
+}
+
+// Chooses the instance for one type of student; each type has a file of its own, to be compiled side by side.
+template <class S>
+const char* launch_mixture_sums(const MixtureParams& p, int64_t splits, cudaStream_t stream) {
+  const Grid grid = grid_of(p.tokens.rows, p.tokens.columns, splits);
+  return with_teacher(p.teacher.dtype, [&](auto teacher) {
+    using T = decltype(teacher);
+    return with_divergence(p.divergence, [&](auto divergence) -> const char* {
+      constexpr Divergence kDivergence = decltype(divergence)::value;
+      if constexpr (kDivergence >= Divergence::kJsd)
+        return launch(mixture_sums_kernel<S, T, kDivergence>, grid.blocks(), kThreads, stream, p, grid);
+      return "this divergence has no mixture";
+    });
+  });
+}
+
+}  // namespace vcrd::cuda

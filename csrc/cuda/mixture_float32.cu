@@ -1,0 +1,7 @@
+#include "mixture.cuh"
+
+namespace vcrd::cuda {
+
+template const char* launch_mixture_sums<float>(const MixtureParams&, int64_t, cudaStream_t);
+
+}  // namespace vcrd::cuda

@@ -1,0 +1,257 @@
+// Forward: the statistics of each row, both rows read once.
+#pragma once
+
+#include "group.cuh"
+#include "instances.cuh"
+
+namespace vcrd::cuda {
+
+// A thread's sums are relative to a reference logit that follows its maximum at this distance: raising it costs
+// exponentials, and in this way hardly ever happens after a thread's first batch.
+constexpr float kSlack = 4.0f;
+constexpr int kNoPack = INT32_MAX;
+
+// What a thread, then a warp, then a group knows of its columns. u = student logit - student_reference, v likewise.
+struct Sums {
+  float student_reference = -INFINITY, teacher_reference = -INFINITY;  // -inf before any finite logit
+  float teacher_at_reference = 0;  // the teacher's logit where student_reference was found; for reverse_cross alone
+  float student = 0, teacher = 0, student_moment = 0, teacher_moment = 0;
+  float student_tempered = 0, teacher_tempered = 0, forward_cross = 0, reverse_cross = 0;
+  float student_max = -INFINITY, teacher_max = -INFINITY;
+  int student_pack = kNoPack, teacher_pack = kNoPack;  // the first that holds the maximum
+};
+
+__device__ __forceinline__ float weighted(float weight, float value) { return weight == 0 ? 0 : weight * value; }
+
+// Moves the sums to references that lie `rise` higher. `action_rise`: of the teacher's logit there.
+template <bool kTempered, bool kReverse>
+__device__ __forceinline__ void raise(Sums& x, float student_rise, float teacher_rise, float action_rise,
+                                      float inverse_temperature) {
+  float student_scale = exponential(-student_rise), teacher_scale = exponential(-teacher_rise);
+  float student_weight = kTempered ? exponential(-student_rise * inverse_temperature) : student_scale;
+  float teacher_weight = kTempered ? exponential(-teacher_rise * inverse_temperature) : teacher_scale;
+  float student_tempered = kTempered ? x.student_tempered : x.student;
+  float teacher_tempered = kTempered ? x.teacher_tempered : x.teacher;
+  x.forward_cross = weighted(teacher_weight, x.forward_cross + (student_rise - teacher_rise) * teacher_tempered);
+  if constexpr (kReverse)
+    x.reverse_cross = weighted(student_weight, x.reverse_cross + (action_rise - student_rise) * student_tempered);
+  x.student_moment = student_scale * (x.student_moment - student_rise * x.student);
+  x.teacher_moment = teacher_scale * (x.teacher_moment - teacher_rise * x.teacher);
+  x.student *= student_scale;
+  x.teacher *= teacher_scale;
+  if constexpr (kTempered) {
+    x.student_tempered *= student_weight;
+    x.teacher_tempered *= teacher_weight;
+  }
+}
+
+template <class Pair>
+__device__ __forceinline__ float batch_maximum(const float (&x)[Pair::kBatch], int first_pack, int stride,
+                                               float& maximum, int& pack) {
+  float largest = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < Pair::kPacks; ++i) {
+    float of_pack = x[i * Pair::kColumns];
+#pragma unroll
+    for (int j = 1; j < Pair::kColumns; ++j) of_pack = fmaxf(of_pack, x[i * Pair::kColumns + j]);
+    if (of_pack > maximum) maximum = of_pack, pack = first_pack + i * stride;
+    largest = fmaxf(largest, of_pack);
+  }
+  return largest;
+}
+
+// Lets the references follow the batch. Divergences that need the reverse sum get no slack: its digits are only kept
+// relative to the student's action.
+template <class Pair, bool kTempered, bool kReverse>
+__device__ __forceinline__ void follow(Sums& x, float student, float teacher, const float (&s)[Pair::kBatch],
+                                       const float (&t)[Pair::kBatch], float inverse_temperature) {
+  const float slack = kReverse ? 0.0f : kSlack;
+  bool raise_student = student > x.student_reference + slack, raise_teacher = teacher > x.teacher_reference + kSlack;
+  if (!raise_student && !raise_teacher) return;
+  float student_rise = raise_student && x.student_reference != -INFINITY ? student - x.student_reference : 0.0f;
+  float teacher_rise = raise_teacher && x.teacher_reference != -INFINITY ? teacher - x.teacher_reference : 0.0f;
+  float action_rise = 0;
+  if (kReverse && raise_student) {
+    float there = 0;
+#pragma unroll
+    for (int i = Pair::kBatch - 1; i >= 0; --i) there = s[i] == student ? t[i] : there;
+    there = at_least_lowest(there);
+    action_rise = x.student_reference != -INFINITY ? there - x.teacher_at_reference : 0.0f;
+    x.teacher_at_reference = there;
+  }
+  raise<kTempered, kReverse>(x, student_rise, teacher_rise, action_rise, inverse_temperature);
+  if (raise_student) x.student_reference = student;
+  if (raise_teacher) x.teacher_reference = teacher;
+}
+
+template <class Pair, bool kTempered, bool kReverse>
+__device__ __forceinline__ void add_batch(Sums& x, const float (&s)[Pair::kBatch], const float (&t)[Pair::kBatch],
+                                          float inverse_temperature) {
+  // From -inf there is no distance.
+  float student_reference = x.student_reference == -INFINITY ? 0.0f : x.student_reference;
+  float teacher_reference = x.teacher_reference == -INFINITY ? 0.0f : x.teacher_reference;
+#pragma unroll
+  for (int i = 0; i < Pair::kBatch; ++i) {
+    float u = s[i] - student_reference, v = t[i] - teacher_reference;
+    float eu = exponential(u), ev = exponential(v);
+    // fmaxf drops a NaN, but the exponentials carry it into every sum.
+    u = fmaxf(u, kLowestDistance), v = fmaxf(v, kLowestDistance);
+    x.student += eu;
+    x.teacher += ev;
+    x.student_moment += eu * u;
+    x.teacher_moment += ev * v;
+    if constexpr (kTempered) {
+      eu = exponential(u * inverse_temperature);
+      ev = exponential(v * inverse_temperature);
+      x.student_tempered += eu;
+      x.teacher_tempered += ev;
+    }
+    x.forward_cross += ev * (v - u);
+    if constexpr (kReverse) x.reverse_cross += eu * (u - fmaxf(t[i] - x.teacher_at_reference, kLowestDistance));
+  }
+}
+
+__device__ __forceinline__ void warp_first_maximum(float& maximum, int& pack) {
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) {
+    float other = __shfl_xor_sync(kAllLanes, maximum, lanes);
+    int other_pack = __shfl_xor_sync(kAllLanes, pack, lanes);
+    if (other > maximum || (other == maximum && other_pack < pack)) maximum = other, pack = other_pack;
+  }
+}
+
+// Every lane's sums become those of the warp.
+template <bool kTempered, bool kReverse>
+__device__ __forceinline__ void merge_lanes(Sums& x, float inverse_temperature) {
+  float student_reference = warp_max(x.student_reference), teacher_reference = warp_max(x.teacher_reference);
+  float action_rise = 0;
+  if constexpr (kReverse) {
+    unsigned holders = __ballot_sync(kAllLanes, x.student_reference == student_reference);
+    float there = __shfl_sync(kAllLanes, x.teacher_at_reference, __ffs(holders) - 1);
+    action_rise = there - x.teacher_at_reference;
+    x.teacher_at_reference = there;
+  }
+  // A lane without a finite logit has nothing to move, and from -inf there is no distance.
+  float student_rise = x.student_reference == -INFINITY ? 0.0f : student_reference - x.student_reference;
+  float teacher_rise = x.teacher_reference == -INFINITY ? 0.0f : teacher_reference - x.teacher_reference;
+  raise<kTempered, kReverse>(x, student_rise, teacher_rise, action_rise, inverse_temperature);
+  x.student_reference = student_reference;
+  x.teacher_reference = teacher_reference;
+  x.student = warp_sum(x.student);
+  x.teacher = warp_sum(x.teacher);
+  x.student_moment = warp_sum(x.student_moment);
+  x.teacher_moment = warp_sum(x.teacher_moment);
+  if constexpr (kTempered) {
+    x.student_tempered = warp_sum(x.student_tempered);
+    x.teacher_tempered = warp_sum(x.teacher_tempered);
+  }
+  x.forward_cross = warp_sum(x.forward_cross);
+  if constexpr (kReverse) x.reverse_cross = warp_sum(x.reverse_cross);
+  warp_first_maximum(x.student_max, x.student_pack);
+  warp_first_maximum(x.teacher_max, x.teacher_pack);
+}
+
+// The first column of `pack` that holds `maximum`, found by the whole warp. Row's column 0 where nothing is finite.
+template <class T, int kColumns>
+__device__ __forceinline__ int column_of(const T* row, const Cut& cut, float maximum, int pack, int lane) {
+  if (pack == kNoPack) return 0;
+  int column = cut.first_column(pack, kColumns) + lane;
+  bool inside = lane < kColumns && column >= 0 && column < cut.columns;
+  unsigned holders = __ballot_sync(kAllLanes, inside && widened(row[inside ? column : 0]) == maximum);
+  return cut.first_column(pack, kColumns) + __ffs(holders) - 1;
+}
+
+// The group's result, written by one lane of its first warp.
+template <class S, class T, bool kTempered, bool kReverse>
+__device__ __forceinline__ void write_partial(const StatisticsParams& p, const Group& group, const S* student,
+                                              const T* teacher, const Cut& cut, int begin, int end, Sums& x) {
+  constexpr int kColumns = RowPair<S, T>::kColumns;
+  int student_column = column_of<S, kColumns>(student, cut, x.student_max, x.student_pack, group.lane());
+  int teacher_column = column_of<T, kColumns>(teacher, cut, x.teacher_max, x.teacher_pack, group.lane());
+  if (group.lane() != 0) return;
+  const float shift = p.teacher.shift ? p.teacher.shift[group.row] : 0.0f;
+  // The sums now become relative to the maxima themselves.
+  float student_rise = x.student_pack == kNoPack ? 0.0f : x.student_max - x.student_reference;
+  float teacher_rise = x.teacher_pack == kNoPack ? 0.0f : x.teacher_max - x.teacher_reference;
+  raise<kTempered, kReverse>(x, student_rise, teacher_rise, 0.0f, p.inverse_temperature);
+  RowPartial out = {};
+  out.student_max = x.student_max;
+  out.teacher_max = x.teacher_max + shift;
+  out.student_sum = x.student;
+  out.teacher_sum = x.teacher;
+  out.student_moment = x.student_moment;
+  out.teacher_moment = x.teacher_moment;
+  out.student_tempered_sum = kTempered ? x.student_tempered : x.student;
+  out.teacher_tempered_sum = kTempered ? x.teacher_tempered : x.teacher;
+  out.forward_cross = x.forward_cross;
+  out.reverse_cross = x.reverse_cross;
+  if (x.student_pack != kNoPack)
+    out.teacher_at_student_action = at_least_lowest(widened(teacher[student_column])) + shift;
+  if (x.teacher_pack != kNoPack) out.student_at_teacher_action = widened(student[teacher_column]);
+  out.student_action = static_cast<int32_t>(p.tokens.first_column + student_column);
+  out.teacher_action = static_cast<int32_t>(p.tokens.first_column + teacher_column);
+  int64_t label = p.tokens.labels ? p.tokens.labels[group.row] : -1;
+  int64_t column = label < 0 ? -1 : label - p.tokens.first_column;
+  if (column >= 0 && column < cut.columns) {
+    int pack = static_cast<int>((column + cut.lead) / kColumns);
+    if (pack >= begin && pack < end) {
+      out.has_label = 1;
+      out.student_label = widened(student[column]);
+      out.teacher_label = widened(teacher[column]) + shift;
+    }
+  }
+  p.partials[group.split * p.tokens.rows + group.row] = out;
+}
+
+template <class S, class T, bool kTempered, bool kReverse>
+__global__ void __launch_bounds__(kThreads, kTempered&& kReverse ? 2 : 3)
+    row_statistics_kernel(StatisticsParams p, Grid grid) {
+  using Pair = RowPair<S, T>;
+  __shared__ Sums of_warps[kWarps];
+  const Group group(grid);
+  const bool read = group.present && !(p.tokens.mask && !p.tokens.mask[group.row]);
+  const S* student = static_cast<const S*>(p.student.data) + (read ? group.row * p.student.stride : 0);
+  const T* teacher = static_cast<const T*>(p.teacher.data) + (read ? group.row * p.teacher.stride : 0);
+  const Cut cut = cut_at<S, Pair::kColumns>(student, static_cast<int>(p.tokens.columns));
+  int begin = 0, end = 0;
+  if (read) group.share(cut.packs, grid.splits, &begin, &end);
+  Sums x;
+  const Pair pair(student, teacher, cut);
+  for (int first = begin + group.thread; first < end; first += Pair::kPacks * group.threads) {
+    float s[Pair::kBatch], t[Pair::kBatch];
+    pair.read(first, group.threads, end, s, t);
+    float largest = batch_maximum<Pair>(s, first, group.threads, x.student_max, x.student_pack);
+    float largest_teacher = batch_maximum<Pair>(t, first, group.threads, x.teacher_max, x.teacher_pack);
+    follow<Pair, kTempered, kReverse>(x, largest, largest_teacher, s, t, p.inverse_temperature);
+    add_batch<Pair, kTempered, kReverse>(x, s, t, p.inverse_temperature);
+  }
+  merge_lanes<kTempered, kReverse>(x, p.inverse_temperature);
+  if (grid.warps > 1) {
+    if (group.lane() == 0) of_warps[threadIdx.x / 32] = x;
+    __syncthreads();
+    if (group.warp() != 0) return;
+    x = group.lane() < grid.warps ? of_warps[threadIdx.x / 32 + group.lane()] : Sums();
+    merge_lanes<kTempered, kReverse>(x, p.inverse_temperature);
+  }
+  if (read)
+    write_partial<S, T, kTempered, kReverse>(p, group, student, teacher, cut, begin, end, x);
+  else if (group.present && group.lane() == 0)
+    p.partials[group.split * p.tokens.rows + group.row] = RowPartial{};
+}
+
+// Chooses the instance for one type of student; each type has a file of its own, to be compiled side by side.
+template <class S>
+const char* launch_row_statistics(const StatisticsParams& p, int64_t splits, cudaStream_t stream) {
+  const Grid grid = grid_of(p.tokens.rows, p.tokens.columns, splits);
+  return with_teacher(p.teacher.dtype, [&](auto teacher) {
+    using T = decltype(teacher);
+    const bool tempered = p.inverse_temperature != 1.0f;
+    auto kernel =
+        tempered
+            ? (p.with_reverse ? row_statistics_kernel<S, T, true, true> : row_statistics_kernel<S, T, true, false>)
+            : (p.with_reverse ? row_statistics_kernel<S, T, false, true> : row_statistics_kernel<S, T, false, false>);
+    return launch(kernel, grid.blocks(), kThreads, stream, p, grid);
+  });
+}
+
+}  // namespace vcrd::cuda

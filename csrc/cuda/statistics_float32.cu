@@ -1,0 +1,7 @@
+#include "statistics.cuh"
+
+namespace vcrd::cuda {
+
+template const char* launch_row_statistics<float>(const StatisticsParams&, int64_t, cudaStream_t);
+
+}  // namespace vcrd::cuda

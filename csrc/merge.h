@@ -1,0 +1,149 @@
+// How the partial statistics of a row become one and then the row's results, shared by the CPU loops and the CUDA
+// kernels. In double: a few operations per row buy exact normalisers.
+#pragma once
+
+#include "math.h"
+
+namespace vcrd {
+
+// A RowPartial in double: what several of them add up to.
+struct RowTotals {
+  double student_max = -INFINITY, teacher_max = -INFINITY;
+  double student_sum = 0, teacher_sum = 0, student_moment = 0, teacher_moment = 0;
+  double student_tempered_sum = 0, teacher_tempered_sum = 0, forward_cross = 0, reverse_cross = 0;
+  float teacher_at_student_action = 0, student_at_teacher_action = 0;
+  float student_label = 0, teacher_label = 0;
+  int32_t student_action = 0, teacher_action = 0;
+  bool has_label = false;
+};
+
+// A weight of exactly 0 takes its term along, also an infinite one; a NaN stays.
+VCRD_FUNCTION double weighted(double weight, double value) { return weight == 0 ? 0 : weight * value; }
+
+// Adds up a row's parts, `stride` partials apart. The first of equal maxima holds the action, and parts are in the
+// order of their columns.
+VCRD_FUNCTION RowTotals add_partials(const RowPartial* partials, int64_t parts, int64_t stride,
+                                     double inverse_temperature) {
+  RowTotals row;
+  int64_t student_part = 0, teacher_part = 0;
+  for (int64_t i = 0; i < parts; ++i) {
+    const RowPartial& part = partials[i * stride];
+    if (part.student_max > row.student_max) row.student_max = part.student_max, student_part = i;
+    if (part.teacher_max > row.teacher_max) row.teacher_max = part.teacher_max, teacher_part = i;
+  }
+  const RowPartial& student = partials[student_part * stride];
+  const RowPartial& teacher = partials[teacher_part * stride];
+  row.teacher_at_student_action = student.teacher_at_student_action;
+  row.student_at_teacher_action = teacher.student_at_teacher_action;
+  row.student_action = student.student_action;
+  row.teacher_action = teacher.teacher_action;
+  for (int64_t i = 0; i < parts; ++i) {
+    const RowPartial& part = partials[i * stride];
+    // A part of padding alone, or of -inf alone, has nothing to move: its maximum of -inf would give NaN.
+    double student_shift = part.student_max == -INFINITY ? 0.0 : part.student_max - row.student_max;
+    double teacher_shift = part.teacher_max == -INFINITY ? 0.0 : part.teacher_max - row.teacher_max;
+    double action_shift = double(part.teacher_at_student_action) - row.teacher_at_student_action;
+    double student_scale = exp(student_shift), teacher_scale = exp(teacher_shift);
+    double student_weight = inverse_temperature == 1 ? student_scale : exp(student_shift * inverse_temperature);
+    double teacher_weight = inverse_temperature == 1 ? teacher_scale : exp(teacher_shift * inverse_temperature);
+    row.student_sum += student_scale * part.student_sum;
+    row.teacher_sum += teacher_scale * part.teacher_sum;
+    row.student_moment += student_scale * (part.student_moment + student_shift * part.student_sum);
+    row.teacher_moment += teacher_scale * (part.teacher_moment + teacher_shift * part.teacher_sum);
+    row.student_tempered_sum += student_weight * part.student_tempered_sum;
+    row.teacher_tempered_sum += teacher_weight * part.teacher_tempered_sum;
+    row.forward_cross +=
+        weighted(teacher_weight, part.forward_cross + (teacher_shift - student_shift) * part.teacher_tempered_sum);
+    row.reverse_cross +=
+        weighted(student_weight, part.reverse_cross + (student_shift - action_shift) * part.student_tempered_sum);
+    if (part.has_label) {
+      row.has_label = true;
+      row.student_label = part.student_label;
+      row.teacher_label = part.teacher_label;
+    }
+  }
+  return row;
+}
+
+VCRD_FUNCTION RowPartial partial_of(const RowTotals& row) {
+  return {static_cast<float>(row.student_max),
+          static_cast<float>(row.teacher_max),
+          static_cast<float>(row.student_sum),
+          static_cast<float>(row.teacher_sum),
+          static_cast<float>(row.student_moment),
+          static_cast<float>(row.teacher_moment),
+          static_cast<float>(row.student_tempered_sum),
+          static_cast<float>(row.teacher_tempered_sum),
+          static_cast<float>(row.forward_cross),
+          static_cast<float>(row.reverse_cross),
+          row.teacher_at_student_action,
+          row.student_at_teacher_action,
+          row.student_label,
+          row.teacher_label,
+          row.student_action,
+          row.teacher_action,
+          row.has_label};
+}
+
+// What one row of merged statistics holds before it is written to its several arrays.
+struct MergedRow {
+  float statistics[kStatistics];
+  int32_t student_action, teacher_action;
+  RowConstants constants;
+};
+
+// A label that no shard holds lies outside the vocabulary: its numbers are NaN, since a silent 0 would train on
+// nothing.
+VCRD_FUNCTION MergedRow merge_row(const RowPartial* partials, int64_t shards, int64_t stride, bool labelled,
+                                  double inverse_temperature, Divergence divergence) {
+  RowTotals totals = add_partials(partials, shards, stride, inverse_temperature);
+  // A row without any probability (all -inf) has no distribution; its numbers are NaN, as torch's softmax gives.
+  if (totals.student_sum == 0) totals.student_sum = totals.student_tempered_sum = NAN;
+  if (totals.teacher_sum == 0) totals.teacher_sum = totals.teacher_tempered_sum = NAN;
+  double student_log_sum = log(totals.student_sum), teacher_log_sum = log(totals.teacher_sum);
+  double log_sum_difference = log(totals.student_tempered_sum / totals.teacher_tempered_sum);
+  double student_log_normalizer = totals.student_max + student_log_sum;
+  double teacher_log_normalizer = totals.teacher_max + teacher_log_sum;
+  double forward_kl = totals.forward_cross / totals.teacher_tempered_sum * inverse_temperature + log_sum_difference;
+  double reverse_centre = totals.reverse_cross / totals.student_tempered_sum * inverse_temperature;
+  double reverse_kl = reverse_centre - (totals.teacher_at_student_action - totals.teacher_max) * inverse_temperature -
+                      log_sum_difference;
+  // Rounding may leave a hair below zero; a NaN must stay.
+  forward_kl = forward_kl < 0 ? 0 : forward_kl > kInfiniteDivergence ? INFINITY : forward_kl;
+  reverse_kl = reverse_kl < 0 ? 0 : reverse_kl > kInfiniteDivergence ? INFINITY : reverse_kl;
+  double student_label_logprob = !labelled          ? 0.0
+                                 : totals.has_label ? totals.student_label - student_log_normalizer
+                                                    : NAN;
+  double teacher_label_logprob = !labelled          ? 0.0
+                                 : totals.has_label ? totals.teacher_label - teacher_log_normalizer
+                                                    : NAN;
+
+  MergedRow row;
+  float* out = row.statistics;
+  out[kDivergence] = static_cast<float>(divergence == Divergence::kForwardKl   ? forward_kl
+                                        : divergence == Divergence::kReverseKl ? reverse_kl
+                                        : divergence == Divergence::kJeffreys  ? 0.5 * (forward_kl + reverse_kl)
+                                                                               : 0.0);
+  out[kCrossEntropy] = static_cast<float>(labelled ? -student_label_logprob : 0.0);
+  out[kStudentLabelLogprob] = static_cast<float>(student_label_logprob);
+  out[kTeacherLabelLogprob] = static_cast<float>(teacher_label_logprob);
+  out[kStudentLogprobOfStudentAction] = static_cast<float>(-student_log_sum);
+  out[kStudentLogprobOfTeacherAction] = static_cast<float>(totals.student_at_teacher_action - student_log_normalizer);
+  out[kTeacherLogprobOfStudentAction] = static_cast<float>(totals.teacher_at_student_action - teacher_log_normalizer);
+  out[kTeacherLogprobOfTeacherAction] = static_cast<float>(-teacher_log_sum);
+  out[kStudentEntropy] = static_cast<float>(student_log_sum - totals.student_moment / totals.student_sum);
+  out[kTeacherEntropy] = static_cast<float>(teacher_log_sum - totals.teacher_moment / totals.teacher_sum);
+  row.student_action = totals.student_action;
+  row.teacher_action = totals.teacher_action;
+  row.constants.student_max = static_cast<float>(totals.student_max);
+  row.constants.teacher_max = static_cast<float>(totals.teacher_max);
+  row.constants.teacher_at_student_action = totals.teacher_at_student_action;
+  row.constants.student_inverse_sum = static_cast<float>(1.0 / totals.student_sum);
+  row.constants.student_tempered_inverse_sum = static_cast<float>(1.0 / totals.student_tempered_sum);
+  row.constants.teacher_tempered_inverse_sum = static_cast<float>(1.0 / totals.teacher_tempered_sum);
+  row.constants.log_sum_difference = static_cast<float>(log_sum_difference);
+  row.constants.reverse_centre = static_cast<float>(reverse_centre);
+  return row;
+}
+
+}  // namespace vcrd
