@@ -261,6 +261,37 @@ void gradient_(Tensor& student, const Tensor& teacher, const OptionalTensor& tea
                  cross_entropy_gradient, temperature, columns, first_column, divergence, teacher_share);
 }
 
+// Row maxima [rows] of logits [rows, columns].
+Tensor row_maxima(const Tensor& logits) {
+  Tensor maxima = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
+  MaximumParams p{student_of(logits), logits.size(0), logits.size(1), maxima.mutable_data_ptr<float>()};
+  if constexpr (kWithCuda) {
+    if (on_gpu(logits)) {
+      on_stream(logits, [&](cuda::Stream stream) { return cuda::row_maxima(p, stream); });
+      return maxima;
+    }
+  }
+  over_rows(cpu::kernels().row_maxima, p, p.rows, p.columns);
+  return maxima;
+}
+
+// Logits as distances below `maxima`, [rows, columns]: float16, or the 8-bit square-root code.
+Tensor encode(const Tensor& logits, const Tensor& maxima, int64_t bits) {
+  TORCH_CHECK(bits == 8 || bits == 16, "codes have 8 or 16 bits, not ", bits);
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  Tensor codes = at::empty({rows, columns}, logits.options().dtype(bits == 8 ? at::kByte : at::kHalf));
+  EncodeParams p{student_of(logits),      rows, columns, pointer<float>(maxima, at::kFloat, rows), dtype_of(codes),
+                 codes.mutable_data_ptr()};
+  if constexpr (kWithCuda) {
+    if (on_gpu(logits)) {
+      on_stream(logits, [&](cuda::Stream stream) { return cuda::encode(p, stream); });
+      return codes;
+    }
+  }
+  over_rows(cpu::kernels().encode, p, rows, columns);
+  return codes;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(vcrd, library) {
@@ -285,6 +316,8 @@ TORCH_LIBRARY(vcrd, library) {
       "constants, Tensor? sums, "
       "Tensor? divergence_gradient, Tensor? cross_entropy_gradient, float temperature, SymInt columns, "
       "SymInt first_column, int divergence, float teacher_share) -> ()");
+  library.def("row_maxima(Tensor logits) -> Tensor");
+  library.def("encode(Tensor logits, Tensor maxima, int bits) -> Tensor");
 }
 
 void implement(torch::Library& library) {
@@ -293,6 +326,8 @@ void implement(torch::Library& library) {
   library.impl("mixture_sums", mixture_sums);
   library.impl("gradient", gradient);
   library.impl("gradient_", gradient_);
+  library.impl("row_maxima", row_maxima);
+  library.impl("encode", encode);
 }
 
 TORCH_LIBRARY_IMPL(vcrd, CPU, library) { implement(library); }

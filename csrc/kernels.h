@@ -15,6 +15,8 @@ struct Kernels {
   void (*merge_statistics)(const MergeParams&, int64_t begin, int64_t end);
   void (*mixture_sums)(const MixtureParams&, int64_t begin, int64_t end);
   void (*gradient)(const GradientParams&, int64_t begin, int64_t end);
+  void (*row_maxima)(const MaximumParams&, int64_t begin, int64_t end);
+  void (*encode)(const EncodeParams&, int64_t begin, int64_t end);
   const char* instruction_set;
 };
 

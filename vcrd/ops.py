@@ -26,6 +26,8 @@ merge_statistics = torch.ops.vcrd.merge_statistics
 mixture_sums = torch.ops.vcrd.mixture_sums
 gradient = torch.ops.vcrd.gradient
 gradient_ = torch.ops.vcrd.gradient_
+row_maxima = torch.ops.vcrd.row_maxima
+encode = torch.ops.vcrd.encode
 
 
 @torch.library.register_fake("vcrd::row_statistics")
@@ -56,3 +58,13 @@ def _(student, *_args):
 @torch.library.register_fake("vcrd::gradient_")
 def _(student, *_args):
     return None
+
+
+@torch.library.register_fake("vcrd::row_maxima")
+def _(logits):
+    return logits.new_empty((logits.shape[0],), dtype=torch.float32)
+
+
+@torch.library.register_fake("vcrd::encode")
+def _(logits, maxima, bits):
+    return logits.new_empty(logits.shape, dtype=torch.uint8 if bits == 8 else torch.float16)

@@ -1,6 +1,7 @@
 // The CPU loops. Compiled once per instruction set: the including file defines VCRD_INSTRUCTION_SET and sets the
 // compiler's target, and must have included the standard headers before that. Blocks of columns stay in the first-level
 // cache: one sweep finds the block's maximum, a second takes the exponentials.
+#include "encode.h"
 #include "gradient.h"
 #include "statistics.h"
 
@@ -84,6 +85,14 @@ void launch_gradient(const GradientParams& p, int64_t begin, int64_t end) {
   });
 }
 
+void launch_row_maxima(const MaximumParams& p, int64_t begin, int64_t end) {
+  with_dtype(p.logits.dtype, [&](auto s) { row_maxima<decltype(s)>(p, begin, end); });
+}
+
+void launch_encode(const EncodeParams& p, int64_t begin, int64_t end) {
+  with_dtype(p.logits.dtype, [&](auto s) { encode<decltype(s)>(p, begin, end); });
+}
+
 }  // namespace
 }  // namespace vcrd::cpu::VCRD_INSTRUCTION_SET
 
@@ -96,7 +105,12 @@ namespace vcrd::cpu {
 
 const Kernels& VCRD_JOIN(VCRD_INSTRUCTION_SET, _kernels)() {
   using namespace VCRD_INSTRUCTION_SET;
-  static const Kernels kernels = {launch_row_statistics, merge_statistics, launch_mixture_sums, launch_gradient,
+  static const Kernels kernels = {launch_row_statistics,
+                                  merge_statistics,
+                                  launch_mixture_sums,
+                                  launch_gradient,
+                                  launch_row_maxima,
+                                  launch_encode,
                                   VCRD_STRING(VCRD_INSTRUCTION_SET)};
   return kernels;
 }

@@ -23,11 +23,11 @@ __global__ void __launch_bounds__(kThreads) row_maxima_kernel(MaximumParams p, G
     }
   }
   maximum = warp_max(maximum);
-  if (grid.warps > 1) {
+  if (grid.warps_log2 > 0) {
     if (group.lane() == 0) of_warps[threadIdx.x / 32] = maximum;
     __syncthreads();
     if (group.thread != 0) return;
-    for (int i = 1; i < grid.warps; ++i) maximum = fmaxf(maximum, of_warps[threadIdx.x / 32 + i]);
+    for (int i = 1; i < grid.warps(); ++i) maximum = fmaxf(maximum, of_warps[threadIdx.x / 32 + i]);
   }
   if (group.present && group.thread == 0) p.maxima[group.row] = maximum;
 }

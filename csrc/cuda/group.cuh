@@ -12,21 +12,23 @@ constexpr int kThreads = 256;  // of a block
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// How rows are dealt out: a group of `warps` (a power of two) takes one of a row's `splits` parts.
+// How rows are dealt out: a group of 2^warps_log2 warps takes one of a row's `splits` parts.
 struct Grid {
   int64_t rows;
   int splits;
-  int warps;
+  int warps_log2;
 
   __host__ __device__ int64_t groups() const { return rows * splits; }
-  __host__ int64_t blocks() const { return (groups() * warps + kWarps - 1) / kWarps; }
+  __host__ __device__ int warps() const { return 1 << warps_log2; }
+  __host__ int64_t blocks() const { return (groups() * warps() + kWarps - 1) / kWarps; }
 };
 
-// As many warps as leave each lane a few batches of columns: short rows then share a block, and a long row fills one.
+// As many warps as leave each lane 128 columns or so, against which the end of a row weighs little: short rows then
+// share a block, and a long row fills one.
 inline Grid grid_of(int64_t rows, int64_t columns, int64_t splits) {
-  int warps = 1;
-  while (warps < kWarps && columns / splits > 2048 * warps) warps *= 2;
-  return {rows, static_cast<int>(splits), warps};
+  int warps_log2 = 0;
+  while ((1 << warps_log2) < kWarps && columns / splits > int64_t(4096) << warps_log2) ++warps_log2;
+  return {rows, static_cast<int>(splits), warps_log2};
 }
 
 // This thread's group.
@@ -38,12 +40,12 @@ struct Group {
 
   __device__ explicit Group(const Grid& grid) {
     int warp = static_cast<int>(threadIdx.x) / 32;
-    int64_t index = int64_t(blockIdx.x) * (kWarps / grid.warps) + warp / grid.warps;
+    int64_t index = int64_t(blockIdx.x) * (kWarps >> grid.warps_log2) + (warp >> grid.warps_log2);
     present = index < grid.groups();
     row = grid.splits == 1 ? index : index / grid.splits;
     split = grid.splits == 1 ? 0 : static_cast<int>(index % grid.splits);
-    threads = 32 * grid.warps;
-    thread = static_cast<int>(threadIdx.x) % threads;
+    threads = 32 << grid.warps_log2;
+    thread = static_cast<int>(threadIdx.x) & (threads - 1);
   }
 
   __device__ int warp() const { return thread / 32; }
@@ -51,21 +53,24 @@ struct Group {
 
   // This part's share [begin, end) of `packs`.
   __device__ void share(int packs, int splits, int* begin, int* end) const {
-    int each = (packs + splits - 1) / splits;
+    int each = splits == 1 ? packs : (packs + splits - 1) / splits;
     *begin = min(packs, split * each);
     *end = min(packs, *begin + each);
   }
 };
 
+// Over groups of kLanes neighbouring lanes, a power of two; every lane gets the result.
+template <int kLanes = 32>
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  for (int lanes = kLanes / 2; lanes; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
   return x;
 }
 
+template <int kLanes = 32>
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  for (int lanes = kLanes / 2; lanes; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
   return x;
 }
 

@@ -44,11 +44,11 @@ __global__ void __launch_bounds__(kThreads, 3) mixture_sums_kernel(MixtureParams
   }
   divergence = warp_sum(divergence);
   centre = warp_sum(centre);
-  if (grid.warps > 1) {
+  if (grid.warps_log2 > 0) {
     if (group.lane() == 0) of_warps[0][threadIdx.x / 32] = divergence, of_warps[1][threadIdx.x / 32] = centre;
     __syncthreads();
     if (group.thread != 0) return;
-    for (int i = 1; i < grid.warps; ++i) {
+    for (int i = 1; i < grid.warps(); ++i) {
       divergence += of_warps[0][threadIdx.x / 32 + i];
       centre += of_warps[1][threadIdx.x / 32 + i];
     }

@@ -33,14 +33,16 @@ __device__ __forceinline__ Words<kWords> load_words(const char* aligned) {
   }
 }
 
+// By intrinsics, since a plain assignment the compiler takes apart into words; streaming, since what is written here
+// exceeds the cache long before it is read.
 template <int kWords>
 __device__ __forceinline__ void store_words(char* aligned, const Words<kWords>& w) {
   if constexpr (kWords == 4)
-    *reinterpret_cast<uint4*>(aligned) = make_uint4(w.at[0], w.at[1], w.at[2], w.at[3]);
+    __stcs(reinterpret_cast<uint4*>(aligned), make_uint4(w.at[0], w.at[1], w.at[2], w.at[3]));
   else if constexpr (kWords == 2)
-    *reinterpret_cast<uint2*>(aligned) = make_uint2(w.at[0], w.at[1]);
+    __stcs(reinterpret_cast<uint2*>(aligned), make_uint2(w.at[0], w.at[1]));
   else
-    *reinterpret_cast<uint32_t*>(aligned) = w.at[0];
+    __stcs(reinterpret_cast<unsigned int*>(aligned), w.at[0]);
 }
 
 // Words that begin `past` bytes after `aligned`, from the two aligned groups that hold them.

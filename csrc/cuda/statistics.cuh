@@ -111,23 +111,26 @@ __device__ __forceinline__ void add_batch(Sums& x, const float (&s)[Pair::kBatch
   }
 }
 
+template <int kLanes>
 __device__ __forceinline__ void warp_first_maximum(float& maximum, int& pack) {
 #pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2) {
+  for (int lanes = kLanes / 2; lanes; lanes /= 2) {
     float other = __shfl_xor_sync(kAllLanes, maximum, lanes);
     int other_pack = __shfl_xor_sync(kAllLanes, pack, lanes);
     if (other > maximum || (other == maximum && other_pack < pack)) maximum = other, pack = other_pack;
   }
 }
 
-// Every lane's sums become those of the warp.
-template <bool kTempered, bool kReverse>
+// Every lane's sums become those of its kLanes neighbours.
+template <int kLanes, bool kTempered, bool kReverse>
 __device__ __forceinline__ void merge_lanes(Sums& x, float inverse_temperature) {
-  float student_reference = warp_max(x.student_reference), teacher_reference = warp_max(x.teacher_reference);
+  float student_reference = warp_max<kLanes>(x.student_reference),
+        teacher_reference = warp_max<kLanes>(x.teacher_reference);
   float action_rise = 0;
   if constexpr (kReverse) {
-    unsigned holders = __ballot_sync(kAllLanes, x.student_reference == student_reference);
-    float there = __shfl_sync(kAllLanes, x.teacher_at_reference, __ffs(holders) - 1);
+    const unsigned first_lane = threadIdx.x % 32 / kLanes * kLanes;
+    unsigned holders = __ballot_sync(kAllLanes, x.student_reference == student_reference) >> first_lane;
+    float there = __shfl_sync(kAllLanes, x.teacher_at_reference, first_lane + __ffs(holders) - 1);
     action_rise = there - x.teacher_at_reference;
     x.teacher_at_reference = there;
   }
@@ -137,18 +140,18 @@ __device__ __forceinline__ void merge_lanes(Sums& x, float inverse_temperature) 
   raise<kTempered, kReverse>(x, student_rise, teacher_rise, action_rise, inverse_temperature);
   x.student_reference = student_reference;
   x.teacher_reference = teacher_reference;
-  x.student = warp_sum(x.student);
-  x.teacher = warp_sum(x.teacher);
-  x.student_moment = warp_sum(x.student_moment);
-  x.teacher_moment = warp_sum(x.teacher_moment);
+  x.student = warp_sum<kLanes>(x.student);
+  x.teacher = warp_sum<kLanes>(x.teacher);
+  x.student_moment = warp_sum<kLanes>(x.student_moment);
+  x.teacher_moment = warp_sum<kLanes>(x.teacher_moment);
   if constexpr (kTempered) {
-    x.student_tempered = warp_sum(x.student_tempered);
-    x.teacher_tempered = warp_sum(x.teacher_tempered);
+    x.student_tempered = warp_sum<kLanes>(x.student_tempered);
+    x.teacher_tempered = warp_sum<kLanes>(x.teacher_tempered);
   }
-  x.forward_cross = warp_sum(x.forward_cross);
-  if constexpr (kReverse) x.reverse_cross = warp_sum(x.reverse_cross);
-  warp_first_maximum(x.student_max, x.student_pack);
-  warp_first_maximum(x.teacher_max, x.teacher_pack);
+  x.forward_cross = warp_sum<kLanes>(x.forward_cross);
+  if constexpr (kReverse) x.reverse_cross = warp_sum<kLanes>(x.reverse_cross);
+  warp_first_maximum<kLanes>(x.student_max, x.student_pack);
+  warp_first_maximum<kLanes>(x.teacher_max, x.teacher_pack);
 }
 
 // The first column of `pack` that holds `maximum`, found by the whole warp. Row's column 0 where nothing is finite.
@@ -173,7 +176,10 @@ __device__ __forceinline__ void write_partial(const StatisticsParams& p, const G
   // The sums now become relative to the maxima themselves.
   float student_rise = x.student_pack == kNoPack ? 0.0f : x.student_max - x.student_reference;
   float teacher_rise = x.teacher_pack == kNoPack ? 0.0f : x.teacher_max - x.teacher_reference;
-  raise<kTempered, kReverse>(x, student_rise, teacher_rise, 0.0f, p.inverse_temperature);
+  const float teacher_there = x.student_pack == kNoPack ? 0.0f : at_least_lowest(widened(teacher[student_column]));
+  // Of equal maxima the action is the first in the row, the reference the first in its lane.
+  const float action_rise = x.student_pack == kNoPack ? 0.0f : teacher_there - x.teacher_at_reference;
+  raise<kTempered, kReverse>(x, student_rise, teacher_rise, action_rise, p.inverse_temperature);
   RowPartial out = {};
   out.student_max = x.student_max;
   out.teacher_max = x.teacher_max + shift;
@@ -185,8 +191,7 @@ __device__ __forceinline__ void write_partial(const StatisticsParams& p, const G
   out.teacher_tempered_sum = kTempered ? x.teacher_tempered : x.teacher;
   out.forward_cross = x.forward_cross;
   out.reverse_cross = x.reverse_cross;
-  if (x.student_pack != kNoPack)
-    out.teacher_at_student_action = at_least_lowest(widened(teacher[student_column])) + shift;
+  if (x.student_pack != kNoPack) out.teacher_at_student_action = teacher_there + shift;
   if (x.teacher_pack != kNoPack) out.student_at_teacher_action = widened(student[teacher_column]);
   out.student_action = static_cast<int32_t>(p.tokens.first_column + student_column);
   out.teacher_action = static_cast<int32_t>(p.tokens.first_column + teacher_column);
@@ -225,13 +230,13 @@ __global__ void __launch_bounds__(kThreads, kTempered&& kReverse ? 2 : 3)
     follow<Pair, kTempered, kReverse>(x, largest, largest_teacher, s, t, p.inverse_temperature);
     add_batch<Pair, kTempered, kReverse>(x, s, t, p.inverse_temperature);
   }
-  merge_lanes<kTempered, kReverse>(x, p.inverse_temperature);
-  if (grid.warps > 1) {
+  merge_lanes<32, kTempered, kReverse>(x, p.inverse_temperature);
+  if (grid.warps_log2 > 0) {
     if (group.lane() == 0) of_warps[threadIdx.x / 32] = x;
     __syncthreads();
     if (group.warp() != 0) return;
-    x = group.lane() < grid.warps ? of_warps[threadIdx.x / 32 + group.lane()] : Sums();
-    merge_lanes<kTempered, kReverse>(x, p.inverse_temperature);
+    x = group.lane() < grid.warps() ? of_warps[threadIdx.x / 32 + group.lane()] : Sums();
+    merge_lanes<kWarps, kTempered, kReverse>(x, p.inverse_temperature);
   }
   if (read)
     write_partial<S, T, kTempered, kReverse>(p, group, student, teacher, cut, begin, end, x);
