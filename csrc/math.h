@@ -44,25 +44,34 @@ VCRD_FUNCTION float distance(float logit, float reference) { return at_least_low
 
 // exp(x) for x <= 0, relative error 2e-7 with fused multiply-add; zero below kLowestExponent; NaN stays NaN.
 // 2^n 2^f with f in [-1/2, 1/2]; the polynomial is the minimax one of 2^f - 1 that passes through 0.
-VCRD_FUNCTION float exponential(float x) {
-#ifdef __CUDA_ARCH__
-  return exp2f(x * 1.44269504f);  // one instruction on the special-function unit, since denormals are flushed to zero
-#else
+// `clamped` is at least kLowestExponent. Float is float, or a register of floats, whose bits Bits holds.
+template <class Bits, class Float>
+VCRD_FUNCTION Float exponential_of_clamped(Float clamped) {
   // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits; 127 makes that a biased exponent, which
   // is 0 at the lowest x, and with it the result.
   const float round_to_exponent = 12582912.0f + 127.0f;
-  float clamped = x < kLowestExponent ? kLowestExponent : x;
-  float shifted = clamped * 1.44269504f + round_to_exponent;
-  float n = shifted - round_to_exponent;
-  float f = clamped * 1.44269504f - n;
-  float p = 1.325460267e-3f;
-  p = p * f + 9.671999142e-3f;
+  Float shifted = clamped * 1.44269504f + round_to_exponent;
+  Float n = shifted - round_to_exponent;
+  Float f = clamped * 1.44269504f - n;
+  Float p = 1.325460267e-3f * f + 9.671999142e-3f;
   p = p * f + 5.550779402e-2f;
   p = p * f + 2.402223200e-1f;
   p = p * f + 6.931469440e-1f;
   p = p * f + 1.0f;
   // Multiplied, not added to the exponent bits, so that a NaN cannot turn into a number.
-  return p * from_bits(to_bits(shifted) << 23);
+  Bits exponent;
+  memcpy(&exponent, &shifted, sizeof exponent);
+  exponent <<= 23;
+  Float power;
+  memcpy(&power, &exponent, sizeof power);
+  return p * power;
+}
+
+VCRD_FUNCTION float exponential(float x) {
+#ifdef __CUDA_ARCH__
+  return exp2f(x * 1.44269504f);  // one instruction on the special-function unit, since denormals are flushed to zero
+#else
+  return exponential_of_clamped<uint32_t>(x < kLowestExponent ? kLowestExponent : x);
 #endif
 }
 
@@ -98,10 +107,17 @@ VCRD_FUNCTION float logarithm(float x) {
 
 VCRD_FUNCTION float bfloat16_to_float(uint16_t half) { return from_bits(static_cast<uint32_t>(half) << 16); }
 
+// To nearest, ties to even; in the upper half of the bits. Float and Bits as in exponential_of_clamped.
+template <class Bits, class Float>
+VCRD_FUNCTION Bits rounded_to_bfloat16(Float value) {
+  Bits bits;
+  memcpy(&bits, &value, sizeof bits);
+  Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return value != value ? 0x7fc00000u : rounded;
+}
+
 VCRD_FUNCTION uint16_t float_to_bfloat16(float value) {
-  uint32_t bits = to_bits(value);
-  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  return static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
+  return static_cast<uint16_t>(rounded_to_bfloat16<uint32_t>(value) >> 16);
 }
 
 VCRD_FUNCTION float float16_to_float(uint16_t half) {

@@ -65,15 +65,16 @@ __attribute__((noinline)) float widen_and_maximum(const T* in, float* buffer, in
   return maximum;
 }
 
+// Out of line: rarely called, and a row's one loop is all that the compiler should have in view.
 template <class T>
-void prefetch(const T* in, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(in + i, 0, 2);
-}
-
-inline int64_t first_index_of(const float* x, float value) {
-  int64_t i = 0;
-  while (x[i] != value) ++i;
-  return i;
+__attribute__((noinline)) int64_t first_index_of(const T* in, int64_t n, float value) {
+  int32_t first = static_cast<int32_t>(n);
+#pragma omp simd reduction(min : first)
+  for (int32_t i = 0; i < static_cast<int32_t>(n); ++i) {
+    int32_t index = widened(in, i) == value ? i : static_cast<int32_t>(n);
+    first = index < first ? index : first;
+  }
+  return first;
 }
 
 }  // namespace

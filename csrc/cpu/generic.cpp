@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #define VCRD_INSTRUCTION_SET generic
+#define VCRD_REGISTER_BYTES 16
 #include "loops.h"
 
 namespace vcrd::cpu {
@@ -17,7 +18,8 @@ const Kernels& best_kernels() {
   // For tests and for finding faults: an instruction set below the best. An unknown name is ignored.
   const char* named = std::getenv("VCRD_CPU_INSTRUCTION_SET");
   bool generic = named && !std::strcmp(named, "generic"), avx2 = named && !std::strcmp(named, "avx2");
-  if (generic || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return generic_kernels();
+  if (generic || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+    return generic_kernels();
   if (avx2 || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return avx2_kernels();

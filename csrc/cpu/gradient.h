@@ -1,7 +1,7 @@
 // The passes after the merge: sums of the mixture divergences, and the gradient. Part of loops.h.
 #pragma once
 
-#include "block.h"
+#include "lanes.h"
 
 namespace vcrd::cpu::VCRD_INSTRUCTION_SET {
 namespace {
@@ -47,24 +47,31 @@ struct RowGradient {
   float divergence_scale, cross_entropy_scale;
 };
 
-// out[i] = divergence_scale * slope(i) + cross_entropy_scale * q(i) at temperature 1; the label is the caller's.
-// The plain case, apart because it is the common one: no logarithm, and the scales fold into the normalisers.
+// Each writes divergence_scale * slope + cross_entropy_scale * q at temperature 1; the label is the caller's.
+// The plain case, apart because it is the common one: no logarithm, the scales fold into the normalisers, and the
+// logits are read and the gradient written without a buffer in between.
 template <bool kTempered>
-void forward_kl_gradient_block(const float* s, const float* t, int64_t n, const RowGradient& row, float* out) {
-  const RowConstants c = row.constants;
-  const float it = row.inverse_temperature;
-  const float teacher_scale = row.divergence_scale * c.teacher_tempered_inverse_sum;
-  const float untempered_scale = row.cross_entropy_scale * c.student_inverse_sum;
-  const float student_scale =
-      row.divergence_scale * c.student_tempered_inverse_sum + (kTempered ? 0.0f : untempered_scale);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    float u = s[i] - c.student_max, v = t[i] - c.teacher_max;
-    float slope =
-        exponential(kTempered ? u * it : u) * student_scale - exponential(kTempered ? v * it : v) * teacher_scale;
-    out[i] = kTempered ? slope + exponential(u) * untempered_scale : slope;
+struct ForwardKlGradient {
+  float student_max, teacher_max, inverse_temperature, student_scale, teacher_scale, untempered_scale;
+
+  explicit ForwardKlGradient(const RowGradient& row)
+      : student_max(row.constants.student_max),
+        teacher_max(row.constants.teacher_max),
+        inverse_temperature(row.inverse_temperature),
+        student_scale(row.divergence_scale * row.constants.student_tempered_inverse_sum),
+        teacher_scale(row.divergence_scale * row.constants.teacher_tempered_inverse_sum),
+        untempered_scale(row.cross_entropy_scale * row.constants.student_inverse_sum) {
+    if (!kTempered) student_scale += untempered_scale;
   }
-}
+
+  VCRD_LANES Floats operator()(Floats s, Floats t) const {
+    Floats u = s - student_max, v = t - teacher_max;
+    if constexpr (!kTempered) return exponentials(u) * student_scale - exponentials(v) * teacher_scale;
+    Floats slope =
+        exponentials(u * inverse_temperature) * student_scale - exponentials(v * inverse_temperature) * teacher_scale;
+    return slope + exponentials(u) * untempered_scale;
+  }
+};
 
 template <Divergence kDivergence, bool kTempered>
 void gradient_block(const float* s, const float* t, int64_t n, const RowGradient& row, float* out) {
@@ -92,9 +99,51 @@ void gradient_block(const float* s, const float* t, int64_t n, const RowGradient
   }
 }
 
+template <class S, class T, bool kTempered>
+void forward_kl_gradient_row(const S* s, const T* t, int64_t n, const RowGradient& row, int64_t label, S* out) {
+  constexpr bool kHalves = kInHalves<S, T>;
+  const ForwardKlGradient<kTempered> gradient(row);
+  auto write_pair = [&](const S* student, const T* teacher, S* to) __attribute__((always_inline)) {
+    Pair x = load_pair<kHalves>(student), y = load_pair<kHalves>(teacher);
+    store_pair<kHalves>({gradient(x.first, y.first), gradient(x.second, y.second)}, to);
+  };
+  // The label's element before its logit may be overwritten.
+  S at_label[2 * kLanes];
+  if (label >= 0 && label < n) {
+    Floats slope = gradient(all_lanes(widened(s, label)), all_lanes(widened(t, label)));
+    store(slope - row.cross_entropy_scale, at_label);
+  }
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    prefetch_ahead(s + i);
+    prefetch_ahead(t + i);
+    write_pair(s + i, t + i, out + i);
+  }
+  if (i < n) {
+    S last[2 * kLanes];
+    write_pair(Padded<S>(s + i, n - i).columns, Padded<T>(t + i, n - i).columns, last);
+    memcpy(static_cast<void*>(out + i), last, (n - i) * sizeof(S));
+  }
+  if (label >= 0 && label < n) out[label] = at_label[0];
+}
+
+// The other divergences, block by block. `out` is where the logits lie or elsewhere: the buffer between them keeps the
+// compiler from fearing that writing one column changes the next.
+template <class S, class T, Divergence kDivergence, bool kTempered>
+void gradient_row(const S* student, const T* teacher, int64_t columns, const RowGradient& row, int64_t label, S* out) {
+  alignas(64) float student_buffer[kBlock], teacher_buffer[kBlock], gradient_buffer[kBlock];
+  for (int64_t block = 0; block < columns; block += kBlock) {
+    int64_t n = columns - block < kBlock ? columns - block : kBlock;
+    const float* s = widen(student + block, student_buffer, n);
+    const float* t = widen(teacher + block, teacher_buffer, n);
+    gradient_block<kDivergence, kTempered>(s, t, n, row, gradient_buffer);
+    if (label >= block && label < block + n) gradient_buffer[label - block] -= row.cross_entropy_scale;
+    narrow(gradient_buffer, out + block, n);
+  }
+}
+
 template <class S, class T, Divergence kDivergence, bool kTempered>
 void gradient(const GradientParams& p, int64_t begin, int64_t end) {
-  alignas(64) float student_buffer[kBlock], teacher_buffer[kBlock], gradient_buffer[kBlock];
   for (int64_t row = begin; row < end; ++row) {
     S* out = static_cast<S*>(p.gradient) + row * p.gradient_stride;
     float divergence_scale = p.divergence_gradient ? p.divergence_gradient[row] * p.inverse_temperature : 0.0f;
@@ -112,18 +161,12 @@ void gradient(const GradientParams& p, int64_t begin, int64_t end) {
       g.centre = p.sums[2 * row + 1];
     }
     label -= p.tokens.first_column;
-    for (int64_t block = 0; block < p.tokens.columns; block += kBlock) {
-      int64_t n = p.tokens.columns - block < kBlock ? p.tokens.columns - block : kBlock;
-      const float* s = widen(row_of<S>(p.student, row) + block, student_buffer, n);
-      const float* t = widen(row_of<T>(p.teacher, row) + block, teacher_buffer, n);
-      // Through a buffer also for float32: the compiler need not fear that `out` is `s`.
-      if constexpr (kDivergence == Divergence::kForwardKl)
-        forward_kl_gradient_block<kTempered>(s, t, n, g, gradient_buffer);
-      else
-        gradient_block<kDivergence, kTempered>(s, t, n, g, gradient_buffer);
-      if (label >= block && label < block + n) gradient_buffer[label - block] -= cross_entropy_scale;
-      narrow(gradient_buffer, out + block, n);
-    }
+    const S* s = row_of<S>(p.student, row);
+    const T* t = row_of<T>(p.teacher, row);
+    if constexpr (kDivergence == Divergence::kForwardKl)
+      forward_kl_gradient_row<S, T, kTempered>(s, t, p.tokens.columns, g, label, out);
+    else
+      gradient_row<S, T, kDivergence, kTempered>(s, t, p.tokens.columns, g, label, out);
     memset(static_cast<void*>(out + p.tokens.columns), 0, (p.gradient_columns - p.tokens.columns) * sizeof(S));
   }
 }

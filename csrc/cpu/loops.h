@@ -1,6 +1,6 @@
 // The CPU loops. Compiled once per instruction set: the including file defines VCRD_INSTRUCTION_SET and sets the
-// compiler's target, and must have included the standard headers before that. Blocks of columns stay in the first-level
-// cache: one sweep finds the block's maximum, a second takes the exponentials.
+// compiler's target, and must have included the standard headers before that. Implicit constructors are not given that
+// target: no type with a default value or a base may hold registers.
 #include "encode.h"
 #include "gradient.h"
 #include "statistics.h"

@@ -2,133 +2,150 @@
 #pragma once
 
 #include "../merge.h"
-#include "block.h"
+#include "lanes.h"
 
 namespace vcrd::cpu::VCRD_INSTRUCTION_SET {
 namespace {
 
-// One row's sums relative to the maxima so far. Blocks are summed in float32, rows in double.
+constexpr int64_t kFirstBlock = 256;  // short, since it only serves to find references and is then done again
+// Few blocks exceed those before them by more, and a larger one costs digits: a mean distance that is nearly 0 relative
+// to the maximum is then the difference of larger numbers.
+constexpr float kHeadroom = 2.0f;
+
+// One row's sums relative to References. Blocks are summed in float32, rows in double.
 struct RowSums {
   double student = 0, teacher = 0, student_moment = 0, teacher_moment = 0;
   double student_tempered = 0, teacher_tempered = 0, forward_cross = 0, reverse_cross = 0;
 
-  // The student's maximum rises by `rise`: every u falls by it. The teacher's logit there is higher by `teacher_rise`.
+  // The student's reference rises by `rise`: every u falls by it. The teacher's logit there is higher by
+  // `teacher_rise`.
   void raise_student(double rise, double teacher_rise, double inverse_temperature) {
     double scale = exp(-rise), tempered = exp(-rise * inverse_temperature);
     student_moment = scale * (student_moment - rise * student);
     student *= scale;
-    reverse_cross = tempered * (reverse_cross + (teacher_rise - rise) * student_tempered);
+    reverse_cross = scaled(tempered, reverse_cross + (teacher_rise - rise) * student_tempered);
     student_tempered *= tempered;
     forward_cross += rise * teacher_tempered;
   }
+
+  // Probability where the other model has none may sum to infinity, but not where it vanishes next to the new maximum.
+  static double scaled(double scale, double cross) { return scale == 0 ? 0 : scale * cross; }
 
   void raise_teacher(double rise, double inverse_temperature) {
     double scale = exp(-rise), tempered = exp(-rise * inverse_temperature);
     teacher_moment = scale * (teacher_moment - rise * teacher);
     teacher *= scale;
-    forward_cross = tempered * (forward_cross - rise * teacher_tempered);
+    forward_cross = scaled(tempered, forward_cross - rise * teacher_tempered);
     teacher_tempered *= tempered;
   }
 };
 
-// A block ready for its exponentials: float32, and its maxima known.
-struct Block {
-  const float* student;
-  const float* teacher;
-  float student_max, teacher_max;
+// What the exponentials of a row are taken relative to: logits of the row that nothing found so far exceeds by more
+// than the headroom; -inf before any finite logit. Exponentials of numbers slightly above 0 are as good as any, and so
+// a block with a new maximum need not be read again for it.
+struct References {
+  float student = -INFINITY, teacher = -INFINITY;
+  float teacher_at_student = 0;  // the teacher's logit at the column of the student's reference
 };
 
-// The block that follows, still where the logits lie.
-template <class S, class T>
-struct Following {
-  const S* student;
-  const T* teacher;
-  float* student_buffer;
-  float* teacher_buffer;
+// One block's sums and maxima, lane by lane. Without default values: the compiler does not give an implicit constructor
+// this file's target.
+struct BlockLanes {
+  Floats student_max, teacher_max;
+  Floats student, teacher, student_moment, teacher_moment;
+  Floats student_tempered, teacher_tempered, forward_cross, reverse_cross;
 };
 
-template <class T>
-const float* where(const T* in, float* buffer) {
-  if constexpr (std::is_same_v<T, float>)
-    return in;
-  else
-    return buffer;
+template <bool kTempered, bool kReverse>
+VCRD_LANES void add(Floats s, Floats t, const References& reference, float inverse_temperature, BlockLanes& sums) {
+  sums.student_max = larger(s, sums.student_max);
+  sums.teacher_max = larger(t, sums.teacher_max);
+  Floats u = at_least(kLowestDistance, s - reference.student);
+  Floats clamped_u = at_least(kLowestExponent, u);
+  // Where the exponential is 0 any finite distance will do, except that at a temperature it is 0 only further away.
+  Floats v = at_least(kTempered ? kLowestDistance : kLowestExponent, t - reference.teacher);
+  Floats clamped_v = kTempered ? at_least(kLowestExponent, v) : v;
+  Floats eu = exponentials_of_clamped(clamped_u), ev = exponentials_of_clamped(clamped_v);
+  sums.student += eu;
+  sums.teacher += ev;
+  sums.student_moment += eu * clamped_u;
+  sums.teacher_moment += ev * clamped_v;
+  if constexpr (kTempered) {
+    eu = exponentials(u * inverse_temperature);
+    ev = exponentials(v * inverse_temperature);
+    sums.student_tempered += eu;
+    sums.teacher_tempered += ev;
+  }
+  sums.forward_cross += ev * (v - u);
+  if constexpr (kReverse) sums.reverse_cross += eu * (u - at_least(kLowestDistance, t - reference.teacher_at_student));
 }
 
+template <class S, class T, bool kTempered, bool kReverse>
+BlockLanes block_sums(const S* s, const T* t, int64_t n, References reference, float inverse_temperature) {
+  constexpr bool kHalves = kInHalves<S, T>;
+  // From -inf itself there is no distance.
+  if (reference.student == -INFINITY) reference.student = 0;
+  if (reference.teacher == -INFINITY) reference.teacher = 0;
+  BlockLanes sums = {all_lanes(-INFINITY), all_lanes(-INFINITY)};
+  auto add_pair = [&](const S* student, const T* teacher) __attribute__((always_inline)) {
+    Pair x = load_pair<kHalves>(student), y = load_pair<kHalves>(teacher);
+    add<kTempered, kReverse>(x.first, y.first, reference, inverse_temperature, sums);
+    add<kTempered, kReverse>(x.second, y.second, reference, inverse_temperature, sums);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    prefetch_ahead(s + i);
+    prefetch_ahead(t + i);
+    add_pair(s + i, t + i);
+  }
+  if (i < n) add_pair(Padded<S>(s + i, n - i).columns, Padded<T>(t + i, n - i).columns);
+  return sums;
+}
+
+template <bool kTempered>
+void add_block(const BlockLanes& block, RowSums& row) {
+  double student = sum(block.student), teacher = sum(block.teacher);
+  row.student += student;
+  row.teacher += teacher;
+  row.student_moment += sum(block.student_moment);
+  row.teacher_moment += sum(block.teacher_moment);
+  row.student_tempered += kTempered ? sum(block.student_tempered) : student;
+  row.teacher_tempered += kTempered ? sum(block.teacher_tempered) : teacher;
+  row.forward_cross += sum(block.forward_cross);
+  row.reverse_cross += sum(block.reverse_cross);
+}
+
+// Moves the row's sums to its maxima so far.
+inline void raise_references(References& reference, const RowPartial& row, double inverse_temperature, RowSums& sums) {
+  if (row.student_max > reference.student) {
+    if (reference.student != -INFINITY)
+      sums.raise_student(double(row.student_max) - reference.student,
+                         double(row.teacher_at_student_action) - reference.teacher_at_student, inverse_temperature);
+    reference.student = row.student_max;
+    reference.teacher_at_student = row.teacher_at_student_action;
+  }
+  if (row.teacher_max > reference.teacher) {
+    if (reference.teacher != -INFINITY)
+      sums.raise_teacher(double(row.teacher_max) - reference.teacher, inverse_temperature);
+    reference.teacher = row.teacher_max;
+  }
+}
+
+// Takes note of a block's maxima where they exceed those so far.
 template <class S, class T>
-Block prepare(const Following<S, T>& from, int64_t n) {
-  return {where(from.student, from.student_buffer), where(from.teacher, from.teacher_buffer),
-          widen_and_maximum(from.student, from.student_buffer, n),
-          widen_and_maximum(from.teacher, from.teacher_buffer, n)};
-}
-
-// Adds the block's sums. With kPrepare it also prepares the following block, of equal length, in the same loop: looking
-// for maxima waits for memory, exponentials do not, and so each is done while the other waits. For float32 alone: with
-// lanes of two widths the narrow types lose more than they gain, and prefetch the following block instead.
-template <class S, class T, bool kTempered, bool kReverse, bool kPrepare>
-Block add_block(const Block& block, int64_t n, float student_max, float teacher_max, float teacher_at_student_action,
-                float inverse_temperature, const Following<S, T>& following, RowSums& sums) {
-  const float *s = block.student, *t = block.teacher;
-  const S* next_student = following.student;
-  const T* next_teacher = following.teacher;
-  float student = 0, teacher = 0, student_moment = 0, teacher_moment = 0;
-  float student_tempered = 0, teacher_tempered = 0, forward_cross = 0, reverse_cross = 0;
-  float next_student_max = -INFINITY, next_teacher_max = -INFINITY;
-#pragma omp simd reduction(+ : student, teacher, student_moment, teacher_moment, student_tempered, teacher_tempered, \
-                               forward_cross, reverse_cross) reduction(max : next_student_max, next_teacher_max)
-  for (int64_t i = 0; i < n; ++i) {
-    if constexpr (kPrepare) {
-      float x = next_student[i], y = next_teacher[i];
-      next_student_max = x > next_student_max ? x : next_student_max;
-      next_teacher_max = y > next_teacher_max ? y : next_teacher_max;
-    }
-    float u = distance(s[i], student_max), v = distance(t[i], teacher_max);
-    float eu = exponential(u), ev = exponential(v);
-    student += eu;
-    teacher += ev;
-    student_moment += eu * u;
-    teacher_moment += ev * v;
-    if constexpr (kTempered) {
-      eu = exponential(u * inverse_temperature);
-      ev = exponential(v * inverse_temperature);
-      student_tempered += eu;
-      teacher_tempered += ev;
-    }
-    forward_cross += ev * (v - u);
-    if constexpr (kReverse) reverse_cross += eu * (u - distance(t[i], teacher_at_student_action));
+void note_maxima(const S* s, const T* t, int64_t n, float student_max, float teacher_max, int64_t first_id,
+                 RowPartial& row) {
+  if (student_max > row.student_max) {
+    int64_t i = first_index_of(s, n, student_max);
+    row.student_max = student_max;
+    row.student_action = static_cast<int32_t>(first_id + i);
+    row.teacher_at_student_action = at_least_lowest(widened(t, i));
   }
-  sums.student += student;
-  sums.teacher += teacher;
-  sums.student_moment += student_moment;
-  sums.teacher_moment += teacher_moment;
-  sums.student_tempered += kTempered ? student_tempered : student;
-  sums.teacher_tempered += kTempered ? teacher_tempered : teacher;
-  sums.forward_cross += forward_cross;
-  sums.reverse_cross += reverse_cross;
-  return {where(next_student, following.student_buffer), where(next_teacher, following.teacher_buffer),
-          next_student_max, next_teacher_max};
-}
-
-// Takes note of the block's maxima where they exceed those so far, and moves the sums to them.
-inline void raise_maxima(const Block& block, int64_t first_id, float inverse_temperature, RowPartial& out,
-                         RowSums& sums) {
-  if (block.student_max > out.student_max) {
-    int64_t i = first_index_of(block.student, block.student_max);
-    float teacher_there = at_least_lowest(block.teacher[i]);
-    if (out.student_max != -INFINITY)
-      sums.raise_student(double(block.student_max) - out.student_max,
-                         double(teacher_there) - out.teacher_at_student_action, inverse_temperature);
-    out.student_max = block.student_max;
-    out.student_action = static_cast<int32_t>(first_id + i);
-    out.teacher_at_student_action = teacher_there;
-  }
-  if (block.teacher_max > out.teacher_max) {
-    if (out.teacher_max != -INFINITY)
-      sums.raise_teacher(double(block.teacher_max) - out.teacher_max, inverse_temperature);
-    int64_t i = first_index_of(block.teacher, block.teacher_max);
-    out.teacher_max = block.teacher_max;
-    out.teacher_action = static_cast<int32_t>(first_id + i);
-    out.student_at_teacher_action = block.student[i];
+  if (teacher_max > row.teacher_max) {
+    int64_t i = first_index_of(t, n, teacher_max);
+    row.teacher_max = teacher_max;
+    row.teacher_action = static_cast<int32_t>(first_id + i);
+    row.student_at_teacher_action = widened(s, i);
   }
 }
 
@@ -136,47 +153,33 @@ template <class S, class T, bool kTempered, bool kReverse>
 RowPartial row_partial(const StatisticsParams& p, int64_t row) {
   const S* student = row_of<S>(p.student, row);
   const T* teacher = row_of<T>(p.teacher, row);
-  alignas(64) float student_buffers[2][kBlock], teacher_buffers[2][kBlock];
   const int64_t columns = p.tokens.columns;
-  auto length = [&](int64_t begin) { return columns - begin < kBlock ? columns - begin : kBlock; };
-  auto block_at = [&](int64_t begin) {
-    int64_t parity = begin / kBlock % 2;
-    return Following<S, T>{student + begin, teacher + begin, student_buffers[parity], teacher_buffers[parity]};
-  };
   RowPartial out = {};
   out.student_max = out.teacher_max = -INFINITY;
   out.student_action = out.teacher_action = static_cast<int32_t>(p.tokens.first_column);
-  RowSums sums;
   int64_t label = p.tokens.labels && p.tokens.labels[row] >= 0 ? p.tokens.labels[row] - p.tokens.first_column : -1;
   if (label >= 0 && label < columns) {
     out.has_label = 1;
     out.student_label = widened(student, label);
     out.teacher_label = widened(teacher, label);
   }
-  Block block = columns ? prepare(block_at(0), length(0)) : Block{};
-  for (int64_t begin = 0; begin < columns; begin += kBlock) {
-    raise_maxima(block, p.tokens.first_column + begin, p.inverse_temperature, out, sums);
-    // Before any finite logit the maximum is -inf, from which there is no distance.
-    float student_max = out.student_max == -INFINITY ? 0.0f : out.student_max;
-    float teacher_max = out.teacher_max == -INFINITY ? 0.0f : out.teacher_max;
-    const int64_t next = begin + kBlock;
-    const Following<S, T> following = block_at(next);
-    constexpr bool kPrepare = std::is_same_v<S, float> && std::is_same_v<T, float>;
-    if (kPrepare && length(next) == kBlock) {
-      block = add_block<S, T, kTempered, kReverse, kPrepare>(block, kBlock, student_max, teacher_max,
-                                                             out.teacher_at_student_action, p.inverse_temperature,
-                                                             following, sums);
-    } else {
-      if (next < columns) {
-        prefetch(following.student, length(next));
-        prefetch(following.teacher, length(next));
-      }
-      add_block<S, T, kTempered, kReverse, false>(block, length(begin), student_max, teacher_max,
-                                                  out.teacher_at_student_action, p.inverse_temperature, following,
-                                                  sums);
-      if (next < columns) block = prepare(following, length(next));
+  const float headroom = p.inverse_temperature > 1.0f ? kHeadroom / p.inverse_temperature : kHeadroom;
+  References reference;
+  RowSums sums;
+  for (int64_t begin = 0, n = kFirstBlock; begin < columns; begin += n, n = kBlock) {
+    if (n > columns - begin) n = columns - begin;
+    const S* s = student + begin;
+    const T* t = teacher + begin;
+    BlockLanes block = block_sums<S, T, kTempered, kReverse>(s, t, n, reference, p.inverse_temperature);
+    float student_max = largest(block.student_max), teacher_max = largest(block.teacher_max);
+    note_maxima(s, t, n, student_max, teacher_max, p.tokens.first_column + begin, out);
+    if (student_max - reference.student > headroom || teacher_max - reference.teacher > headroom) {
+      raise_references(reference, out, p.inverse_temperature, sums);
+      block = block_sums<S, T, kTempered, kReverse>(s, t, n, reference, p.inverse_temperature);
     }
+    add_block<kTempered>(block, sums);
   }
+  raise_references(reference, out, p.inverse_temperature, sums);
   out.student_sum = static_cast<float>(sums.student);
   out.teacher_sum = static_cast<float>(sums.teacher);
   out.student_moment = static_cast<float>(sums.student_moment);
