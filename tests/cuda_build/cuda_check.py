@@ -37,7 +37,11 @@ from cuda_binary import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-FALLBACK_FLAGS = ["-O3", "-std=c++17", "-ftz=true", "-lineinfo"]
+# What torch.utils.cpp_extension adds to the flags of setup.py.
+TORCH_FLAGS = ["-std=c++17", "--expt-relaxed-constexpr"] + [
+    f"-D__CUDA_NO_{what}__"
+    for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")
+]
 
 # What each kernel reads and writes of its rows. A kernel that is not here is a fault, so that a new one gets a rule.
 RULES: dict[str, Rule | None] = {
@@ -82,7 +86,7 @@ def nvcc_flags() -> list[str]:
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "NVCC_FLAGS":
             return ast.literal_eval(node.value)
-    return FALLBACK_FLAGS
+    raise SystemExit("setup.py has no list NVCC_FLAGS")
 
 
 def divergence_names() -> dict[str, str]:
@@ -97,20 +101,8 @@ def compile_source(nvcc: Path, source: Path, arch: str, folder: str) -> tuple[Pa
     binary = Path(folder) / f"{source.stem}.cubin"
     virtual = arch.replace("sm_", "compute_")
     started = time.monotonic()
-    run = subprocess.run(
-        [
-            nvcc,
-            "-cubin",
-            *nvcc_flags(),
-            f"-gencode=arch={virtual},code={arch}",
-            "-Xptxas=-v",
-            source,
-            "-o",
-            binary,
-        ],
-        capture_output=True,
-        text=True,
-    )
+    flags = [*nvcc_flags(), *TORCH_FLAGS, f"-gencode=arch={virtual},code={arch}", "-Xptxas=-v"]
+    run = subprocess.run([nvcc, "-cubin", *flags, source, "-o", binary], capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"{run.stdout}{run.stderr}\n{source.name} does not compile for {arch}")
     return binary, run.stdout + run.stderr, time.monotonic() - started
