@@ -5,6 +5,10 @@
 vcrd, in place: vcrd.validity_calibrated_kl with labels; its gradient in a new buffer, or over the student's logits.
 ModelOpt: NVIDIA's LogitsKLLoss. compile: the textbook KL in float32 under torch.compile. The methods take turns in the
 same processes, the logits are restored outside the timed part, and each gradient is checked against float64.
+
+    python benchmarks/loss.py --device cuda [--shapes 4096x131072 4096x16384of131072 ...]
+
+The same question on one GPU, with more peers and a copy for the ceiling: device_table.py says what its columns mean.
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ import os
 import platform
 import sys
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -24,11 +27,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
 
-from loss_measure import METERS, Case, Result, measure
+from loss_measure import Case, Result, measure
 from loss_methods import COMPILED, METHODS, MODELOPT, OURS, OURS_INPLACE
+from machine import gpu_facts, installed, processor
 
 SHAPES = ["512x32768", "512x131072"]
-DTYPES = ["float32", "bfloat16"]
+DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16"]}
+REPEATS = {"cpu": 7, "cuda": 15}
 # A method beyond these does not compute the same thing. A peer may lose a digit of float32 in sums over a large
 # vocabulary; narrow types round each element of anybody's gradient.
 LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 4e-3}
@@ -110,38 +115,48 @@ def line(case: Case, results: Results) -> str:
     )
 
 
-def installed(package: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return f"no {package}"
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(text.split(":", 1)[1].strip() for text in lines if text.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="TOKENSxVOCAB")
-    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=[*DTYPES, "float16"])
-    parser.add_argument("--tp", nargs="+", type=int, default=[1, 2], help="tensor-parallel sizes")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads, shared out among the ranks")
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each method")
-    parser.add_argument(
-        "--loss", choices=["calibrated", "divergence"], default="calibrated", help="which of ours"
-    )
-    parser.add_argument("--device", choices=sorted(METERS), default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--shapes", nargs="+", metavar="TOKENSxVOCAB", help="cuda: also TOKENSxSHARDofVOCAB")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--repeats", type=int, help="timed runs of each method")
     parser.add_argument("--json", type=Path, help="write every time here as well")
-    return parser.parse_args(arguments)
+    parser.add_argument("--tp", nargs="+", type=int, default=[1, 2], help="cpu: tensor-parallel sizes")
+    parser.add_argument("--threads", type=int, default=2, help="cpu: threads, shared out among the ranks")
+    parser.add_argument(
+        "--loss", choices=["calibrated", "divergence"], default="calibrated", help="cpu: which of ours"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=240, help="cuda: seconds after which peers are left out"
+    )
+    options = parser.parse_args(arguments)
+    options.dtypes = options.dtypes or DTYPES[options.device]
+    options.repeats = options.repeats or REPEATS[options.device]
+    return options
+
+
+def on_cuda(options: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        print("loss.py: --device cuda needs a GPU that torch can use; there is none here", file=sys.stderr)
+        return 2
+    import device_table
+
+    machine = {**gpu_facts(), "command": " ".join(["python", *sys.argv])}
+    print(f"{machine['device']}, driver {machine['driver_version']}; {', '.join(machine['packages'])}")
+    cases = device_table.default_cases(options.dtypes, options.repeats)
+    if options.shapes:
+        wanted = [device_table.parse_shape(text) for text in options.shapes]
+        cases = [device_table.Case(*s, d, options.repeats) for d in options.dtypes for s in wanted]
+    return device_table.run(cases, "cuda", machine, options.json, options.limit)
 
 
 def main() -> int:
     options = parse()
+    return on_cuda(options) if options.device == "cuda" else on_cpu(options)
+
+
+def on_cpu(options: argparse.Namespace) -> int:
     machine = {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -158,7 +173,7 @@ def main() -> int:
         print("The machine is busy with something else: ratios may hold, milliseconds will not.")
     print(HEADER, flush=True)
     records, reasons, wrong = [], {}, []
-    for shape, dtype, tp in product(options.shapes, options.dtypes, options.tp):
+    for shape, dtype, tp in product(options.shapes or SHAPES, options.dtypes, options.tp):
         tokens, vocab = (int(size) for size in shape.split("x"))
         threads = max(1, options.threads // tp)
         case = Case(tokens, vocab, dtype, tp, threads, options.repeats, options.loss, options.device)
