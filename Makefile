@@ -8,6 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 VENV := .venv/$(TAG)
 DONE := $(VENV)/.done
 LINT := .venv/lint-$(TAG)
+CUDA := .venv/cuda-$(TAG)
 
 # Known-good versions of what the pins bring along; a Python that is not tested gets the newest that fit.
 CONSTRAINTS := $(patsubst %,-c %,$(wildcard requirements/constraints-py$(VERSION).txt))
@@ -21,9 +22,11 @@ FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 # A stamp alone would not notice that the built file is gone.
 BUILT := $(wildcard vcrd/_C*$(patsubst cp%,%,$(TAG))*.so)
 
+CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
+
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench build lint format clean always
+.PHONY: help demo test bench build lint format cuda-check cuda-home gpu-check clean always
 
 help:
 	@echo "make demo     distil a real model in front of you; the first run installs and builds"
@@ -31,6 +34,8 @@ help:
 	@echo "make bench    time the loss beside its peers"
 	@echo "make build    build the extension vcrd._C"
 	@echo "make lint     check style        make format   correct it"
+	@echo "make cuda-check  compile the CUDA kernels and look at their machine code; needs no GPU"
+	@echo "make gpu-check   on a machine with a GPU: build with PYTHON, test and time there, write gpu-check.json"
 	@echo "make clean    remove environments, builds and caches; results stay"
 	@echo "PYTHON=...    the interpreter (default python3; 3.10 or newer). ARGS=... goes to what is run."
 
@@ -93,6 +98,27 @@ format: $(LINT)/.done
 	$(LINT)/bin/ruff check --fix .
 	$(LINT)/bin/ruff format .
 	$(if $(FORMATTED),$(LINT)/bin/clang-format -i $(FORMATTED))
+
+# cuobjdump, and a compiler where the machine has none. The links are what a linker looks for in a toolkit.
+$(CUDA)/.done: requirements/cuda-check.txt requirements/cuda-toolkit.txt
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "vcrd: $(PYTHON) cannot create environments (on Debian: apt-get install python3-venv)"; exit 1; }
+	@echo "==> creating $(CUDA) with cuobjdump, and nvcc if there is none here" >&2
+	@$(PYTHON) -m venv $(CUDA) && $(CUDA)/bin/python -m pip $(PIP_FLAGS) install -r requirements/cuda-check.txt
+	@$(CUDA)/bin/python $(CUDA_CHECK) --home >/dev/null 2>&1 || { \
+	    $(CUDA)/bin/python -m pip $(PIP_FLAGS) install -r requirements/cuda-toolkit.txt && \
+	    cd "$$($(CUDA)/bin/python $(CUDA_CHECK) --home)" && ln -sfn lib lib64 && ln -sf libcudart.so.13 lib/libcudart.so; }
+	@touch $@
+
+cuda-check: $(CUDA)/.done
+	@$(CUDA)/bin/python $(CUDA_CHECK) $(ARGS)
+
+# For a build: CUDA_HOME="$$(make -s cuda-home)" make build
+cuda-home: $(CUDA)/.done
+	@$(CUDA)/bin/python $(CUDA_CHECK) --home
+
+# On its own PYTHON and without network: what builds and runs here must be there already.
+gpu-check:
+	@$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info vcrd/_C*.so .pytest_cache .ruff_cache .hypothesis
