@@ -22,7 +22,8 @@ struct Kernels {
 
 // The same loops compiled for several instruction sets.
 const Kernels& generic_kernels();
-#if defined(__x86_64__)
+// By GCC alone: clang ignores the pragmas that choose their targets.
+#if defined(__x86_64__) && !defined(__clang__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 #endif

@@ -142,9 +142,11 @@ VCRD_FUNCTION uint16_t float_to_float16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
+constexpr float kDistance8Step = 0.0192116844f;  // sqrt(kDistance8Range) / 255
+
 // A distance coded in 8 bits, as the logit it stands for relative to the row's maximum.
 VCRD_FUNCTION float distance8_to_float(float code) {
-  float root = code * 0.0192116844f;  // sqrt(kDistance8Range) / 255
+  float root = code * kDistance8Step;
   return -root * root;
 }
 
@@ -153,6 +155,17 @@ VCRD_FUNCTION uint8_t float_to_distance8(float distance_below) {
   float d = distance_below < 0.0f ? 0.0f : distance_below;
   d = d < kDistance8Range ? d : kDistance8Range;               // a NaN too: codes have none
   return static_cast<uint8_t>(sqrtf(d) * 52.0516570f + 0.5f);  // 255 / sqrt(kDistance8Range)
+}
+
+// What is added to a row of the teacher's logits after they are read.
+VCRD_FUNCTION float shift_of(const Logits& teacher, int64_t row) { return teacher.shift ? teacher.shift[row] : 0.0f; }
+
+// A row's constants, for logits that are read without their shift.
+VCRD_FUNCTION RowConstants constants_of(const RowConstants* constants, const Logits& teacher, int64_t row) {
+  RowConstants c = constants[row];
+  c.teacher_max -= shift_of(teacher, row);
+  c.teacher_at_student_action -= shift_of(teacher, row);
+  return c;
 }
 
 // The divergences D of a token's probabilities have d D / d logit_j = q_j (G_j - sum_k q_k G_k) / T, where the

@@ -1,5 +1,5 @@
 // The loops for processors with AVX2, FMA and F16C.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)
 // Standard headers first: their inline functions must not be compiled for this target.
 #include <immintrin.h>
 

@@ -1,5 +1,5 @@
 // The loops for processors with AVX-512.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)
 // The header's own placeholders for undefined registers are warned about wherever an intrinsic is used.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"

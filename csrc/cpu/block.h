@@ -15,10 +15,14 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+struct Distance8 {
+  uint8_t code;
+};
 
 inline float widened(const float* in, int64_t i) { return in[i]; }
 inline float widened(const BFloat16* in, int64_t i) { return bfloat16_to_float(in[i].bits); }
 inline float widened(const Float16* in, int64_t i) { return float16_to_float(in[i].bits); }
+inline float widened(const Distance8* in, int64_t i) { return distance8_to_float(in[i].code); }
 
 // float32 is used where it lies; the narrow types are widened into a buffer of one block.
 template <class T>

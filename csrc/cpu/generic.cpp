@@ -14,7 +14,7 @@ namespace vcrd::cpu {
 namespace {
 
 const Kernels& best_kernels() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)
   // For tests and for finding faults: an instruction set below the best. An unknown name is ignored.
   const char* named = std::getenv("VCRD_CPU_INSTRUCTION_SET");
   bool generic = named && !std::strcmp(named, "generic"), avx2 = named && !std::strcmp(named, "avx2");

@@ -12,7 +12,7 @@ void mixture_sums(const MixtureParams& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     double divergence = 0, centre = 0;
     if (!masked(p.tokens.mask, row)) {
-      const RowConstants c = p.constants[row];
+      const RowConstants c = constants_of(p.constants, p.teacher, row);
       const float anchor = mixture_anchor<kDivergence>(c, p.inverse_temperature, p.teacher_share);
       for (int64_t block = 0; block < p.tokens.columns; block += kBlock) {
         int64_t n = p.tokens.columns - block < kBlock ? p.tokens.columns - block : kBlock;
@@ -103,7 +103,7 @@ template <class S, class T, bool kTempered>
 void forward_kl_gradient_row(const S* s, const T* t, int64_t n, const RowGradient& row, int64_t label, S* out) {
   constexpr bool kHalves = kInHalves<S, T>;
   const ForwardKlGradient<kTempered> gradient(row);
-  auto write_pair = [&](const S* student, const T* teacher, S* to) __attribute__((always_inline)) {
+  auto write_pair = [&](auto* student, auto* teacher, S* to) __attribute__((always_inline)) {
     Pair x = load_pair<kHalves>(student), y = load_pair<kHalves>(teacher);
     store_pair<kHalves>({gradient(x.first, y.first), gradient(x.second, y.second)}, to);
   };
@@ -154,7 +154,8 @@ void gradient(const GradientParams& p, int64_t begin, int64_t end) {
       memset(static_cast<void*>(out), 0, p.gradient_columns * sizeof(S));
       continue;
     }
-    RowGradient g{p.constants[row], p.inverse_temperature, p.teacher_share, 0.0f, p.constants[row].reverse_centre,
+    const RowConstants constants = constants_of(p.constants, p.teacher, row);
+    RowGradient g{constants,        p.inverse_temperature, p.teacher_share, 0.0f, constants.reverse_centre,
                   divergence_scale, cross_entropy_scale};
     if constexpr (kDivergence >= Divergence::kJsd) {
       g.anchor = mixture_anchor<kDivergence>(g.constants, p.inverse_temperature, p.teacher_share);

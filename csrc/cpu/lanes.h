@@ -13,6 +13,7 @@ constexpr int64_t kLanes = VCRD_REGISTER_BYTES / 4;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 #define VCRD_LANES inline __attribute__((always_inline))
 
@@ -108,6 +109,13 @@ VCRD_LANES Floats load(const Float16* in) {
 #endif
 }
 
+VCRD_LANES Floats load(const Distance8* in) {
+  Bytes codes;
+  memcpy(&codes, in, sizeof codes);
+  Floats root = __builtin_convertvector(__builtin_convertvector(codes, Bits), Floats) * kDistance8Step;
+  return -root * root;
+}
+
 VCRD_LANES void store(Floats x, float* out) { memcpy(out, &x, sizeof x); }
 
 VCRD_LANES void store(Floats x, BFloat16* out) {
@@ -160,14 +168,20 @@ constexpr int64_t kAhead = 2048;  // bytes
 // Far enough ahead for memory to answer; where the row or the memory ends, nothing comes of it.
 VCRD_LANES void prefetch_ahead(const void* in) { __builtin_prefetch(static_cast<const char*>(in) + kAhead, 0, 2); }
 
-// A row's last columns, fewer than a pair: moved to where a whole pair can be read, behind them no probability.
+// A row's last columns, fewer than a pair: moved to where a whole pair can be read, behind them no probability, for
+// which codes have no number.
 template <class T>
 struct Padded {
-  T columns[2 * kLanes];
+  static constexpr bool kCoded = std::is_same_v<T, Distance8>;
+  std::conditional_t<kCoded, float, T> columns[2 * kLanes];
 
   Padded(const T* in, int64_t n) {
     store_pair<false>({all_lanes(-INFINITY), all_lanes(-INFINITY)}, columns);
-    memcpy(static_cast<void*>(columns), in, n * sizeof(T));
+    if constexpr (kCoded) {
+      for (int64_t i = 0; i < n; ++i) columns[i] = widened(in, i);
+    } else {
+      memcpy(static_cast<void*>(columns), in, n * sizeof(T));
+    }
   }
 };
 

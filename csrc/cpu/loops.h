@@ -10,7 +10,7 @@ namespace {
 
 // Turns run-time choices into template arguments, one at a time.
 template <class F>
-void with_dtype(Dtype dtype, F f) {
+void with_logits(Dtype dtype, F f) {
   switch (dtype) {
     case Dtype::kFloat32:
       return f(float{});
@@ -18,7 +18,14 @@ void with_dtype(Dtype dtype, F f) {
       return f(BFloat16{});
     case Dtype::kFloat16:
       return f(Float16{});
+    case Dtype::kDistance8:
+      return;  // the binding layer takes codes from teachers alone
   }
+}
+
+template <class F>
+void with_logits_or_codes(Dtype dtype, F f) {
+  dtype == Dtype::kDistance8 ? f(Distance8{}) : with_logits(dtype, f);
 }
 
 template <class F>
@@ -53,7 +60,7 @@ void with_divergence(Divergence divergence, F f) {
 
 template <class Params, class F>
 void with_dtypes(const Params& p, F f) {
-  with_dtype(p.student.dtype, [&](auto s) { with_dtype(p.teacher.dtype, [&](auto t) { f(s, t); }); });
+  with_logits(p.student.dtype, [&](auto s) { with_logits_or_codes(p.teacher.dtype, [&](auto t) { f(s, t); }); });
 }
 
 void launch_row_statistics(const StatisticsParams& p, int64_t begin, int64_t end) {
@@ -86,11 +93,11 @@ void launch_gradient(const GradientParams& p, int64_t begin, int64_t end) {
 }
 
 void launch_row_maxima(const MaximumParams& p, int64_t begin, int64_t end) {
-  with_dtype(p.logits.dtype, [&](auto s) { row_maxima<decltype(s)>(p, begin, end); });
+  with_logits(p.logits.dtype, [&](auto s) { row_maxima<decltype(s)>(p, begin, end); });
 }
 
 void launch_encode(const EncodeParams& p, int64_t begin, int64_t end) {
-  with_dtype(p.logits.dtype, [&](auto s) { encode<decltype(s)>(p, begin, end); });
+  with_logits(p.logits.dtype, [&](auto s) { encode<decltype(s)>(p, begin, end); });
 }
 
 }  // namespace

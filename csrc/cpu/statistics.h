@@ -87,7 +87,7 @@ BlockLanes block_sums(const S* s, const T* t, int64_t n, References reference, f
   if (reference.student == -INFINITY) reference.student = 0;
   if (reference.teacher == -INFINITY) reference.teacher = 0;
   BlockLanes sums = {all_lanes(-INFINITY), all_lanes(-INFINITY)};
-  auto add_pair = [&](const S* student, const T* teacher) __attribute__((always_inline)) {
+  auto add_pair = [&](auto* student, auto* teacher) __attribute__((always_inline)) {
     Pair x = load_pair<kHalves>(student), y = load_pair<kHalves>(teacher);
     add<kTempered, kReverse>(x.first, y.first, reference, inverse_temperature, sums);
     add<kTempered, kReverse>(x.second, y.second, reference, inverse_temperature, sums);
@@ -180,6 +180,10 @@ RowPartial row_partial(const StatisticsParams& p, int64_t row) {
     add_block<kTempered>(block, sums);
   }
   raise_references(reference, out, p.inverse_temperature, sums);
+  const float shift = shift_of(p.teacher, row);
+  out.teacher_max += shift;
+  out.teacher_at_student_action += shift;
+  out.teacher_label += shift;
   out.student_sum = static_cast<float>(sums.student);
   out.teacher_sum = static_cast<float>(sums.teacher);
   out.student_moment = static_cast<float>(sums.student_moment);

@@ -16,11 +16,7 @@ struct RowGradient {
 template <Divergence kDivergence>
 __device__ __forceinline__ RowGradient row_gradient(const GradientParams& p, int64_t row) {
   RowGradient g;
-  g.constants = p.constants[row];
-  if (p.teacher.shift) {  // the logits are read without it
-    g.constants.teacher_max -= p.teacher.shift[row];
-    g.constants.teacher_at_student_action -= p.teacher.shift[row];
-  }
+  g.constants = constants_of(p.constants, p.teacher, row);
   g.divergence_scale = p.divergence_gradient ? p.divergence_gradient[row] * p.inverse_temperature : 0.0f;
   g.cross_entropy_scale = p.cross_entropy_gradient ? p.cross_entropy_gradient[row] : 0.0f;
   if (!p.tokens.labels || p.tokens.labels[row] < 0) g.cross_entropy_scale = 0.0f;

@@ -14,11 +14,7 @@ __global__ void __launch_bounds__(kThreads, 3) mixture_sums_kernel(MixtureParams
   const bool read = group.present && !(p.tokens.mask && !p.tokens.mask[group.row]);
   float divergence = 0, centre = 0;
   if (read) {
-    RowConstants c = p.constants[group.row];
-    if (p.teacher.shift) {  // the logits are read without it
-      c.teacher_max -= p.teacher.shift[group.row];
-      c.teacher_at_student_action -= p.teacher.shift[group.row];
-    }
+    const RowConstants c = constants_of(p.constants, p.teacher, group.row);
     const float it = p.inverse_temperature;
     const float anchor = mixture_anchor<kDivergence>(c, it, p.teacher_share);
     const S* student = static_cast<const S*>(p.student.data) + group.row * p.student.stride;

@@ -172,7 +172,7 @@ __device__ __forceinline__ void write_partial(const StatisticsParams& p, const G
   int student_column = column_of<S, kColumns>(student, cut, x.student_max, x.student_pack, group.lane());
   int teacher_column = column_of<T, kColumns>(teacher, cut, x.teacher_max, x.teacher_pack, group.lane());
   if (group.lane() != 0) return;
-  const float shift = p.teacher.shift ? p.teacher.shift[group.row] : 0.0f;
+  const float shift = shift_of(p.teacher, group.row);
   // The sums now become relative to the maxima themselves.
   float student_rise = x.student_pack == kNoPack ? 0.0f : x.student_max - x.student_reference;
   float teacher_rise = x.teacher_pack == kNoPack ? 0.0f : x.teacher_max - x.teacher_reference;
