@@ -7,8 +7,9 @@ namespace vcrd::cuda {
 namespace {
 
 constexpr int kRowThreads = 64;  // few, so that even some thousand rows reach every multiprocessor
+// Eight blocks a multiprocessor are asked for only because, without a number, the compiler saves registers by spilling.
 
-__global__ void __launch_bounds__(kRowThreads) combine_partials_kernel(CombineParams p) {
+__global__ void __launch_bounds__(kRowThreads, 8) combine_partials_kernel(CombineParams p) {
   int64_t row = int64_t(blockIdx.x) * kRowThreads + threadIdx.x;
   if (row >= p.rows) return;
   bool masked = p.mask && !p.mask[row];
@@ -16,7 +17,7 @@ __global__ void __launch_bounds__(kRowThreads) combine_partials_kernel(CombinePa
       masked ? RowPartial{} : partial_of(add_partials(p.partials + row, p.splits, p.rows, p.inverse_temperature));
 }
 
-__global__ void __launch_bounds__(kRowThreads) merge_statistics_kernel(MergeParams p) {
+__global__ void __launch_bounds__(kRowThreads, 8) merge_statistics_kernel(MergeParams p) {
   int64_t row = int64_t(blockIdx.x) * kRowThreads + threadIdx.x;
   if (row >= p.rows) return;
   MergedRow merged = {};
