@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import kernels_under_test  # noqa: F401  before vcrd's operators
 import torch
 from torch import Tensor
 
@@ -16,7 +17,10 @@ FLOAT_FIELDS = vcrd.DivergenceStats._fields[:10]
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the loss on the whole vocabulary; a test may cut it into shards."""
+    """One call of the loss on the whole vocabulary; a test may cut it into shards.
+
+    A teacher of uint8 is the square-root code of the logits' distances below their maximum.
+    """
 
     tokens: tuple[int, ...] = (5,)
     vocab: int = 257
@@ -31,12 +35,18 @@ class Case:
     seed: int = 0
     settings: dict = field(default_factory=dict)  # alpha, beta
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """student logits, teacher logits, labels, mask. Padding and masked rows hold NaN."""
-        generator = torch.Generator().manual_seed(self.seed)
+    def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """student logits, teacher logits, labels, mask. Padding and masked rows hold NaN, and as codes the maximum."""
+        generator = torch.Generator("cpu").manual_seed(self.seed)
 
         def logits(padding: int, dtype: torch.dtype) -> Tensor:
-            x = torch.randn(*self.tokens, self.vocab + padding, generator=generator) * self.scale
+            x = (
+                torch.randn(*self.tokens, self.vocab + padding, generator=generator, device="cpu")
+                * self.scale
+            )
+            if dtype == torch.uint8:
+                x = coded(x[..., : self.vocab])
+                return torch.nn.functional.pad(x, (0, padding))
             x[..., self.vocab :] = torch.nan
             return x.to(dtype)
 
@@ -44,23 +54,26 @@ class Case:
             logits(self.student_padding, self.student_dtype),
             logits(self.teacher_padding, self.teacher_dtype),
         )
-        labels = torch.randint(-1, self.vocab, self.tokens, generator=generator)
+        labels = torch.randint(-1, self.vocab, self.tokens, generator=generator, device="cpu")
         if not self.with_mask:
-            return student, teacher, labels, None
-        mask = torch.randint(0, 2, self.tokens, generator=generator)
+            return student.to(device), teacher.to(device), labels.to(device), None
+        mask = torch.randint(0, 2, self.tokens, generator=generator, device="cpu")
         student[mask == 0] = torch.nan
-        teacher[mask == 0] = torch.nan
-        return student, teacher, labels, mask
+        teacher[mask == 0] = 0 if self.teacher_dtype == torch.uint8 else torch.nan
+        return student.to(device), teacher.to(device), labels.to(device), mask.to(device)
 
-    def upstream(self) -> tuple[Tensor, Tensor]:
+    def upstream(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Gradients of the divergence and of the cross-entropy, different for each token."""
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        return torch.randn(self.tokens, generator=generator), torch.rand(self.tokens, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(self.seed + 1)
+        divergence = torch.randn(self.tokens, generator=generator, device="cpu")
+        return divergence.to(device), torch.rand(self.tokens, generator=generator, device="cpu").to(device)
 
     def expected(self) -> tuple[dict[str, Tensor], Tensor]:
         """Statistics and the gradient of the student's logits, from the reference, float64."""
         student, teacher, labels, mask = self.tensors()
         student = student.double().requires_grad_()
+        if self.teacher_dtype == torch.uint8:
+            teacher = decoded(teacher)
         stats = reference.statistics(
             student,
             teacher,
@@ -74,6 +87,48 @@ class Case:
         divergence, cross_entropy = self.upstream()
         (stats["divergence"] * divergence + stats["cross_entropy"] * cross_entropy).sum().backward()
         return stats, student.grad
+
+
+def coded(logits: Tensor) -> Tensor:
+    """The square-root code: 255 sqrt(d / 24) of the distances d below the row's maximum, of 24 where d is more."""
+    distance = logits.amax(-1, keepdim=True) - logits if logits.shape[-1] else logits
+    return (255 * (distance.clamp(max=24) / 24).sqrt()).round().to(torch.uint8)
+
+
+def decoded(codes: Tensor) -> Tensor:
+    return -24 * (codes.double() / 255) ** 2
+
+
+def call(case: Case, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None, **extra):
+    """The loss on these tensors with the case's settings."""
+    return vcrd.vocab_parallel_divergence(
+        student,
+        teacher,
+        labels,
+        divergence=case.divergence,
+        temperature=case.temperature,
+        vocab_size=case.vocab,
+        mask=mask,
+        **case.settings,
+        **extra,
+    )
+
+
+def run(case: Case, device: torch.device, **extra) -> tuple[vcrd.DivergenceStats, Tensor]:
+    """Statistics and gradient of the student's logits, computed on `device`, both on the CPU."""
+    student, teacher, labels, mask = case.tensors(device)
+    stats = call(case, student.requires_grad_(), teacher, labels, mask, **extra)
+    return backward(case, stats, student)
+
+
+def backward(case: Case, stats: vcrd.DivergenceStats, student: Tensor) -> tuple[vcrd.DivergenceStats, Tensor]:
+    divergence, cross_entropy = case.upstream(student.device)
+    (stats.divergence * divergence + stats.cross_entropy * cross_entropy).sum().backward()
+    return on_cpu(stats), student.grad.cpu()
+
+
+def on_cpu(stats: vcrd.DivergenceStats) -> vcrd.DivergenceStats:
+    return vcrd.DivergenceStats(*(field.detach().cpu() for field in stats))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

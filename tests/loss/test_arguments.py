@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import kernels_under_test  # noqa: F401  before vcrd's operators
 import pytest
 import torch
 
@@ -27,6 +28,21 @@ LABELS = torch.zeros(3, dtype=torch.long)
             TypeError,
             "teacher_logits: expected float32, bfloat16, float16 or uint8 codes, got torch.int64",
             dict(teacher_logits=TEACHER.long()),
+        ),
+        (
+            TypeError,
+            "student_logits: expected float32, bfloat16 or float16, got torch.uint8",
+            dict(student_logits=STUDENT.byte()),
+        ),
+        (
+            TypeError,
+            "teacher_max: expected float32, got torch.float64",
+            dict(teacher_max=torch.ones(3).double()),
+        ),
+        (
+            ValueError,
+            r"teacher_max: expected the logits' leading shape \[3\], got \[2\]",
+            dict(teacher_max=torch.ones(2)),
         ),
         (ValueError, "student_logits: expected shape", dict(student_logits=torch.tensor(1.0))),
         (
@@ -121,6 +137,7 @@ def test_one_sentence_names_the_argument(error, sentence, arguments):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.cpu_kernels
 def test_a_missing_extension_is_one_clear_error_on_first_use(tmp_path):
     """Not on `import vcrd`, whose other parts work, and never a slow path instead."""
     script = """

@@ -7,17 +7,22 @@ import math
 import pytest
 import torch
 from cases import Case, relative_error
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vcrd
 from vcrd import reference
 
+pytestmark = pytest.mark.usefixtures("on_device")
 ESTIMATORS = ("label", "margin", "confidence", "uniform")
 
 
+def tensors(case: Case) -> tuple[torch.Tensor | None, ...]:
+    return case.tensors(torch.get_default_device())
+
+
 def stats_of(case: Case) -> tuple[vcrd.DivergenceStats, dict[str, torch.Tensor], torch.Tensor | None]:
-    student, teacher, labels, mask = case.tensors()
+    student, teacher, labels, mask = tensors(case)
     stats = vcrd.vocab_parallel_divergence(student, teacher, labels, mask=mask)
     return stats, reference.statistics(student, teacher, labels, mask=mask), mask
 
@@ -77,7 +82,7 @@ def test_defaults_are_those_of_the_method():
 
 
 def test_equal_validity_is_plain_distillation_exactly():
-    student, teacher, labels, _ = Case((9,), 300).tensors()
+    student, teacher, labels, _ = tensors(Case((9,), 300))
     for options in (dict(validity="uniform"), dict(validity="label", labels=torch.full((9,), -1))):
         out = vcrd.validity_calibrated_kl(student, teacher, options.pop("labels", labels), **options)
         assert (out.weight == 1).all() and (out.relative_validity == 0.5).all()
@@ -98,12 +103,12 @@ def test_floor_above_ceiling_reverses_the_direction():
 
 def test_loss_is_weight_times_divergence_plus_cross_entropy_and_the_weight_is_constant():
     case = Case((6,), 120, with_mask=True)
-    student, teacher, labels, mask = case.tensors()
+    student, teacher, labels, mask = tensors(case)
     student.requires_grad_()
     out = vcrd.validity_calibrated_kl(student, teacher, labels, mask=mask, ce_weight=0.3, divergence="jsd")
     torch.testing.assert_close(out.loss, out.weight * out.stats.divergence + 0.3 * out.stats.cross_entropy)
     gradient = torch.autograd.grad(out.loss.sum(), student)[0]
-    copy = case.tensors()[0].double().requires_grad_()
+    copy = tensors(case)[0].double().requires_grad_()
     expected = reference.statistics(copy, teacher, labels, mask=mask, name="jsd")
     (out.weight.double() * expected["divergence"] + 0.3 * expected["cross_entropy"]).sum().backward()
     assert relative_error(gradient, copy.grad) < 1e-5
@@ -136,7 +141,8 @@ def test_scores_per_step_are_indexed_by_the_step():
     torch.testing.assert_close(rho, torch.tensor([[0.9, 0.9, 0.5], [0.1, 0.1, 0.5]]))
 
 
-@settings(max_examples=50, deadline=None)
+# The device stays the same from example to example.
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**31),
     tokens=st.integers(1, 40),
@@ -150,7 +156,7 @@ def test_weights_stay_between_floor_and_ceiling_and_are_constant_within_a_step(
 ):
     generator = torch.Generator().manual_seed(seed)
     stats, _, _ = stats_of(Case((tokens,), 30, seed=seed))
-    step = torch.randint(0, steps, (tokens,), generator=generator)
+    step = torch.randint(0, steps, (tokens,), generator=generator, device="cpu").to(stats.divergence.device)
     weight, rho = vcrd.validity_weights(stats, "margin", sharpness, floor, ceiling, step)
     low, high = min(floor, ceiling), max(floor, ceiling)
     assert ((weight >= low - 1e-5) & (weight <= high + 1e-5)).all() and ((rho >= 0) & (rho <= 1)).all()
@@ -159,7 +165,7 @@ def test_weights_stay_between_floor_and_ceiling_and_are_constant_within_a_step(
 
 
 def test_swapping_the_models_mirrors_rho():
-    student, teacher, labels, _ = Case((30,), 60).tensors()
+    student, teacher, labels, _ = tensors(Case((30,), 60))
     for validity in ("label", "margin", "confidence"):
         _, rho = vcrd.validity_weights(vcrd.vocab_parallel_divergence(student, teacher, labels), validity)
         _, mirrored = vcrd.validity_weights(

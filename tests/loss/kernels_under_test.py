@@ -1,0 +1,38 @@
+"""Which compiled kernels these tests run: those of vcrd._C as built, or of a module that stands in for it.
+
+VCRD_TEST_MODULE names such a module: tests/cuda_emulation sets it, and so runs these same tests on the CUDA kernels'
+source without a GPU. Import this before anything that imports vcrd's operators, in every process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import torch
+
+PATH = os.environ.get("VCRD_TEST_MODULE")
+EMULATED = PATH is not None
+# On the emulated device a CUDA kernel reads CPU tensors, so there is no other device to test.
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and not EMULATED else ["cpu"]
+
+
+def _stand_in() -> None:
+    name = "vcrd._C"
+    if not EMULATED or name in sys.modules:
+        return
+    specification = importlib.util.spec_from_file_location(name, PATH)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    sys.modules[name] = module
+
+
+_stand_in()
+
+
+def check() -> None:
+    """Proves that no process quietly tests the wrong kernels."""
+    from vcrd import ops
+
+    assert not EMULATED or ops._C.__file__ == PATH, f"{ops._C.__file__} is tested instead of {PATH}"
