@@ -235,7 +235,9 @@ __global__ void __launch_bounds__(kThreads, kTempered&& kReverse ? 2 : 3)
     if (group.lane() == 0) of_warps[threadIdx.x / 32] = x;
     __syncthreads();
     if (group.warp() != 0) return;
-    x = group.lane() < grid.warps() ? of_warps[threadIdx.x / 32 + group.lane()] : Sums();
+    // Each kWarps lanes do the same work, so that the whole warp ends up with the result.
+    const int from = group.lane() % kWarps;
+    x = from < grid.warps() ? of_warps[threadIdx.x / 32 + from] : Sums();
     merge_lanes<kWarps, kTempered, kReverse>(x, p.inverse_temperature);
   }
   if (read)
