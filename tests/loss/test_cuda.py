@@ -1,0 +1,88 @@
+"""What only a GPU can show: streams, graphs, and that the host never waits. Collected where there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case
+
+import vcrd
+from vcrd.layout import DIVERGENCES
+
+FEW_LONG_ROWS = Case((2,), 40_000, student_dtype=torch.bfloat16, teacher_dtype=torch.bfloat16)
+MANY_ROWS = Case((1200,), 500, student_dtype=torch.bfloat16, teacher_dtype=torch.bfloat16)
+
+
+def on_gpu(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    student, teacher, labels, _ = case.tensors("cuda")
+    return student.requires_grad_(), teacher, labels
+
+
+def loss_and_gradient(student, teacher, labels, divergence="forward_kl"):
+    out = vcrd.validity_calibrated_kl(student, teacher, labels, divergence=divergence, ce_weight=0.1)
+    return out.loss, torch.autograd.grad(out.loss.sum(), student)[0]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_captured_graph_computes_what_the_calls_compute(divergence):
+    student, teacher, labels = on_gpu(FEW_LONG_ROWS)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # warm-up, as torch asks of every capture
+        loss_and_gradient(student, teacher, labels, divergence)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_and_gradient(student, teacher, labels, divergence)
+    fresh = on_gpu(Case(**{**vars(FEW_LONG_ROWS), "seed": 7}))
+    with torch.no_grad():
+        for old, new in zip((student, teacher, labels), fresh, strict=True):
+            old.copy_(new)
+    graph.replay()
+    for got, expected in zip(captured, loss_and_gradient(*fresh, divergence), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_host_never_waits_for_the_device(divergence):
+    student, teacher, labels = on_gpu(MANY_ROWS)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_and_gradient(student, teacher, labels, divergence)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_current_stream_is_used():
+    student, teacher, labels = on_gpu(MANY_ROWS)
+    expected = loss_and_gradient(student, teacher, labels)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), torch.no_grad():
+        late = torch.full_like(student, torch.nan)
+        torch.cuda._sleep(100_000_000)  # on any other stream the loss would read the NaN
+        late.copy_(student)
+    with torch.cuda.stream(side):
+        got = loss_and_gradient(late.requires_grad_(), teacher, labels)
+    side.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(("case", "forward"), [(MANY_ROWS, 2), (FEW_LONG_ROWS, 3)])
+def test_few_launches(case, forward):
+    """Two launches forward, a third where rows are split over blocks; one backward."""
+    student, teacher, labels = on_gpu(case)
+    loss_and_gradient(student, teacher, labels)  # so that nothing is loaded under the profiler
+
+    def launches(call) -> tuple[object, list[str]]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            result = call()
+            torch.cuda.synchronize()
+        names = [event.name for event in profile.events() if "vcrd" in event.name]
+        return result, names
+
+    stats, names = launches(lambda: vcrd.vocab_parallel_divergence(student, teacher, labels))
+    assert len(names) == forward, names
+    total = stats.divergence.sum()
+    _, names = launches(lambda: total.backward())
+    assert len(names) == 1, names
