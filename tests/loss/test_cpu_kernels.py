@@ -54,7 +54,8 @@ def test_every_instruction_set_passes_these_tests(instruction_set):
     )
     if used.stdout.strip() != instruction_set:
         pytest.skip(f"this processor has no {instruction_set}")
-    files = [str(Path(__file__).with_name(name)) for name in ("test_divergence.py", "test_rows.py")]
+    names = ("test_divergence.py", "test_rows.py", "test_lanes.py")
+    files = [str(Path(__file__).with_name(name)) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not cuda", *files]
     inner = subprocess.run(command, env=chosen, capture_output=True, text=True)
     assert inner.returncode == 0, inner.stdout[-4000:]

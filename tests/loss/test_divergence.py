@@ -204,14 +204,25 @@ def test_divergences_are_never_negative_where_student_and_teacher_agree(device):
 def test_a_row_past_two_to_the_31_elements_is_found(device):
     """64-bit row offsets: 9 rows that lie 300 million elements apart, almost all of them never touched."""
     stride, columns = 300_000_000, 128
-    elements = 8 * stride + columns  # 4.8 GB, on the CPU of addresses alone
+    elements = 8 * stride + 2 * columns  # 4.8 GB, on the CPU of addresses alone
     if device.type == "cpu":
         storage = torch.frombuffer(mmap.mmap(-1, 2 * elements), dtype=torch.bfloat16)
     else:
         storage = torch.empty(elements, dtype=torch.bfloat16, device=device)
-    student = torch.as_strided(storage, (9, columns), (stride, 1))
-    values = torch.randn(9, columns, device=device).bfloat16()
-    student.copy_(values)
-    teacher = torch.randn(9, columns, device=device)
-    far = vcrd.vocab_parallel_divergence(student, teacher).divergence
-    assert torch.equal(far, vcrd.vocab_parallel_divergence(values, teacher).divergence)
+    far = torch.as_strided(storage, (9, columns), (stride, 1))
+    far_teacher = torch.as_strided(storage, (9, columns), (stride, 1), columns)
+    student, teacher = torch.randn(2, 9, columns, device=device).bfloat16()
+    far.copy_(student)
+    far_teacher.copy_(teacher)
+
+    def loss_and_gradient(student, teacher, inplace):
+        student = student.detach().requires_grad_()
+        stats = vcrd.vocab_parallel_divergence(student, teacher, divergence="jsd", inplace_gradient=inplace)
+        return stats.divergence, torch.autograd.grad(stats.divergence.sum(), student)[0]
+
+    expected, expected_gradient = loss_and_gradient(student, teacher, False)
+    for inplace in (False, True):
+        divergence, gradient = loss_and_gradient(far, far_teacher, inplace)
+        assert torch.equal(divergence, expected)
+        assert torch.equal(gradient, expected_gradient)
+    assert torch.equal(far, expected_gradient), "in place is where the logits were"

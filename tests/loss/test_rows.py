@@ -233,6 +233,22 @@ def test_parts_of_rows_without_any_probability(device):
     assert stats.divergence.isnan().all() and stats.student_action.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jeffreys"])
+def test_a_teacher_without_probability_where_the_student_is_surest(device, divergence):
+    """Infinite, not NaN; and finite again where a far higher logit leaves no probability there."""
+    for columns in (60, 3000, 20000):
+        student, teacher, *_ = Case((3,), columns).tensors()
+        lost = columns // 3
+        student[:, lost], teacher[:, lost] = 20.0, -torch.inf
+        student[1, 2 * lost + 5] = 4000.0
+        student[2, 3] = 4000.0
+        stats = vcrd.vocab_parallel_divergence(student.to(device), teacher.to(device), divergence=divergence)
+        assert stats.divergence[0] == torch.inf
+        kept = torch.arange(columns) != lost
+        exact = reference.statistics(student[1:, kept], teacher[1:, kept], name=divergence)["divergence"]
+        torch.testing.assert_close(stats.divergence[1:].cpu().double(), exact, rtol=2e-6, atol=4e-6)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_logits_of_ten_thousand(device, divergence):
     for columns in (333, 17000):
@@ -270,3 +286,15 @@ def test_masked_rows_are_not_read_and_neighbours_keep_theirs(device):
         assert (gradient[~kept] == 0).all()
         error = (gradient[kept].double() - expected_gradient[kept]).abs()
         assert error.max() <= 1e-3 * expected_gradient.abs().max()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_padding_has_zero_gradient_even_in_a_row_that_is_not_a_number(device, divergence):
+    for columns in (13, 2500):
+        student, teacher, *_ = Case((3,), columns, 5, 5).tensors(device)
+        student[1, columns // 2] = torch.nan
+        student.requires_grad_()
+        stats = vcrd.vocab_parallel_divergence(student, teacher, divergence=divergence, vocab_size=columns)
+        stats.divergence.sum().backward()
+        assert (student.grad[:, columns:] == 0).all()
+        assert student.grad[1, :columns].isnan().any() and not student.grad[::2].isnan().any()
