@@ -18,7 +18,7 @@ PIP = $(VENV)/bin/python -m pip $(PIP_FLAGS) install $(CONSTRAINTS)
 RUN = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python
 
 EXTENSION_SOURCES := setup.py $(wildcard pyproject.toml) $(shell find csrc -type f 2>/dev/null)
-FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 # A stamp alone would not notice that the built file is gone.
 BUILT := $(wildcard vcrd/_C*$(patsubst cp%,%,$(TAG))*.so)
 
