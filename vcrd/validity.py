@@ -24,6 +24,8 @@ NORMALIZATIONS = ("none", "mean")
 
 # Stands for log 0, so that two validities of zero compare as equal and not as NaN.
 LOWEST_LOG = -1e30
+# Log validities of a step are added in fixed point: 2^-28 fine and bounded, so that 2^18 tokens fit 64 bits.
+FIXED_POINT, LOWEST_STEP_LOG = 2.0**28, -(2.0**17)
 
 Estimator = Callable[[DivergenceStats], tuple[Tensor, Tensor]]
 
@@ -140,20 +142,31 @@ def _average_over_steps(
     """Mean log validities of each step, [slots], and each token's slot, [...]; tokens of no step have their own."""
     member = steps >= 0 if keep is None else (steps >= 0) & keep
     flat = torch.where(member, steps, -1).reshape(-1)
-    _, slot = torch.unique(flat, return_inverse=True)
+    slot = _slots(flat)
     # Every other token is a step of its own, numbered past the members'.
     slot = torch.where(flat >= 0, slot, slot.numel() + torch.arange(slot.numel(), device=slot.device))
-    slots = 2 * slot.numel()
-    count = torch.zeros(slots, device=steps.device).index_add_(
-        0, slot, torch.ones_like(slot, dtype=torch.float32)
-    )
+
+    def add_up(values: Tensor) -> Tensor:
+        return values.new_zeros(2 * slot.numel()).index_add_(0, slot, values)
+
+    count = add_up(torch.ones_like(slot)).clamp(min=1)
 
     def average(log_validity: Tensor) -> Tensor:
-        values = log_validity.clamp(min=LOWEST_LOG).reshape(-1).float()
-        total = torch.zeros(slots, device=steps.device).index_add_(0, slot, values)
-        return total / count.clamp(min=1)
+        # A device adds up in any order, and only integers do not mind. They have no NaN, which is counted apart.
+        values, unknown = log_validity.reshape(-1).double(), log_validity.reshape(-1).isnan()
+        fixed = (values.clamp(LOWEST_STEP_LOG, -LOWEST_STEP_LOG).nan_to_num(nan=0.0) * FIXED_POINT).round().long()
+        mean = add_up(fixed).double() / (count * FIXED_POINT)
+        return torch.where(add_up(unknown.long()) > 0, torch.nan, mean).float()
 
     return average(student), average(teacher), slot.view_as(steps)
+
+
+def _slots(steps: Tensor) -> Tensor:
+    """Numbers the steps that occur, from 0 on. Unlike torch.unique it does not ask a device how many there are."""
+    ordered, order = steps.sort()
+    begins = torch.zeros_like(ordered)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(order).scatter_(0, order, begins.cumsum(0))
 
 
 def _mean(weight: Tensor, keep: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:

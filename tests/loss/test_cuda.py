@@ -49,6 +49,8 @@ def test_the_host_never_waits_for_the_device(divergence):
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss_and_gradient(student, teacher, labels, divergence)
+        steps = torch.arange(len(labels), device="cuda") // 7
+        vcrd.validity_calibrated_kl(student, teacher, labels, steps=steps, normalization="mean")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

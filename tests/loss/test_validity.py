@@ -114,6 +114,27 @@ def test_loss_is_weight_times_divergence_plus_cross_entropy_and_the_weight_is_co
     assert relative_error(gradient, copy.grad) < 1e-5
 
 
+def test_a_step_does_not_depend_on_the_order_in_which_its_tokens_are_added_up():
+    """A GPU adds in any order; here the tokens themselves change places."""
+    stats, _, _ = stats_of(Case((300,), 40))
+    steps = torch.arange(300) % 7
+    order = torch.randperm(300, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
+        steps.device
+    )
+    _, rho = vcrd.validity_weights(stats, steps=steps)
+    shuffled = vcrd.DivergenceStats(*(field[order] for field in stats))
+    _, again = vcrd.validity_weights(shuffled, steps=steps[order])
+    assert torch.equal(again, rho[order])
+
+
+def test_an_unknown_validity_makes_its_step_unknown_and_no_other():
+    stats, _, _ = stats_of(Case((6,), 40))
+    known = torch.arange(6) != 1
+    stats = stats._replace(student_label_logprob=stats.student_label_logprob.where(known, torch.nan))
+    _, rho = vcrd.validity_weights(stats, steps=torch.tensor([0, 0, 1, 1, -1, -1]))
+    assert rho.isnan().tolist() == [True, True, False, False, False, False]
+
+
 def test_steps_share_the_mean_log_validity_and_none_keeps_its_own():
     stats, _, _ = stats_of(Case((6,), 40))
     student = torch.tensor([0.5, 0.25, 0.5, 0.5, 0.1, 0.9])
