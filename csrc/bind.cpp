@@ -29,24 +29,24 @@ using OptionalTensor = std::optional<Tensor>;
 
 #ifdef VCRD_CUDA
 constexpr bool kWithCuda = true;
-
-bool on_gpu(const Tensor& t) { return t.device().type() == VCRD_CUDA_DEVICE; }
-
-// Launches on the tensor's device, on torch's current stream.
-template <class Launch>
-void on_stream(const Tensor& t, Launch launch) {
-  c10::cuda::CUDAGuard guard(t.device());
-  const char* error = launch(c10::cuda::getCurrentCUDAStream().stream());
-  TORCH_CHECK(!error, "vcrd's CUDA kernels on ", t.device(), ": ", error);
-}
 #else
 constexpr bool kWithCuda = false;
-
-bool on_gpu(const Tensor&) { return false; }
-
-template <class Launch>
-void on_stream(const Tensor&, Launch) {}
 #endif
+
+// Runs `on_gpu(stream)` on the tensor's device and torch's current stream, or `on_cpu()`. `on_gpu` takes its stream as
+// `auto`, so that without CUDA it is never compiled.
+template <class OnGpu, class OnCpu>
+void on_device(const Tensor& t, OnGpu on_gpu, OnCpu on_cpu) {
+#ifdef VCRD_CUDA
+  if (t.device().type() == VCRD_CUDA_DEVICE) {
+    c10::cuda::CUDAGuard guard(t.device());
+    const char* error = on_gpu(c10::cuda::getCurrentCUDAStream().stream());
+    TORCH_CHECK(!error, "vcrd's CUDA kernels on ", t.device(), ": ", error);
+    return;
+  }
+#endif
+  on_cpu();
+}
 
 Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -126,9 +126,9 @@ Tensor row_statistics(const Tensor& student, const Tensor& teacher, const Option
   };
   Tensor partials = partials_of(1);
   p.partials = data<RowPartial>(partials);
-  if constexpr (kWithCuda) {
-    if (on_gpu(student)) {
-      on_stream(student, [&](cuda::Stream stream) -> const char* {
+  on_device(
+      student,
+      [&](auto stream) -> const char* {
         const int64_t splits = cuda::row_splits(rows, columns);
         if (splits == 1) return cuda::row_statistics(p, 1, stream);
         Tensor parts = partials_of(splits);
@@ -136,11 +136,8 @@ Tensor row_statistics(const Tensor& student, const Tensor& teacher, const Option
         p.partials = data<RowPartial>(parts);
         const char* error = cuda::row_statistics(p, splits, stream);
         return error ? error : cuda::combine_partials(combine, stream);
-      });
-      return partials;
-    }
-  }
-  over_rows(cpu::kernels().row_statistics, p, rows, columns);
+      },
+      [&] { over_rows(cpu::kernels().row_statistics, p, rows, columns); });
   return partials;
 }
 
@@ -164,13 +161,9 @@ std::tuple<Tensor, Tensor, Tensor> merge_statistics(const Tensor& partials, cons
                 statistics.mutable_data_ptr<float>(),
                 actions.mutable_data_ptr<int64_t>(),
                 data<RowConstants>(constants)};
-  if constexpr (kWithCuda) {
-    if (on_gpu(partials)) {
-      on_stream(partials, [&](cuda::Stream stream) { return cuda::merge_statistics(p, stream); });
-      return {statistics, actions, constants};
-    }
-  }
-  over_rows(cpu::kernels().merge_statistics, p, rows, 64 * shards);
+  on_device(
+      partials, [&](auto stream) { return cuda::merge_statistics(p, stream); },
+      [&] { over_rows(cpu::kernels().merge_statistics, p, rows, 64 * shards); });
   return {statistics, actions, constants};
 }
 
@@ -188,20 +181,17 @@ Tensor mixture_sums(const Tensor& student, const Tensor& teacher, const Optional
       float(teacher_share),
       reinterpret_cast<const RowConstants*>(pointer<float>(constants, at::kFloat, tokens.rows * kConstantFloats)),
       sums.mutable_data_ptr<float>()};
-  if constexpr (kWithCuda) {
-    if (on_gpu(student)) {
-      on_stream(student, [&](cuda::Stream stream) {
+  on_device(
+      student,
+      [&](auto stream) {
         const int64_t splits = cuda::row_splits(tokens.rows, columns);
         if (splits > 1) sums = at::empty({splits, tokens.rows, 2}, constants.options());
         p.sums = sums.mutable_data_ptr<float>();
         const char* error = cuda::mixture_sums(p, splits, stream);
         if (splits > 1) sums = sums.sum(0);
         return error;
-      });
-      return sums;
-    }
-  }
-  over_rows(cpu::kernels().mixture_sums, p, tokens.rows, columns);
+      },
+      [&] { over_rows(cpu::kernels().mixture_sums, p, tokens.rows, columns); });
   return sums;
 }
 
@@ -226,10 +216,9 @@ void write_gradient(Tensor& gradient, const Tensor& student, const Tensor& teach
       gradient.stride(0),
       gradient.size(1)};
   TORCH_CHECK(p.divergence < Divergence::kJsd || sums.has_value(), "the mixture divergences need their merged sums");
-  if constexpr (kWithCuda) {
-    if (on_gpu(student)) return on_stream(student, [&](cuda::Stream stream) { return cuda::gradient(p, stream); });
-  }
-  over_rows(cpu::kernels().gradient, p, tokens.rows, columns);
+  on_device(
+      student, [&](auto stream) { return cuda::gradient(p, stream); },
+      [&] { over_rows(cpu::kernels().gradient, p, tokens.rows, columns); });
 }
 
 Tensor new_gradient(const Tensor& student) {
@@ -265,13 +254,9 @@ void gradient_(Tensor& student, const Tensor& teacher, const OptionalTensor& tea
 Tensor row_maxima(const Tensor& logits) {
   Tensor maxima = at::empty({logits.size(0)}, logits.options().dtype(at::kFloat));
   MaximumParams p{student_of(logits), logits.size(0), logits.size(1), maxima.mutable_data_ptr<float>()};
-  if constexpr (kWithCuda) {
-    if (on_gpu(logits)) {
-      on_stream(logits, [&](cuda::Stream stream) { return cuda::row_maxima(p, stream); });
-      return maxima;
-    }
-  }
-  over_rows(cpu::kernels().row_maxima, p, p.rows, p.columns);
+  on_device(
+      logits, [&](auto stream) { return cuda::row_maxima(p, stream); },
+      [&] { over_rows(cpu::kernels().row_maxima, p, p.rows, p.columns); });
   return maxima;
 }
 
@@ -282,13 +267,9 @@ Tensor encode(const Tensor& logits, const Tensor& maxima, int64_t bits) {
   Tensor codes = at::empty({rows, columns}, logits.options().dtype(bits == 8 ? at::kByte : at::kHalf));
   EncodeParams p{student_of(logits),      rows, columns, pointer<float>(maxima, at::kFloat, rows), dtype_of(codes),
                  codes.mutable_data_ptr()};
-  if constexpr (kWithCuda) {
-    if (on_gpu(logits)) {
-      on_stream(logits, [&](cuda::Stream stream) { return cuda::encode(p, stream); });
-      return codes;
-    }
-  }
-  over_rows(cpu::kernels().encode, p, rows, columns);
+  on_device(
+      logits, [&](auto stream) { return cuda::encode(p, stream); },
+      [&] { over_rows(cpu::kernels().encode, p, rows, columns); });
   return codes;
 }
 
