@@ -46,6 +46,7 @@ LAYERS = (
     Layer("vcrd/reference.py"),
     Layer("vcrd/link/errors.py", packages=()),
     Layer("vcrd/link/plan.py", ("vcrd.link.errors",), packages=()),
+    Layer("vcrd/link/payload.py", ("vcrd.ops",)),
     Layer("vcrd/link/student*.py", ("vcrd.link",), never=("vcrd.link.teacher",)),
     Layer("vcrd/link/teacher*.py", ("vcrd.link",), never=("vcrd.link.student",)),
     Layer("vcrd/link/__init__.py", ("vcrd.link",)),

@@ -154,7 +154,9 @@ def _average_over_steps(
     def average(log_validity: Tensor) -> Tensor:
         # A device adds up in any order, and only integers do not mind. They have no NaN, which is counted apart.
         values, unknown = log_validity.reshape(-1).double(), log_validity.reshape(-1).isnan()
-        fixed = (values.clamp(LOWEST_STEP_LOG, -LOWEST_STEP_LOG).nan_to_num(nan=0.0) * FIXED_POINT).round().long()
+        fixed = (
+            (values.clamp(LOWEST_STEP_LOG, -LOWEST_STEP_LOG).nan_to_num(nan=0.0) * FIXED_POINT).round().long()
+        )
         mean = add_up(fixed).double() / (count * FIXED_POINT)
         return torch.where(add_up(unknown.long()) > 0, torch.nan, mean).float()
 

@@ -72,6 +72,11 @@ def check(logits: torch.Tensor, tokens: torch.Tensor, layout: Layout, columns, p
         assert torch.equal(logits, wanted)
         return
     distance = wanted - truth.amax(-1, keepdim=True)
+    if payload == "logits_8bit":
+        got = -24 * (logits.double() / 255) ** 2
+        distance = distance.clamp(min=-24)
+        assert ((got - distance).abs() <= 0.0193 * distance.abs().sqrt() + 1e-4).all()
+        return
     # float16 has 11 significant bits.
     assert ((logits.float() - distance).abs() <= distance.abs() * 2**-11 + 2**-25).all()
 
@@ -112,6 +117,7 @@ def test_each_student_rank_receives_its_columns(grid, tmp_path):
     runs = [
         ("exact", {"payload": "float32", "credits": 1}),
         ("half", {"payload": "float16", "credits": 3}),
+        ("byte", {"payload": "logits_8bit", "credits": 2}),
     ]
     with Jobs(tmp_path) as jobs:
         jobs.world("student", layout.students, run_student, layout, port, runs)

@@ -10,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vcrd
 from vcrd.link import HandshakeRefused, LinkError, LinkSettings, facts, header
 from vcrd.link.facts import Facts
 from vcrd.link.header import Header, Kind
 from vcrd.link.payload import decode, encode, payload_named, row_max
 
-HALF, EXACT = payload_named("float16"), payload_named("float32")
+HALF, EXACT, BYTE = (payload_named(name) for name in ("float16", "float32", "logits_8bit"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -47,6 +48,38 @@ def test_float16_is_within_its_bound_of_the_distance_from_the_maximum(dtype, sca
     assert (got.amax(-1) == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 44.0, 1e4])
+def test_8bit_is_within_its_bound_of_the_distance_from_the_maximum(dtype, scale):
+    source = logits(31, 2, 1111, dtype=dtype, scale=scale)
+    codes = decode(BYTE, encode(BYTE, source, row_max(source)))
+    assert codes.dtype == torch.uint8 and codes.shape == source.shape
+    got = 24 * (codes.double() / 255) ** 2
+    distance = (source.double().amax(-1, keepdim=True) - source.double()).clamp_max(24)
+    assert ((got - distance).abs() <= 0.0193 * distance.sqrt() + 1e-4).all()
+    assert (codes.amin(-1) == 0).all()
+
+
+def test_8bit_of_a_shard_is_relative_to_the_whole_row():
+    source = logits(3, 2, 40)
+    top = row_max(source)
+    whole = encode(BYTE, source, top)
+    parts = [encode(BYTE, part, top) for part in source.split([7, 13, 0, 20], -1)]
+    assert torch.equal(torch.cat(parts, -1), whole)
+    # The same columns wherever they lie in memory.
+    assert torch.equal(encode(BYTE, source.transpose(0, 1), top.transpose(0, 1)), whole.transpose(0, 1))
+
+
+def test_the_loss_reads_the_codes_as_the_logits_they_stand_for():
+    teacher, student = logits(6, 1, 500, scale=3.0), logits(6, 1, 500, scale=3.0).flip(-1)
+    codes = encode(BYTE, teacher, row_max(teacher))
+    coded = vcrd.vocab_parallel_divergence(student, codes).divergence
+    decoded = vcrd.vocab_parallel_divergence(student, -24 * (codes.float() / 255) ** 2).divergence
+    torch.testing.assert_close(coded, decoded)
+    exact = vcrd.vocab_parallel_divergence(student, teacher).divergence
+    assert (coded - exact).abs().max() < 0.02
+
+
 def test_float16_of_a_shard_is_relative_to_the_whole_row():
     source = logits(3, 2, 40)
     top = row_max(source)
@@ -74,8 +107,9 @@ def test_a_row_without_a_column_has_a_maximum_that_no_other_is_below():
 
 
 def test_a_relative_payload_needs_the_maximum():
-    with pytest.raises(ValueError, match="top must be given for the relative payload 'float16'"):
-        encode(HALF, logits(2, 2, 4))
+    for payload in (HALF, BYTE):
+        with pytest.raises(ValueError, match=f"top must be given for the relative payload '{payload.name}'"):
+            encode(payload, logits(2, 2, 4))
 
 
 fields = st.integers(0, (1 << 48) - 1)
@@ -168,7 +202,7 @@ def test_unequal_padding_and_layouts_are_no_misfit():
     [
         ({"address": "nowhere"}, "address must be 'host:port'"),
         ({"address": "host:0"}, "port from 1 to 65535"),
-        ({"payload": "bfloat16"}, "payload must be one of float16, float32, got 'bfloat16'"),
+        ({"payload": "bfloat16"}, "payload must be one of float16, float32, logits_8bit, got 'bfloat16'"),
         ({"credits": 0}, "credits must be an integer of at least 1, got 0"),
         ({"timeout": 0}, "timeout must be a positive number of seconds, got 0"),
         ({"name": "a/b"}, "name must be a non-empty text without '/'"),

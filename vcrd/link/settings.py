@@ -14,7 +14,8 @@ class LinkSettings:
     address: "host:port" where rank 0 of the student's world hosts the store ("[::1]:port" for IPv6). The
         store listens on that host's interface only, and each rank binds its sockets to the local interface
         that routes there.
-    payload: "float16" (of the distance from the row's maximum) or "float32" (bit-exact).
+    payload: "float16" (of the distance from the row's maximum), "logits_8bit" (one byte of its square root) or
+        "float32" (bit-exact).
     credits: micro-batches that the teacher may hold or have answered ahead of the one in use, per student
         replica. Bounds memory on both sides. The student's setting counts.
     timeout: seconds without an answer to an outstanding request (student), or without an answer being taken

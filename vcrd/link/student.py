@@ -153,8 +153,9 @@ class StudentLink:
     def receive(self, number: int) -> Tensor:
         """The teacher's logits [s, b, columns.width] of micro-batch `number`, each row up to a shift.
 
-        float16 or float32, as the payload. Called on every rank, for 0, 1, 2 .. in this order. Raises
-        TeacherLost when the teacher is gone or has not answered after `timeout` seconds in here.
+        float16 or float32, or uint8 codes for the loss to decode, as the payload. Called on every rank, for
+        0, 1, 2 .. in this order. Raises TeacherLost when the teacher is gone or has not answered after `timeout`
+        seconds in here.
         """
         if number != self._given:
             raise ValueError(f"number must be the next one, {self._given}, got {number}")

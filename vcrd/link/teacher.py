@@ -149,8 +149,8 @@ class TeacherLink:
 
         Called on every rank of the last stage, for each request of a batch in order. Encodes at once, sends
         in the background; blocks while as many responses as may be are under way. A student that is lost is
-        raised by `next_batch`, not here. Collectives over `tensor_group`: one all-reduce for the float16
-        payload.
+        raised by `next_batch`, not here. Collectives over `tensor_group`: one all-reduce for the
+        payloads that are relative to the row's maximum.
         """
         if self._delivery is None:
             raise ValueError("respond must be called on ranks of the last stage only")
