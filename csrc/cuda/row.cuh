@@ -183,7 +183,7 @@ class Reader {
   Cut cut_;
 };
 
-// Reads packs of student and teacher side by side, a batch of two per thread at a time: 48 or 64 bytes on their way.
+// Reads packs of student and teacher side by side, a batch of two per thread at a time: up to 64 bytes on their way.
 template <class S, class T>
 class RowPair {
  public:
