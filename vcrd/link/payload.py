@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd import ops
-
 # Rows are encoded in blocks of about this many elements, so that the float32 difference stays in cache and
 # no float32 copy of the logits is ever made.
 _BLOCK_ELEMENTS = 1 << 18
@@ -97,6 +95,8 @@ def decode(payload: Payload, wire: Tensor) -> Tensor:
 
 
 def _encode_8bit(logits: Tensor, top: Tensor) -> Tensor:
+    from vcrd import ops  # the other payloads need no compiled extension
+
     rows = logits.reshape(-1, logits.shape[-1]) if logits.numel() else logits.flatten(0, 1)
     if rows.shape[-1] > 1 and rows.stride(-1) != 1:
         rows = rows.contiguous()
