@@ -66,6 +66,7 @@ def test_8bit_of_a_shard_is_relative_to_the_whole_row():
     whole = encode(BYTE, source, top)
     parts = [encode(BYTE, part, top) for part in source.split([7, 13, 0, 20], -1)]
     assert torch.equal(torch.cat(parts, -1), whole)
+    assert torch.equal(encode(BYTE, source.double(), top), whole)
     # The same columns wherever they lie in memory.
     assert torch.equal(encode(BYTE, source.transpose(0, 1), top.transpose(0, 1)), whole.transpose(0, 1))
 

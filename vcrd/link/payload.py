@@ -97,6 +97,7 @@ def decode(payload: Payload, wire: Tensor) -> Tensor:
 def _encode_8bit(logits: Tensor, top: Tensor) -> Tensor:
     from vcrd import ops  # the other payloads need no compiled extension
 
+    logits = logits.float() if logits.dtype == torch.float64 else logits
     rows = logits.reshape(-1, logits.shape[-1]) if logits.numel() else logits.flatten(0, 1)
     if rows.shape[-1] > 1 and rows.stride(-1) != 1:
         rows = rows.contiguous()
