@@ -51,8 +51,8 @@ def calibrated() -> Method:
 
 
 def liger(jsd: bool) -> Method | str:
-    """Liger's losses take log-probabilities, so a log_softmax belongs to them. It runs in float32: from bfloat16
-    log-probabilities neither gradient comes out right."""
+    """Liger's losses take log-probabilities, so a log_softmax belongs to them; in float32, as every loss here
+    computes."""
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # lists the backends that are not installed
     try:
         if jsd:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
-import socket
 import sys
 import tempfile
 import time
@@ -59,18 +57,6 @@ def run_worlds(*worlds: World, seconds: float = 150) -> list[list[Any]]:
             ]
             for n, world in enumerate(worlds)
         ]
-
-
-def free_port() -> int:
-    """A port below those that the system gives to whoever asks for any, so that none of these takes it meanwhile."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def _wait(processes: list, folder: Path, deadline: float) -> None:

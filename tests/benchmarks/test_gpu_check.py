@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -89,15 +88,13 @@ def test_steps_share_the_time(monkeypatch, tmp_path):
     )
 
 
-def test_ends_what_runs_too_long_with_its_children(tmp_path):
-    late = tmp_path / "late"
-    started = time.monotonic()
-    outcome = gpu_check.run(["bash", "-c", f"(sleep 5; touch {late}) & echo begun; wait"], 1)
-    assert time.monotonic() - started < 4
-    assert outcome.returncode is None and "begun" in outcome.output
+def test_ends_what_runs_too_long_with_its_children():
+    outcome = gpu_check.run(["bash", "-c", "sleep 300 & echo $!; wait"], 1)
+    assert outcome.returncode is None
     assert outcome.summary()["how"] == "cut off by the time limit"
-    time.sleep(max(0.0, 6 - (time.monotonic() - started)))
-    assert not late.exists()
+    child = Path("/proc") / outcome.output.strip() / "stat"
+    # Killed, it is gone at once, or still waits to be collected by whoever inherited it.
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_counts_tests():

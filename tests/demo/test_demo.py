@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from worlds import free_port
+from ports import free_port
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from worlds import free_port
+from ports import free_port
 
 ROOT = Path(__file__).parents[2]
 

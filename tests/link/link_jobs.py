@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ports import free_port
 
 from vcrd.link import LinkSettings, StudentLink, TeacherLink
 
@@ -83,18 +82,6 @@ class Layout:
 
 def padded(vocab: int, tensor_size: int) -> int:
     return -(-vocab // tensor_size) * tensor_size
-
-
-def free_port() -> int:
-    """A port below those that the system gives to whoever asks for any, so that none of these takes it meanwhile."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def true_logits(tokens: torch.Tensor, vocab: int) -> torch.Tensor:

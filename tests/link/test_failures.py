@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed as dist
-from link_jobs import Jobs, Layout, connected, exchange, free_port, part, true_logits
+from link_jobs import Jobs, Layout, connected, exchange, part, true_logits
+from ports import free_port
 
 from vcrd.link import LinkError, LinkSettings, StudentLink, StudentLost, TeacherLink, TeacherLost, host_store
 from vcrd.link import header as headers

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from link_jobs import Jobs, Layout, connected, exchange, free_port, part, true_logits
+from link_jobs import Jobs, Layout, connected, exchange, part, true_logits
+from ports import free_port
 
 from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_store
 from vcrd.link.payload import payload_named

@@ -42,8 +42,6 @@ def test_the_kernels_run_on_torchs_threads():
 
 @pytest.mark.parametrize("instruction_set", ["generic", "avx2"])
 def test_every_instruction_set_passes_these_tests(instruction_set):
-    if os.environ.get("VCRD_CPU_INSTRUCTION_SET"):
-        pytest.skip("already inside such a run")
     chosen = {**os.environ, "VCRD_CPU_INSTRUCTION_SET": instruction_set}
     used = subprocess.run(
         [sys.executable, "-c", "from vcrd import ops; print(ops._C.cpu_instruction_set)"],

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import jobs
 import pytest
 import torch
-from worlds import World, free_port, run_worlds
+from ports import free_port
+from worlds import World, run_worlds
 
 from examples.demo.convert import to_hugging_face
 from vcrd.link.errors import LinkError

@@ -7,7 +7,8 @@ import os
 import jobs
 import pytest
 import torch
-from worlds import World, free_port, run_worlds
+from ports import free_port
+from worlds import World, run_worlds
 
 from vcrd.link.errors import HandshakeRefused, LinkError, StudentLost
 from vcrd.megatron.settings import DistillSettings
