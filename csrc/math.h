@@ -84,6 +84,13 @@ VCRD_FUNCTION float divide(float a, float b) {
 #endif
 }
 
+// A weight of exactly 0 takes its term along, also an infinite one: probability where the other model has none may sum
+// to infinity, but not where it vanishes next to a new maximum. A NaN stays.
+template <class Float>
+VCRD_FUNCTION Float weighted(Float weight, Float value) {
+  return weight == 0 ? 0 : weight * value;
+}
+
 // log(x) for normal x > 0, with the coefficients of Cephes' logf.
 VCRD_FUNCTION float logarithm(float x) {
   uint32_t bits = to_bits(x);

@@ -17,9 +17,6 @@ struct RowTotals {
   bool has_label = false;
 };
 
-// A weight of exactly 0 takes its term along, also an infinite one; a NaN stays.
-VCRD_FUNCTION double weighted(double weight, double value) { return weight == 0 ? 0 : weight * value; }
-
 // Adds up a row's parts, `stride` partials apart. The first of equal maxima holds the action, and parts are in the
 // order of their columns.
 VCRD_FUNCTION RowTotals add_partials(const RowPartial* partials, int64_t parts, int64_t stride,

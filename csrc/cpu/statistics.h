@@ -23,19 +23,16 @@ struct RowSums {
     double scale = exp(-rise), tempered = exp(-rise * inverse_temperature);
     student_moment = scale * (student_moment - rise * student);
     student *= scale;
-    reverse_cross = scaled(tempered, reverse_cross + (teacher_rise - rise) * student_tempered);
+    reverse_cross = weighted(tempered, reverse_cross + (teacher_rise - rise) * student_tempered);
     student_tempered *= tempered;
     forward_cross += rise * teacher_tempered;
   }
-
-  // Probability where the other model has none may sum to infinity, but not where it vanishes next to the new maximum.
-  static double scaled(double scale, double cross) { return scale == 0 ? 0 : scale * cross; }
 
   void raise_teacher(double rise, double inverse_temperature) {
     double scale = exp(-rise), tempered = exp(-rise * inverse_temperature);
     teacher_moment = scale * (teacher_moment - rise * teacher);
     teacher *= scale;
-    forward_cross = scaled(tempered, forward_cross - rise * teacher_tempered);
+    forward_cross = weighted(tempered, forward_cross - rise * teacher_tempered);
     teacher_tempered *= tempered;
   }
 };

@@ -6,21 +6,6 @@
 
 namespace vcrd::cuda {
 
-template <class F>
-const char* with_teacher(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return f(float{});
-    case Dtype::kBFloat16:
-      return f(__nv_bfloat16{});
-    case Dtype::kFloat16:
-      return f(__half{});
-    case Dtype::kDistance8:
-      return f(Distance8{});
-  }
-  return "unknown type of teacher logits";
-}
-
 // A student has no codes.
 template <class F>
 const char* with_student(Dtype dtype, F f) {
@@ -34,7 +19,12 @@ const char* with_student(Dtype dtype, F f) {
     case Dtype::kDistance8:
       break;
   }
-  return "unknown type of student logits";
+  return "unknown type of logits";
+}
+
+template <class F>
+const char* with_teacher(Dtype dtype, F f) {
+  return dtype == Dtype::kDistance8 ? f(Distance8{}) : with_student(dtype, f);
 }
 
 template <Divergence kValue>

@@ -21,8 +21,6 @@ struct Sums {
   int student_pack = kNoPack, teacher_pack = kNoPack;  // the first that holds the maximum
 };
 
-__device__ __forceinline__ float weighted(float weight, float value) { return weight == 0 ? 0 : weight * value; }
-
 // Moves the sums to references that lie `rise` higher. `action_rise`: of the teacher's logit there.
 template <bool kTempered, bool kReverse>
 __device__ __forceinline__ void raise(Sums& x, float student_rise, float teacher_rise, float action_rise,
