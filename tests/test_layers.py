@@ -37,10 +37,12 @@ class Layer:
 # The first line that matches a file is its layer.
 LAYERS = (
     Layer("vcrd/__init__.py", packages=()),
-    Layer("vcrd/loss.py", ("vcrd.validity", "vcrd.divergence")),
+    Layer("vcrd/loss.py", ("vcrd.validity", "vcrd.divergence", "vcrd.teacher_forms")),
     Layer("vcrd/validity.py", ("vcrd.divergence", "vcrd.layout", "vcrd.agreement")),
-    Layer("vcrd/divergence.py", ("vcrd.ops", "vcrd.layout", "vcrd.agreement")),
-    Layer("vcrd/layout.py", ("vcrd.agreement",)),
+    Layer("vcrd/divergence.py", ("vcrd.ops", "vcrd.layout", "vcrd.teacher_blocks", "vcrd.teacher_forms")),
+    Layer("vcrd/teacher_blocks.py", ("vcrd.ops", "vcrd.teacher_forms")),
+    Layer("vcrd/teacher_forms.py"),
+    Layer("vcrd/layout.py", ("vcrd.agreement", "vcrd.teacher_forms")),
     Layer("vcrd/agreement.py"),
     Layer("vcrd/ops.py", ("vcrd._C",)),
     Layer("vcrd/reference.py"),

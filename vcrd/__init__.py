@@ -16,6 +16,8 @@ _HOME = {
     "validity_weights": "vcrd.validity",
     "validity_calibrated_kl": "vcrd.loss",
     "CalibratedLoss": "vcrd.loss",
+    "TopKLogits": "vcrd.teacher_forms",
+    "HiddenStates": "vcrd.teacher_forms",
 }
 
 __all__ = [*_HOME, "__version__"]

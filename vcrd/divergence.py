@@ -10,6 +10,15 @@ from torch import Tensor
 
 from vcrd import ops
 from vcrd.layout import DIVERGENCES, settle_layout
+from vcrd.teacher_blocks import (
+    BLOCK_BYTES,
+    as_rows,
+    blocks_of,
+    gather_shards,
+    joined,
+    rows_of,
+)
+from vcrd.teacher_forms import HiddenStates, TopKLogits
 
 
 class DivergenceStats(NamedTuple):
@@ -17,7 +26,8 @@ class DivergenceStats(NamedTuple):
 
     Only `divergence` and `cross_entropy` carry a gradient. Logarithms are natural: nats. Everything but `divergence` is
     read at temperature 1. An action is the model's most probable next token. Rows whose mask is 0 hold zeros; without a
-    label (or with a negative one) `cross_entropy` and both label log-probabilities are 0.
+    label (or with a negative one) `cross_entropy` and both label log-probabilities are 0. What the teacher's mean where
+    only its top k are known: `TopKLogits`.
     """
 
     divergence: Tensor
@@ -54,7 +64,7 @@ class _Plan(NamedTuple):
 
 def vocab_parallel_divergence(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TopKLogits | HiddenStates,
     labels: Tensor | None = None,
     *,
     divergence: str = "forward_kl",
@@ -66,6 +76,7 @@ def vocab_parallel_divergence(
     group: dist.ProcessGroup | None = None,
     inplace_gradient: bool = False,
     teacher_max: Tensor | None = None,
+    _block_bytes: int = BLOCK_BYTES,
 ) -> DivergenceStats:
     """Divergence of the student from the teacher at each token, and what validity estimators need, in one pass.
 
@@ -81,7 +92,9 @@ def vocab_parallel_divergence(
             contiguous shard, in rank order. The last dimension should be adjacent in memory; otherwise it is copied.
         teacher_logits: [..., vocabulary shard], any of these dtypes, or uint8: the square-root code, which stands for
             the logit -24 (code / 255)^2 below the row's maximum and is decoded in registers. Must begin at the same
-            column as the student's shard and hold its true columns; padding may differ. Never receives a gradient.
+            column as the student's shard and hold its true columns; padding may differ. Or, in its place, `TopKLogits`
+            or `HiddenStates`: then float32 logits are made in blocks of 32 MiB at most, and anew for each pass. Never
+            receives a gradient.
         labels: [...], integers, ids of the whole vocabulary; negative for none.
         vocab_size: the true vocabulary. Columns at and past it are padding: no probability, zero gradient.
             Default: all.
@@ -90,18 +103,21 @@ def vocab_parallel_divergence(
         inplace_gradient: let backward overwrite the student's logits with their gradient, which saves a buffer of their
             size. Backward then runs once. Without effect under torch.compile, which plans its own buffers, and on
             logits whose rows are not evenly spaced. On CPU, where fresh pages cost more than the arithmetic, the
-            buffer of the last large gradient is otherwise kept for the next one.
+            buffer of the last large gradient is otherwise kept for the next one, if the teacher is dense.
         teacher_max: [...], float32, added to a row's teacher logits: the maxima that codes, or float16 distances, were
             taken from. Only needed where these differ between the shards of a row, since a shift of the whole row
-            changes nothing.
+            changes nothing. For a dense teacher alone.
 
     Accumulates in float32. Inputs are never modified, unless `inplace_gradient` says so.
 
     Collectives: forward one all-gather of 17 floats per token; `jsd` and the skewed ones one all-reduce of 2 floats per
-    token more; backward none. With one rank, none.
+    token more; `TopKLogits` one all-gather of 2 floats per token before these; backward none. With one rank, none.
+
+    Under torch.compile a dense teacher is traced without a graph break, and the other forms are one graph break.
 
     Raises TypeError or ValueError, on every rank and before any collective, that names the argument. A label at or past
-    `vocab_size` is a ValueError on CPU; on other devices, where reading it would stall, that token's loss is NaN.
+    `vocab_size`, or an id of the teacher's outside the vocabulary, is a ValueError on CPU; on other devices, where
+    reading it would stall, that token's loss is NaN.
     """
     layout = settle_layout(
         student_logits,
@@ -123,7 +139,10 @@ def vocab_parallel_divergence(
         teacher_max = teacher_max.reshape(rows).contiguous()
     if labels is not None:
         labels = labels.to(torch.int64).reshape(rows).contiguous()
-        _check_labels(labels, mask, layout.vocab_size)
+        _check_ids("labels", labels, mask, None, layout.vocab_size)
+    if isinstance(teacher_logits, TopKLogits):
+        ids = teacher_logits.ids.to(torch.int64).reshape(rows, teacher_logits.ids.shape[-1])
+        _check_ids("teacher_logits.ids", ids, mask, 0, layout.vocab_size)
     if alpha == 0 and divergence.startswith("skew"):
         divergence = "forward_kl" if divergence == "skew_kl" else "reverse_kl"
     share = {"jsd": beta, "skew_kl": alpha, "skew_reverse_kl": 1 - alpha}.get(divergence, 0.0)
@@ -131,62 +150,88 @@ def vocab_parallel_divergence(
     if group is not None and dist.get_world_size(group) == 1:
         group = None
     inplace_gradient = inplace_gradient and not torch.compiler.is_compiling()
-    fields = _VocabParallelDivergence.apply(
-        _as_rows(student_logits, rows),
-        _as_rows(teacher_logits, rows),
-        teacher_max,
+    fields_of = _fields if isinstance(teacher_logits, Tensor) else _untraced_fields
+    fields = fields_of(
+        as_rows(student_logits, rows),
         labels,
         mask,
         plan,
         group,
         inplace_gradient,
+        (teacher_logits, teacher_max, rows, *layout, _block_bytes),
     )
     return DivergenceStats(*(field.view(leading) for field in fields))
 
 
-def _as_rows(logits: Tensor, rows: int) -> Tensor:
-    """[..., columns] as [rows, columns] with adjacent columns; a view where the strides allow one."""
-    matrix = logits.reshape(rows, logits.shape[-1])
-    return matrix if matrix.shape[-1] <= 1 or matrix.stride(-1) == 1 else matrix.contiguous()
-
-
-def _check_labels(labels: Tensor, mask: Tensor | None, vocab_size: int) -> None:
+def _check_ids(name: str, ids: Tensor, mask: Tensor | None, lowest: int | None, vocab_size: int) -> None:
+    """Refuses ids [rows, ...] at or past `vocab_size`, or below `lowest`, in rows that are read."""
     # Reading values would stall other devices' queues and break a graph under compilation.
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    outside = labels >= vocab_size
+    outside = ids >= vocab_size
+    if lowest is not None:
+        outside |= ids < lowest
     if mask is not None:
-        outside &= mask != 0
+        outside[mask == 0] = False
     if outside.any():
-        raise ValueError(f"labels: expected ids below vocab_size {vocab_size}, got {int(labels[outside][0])}")
+        span = f"below vocab_size {vocab_size}" if lowest is None else f"from {lowest} to {vocab_size - 1}"
+        raise ValueError(f"{name}: expected ids {span}, got {int(ids[outside][0])}")
+
+
+def _fields(student, labels, mask, plan, group, inplace_gradient, teacher) -> tuple[Tensor, ...]:
+    form, tensors = blocks_of(*teacher)
+    return _VocabParallelDivergence.apply(
+        student, labels, mask, plan, form, group, inplace_gradient, *tensors
+    )
+
+
+# A traced loop over blocks would be unrolled, and their memory the compiler's to plan.
+_untraced_fields = torch.compiler.disable(_fields)
 
 
 class _VocabParallelDivergence(torch.autograd.Function):
-    """Rows in, the fields of DivergenceStats out, each [rows]."""
+    """Rows in, the fields of DivergenceStats out, each [rows].
+
+    The passes read the teacher block by block of rows; a dense one is one block. What they find is joined before ranks
+    meet, so that ranks may cut their rows differently and the number of collectives is that of one block.
+    """
 
     @staticmethod
-    def forward(ctx, student, teacher, teacher_max, labels, mask, plan, group, inplace_gradient):
-        partials = ops.row_statistics(
-            *(student, teacher, teacher_max, labels, mask),
-            *(plan.temperature, plan.columns, plan.first_column, plan.code),
-        )
-        partials = _gather_shards(partials, group)
+    def forward(ctx, student, labels, mask, plan, form, group, inplace_gradient, *teacher):
+        spans = form.spans(student.shape[0])
+        teacher = form.prepare(teacher, student, mask, group)
+        partials = []
+        for first, last in spans:
+            rows, *read = rows_of(first, last, student, labels, mask)
+            partials.append(
+                ops.row_statistics(
+                    *(rows, *form.logits(teacher, rows, first, last), *read),
+                    *(plan.temperature, plan.columns, plan.first_column, plan.code),
+                )
+            )
+        partials = gather_shards(joined(partials), group)
         statistics, actions, constants = ops.merge_statistics(
             partials, labels, mask, plan.temperature, plan.code
         )
         divergence, *rest = statistics.unbind(0)
         sums = None
         if plan.has_mixture:
-            sums = ops.mixture_sums(
-                *(student, teacher, teacher_max, mask, constants),
-                *(plan.temperature, plan.columns, plan.code, plan.teacher_share),
-            )
+            sums = []
+            for first, last in spans:
+                rows, *read = rows_of(first, last, student, mask, constants)
+                sums.append(
+                    ops.mixture_sums(
+                        *(rows, *form.logits(teacher, rows, first, last), *read),
+                        *(plan.temperature, plan.columns, plan.code, plan.teacher_share),
+                    )
+                )
+            sums = joined(sums)
             if group is not None and sums.shape[0]:
                 dist.all_reduce(sums, group=group)
             divergence = sums[:, 0].clamp(min=0)  # rounding may leave a hair below
         cross_entropy, *rest = rest
-        ctx.save_for_backward(student, teacher, teacher_max, labels, mask, constants, sums)
-        ctx.plan, ctx.inplace_gradient, ctx.overwritten = plan, inplace_gradient, False
+        ctx.save_for_backward(student, labels, mask, constants, sums, *teacher)
+        ctx.plan, ctx.form, ctx.inplace_gradient, ctx.overwritten = plan, form, inplace_gradient, False
         ctx.set_materialize_grads(False)
         fields = (divergence, cross_entropy, *rest, *actions.unbind(0))
         ctx.mark_non_differentiable(*fields[2:])
@@ -199,29 +244,22 @@ class _VocabParallelDivergence(torch.autograd.Function):
             raise RuntimeError(
                 "inplace_gradient: expected one backward, got a second; the first overwrote the student's logits"
             )
-        student, teacher, teacher_max, labels, mask, constants, sums = ctx.saved_tensors
-        plan = ctx.plan
-        arguments = (
-            *(teacher, teacher_max, labels, mask, constants, sums),
-            *(None if g is None else g.contiguous() for g in (divergence_gradient, cross_entropy_gradient)),
-            *(plan.temperature, plan.columns, plan.first_column, plan.code, plan.teacher_share),
+        student, labels, mask, constants, sums, *teacher = ctx.saved_tensors
+        plan, form = ctx.plan, ctx.form
+        upstream = (
+            None if g is None else g.contiguous() for g in (divergence_gradient, cross_entropy_gradient)
         )
-        if ctx.inplace_gradient:
-            ctx.overwritten = True
-            gradient = student.detach()
-            ops.gradient_(gradient, *arguments)
-        else:
-            gradient = ops.gradient(student, *arguments)
-        return gradient, *[None] * 7
-
-
-def _gather_shards(partials: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[rows, n] of this shard -> [shards, rows, n] of all, in rank order."""
-    if group is None or partials.shape[0] == 0:
-        return partials.unsqueeze(0)
-    shards = dist.get_world_size(group)
-    gathered = partials.new_empty((shards * partials.shape[0], partials.shape[1]))
-    # The same collective under the name that this torch does not warn about.
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    all_gather(gathered, partials, group=group)
-    return gathered.view(shards, *partials.shape)
+        rowwise = (labels, mask, constants, sums, *upstream)
+        settings = (plan.temperature, plan.columns, plan.first_column, plan.code, plan.teacher_share)
+        unused = [None] * (6 + len(teacher))
+        spans = form.spans(student.shape[0])
+        ctx.overwritten = ctx.inplace_gradient
+        if len(spans) == 1 and not ctx.inplace_gradient:
+            logits = form.logits(teacher, student, *spans[0])
+            return ops.gradient(student, *logits, *rowwise, *settings), *unused
+        # Each block of logits is read before it becomes a gradient, and no other block reads it.
+        gradient = student.detach() if ctx.inplace_gradient else student.clone()
+        for first, last in spans:
+            rows, *read = rows_of(first, last, gradient, *rowwise)
+            ops.gradient_(rows, *form.logits(teacher, rows, first, last), *read, *settings)
+        return gradient, *unused

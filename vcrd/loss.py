@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.divergence import DivergenceStats, vocab_parallel_divergence
+from vcrd.teacher_forms import HiddenStates, TopKLogits
 from vcrd.validity import Estimator, validity_weights
 
 
@@ -22,7 +23,7 @@ class CalibratedLoss(NamedTuple):
 
 def validity_calibrated_kl(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Tensor | TopKLogits | HiddenStates,
     labels: Tensor | None = None,
     *,
     divergence: str = "forward_kl",

@@ -96,6 +96,63 @@ def statistics(
     return {k: torch.where(keep, v, torch.zeros_like(v)) for k, v in out.items()}
 
 
+def topk_statistics(
+    student_logits: Tensor,
+    logprobs: Tensor,
+    ids: Tensor,
+    log_tail: Tensor,
+    labels: Tensor | None = None,
+    *,
+    name: str = "forward_kl",
+    alpha: float = 0.1,
+    beta: float = 0.5,
+    vocab_size: int | None = None,
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """As `statistics`, from a teacher of which k tokens are known and the log of the mass of all others, the tail.
+
+    The divergence is over the outcomes: the distinct ids, the largest log-probability of each, and the tail, unless the
+    student gives it nothing. All else is read from the teacher whose tail has the student's shape.
+    """
+    vocab_size = vocab_size or student_logits.shape[-1]
+    student = student_logits[..., :vocab_size].double().reshape(-1, vocab_size)
+    keep = torch.ones(len(student), dtype=torch.bool) if mask is None else mask.reshape(-1) != 0
+    log_q = torch.where(keep[:, None], student, 0.0).log_softmax(-1)
+    k = ids.shape[-1]
+    entries = zip(ids.reshape(-1, k).tolist(), logprobs.reshape(-1, k).double().tolist(), strict=True)
+    log_tail = log_tail.reshape(-1).double()
+    teacher = torch.zeros_like(log_q)
+    divergences = []
+    for row, (row_ids, row_logprobs) in enumerate(entries):
+        if not keep[row]:
+            divergences.append(torch.zeros((), dtype=torch.float64))
+            continue
+        known: dict[int, float] = {}
+        for token, logprob in zip(row_ids, row_logprobs, strict=True):
+            if logprob != -torch.inf:
+                known[token] = max(logprob, known.get(token, -torch.inf))
+        tokens = torch.tensor(list(known), dtype=torch.long)
+        rest = torch.tensor([j for j in range(vocab_size) if j not in known], dtype=torch.long)
+        log_p_outcomes = torch.tensor(list(known.values()), dtype=torch.float64)
+        log_q_outcomes = log_q[row, tokens]
+        teacher[row, tokens] = log_p_outcomes
+        log_q_tail = log_q[row, rest].logsumexp(-1)
+        if log_q_tail > -torch.inf:
+            log_p_outcomes = torch.cat([log_p_outcomes, log_tail[row : row + 1]])
+            log_q_outcomes = torch.cat([log_q_outcomes, log_q_tail[None]])
+            teacher[row, rest] = (log_tail[row] + log_q[row, rest] - log_q_tail).detach()
+        else:
+            teacher[row, rest] = -torch.inf
+        log_p_outcomes = log_p_outcomes.log_softmax(-1)
+        divergences.append(divergence(log_p_outcomes, log_q_outcomes, name, alpha, beta))
+    shape = student_logits.shape[:-1]
+    out = statistics(
+        student_logits, teacher.reshape(*shape, vocab_size), labels, vocab_size=vocab_size, mask=mask
+    )
+    total = torch.stack(divergences) if divergences else torch.zeros(0, dtype=torch.float64)
+    return {**out, "divergence": total.reshape(shape)}
+
+
 def log_validities(stats: dict[str, Tensor], validity: str) -> tuple[Tensor, Tensor]:
     """log V of the student and of the teacher, [...], for the estimators that read nothing but the statistics."""
     if validity == "label":

@@ -61,7 +61,9 @@ def receive_all(link: StudentLink, layout: Layout, settings: LinkSettings, data_
         check(logits, micro_batch(layout, data_rank, number), layout, link.columns, settings.payload)
         moved += logits.numel() * logits.element_size()
     senders = len(link._members.session.expected)
-    assert link.bytes_received == moved + headers.BYTES * (senders * count + asks)  # a header a piece, and READY
+    assert link.bytes_received == moved + headers.BYTES * (
+        senders * count + asks
+    )  # a header a piece, and READY
     assert 0 < link.waited
     dist.barrier()
     if asks:  # what was asked for and is never received must not keep anyone from parting

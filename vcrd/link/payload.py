@@ -23,10 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Rows are encoded in blocks of about this many elements, so that the float32 difference stays in cache and
-# no float32 copy of the logits is ever made.
-_BLOCK_ELEMENTS = 1 << 18
-
 
 @dataclass(frozen=True)
 class Payload:
@@ -105,37 +101,27 @@ def row_max(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 
 def encode(payload: Payload, logits: Tensor, top: Tensor | None = None) -> Tensor:
-    """The columns of one piece, [s, b, width] of any float dtype, as a new contiguous CPU tensor for the
-    wire.
+    """The columns of one piece, [s, b, width] of any float dtype, as a new contiguous tensor for the wire, on the same
+    device.
 
     `top` [s, b, 1] is `row_max` over the whole vocabulary; needed by relative payloads only. The result never
     shares memory with `logits`.
     """
     if payload.relative and top is None:
         raise ValueError(f"top must be given for the relative payload {payload.name!r}, got None")
-    if payload.dtype == torch.uint8:
-        return _encode_8bit(logits, top).cpu()
-    wire = torch.empty(logits.shape, dtype=payload.dtype, device=logits.device)
     if payload.relative:
-        _encode_relative(wire, logits, top)
-    else:
-        wire.copy_(logits)
-    return wire.cpu()
+        return _encode_relative(payload, logits, top)
+    return torch.empty(logits.shape, dtype=payload.dtype, device=logits.device).copy_(logits)
 
 
-def _encode_8bit(logits: Tensor, top: Tensor) -> Tensor:
-    from vcrd import ops  # the other payloads need no compiled extension
+def _encode_relative(payload: Payload, logits: Tensor, top: Tensor) -> Tensor:
+    from vcrd import ops  # only here, so that the link can be imported without the compiled extension
 
     logits = logits.float() if logits.dtype == torch.float64 else logits
     rows = logits.reshape(-1, logits.shape[-1]) if logits.numel() else logits.flatten(0, 1)
     if rows.shape[-1] > 1 and rows.stride(-1) != 1:
         rows = rows.contiguous()
-    return ops.encode(rows, top.reshape(-1).contiguous(), 8).view(logits.shape)
-
-
-def _encode_relative(wire: Tensor, logits: Tensor, top: Tensor) -> None:
-    lowest = torch.finfo(wire.dtype).min
-    rows = max(1, _BLOCK_ELEMENTS // max(1, logits.shape[-1] * logits.shape[-2]))
-    for block, source, shift in zip(wire.split(rows), logits.split(rows), top.split(rows), strict=True):
-        # The difference is taken in float32 by type promotion with `shift`, and only then rounded.
-        block.copy_(torch.sub(source, shift)).clamp_(min=lowest, max=0.0)
+    codes = ops.encode(rows, top.reshape(-1).contiguous(), 8 * payload.dtype.itemsize)
+    if payload.dtype == torch.float16:
+        codes.clamp_(min=torch.finfo(torch.float16).min, max=0.0)  # -inf, and +inf above a finite maximum
+    return codes.view(logits.shape)

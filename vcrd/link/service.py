@@ -110,15 +110,15 @@ def join(
     replica: int,
     tensor_rank: int | None,
     head_weight: Tensor | None,
-    seconds: float,
+    setting: str,
 ) -> Service:
     """Collective over the crew: every rank's connections of a new epoch.
 
-    Rank 0 first asks the rendezvous for an epoch and lets the ranks that ask admit it, all of which takes at most that
-    many seconds; then every rank of the last stage dials its students. StudentLost, on every rank alike, when they do
-    not come in time; HandshakeRefused when the jobs do not fit.
+    Rank 0 first asks the rendezvous for an epoch and lets the ranks that ask admit it, all of which takes at most the
+    seconds of `setting`, connect_timeout or rejoin_timeout; then every rank of the last stage dials its students.
+    StudentLost, on every rank alike, when they do not come in time; HandshakeRefused when the jobs do not fit.
     """
-    knocking = _Knocking(settings, facts, replica, time.monotonic() + seconds, seconds)
+    knocking = _Knocking(settings, facts, replica, setting)
     while True:
         found = json.loads(crew.follow_leader(knocking.run))
         student = stated.read(found["facts"], "student")
@@ -156,13 +156,11 @@ def join(
 class _Knocking:
     """How rank 0 gets a replica admitted; keeps the connections to the ranks that ask, by data rank."""
 
-    def __init__(
-        self, settings: LinkSettings, facts: Facts, replica: int, deadline: float, seconds: float
-    ) -> None:
+    def __init__(self, settings: LinkSettings, facts: Facts, replica: int, setting: str) -> None:
         self._settings = settings
         self._hello = {"replica": replica, "facts": facts.plain()}
-        self._deadline = deadline
-        self._seconds = seconds
+        self._setting = setting
+        self._deadline = time.monotonic() + getattr(settings, setting)
         self.connections: dict[int, Connection] = {}
 
     def run(self, tick: Callable[[], None]) -> str:
@@ -222,7 +220,8 @@ class _Knocking:
             connection.close()
 
     def _within(self) -> str:
-        return f"at {self._settings.address} within {self._seconds:g} seconds"
+        seconds = getattr(self._settings, self._setting)
+        return f"at {self._settings.address} within {seconds:g} seconds ({self._setting})"
 
 
 def _dial_students(

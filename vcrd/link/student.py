@@ -128,7 +128,9 @@ class StudentLink:
         try:
             link._join()
         except HandshakeRefused:
-            time.sleep(2 * _LOOK)  # rank 0 takes the rendezvous along, and the others look there for the reason
+            time.sleep(
+                2 * _LOOK
+            )  # rank 0 takes the rendezvous along, and the others look there for the reason
             link.close()
             raise
         except BaseException:

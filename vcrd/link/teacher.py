@@ -110,7 +110,7 @@ class TeacherLink:
         facts = _agreed(crew, facts, replica, tensor_rank if is_last_stage else -1)
         own = tensor_rank if is_last_stage else None
         link = cls(settings, facts, crew, replica, own, tensor_group, head_weight)
-        link._join(settings.connect_timeout)
+        link._join("connect_timeout")
         return link
 
     def next_batch(self, limit: int) -> list[Request] | None:
@@ -226,10 +226,10 @@ class TeacherLink:
                 f"got {output.dtype} {list(output.shape)}"
             )
 
-    def _join(self, seconds: float) -> None:
+    def _join(self, setting: str) -> None:
         service = join(
             *(self._settings, self._facts, self._crew, self._replica, self._tensor_rank, self._head_weight),
-            seconds,
+            setting,
         )
         self._services.append(service)
         if service.delivery and self._head_weight is not None:
@@ -247,11 +247,11 @@ class TeacherLink:
         finally:
             while self._services:
                 self._services.pop().end()
-        seconds = self._settings.rejoin_timeout
         if self._crew.leads:
+            seconds = self._settings.rejoin_timeout
             _log.warning("%s; waiting up to %g seconds for it to come back", reason, seconds)
         try:
-            self._join(seconds)
+            self._join("rejoin_timeout")
         except StudentLost as error:
             raise StudentLost(f"{reason}, and {error}") from None
 

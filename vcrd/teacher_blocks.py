@@ -1,0 +1,206 @@
+"""The teacher's logits by blocks of tokens, whatever form it came in: what the passes of `vcrd.divergence` read.
+
+Each class here holds settings alone. Its tensors travel beside it, flat, for autograd to save, and are the whole of
+what it computes from: a block is the same in forward and in backward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vcrd import ops
+from vcrd.teacher_forms import HiddenStates, TopKLogits
+
+# Bytes of a block of float32 logits. It is written and read again at once, so it should stay in a cache (the L2 of an
+# H100 has 50 MB), and be no burden next to the student's logits; yet at 131072 columns it still holds 64 tokens, since
+# each block reads the whole output layer again.
+BLOCK_BYTES = 32 << 20
+
+Tensors = tuple["Tensor | None", ...]
+
+
+class TeacherBlocks(Protocol):
+    """A teacher whose logits are to be had for tokens [first, last)."""
+
+    def spans(self, rows: int) -> list[tuple[int, int]]:
+        """[first, last) of each block; one empty block for no rows."""
+
+    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group) -> Tensors:
+        """Before the first pass, the tensors that `logits` takes, with what had to be computed once."""
+
+    def logits(
+        self, tensors: Tensors, student: Tensor, first: int, last: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [last - first, columns or more], and what is to be added to each row; `student` is these rows."""
+
+
+class DenseBlocks(NamedTuple):
+    """Logits that are there already: one block. Tensors: the logits, and `teacher_max` or None."""
+
+    def spans(self, rows: int) -> list[tuple[int, int]]:
+        return [(0, rows)]
+
+    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group) -> Tensors:
+        return tensors
+
+    def logits(
+        self, tensors: Tensors, student: Tensor, first: int, last: int
+    ) -> tuple[Tensor, Tensor | None]:
+        return tensors
+
+
+class HiddenBlocks(NamedTuple):
+    """Tensors: the hidden states [rows, hidden size], and the output layer in the dtype of the product."""
+
+    columns: int
+    scale: float
+    softcap: float | None
+    block_bytes: int
+
+    def spans(self, rows: int) -> list[tuple[int, int]]:
+        return _spans(rows, self.columns, self.block_bytes)
+
+    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group) -> Tensors:
+        return tensors
+
+    def logits(
+        self, tensors: Tensors, student: Tensor, first: int, last: int
+    ) -> tuple[Tensor, Tensor | None]:
+        states, weight = tensors
+        states, weight = states[first:last], weight[: self.columns].t()
+        # Autocast would round the product to 16 bits, and differently in a backward outside of it.
+        with torch.autocast(states.device.type, enabled=False):
+            if weight.dtype == torch.float32:
+                logits = torch.mm(states.float(), weight)
+            else:
+                logits = torch.mm(states, weight, out_dtype=torch.float32)
+        if self.scale != 1:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits, None
+
+
+class TopKBlocks(NamedTuple):
+    """Tensors: log-probabilities and ids [rows, k], and the log of the tail's mass [rows].
+
+    Once prepared, two tensors [rows] are in the latter's place: the student's logit in the tail that the others are
+    taken from, and what is then added to them so that they are log p'. Logarithms of p' are small where the mass is,
+    however large the student's logits are, and lose no digits in float32.
+    """
+
+    columns: int
+    first_column: int
+    vocab_size: int
+    block_bytes: int
+
+    def spans(self, rows: int) -> list[tuple[int, int]]:
+        return _spans(rows, self.columns, self.block_bytes)
+
+    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group) -> Tensors:
+        """One all-gather of 2 floats per token: of the student's tail. 1 - sum q_i would cancel."""
+        logprobs, ids, log_tail = tensors
+        tails = []
+        for first, last in self.spans(len(student)):
+            rows, kept = rows_of(first, last, student, mask)
+            # As if it were a teacher: the kernel then finds its maximum and its sum.
+            tail = self._block(rows)
+            tail[:, : self.columns].copy_(rows[:, : self.columns])
+            tail.scatter_(1, self._places(logprobs[first:last], ids[first:last]), -torch.inf)
+            partials = ops.row_statistics(
+                rows, tail, None, None, kept, 1.0, self.columns, self.first_column, 0
+            )
+            tails.append(partials[:, 1:4:2])  # teacher_max and teacher_sum of a RowPartial, csrc/params.h
+        maxima, sums = gather_shards(joined(tails).contiguous(), group).double().unbind(-1)
+        centre = maxima.amax(0)
+        # A shard without a tail has a maximum of -inf, from which there is no distance where all others have none.
+        shares = torch.where(maxima == -torch.inf, 0.0, sums * (maxima - centre).exp())
+        empty = centre == -torch.inf
+        shift = torch.where(empty, 0.0, log_tail - shares.sum(0).log())
+        # On the CPU these were refused; elsewhere reading them would stall, and so the token's loss says it.
+        shift = shift.masked_fill(((ids < 0) | (ids >= self.vocab_size)).any(-1), torch.nan)
+        return logprobs, ids, centre.masked_fill(empty, 0.0).float(), shift.float()
+
+    def logits(
+        self, tensors: Tensors, student: Tensor, first: int, last: int
+    ) -> tuple[Tensor, Tensor | None]:
+        logprobs, ids, centre, shift = (tensor[first:last] for tensor in tensors)
+        block = self._block(student)
+        torch.sub(student[:, : self.columns], centre[:, None], out=block[:, : self.columns])
+        block[:, : self.columns].add_(shift[:, None])
+        # The largest of an id's entries, in any order of theirs: the same block in backward.
+        places = self._places(logprobs, ids)
+        block.scatter_reduce_(1, places, logprobs, "amax", include_self=False)
+        return block, None
+
+    def _block(self, student: Tensor) -> Tensor:
+        """Uninitialised float32 [rows, columns and 1 to 4 more], the first of which takes what lies elsewhere."""
+        return student.new_empty((len(student), self.columns // 4 * 4 + 4), dtype=torch.float32)
+
+    def _places(self, logprobs: Tensor, ids: Tensor) -> Tensor:
+        """Where in a block each entry belongs, int64 [rows, k]: safe for any ids, since masked rows may hold any."""
+        local = ids - self.first_column
+        here = (local >= 0) & (local < self.columns) & (logprobs != -torch.inf)
+        return torch.where(here, local, self.columns)
+
+
+def blocks_of(
+    teacher: Tensor | TopKLogits | HiddenStates,
+    teacher_max: Tensor | None,
+    rows: int,
+    columns: int,
+    first_column: int,
+    vocab_size: int,
+    block_bytes: int,
+) -> tuple[TeacherBlocks, Tensors]:
+    """The teacher as blocks of [rows, columns], and its tensors."""
+    if isinstance(teacher, TopKLogits):
+        k = teacher.ids.shape[-1]
+        form = TopKBlocks(columns, first_column, vocab_size, block_bytes)
+        return form, (
+            teacher.logprobs.reshape(rows, k),
+            teacher.ids.reshape(rows, k).to(torch.int64),
+            teacher.log_tail.reshape(rows),
+        )
+    if isinstance(teacher, HiddenStates):
+        softcap = None if teacher.softcap is None else float(teacher.softcap)
+        form = HiddenBlocks(columns, float(teacher.scale), softcap, block_bytes)
+        return form, (teacher.states.reshape(rows, teacher.states.shape[-1]), teacher.factor)
+    return DenseBlocks(), (as_rows(teacher, rows), teacher_max)
+
+
+def as_rows(logits: Tensor, rows: int) -> Tensor:
+    """[..., columns] as [rows, columns] with adjacent columns; a view where the strides allow one."""
+    matrix = logits.reshape(rows, logits.shape[-1])
+    return matrix if matrix.shape[-1] <= 1 or matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+def rows_of(first: int, last: int, *tensors: Tensor | None) -> Tensors:
+    """Rows [first, last) of each; the tensor itself where these are all."""
+    return tuple(t if t is None or last - first == t.shape[0] else t[first:last] for t in tensors)
+
+
+def joined(blocks: list[Tensor]) -> Tensor:
+    """The rows of all blocks; the tensor itself where there is one."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def gather_shards(partials: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[rows, n] of this shard -> [shards, rows, n] of all, in rank order."""
+    if group is None or partials.shape[0] == 0:
+        return partials.unsqueeze(0)
+    shards = dist.get_world_size(group)
+    gathered = partials.new_empty((shards * partials.shape[0], partials.shape[1]))
+    # The same collective under the name that this torch does not warn about.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered, partials, group=group)
+    return gathered.view(shards, *partials.shape)
+
+
+def _spans(rows: int, columns: int, block_bytes: int) -> list[tuple[int, int]]:
+    size = max(1, block_bytes // (4 * max(1, columns)))
+    return [(first, min(first + size, rows)) for first in range(0, rows, size)] or [(0, 0)]

@@ -1,0 +1,81 @@
+"""Forms of teacher besides a dense tensor of logits: its most probable tokens, or its last hidden states.
+
+Both are given to the loss in the place of `teacher_logits`. They hold tensors and check nothing themselves: the loss
+checks them, together on all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TopKLogits:
+    """The teacher's log-probabilities of k tokens, and of all others together: the tail, one outcome more.
+
+    The divergence is that of two distributions over k + 1 outcomes. No mass is dropped and none is made up, so it is a
+    lower bound of the divergence over the whole vocabulary (data processing inequality), and equal to it where k covers
+    the vocabulary.
+
+    It is computed over the whole vocabulary. Let the teacher's tail have the student's own shape: p'_j = p_T q_j / q_T
+    for j in the tail, and p'_j = p_j at the ids. Each of our divergences is a sum_j q_j phi(p'_j / q_j). In the tail
+    p'_j / q_j is r = p_T / q_T throughout, so its terms add up to q_T phi(r), the term of the one outcome: the values
+    agree. At fixed p' the derivative to q_j is phi(r) - r phi'(r), and so is that of q_T phi(p_T / q_T) to q_T: the
+    gradients agree, although p' is made from q. (This project's own derivation.)
+
+    So the statistics of the teacher are those of p': `teacher_entropy` and both actions too. For a label in the tail
+    `teacher_label_logprob` is log p_T + log q_y - log q_T, so that the ratio of the two label validities is that of the
+    tail, p_T / q_T.
+
+    The k + 1 masses are normalised to 1. An id may occur more than once in a row; the largest of its log-probabilities
+    counts, once. An entry of log-probability -inf is none, so that rows may have fewer than k. Where the student gives
+    the tail no probability, as when the ids are the whole vocabulary, the tail is no outcome and its mass is left out.
+
+    Only for temperature 1: what the tail weighs at any other is not known.
+
+    Attributes:
+        logprobs: [..., k], float32: natural log-probabilities at temperature 1.
+        ids: [..., k], integers over the whole vocabulary, in any order. The same on every rank of the group.
+        log_tail: [...], float32: the log of the mass outside these ids, exact; -inf for none.
+    """
+
+    logprobs: Tensor
+    ids: Tensor
+    log_tail: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenStates:
+    """The teacher's last hidden states, and this rank's shard of its output layer.
+
+    Its logits are `scale * states @ weight.T`, then `softcap * tanh(logits / softcap)` where a softcap is given. They
+    are float32 from the product's accumulator on, are made for a block of tokens at a time, in each pass anew, and
+    never exist as a whole.
+
+    Attributes:
+        states: [..., hidden size], float32, bfloat16 or float16, after the final norm. The same on every rank.
+        weight: [vocabulary shard, hidden size], any of these dtypes: the rows that belong to the columns of the
+            student's shard; padding may differ as that of dense teacher logits may. On CUDA a weight of the states' own
+            16-bit dtype is multiplied as it is. Any other is taken in float32, which is made once per object: to give
+            many objects the same weight on CPU, convert it beforehand.
+        scale: multiplies the logits.
+        softcap: bounds the logits; None for no bound.
+    """
+
+    states: Tensor
+    weight: Tensor
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """`weight` in the dtype that it is multiplied in, detached."""
+        weight = self.weight.detach()
+        narrow = (
+            weight.is_cuda and weight.dtype == self.states.dtype and "dtype" in torch.ops.aten.mm.overloads()
+        )
+        return weight if narrow else weight.float()
