@@ -48,7 +48,7 @@ def check_against_direct(students: list[SimpleNamespace], truth: SimpleNamespace
         assert before == 0 and trained > 0, "evaluation must ask the teacher nothing"
         # As much again, but for the header with which the teacher said, once, that it was ready.
         assert after == trained and 0 <= 2 * trained - measured <= headers.BYTES
-        assert rank.figures.link_bytes == trained and rank.measured.link_bytes == trained
+        assert rank.figures.link_bytes == trained and rank.measured.link_bytes == measured - trained
     shards = {
         place: part for rank in students if rank.data_rank == 0 for place, part in rank.gradients.items()
     }
