@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -150,6 +151,12 @@ class Jobs:
     def signal(self, name: str, number: signal.Signals) -> None:
         os.kill(self.processes[name].pid, number)
 
+    def kill(self, name: str) -> None:
+        """kill -9, whether it still runs or not; returns when it is gone."""
+        with suppress(ProcessLookupError):
+            self.signal(name, signal.SIGKILL)
+        self.processes[name].join(10)
+
 
 def _run(path: str, target, args) -> None:
     torch.set_num_threads(1)
@@ -173,13 +180,13 @@ def _in_world(rank: int, size: int, port: int, target, args) -> None:
     dist.destroy_process_group()
 
 
-def connected(settings: LinkSettings, store: dist.Store) -> tuple[StudentLink, TeacherLink]:
-    """A link of one rank with one rank, both in this process."""
+def connected(settings: LinkSettings) -> tuple[StudentLink, TeacherLink]:
+    """A link of one rank with one rank, both in this process, whose rendezvous stands."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(
             TeacherLink.connect, settings, **Layout().teacher(0, 0), group=None, tensor_group=None
         )
-        student = StudentLink.connect(settings, **Layout().student(0), store=store)
+        student = StudentLink.connect(settings, **Layout().student(0))
         return student, coming.result()
 
 

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from link_jobs import Jobs, Layout, connected, exchange, part, true_logits
 from ports import free_port
 
-from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_store
+from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_rendezvous
+from vcrd.link import header as headers
 from vcrd.link.payload import payload_named
 
 # Different shapes in turn, so that batches of equal shape have to be sorted out; batch 3, 16 is the longest.
@@ -38,26 +39,31 @@ def settings_of(layout: Layout, port: int, name: str) -> LinkSettings:
 
 
 def run_student(rank: int, layout: Layout, port: int, runs: list[tuple[str, dict]]) -> None:
-    store = host_store(settings_of(layout, port, "x")) if rank == 0 else None
+    rendezvous = host_rendezvous(settings_of(layout, port, "x")) if rank == 0 else None
     for name, extra in runs:
         settings = settings_of(layout, port, name)
         settings = LinkSettings(**{**vars(settings), **extra})
-        link = StudentLink.connect(settings, **layout.student(rank), store=store)
+        link = StudentLink.connect(settings, **layout.student(rank))
         receive_all(link, layout, settings, layout.student(rank)["data_rank"])
         link.close()
         link.close()
     dist.barrier()
+    if rendezvous:
+        rendezvous.close()
 
 
 def receive_all(link: StudentLink, layout: Layout, settings: LinkSettings, data_rank: int) -> None:
-    count, ahead, asks, moved = 11, settings.credits + 2, link._tensor_rank == 0, 0
+    count, ahead, asks, moved = 11, settings.credits + 2, link._place.asks, 0
     for number in range(count):
         while asks and link._asked < min(count, number + ahead):
             link.request(micro_batch(layout, data_rank, link._asked))
         logits = link.receive(number)
         check(logits, micro_batch(layout, data_rank, number), layout, link.columns, settings.payload)
         moved += logits.numel() * logits.element_size()
-    assert link.bytes_received == moved
+    senders = len(link._members.session.expected)
+    assert link.bytes_received == moved + headers.BYTES * (
+        senders * count + asks
+    )  # a header a piece, and READY
     assert 0 < link.waited
     dist.barrier()
     if asks:  # what was asked for and is never received must not keep anyone from parting
@@ -129,8 +135,8 @@ def test_each_student_rank_receives_its_columns(grid, tmp_path):
 
 def test_credits_bound_what_is_asked_ahead():
     settings = LinkSettings(address=f"127.0.0.1:{free_port()}", credits=2, timeout=30)
-    store = host_store(settings)
-    student, teacher = connected(settings, store)
+    rendezvous = host_rendezvous(settings)
+    student, teacher = connected(settings)
     for _ in range(5):
         student.request(torch.zeros(1, 4, dtype=torch.long))
     for number in range(5):
@@ -142,6 +148,7 @@ def test_credits_bound_what_is_asked_ahead():
             answer(teacher, 1)
         student.receive(number)
     part(student, teacher)
+    rendezvous.close()
 
 
 def answer(teacher: TeacherLink, count: int) -> None:
@@ -153,8 +160,8 @@ def answer(teacher: TeacherLink, count: int) -> None:
 
 def test_wrong_arguments_are_named_and_leave_the_link_usable():
     settings = LinkSettings(address=f"127.0.0.1:{free_port()}", timeout=30, max_tokens=32)
-    store = host_store(settings)
-    student, teacher = connected(settings, store)
+    rendezvous = host_rendezvous(settings)
+    student, teacher = connected(settings)
     for tokens, reason in [
         (torch.zeros(4, dtype=torch.long), "must be a non-empty integer tensor"),
         (torch.zeros(1, 4), "must be a non-empty integer tensor"),
@@ -180,6 +187,7 @@ def test_wrong_arguments_are_named_and_leave_the_link_usable():
     assert student.receive(0).shape == (4, 2, 50)
     exchange(student, teacher, 1)
     part(student, teacher)
+    rendezvous.close()
 
 
 def test_wrong_places_are_named():

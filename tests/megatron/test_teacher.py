@@ -11,6 +11,7 @@ from ports import free_port
 from worlds import World, run_worlds
 
 from vcrd.link.errors import HandshakeRefused, LinkError, StudentLost
+from vcrd.link.rendezvous import host_rendezvous
 from vcrd.megatron.settings import DistillSettings
 
 
@@ -26,7 +27,6 @@ def settings(**changes) -> DistillSettings:
 
 def connect(settings: DistillSettings, vocab_size: int):
     """A student of one rank, without Megatron."""
-    from vcrd.link.rendezvous import host_store
     from vcrd.link.student import StudentLink
 
     return StudentLink.connect(
@@ -38,7 +38,6 @@ def connect(settings: DistillSettings, vocab_size: int):
         tensor_size=1,
         data_rank=0,
         data_size=1,
-        store=host_store(settings.link),
     )
 
 
@@ -49,10 +48,12 @@ def requests() -> list[torch.Tensor]:
 
 
 def ask(settings: DistillSettings) -> list[torch.Tensor]:
+    rendezvous = host_rendezvous(settings.link)
     link = connect(settings, jobs.TRUE_VOCAB)
     numbers = [link.request(tokens) for tokens in requests()]
     answers = [link.receive(number) for number in numbers]
     link.close()
+    rendezvous.close()
     return answers
 
 
@@ -84,6 +85,7 @@ def test_every_request_is_answered_with_the_models_logits_and_goodbye_ends_it():
 
 
 def vanish(settings: DistillSettings) -> None:
+    host_rendezvous(settings.link)
     link = connect(settings, jobs.TRUE_VOCAB)
     link.receive(link.request(requests()[0]))
     link.request(requests()[0])
@@ -99,7 +101,7 @@ def serve_until_lost(settings: DistillSettings) -> str:
 
 
 def test_a_student_that_vanishes_is_one_sentence_on_every_rank_of_the_teacher():
-    chosen = settings()
+    chosen = settings(rejoin_timeout=1.0)
     with pytest.raises(FileNotFoundError, match="0-0.result"):  # the one that vanished left none
         run_worlds(
             World(vanish, arguments=(chosen,)), World(serve_until_lost, 2, pipeline=2, arguments=(chosen,))
@@ -108,6 +110,7 @@ def test_a_student_that_vanishes_is_one_sentence_on_every_rank_of_the_teacher():
 
 def join_with_another_vocabulary(settings: DistillSettings) -> str:
     with pytest.raises(HandshakeRefused) as refused:
+        host_rendezvous(settings.link)
         connect(settings, jobs.TRUE_VOCAB - 1)
     return str(refused.value)
 

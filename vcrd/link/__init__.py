@@ -4,25 +4,33 @@ Knows nothing of losses or of Megatron: integer tokens in, logits out.
 """
 
 from .errors import HandshakeRefused, LinkError, StudentLost, TeacherLost
+from .facts import Head
 from .intake import Request
-from .plan import Piece, Shard, overlaps, replica_of, students_of, vocab_shards
-from .rendezvous import host_store
+from .plan import Piece, Place, Shard, Span, context_rows, overlaps, replica_of, students_of, vocab_shards
+from .rendezvous import Rendezvous, host_rendezvous
 from .settings import LinkSettings
-from .student import StudentLink
+from .student import Hidden, StudentLink, TopK
 from .teacher import TeacherLink
 
 __all__ = [
     "HandshakeRefused",
+    "Head",
+    "Hidden",
     "LinkError",
     "LinkSettings",
     "Piece",
+    "Place",
+    "Rendezvous",
     "Request",
     "Shard",
+    "Span",
     "StudentLink",
     "StudentLost",
     "TeacherLink",
     "TeacherLost",
-    "host_store",
+    "TopK",
+    "context_rows",
+    "host_rendezvous",
     "overlaps",
     "replica_of",
     "students_of",

@@ -67,9 +67,9 @@ class Crew:
         self._run(lambda: dist.broadcast(tensor, src=dist.get_global_rank(self._group, 0), group=self._group))
         return tensor.cpu()
 
-    def conclude(self, outcome: Outcome, text: str) -> str:
-        """Ends a common task: rank 0's text if it is DONE everywhere, else raises alike everywhere."""
-        return self._conclude(self.agree([outcome])[0], outcome, text)
+    def conclude(self, outcome: Outcome, text: str) -> None:
+        """Ends a common task: returns if it is DONE everywhere, else raises alike everywhere."""
+        self._conclude(self.agree([outcome])[0], outcome, text)
 
     def follow_leader(self, task: Callable[[Callable[[], None]], str]) -> str:
         """Runs `task(tick)` on rank 0 alone; its text, or its LinkError, is that of every rank.
@@ -79,12 +79,22 @@ class Crew:
         if not self.leads:
             while (worst := self.agree([Outcome.WAITING])[0]) == Outcome.WAITING:
                 pass
-            return self._conclude(worst, Outcome.WAITING, "")
+            self._conclude(worst, Outcome.WAITING, "")
+            return self.share_text("")
+        result = ""
         try:
-            outcome, text = Outcome.DONE, task(self._ticker())
+            outcome, text, result = Outcome.DONE, "", task(self._ticker())
         except LinkError as error:
             outcome, text = outcome_of(error), str(error)
-        return self.conclude(outcome, text)
+        self.conclude(outcome, text)
+        return self.share_text(result)
+
+    def share_text(self, text: str) -> str:
+        """Rank 0's text on every rank, of any length."""
+        raw = text.encode()
+        length = self.agree([len(raw) if self.leads else 0])[0]
+        table = torch.tensor(list(raw), dtype=torch.int64) if self.leads else None
+        return bytes(self.share(table, (length,)).tolist()).decode() if length else ""
 
     def _ticker(self) -> Callable[[], None]:
         last = time.monotonic()
@@ -97,14 +107,14 @@ class Crew:
 
         return tick
 
-    def _conclude(self, worst: int, own: Outcome, text: str) -> str:
+    def _conclude(self, worst: int, own: Outcome, text: str) -> None:
+        if worst == Outcome.DONE:
+            return
         raw = text.encode()[:_TEXT]
         rows = self.gather([own, len(raw), *raw, *bytes(_TEXT - len(raw))])
         # The first rank that ended as the whole did speaks for all.
         length, *content = next(row for row in rows if row[0] == worst)[1:]
         text = bytes(content[:length]).decode(errors="replace")
-        if worst == Outcome.DONE:
-            return text
         raise {Outcome.LOST: StudentLost, Outcome.REFUSED: HandshakeRefused}.get(Outcome(worst), LinkError)(
             text
         )

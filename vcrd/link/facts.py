@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from . import header as headers
 from .errors import HandshakeRefused
-from .plan import Roster, Shard, replica_of, students_of, vocab_shards
+from .payload import STATE_DTYPES, Payload, payload_named
+from .plan import Place, Shard, places, replica_of, students_of, vocab_shards
+from .settings import LinkSettings
+from .wire import versions_differ
 
-_LARGEST_TEXT = 4096
+_EQUAL = ("vocab_size", "sequence_length", "payload", "max_tokens")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The teacher's output layer, as the payload "hidden" needs it: logits = scale * states @ weight.T, then
+    softcap * tanh(logits / softcap) unless softcap is 0. size: of a state. dtype: of states and weight."""
+
+    size: int
+    dtype: str
+    scale: float = 1.0
+    softcap: float = 0.0
 
 
 @dataclass(frozen=True)
 class Facts:
-    """One side's statement. protocol .. max_tokens must be equal on both sides.
+    """One side's statement. vocab_size .. max_tokens must be equal on both sides.
 
-    copies: the student's data-parallel size, or the teacher's replicas. credits: 0 from the teacher.
-    intake_sender: the tensor rank of the teacher's rank 0 if that is on its last stage, else -1.
+    top_k: with the payload "topk", else 0. copies: the student's data-parallel size, or the teacher's replicas.
+    context_size: 1 from the teacher. credits: 0 from the teacher. head: from the teacher, with "hidden".
     """
 
     vocab_size: int
@@ -27,35 +41,57 @@ class Facts:
     padded_vocab_size: int
     tensor_size: int
     copies: int
+    context_size: int = 1
+    top_k: int = 0
     credits: int = 0
-    intake_sender: int = -1
+    head: Head | None = None
     protocol: int = field(default_factory=lambda: headers.PROTOCOL)
+
+    @classmethod
+    def of(cls, settings: LinkSettings, **own: Any) -> Facts:
+        """The facts of one side; ValueError for a layout that cannot be."""
+        facts = cls(
+            payload=settings.payload,
+            max_tokens=settings.max_tokens,
+            top_k=settings.top_k if settings.payload == "topk" else 0,
+            **own,
+        )
+        _check_layout(facts)
+        return facts
 
     def shards(self) -> tuple[Shard, ...]:
         return vocab_shards(self.vocab_size, self.padded_vocab_size, self.tensor_size)
 
-    def text(self) -> str:
-        return json.dumps(asdict(self))
+    def content(self) -> Payload:
+        """The payload with everything that its size depends on; from the teacher's facts."""
+        payload = payload_named(self.payload)
+        if self.head is None:
+            return payload.sized(top_k=self.top_k)
+        return payload.sized(state_size=self.head.size, state_dtype=STATE_DTYPES[self.head.dtype])
+
+    def places(self, replica: int, replicas: int) -> tuple[Place, ...]:
+        """The student's ranks that a teacher replica serves; from the student's facts."""
+        return places(students_of(replica, self.copies, replicas), self.context_size, self.tensor_size)
+
+    def plain(self) -> dict:
+        """As JSON holds it."""
+        return asdict(self)
 
 
-def read(text: bytes, whose: str) -> Facts:
-    """Facts from their text; HandshakeRefused if it is not that, or of another protocol version."""
-    values = None
-    if len(text) <= _LARGEST_TEXT:
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError):
-            pass
+def read(values: Any, whose: str) -> Facts:
+    """Facts from what JSON held; HandshakeRefused if it is not that, or of another protocol version."""
     if not isinstance(values, dict) or not isinstance(values.get("protocol"), int):
         raise HandshakeRefused(f"the link is refused: the {whose}'s facts cannot be read")
+    if values["protocol"] != headers.PROTOCOL:
+        # Another version may state other facts; this one alone is enough to refuse it.
+        return Facts(0, 0, "", 0, 0, 0, 0, protocol=values["protocol"])
     names = {each.name for each in fields(Facts)}
-    if values["protocol"] == headers.PROTOCOL and not (values.keys() == names and _well_typed(values)):
+    if values.keys() != names or not _well_typed(values):
         raise HandshakeRefused(
             f"the link is refused: the {whose}'s facts are not those of protocol {headers.PROTOCOL}"
         )
-    # Another version may state other facts; those in common are enough to say that the versions differ.
-    blank = {name: "" if name == "payload" else 0 for name in names}
-    return Facts(**(blank | {name: value for name, value in values.items() if name in names}))
+    head = values["head"]
+    return Facts(**{**values, "head": None if head is None else Head(**head)})
 
 
 def refusal(student: Facts, teacher: Facts, replicas: int) -> str | None:
@@ -64,10 +100,10 @@ def refusal(student: Facts, teacher: Facts, replicas: int) -> str | None:
     replicas: the number that the first replica to come announced.
     """
     if student.protocol != teacher.protocol:
-        return _sentence([_differ("protocol version", student.protocol, teacher.protocol)])
+        return _sentence([versions_differ(student.protocol, teacher.protocol)])
     reasons = [
-        _differ(name, getattr(student, name), getattr(teacher, name))
-        for name in ("vocab_size", "sequence_length", "payload", "max_tokens")
+        f"{name} is {getattr(student, name)} for the student and {getattr(teacher, name)} for the teacher"
+        for name in (*_EQUAL, "top_k")
         if getattr(student, name) != getattr(teacher, name)
     ]
     if teacher.copies != replicas:
@@ -81,17 +117,9 @@ def refusal(student: Facts, teacher: Facts, replicas: int) -> str | None:
             _check_layout(facts)
         except ValueError as error:
             reasons.append(f"for the {whose} {error}")
+    if teacher.payload == "hidden" and teacher.head is None:
+        reasons.append("the teacher states no output layer, which the payload 'hidden' needs")
     return _sentence(reasons) if reasons else None
-
-
-def roster(student: Facts, teacher: Facts, replica: int) -> Roster:
-    """The seats of a replica's group, once nothing is refused."""
-    return Roster(
-        data_ranks=students_of(replica, student.copies, teacher.copies),
-        student_tensor_size=student.tensor_size,
-        teacher_tensor_size=teacher.tensor_size,
-        intake_sender=teacher.intake_sender,
-    )
 
 
 def served_by(student: Facts, replicas: int, data_rank: int) -> int:
@@ -100,22 +128,30 @@ def served_by(student: Facts, replicas: int, data_rank: int) -> int:
 
 
 def _well_typed(values: dict) -> bool:
-    numbers = [value for name, value in values.items() if name != "payload"]
-    return isinstance(values["payload"], str) and all(type(n) is int and -1 <= n < 1 << 48 for n in numbers)
+    numbers = [value for name, value in values.items() if name not in ("payload", "head")]
+    if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
+        return False
+    head = values["head"]
+    if head is not None:
+        if not isinstance(head, dict) or head.keys() != {each.name for each in fields(Head)}:
+            return False
+        size, scale, softcap = head["size"], head["scale"], head["softcap"]
+        if type(size) is not int or not 1 <= size < 1 << 24 or head["dtype"] not in STATE_DTYPES:
+            return False
+        if not all(type(number) in (int, float) and abs(number) < 1e30 for number in (scale, softcap)):
+            return False
+    return isinstance(values["payload"], str)
 
 
 def _check_layout(facts: Facts) -> None:
     facts.shards()
+    payload_named(facts.payload)
     if facts.copies < 1:
         raise ValueError(f"copies must be at least 1, got {facts.copies}")
-    if facts.intake_sender >= facts.tensor_size:
-        raise ValueError(
-            f"intake_sender must be below tensor_size {facts.tensor_size}, got {facts.intake_sender}"
-        )
-
-
-def _differ(name: str, student: object, teacher: object) -> str:
-    return f"{name} is {student} for the student and {teacher} for the teacher"
+    if facts.context_size < 1:
+        raise ValueError(f"context_size must be at least 1, got {facts.context_size}")
+    if facts.top_k > facts.vocab_size:
+        raise ValueError(f"top_k must be at most vocab_size {facts.vocab_size}, got {facts.top_k}")
 
 
 def _sentence(reasons: list[str]) -> str:

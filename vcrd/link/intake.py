@@ -1,85 +1,83 @@
-"""The teacher rank's receiving half: requests come in, and students say goodbye, in background threads."""
+"""The receiving half of a teacher replica's first rank: requests come in from the ranks that ask."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .channel import Channel, Listeners, Tag
 from .errors import LinkError, StudentLost
+from .facts import Facts
 from .header import Header, Kind, check_shape
-from .plan import Roster
+from .plan import Place, check_boundaries
+from .wire import Connection
+
+_PARTING = 5.0  # seconds that the answer to a goodbye may take
 
 
 @dataclass(frozen=True)
 class Request:
-    """A micro-batch to answer: its number within student data rank `data_rank`; tokens int64 [b, s]."""
+    """A micro-batch to answer: its number within student data rank `data_rank`; tokens int64 [b, s].
+
+    boundaries: the edges of the sequences that are packed into it, int64 from 0 to s; empty if it is not packed.
+    """
 
     number: int
     data_rank: int
     tokens: Tensor
+    boundaries: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 class Intake:
-    """Listens to every student rank of a teacher replica. Every linked teacher rank has one, so that each
-    learns at once who has left and who is lost; requests come only to the rank that the roster calls the
-    intake.
+    """Reads one connection per data rank, each in a thread of its own.
 
-    vocab_size, sequence_length, max_tokens: what a request may hold. credits: how many may wait per data
-    rank.
+    student: its facts, which say what a request may hold and how many may wait per data rank.
     """
 
-    def __init__(
-        self,
-        channel: Channel,
-        roster: Roster,
-        vocab_size: int,
-        sequence_length: int,
-        max_tokens: int,
-        credits: int,
-    ) -> None:
-        self._channel = channel
-        self._roster = roster
-        self._vocab_size = vocab_size
-        self._sequence_length = sequence_length
-        self._max_tokens = max_tokens
-        self._credits = credits
+    def __init__(self, student: Facts, connections: dict[int, Connection]) -> None:
+        self._student = student
+        self._connections = connections
         self._changed = threading.Condition()
         self._queue: deque[Request] = deque()
         self._left: set[int] = set()
-        self._acknowledged: list[dist.Work] = []
         self._failure: LinkError | None = None
-        self._listeners = Listeners(channel, roster.students, self._handle, self._lost)
-        self._listeners.start()
+        self._threads = [
+            threading.Thread(target=self._read, args=item, name="vcrd-link-intake", daemon=True)
+            for item in connections.items()
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def failure(self) -> LinkError | None:
         return self._failure
 
-    def fail(self, error: LinkError) -> None:
-        """Ends the link; the first reason stays."""
-        with self._changed:
-            self._failure = self._failure or error
-            self._changed.notify_all()
+    @property
+    def all_left(self) -> bool:
+        return len(self._left) == len(self._connections)
 
-    def take(self, limit: int, seconds: float) -> list[Request] | None:
-        """Up to `limit` waiting requests of one shape; [] if none came within that time or the link failed;
-        None when every student has left. No request overtakes an earlier one of its own data rank."""
+    def begin(self, seconds: float) -> None:
+        """Tells every data rank that it may ask."""
+        for data_rank, connection in self._connections.items():
+            try:
+                connection.send(Header(Kind.READY), seconds=seconds)
+            except (ConnectionError, TimeoutError):
+                self._fail(StudentLost(f"{Place(data_rank, 0, 0)} closed its connection"))
+
+    def take(self, limit: int, seconds: float) -> list[Request]:
+        """Up to `limit` waiting requests of one shape; [] if none came within that time, the link failed, or every
+        data rank has left. No request overtakes an earlier one of its own data rank."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._failure or self._all_left(), seconds)
+            self._changed.wait_for(lambda: self._queue or self._failure or self.all_left, seconds)
             if self._failure or not self._queue:
-                return None if self._all_left() and not self._failure else []
-            shape, passed_over = self._queue[0].tokens.shape, set()
+                return []
+            shape, passed_over = _shape(self._queue[0]), set()
             taken, kept = [], []
             for request in self._queue:
-                fits = request.tokens.shape == shape and request.data_rank not in passed_over
+                fits = _shape(request) == shape and request.data_rank not in passed_over
                 if fits and len(taken) < limit:
                     taken.append(request)
                 else:
@@ -88,70 +86,62 @@ class Intake:
             self._queue = deque(kept)
             return taken
 
-    @contextmanager
-    def listening(self, student: int) -> Iterator[bool]:
-        """Whether a student has not said goodbye; stays true while in here, and only then may it be sent
-        anything.
-
-        After the returned goodbye no one reads any more, so nothing may be posted past it.
-        """
+    def end(self, seconds: float) -> None:
+        """Closes every connection and waits for the threads."""
         with self._changed:
-            yield student not in self._left
+            self._failure = self._failure or LinkError("the link is closed")
+        for connection in self._connections.values():
+            connection.end()
+        for thread in self._threads:
+            thread.join(seconds)
 
-    def finish(self, seconds: float) -> None:
-        """Lets the returned goodbyes go out, closes, and ends the listeners. Bounded."""
-        if self._failure is None:
-            for work in self._acknowledged:
-                try:
-                    self._channel.complete(work, seconds)
-                except (ConnectionError, TimeoutError):
-                    pass  # that student is gone already
-        self._acknowledged.clear()
-        self.abort()
-        self._listeners.join(seconds)
+    def _read(self, data_rank: int, connection: Connection) -> None:
+        who = Place(data_rank, 0, 0)
+        try:
+            while (header := connection.receive_header()).kind != Kind.GOODBYE:
+                self._take_in(data_rank, header, connection)
+            self._part_from(data_rank, connection)
+        except (ConnectionError, TimeoutError):
+            self._fail(StudentLost(f"{who} closed its connection"))
+        except LinkError as error:
+            self._fail(StudentLost(f"{who} sent a request that is refused: {error}"))
+        finally:
+            connection.close()
 
-    def abort(self) -> None:
-        """Closes at once. Never blocks."""
-        self.fail(LinkError("the link is closed"))
-        self._channel.close()
-
-    def drop(self) -> None:
-        """What is left to do for a link that was forgotten, or at the interpreter's end."""
-        self.abort()
-        self._listeners.join(1.0)
-
-    def _all_left(self) -> bool:
-        return len(self._left) == len(self._roster.students)
-
-    def _handle(self, student: int, header: Header) -> bool:
-        if header.kind == Kind.GOODBYE:
-            self._part_from(student)
-            return False
-        data_rank, tensor_rank = self._roster.seat(student)
-        if header.kind != Kind.REQUEST or tensor_rank or self._channel.rank != self._roster.intake:
+    def _take_in(self, data_rank: int, header: Header, connection: Connection) -> None:
+        if header.kind != Kind.REQUEST:
             raise LinkError(f"a {header.kind.name.lower()} from there is not expected")
-        check_shape(header, self._sequence_length, self._max_tokens)
+        check_shape(header, self._student.sequence_length, self._student.max_tokens)
         with self._changed:
-            if sum(request.data_rank == data_rank for request in self._queue) >= self._credits:
-                raise LinkError(f"more requests than its {self._credits} credits are waiting")
+            if sum(request.data_rank == data_rank for request in self._queue) >= self._student.credits:
+                raise LinkError(f"more requests than its {self._student.credits} credits are waiting")
         tokens = torch.empty(header.batch, header.sequence, dtype=torch.int32)
-        self._channel.receive(tokens, student, Tag.TOKENS)
+        boundaries = torch.empty(header.boundaries, dtype=torch.int32)
+        connection.receive(tokens, boundaries)
         low, high = (int(edge) for edge in tokens.aminmax())
-        if low < 0 or high >= self._vocab_size:
-            raise LinkError(f"its tokens reach from {low} to {high}, outside [0, {self._vocab_size})")
+        if low < 0 or high >= self._student.vocab_size:
+            raise LinkError(f"its tokens reach from {low} to {high}, outside [0, {self._student.vocab_size})")
+        try:
+            check_boundaries(header.sequence, boundaries.tolist(), self._student.context_size)
+        except ValueError as error:
+            raise LinkError(f"its {error}") from None
         with self._changed:
-            self._queue.append(Request(header.number, data_rank, tokens.long()))
-            self._changed.notify_all()
-        return True
-
-    def _part_from(self, student: int) -> None:
-        data_rank, tensor_rank = self._roster.seat(student)
-        with self._changed:
-            self._left.add(student)
-            if tensor_rank == 0:
-                self._queue = deque(request for request in self._queue if request.data_rank != data_rank)
-            self._acknowledged.append(self._channel.post_header(Header(Kind.GOODBYE), student))
+            self._queue.append(Request(header.number, data_rank, tokens.long(), boundaries.long()))
             self._changed.notify_all()
 
-    def _lost(self, student: int, reason: str) -> None:
-        self.fail(StudentLost(f"{self._roster.describe(student)} {reason}"))
+    def _part_from(self, data_rank: int, connection: Connection) -> None:
+        with self._changed:
+            self._left.add(data_rank)
+            self._queue = deque(request for request in self._queue if request.data_rank != data_rank)
+            self._changed.notify_all()
+        connection.send(Header(Kind.GOODBYE), seconds=_PARTING)
+
+    def _fail(self, error: LinkError) -> None:
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+
+def _shape(request: Request) -> tuple[int, int, int]:
+    """What requests that share a pass through the pipeline, and a table on their way to the other ranks, agree in."""
+    return (*request.tokens.shape, len(request.boundaries))

@@ -8,11 +8,16 @@ so -inf arrives as -65504. A softmax does not see a shift per row: what arrives 
 `logits_8bit` carries the square root of that distance in one byte, 255 sqrt(min(d, 24) / 24) rounded, since the weight
 exp(-d) forgives errors that grow with d: |error of d| <= 0.0193 sqrt(d) + 1e-4 for d <= 24, and what is further
 arrives as 24. What arrives are uint8 codes, which the loss decodes in registers.
+
+`topk` carries the k largest log-probabilities with their tokens, and the logarithm of the mass of all others: exact in
+float32, but silent about how that mass is spread. `hidden` carries the teacher's last hidden states as they are; the
+student computes the logits with the teacher's output layer, in float32, so it sees no rounding of the logits at all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,23 +26,54 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Payload:
-    """A way to carry logits: its name in settings, its code in headers, its element on the wire."""
+    """A way to carry the teacher's distribution: its name in settings, its code in headers, its bytes on the wire.
+
+    dtype: of the elements, one a column; None for payloads that are the same for every column (`whole`). relative:
+    to the row's maximum. top_k, state_size, state_dtype: what the size of a whole payload depends on; see `sized`.
+    """
 
     name: str
     code: int
-    dtype: torch.dtype
-    relative: bool  # to the row's maximum
+    dtype: torch.dtype | None = None
+    relative: bool = False
+    top_k: int = 0
+    state_size: int = 0
+    state_dtype: torch.dtype = torch.bfloat16
 
     @property
-    def itemsize(self) -> int:
-        return self.dtype.itemsize
+    def whole(self) -> bool:
+        return self.dtype is None
+
+    def sized(self, **sizes: Any) -> Payload:
+        return replace(self, **sizes)
+
+    def blank(self, sequence: int, batch: int, width: int) -> list[Tensor]:
+        """Uninitialised CPU tensors for that many positions and columns, in the order of the wire."""
+        if self.dtype is not None:
+            shapes = [((width,), self.dtype)]
+        elif self.name == "topk":
+            shapes = [((self.top_k,), torch.float32), ((self.top_k,), torch.int32), ((), torch.float32)]
+        else:
+            shapes = [((self.state_size,), self.state_dtype)]
+        return [torch.empty(sequence, batch, *shape, dtype=dtype) for shape, dtype in shapes]
+
+    def bytes(self, tokens: int, width: int) -> int:
+        """Of a piece of that many positions and columns, without its header."""
+        if self.dtype is not None:
+            return tokens * width * self.dtype.itemsize
+        if self.name == "topk":
+            return tokens * (8 * self.top_k + 4)
+        return tokens * self.state_size * self.state_dtype.itemsize
 
 
 PAYLOADS = (
     Payload("float16", 1, torch.float16, True),
-    Payload("float32", 2, torch.float32, False),
+    Payload("float32", 2, torch.float32),
     Payload("logits_8bit", 3, torch.uint8, True),
+    Payload("topk", 4),
+    Payload("hidden", 5),
 )
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def payload_named(name: str) -> Payload:
@@ -65,8 +101,8 @@ def row_max(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 
 def encode(payload: Payload, logits: Tensor, top: Tensor | None = None) -> Tensor:
-    """The columns of one piece, [s, b, width] of any float dtype, as a new contiguous CPU tensor for the
-    wire.
+    """The columns of one piece, [s, b, width] of any float dtype, as a new contiguous tensor for the wire, on the same
+    device.
 
     `top` [s, b, 1] is `row_max` over the whole vocabulary; needed by relative payloads only. The result never
     shares memory with `logits`.
@@ -74,15 +110,8 @@ def encode(payload: Payload, logits: Tensor, top: Tensor | None = None) -> Tenso
     if payload.relative and top is None:
         raise ValueError(f"top must be given for the relative payload {payload.name!r}, got None")
     if payload.relative:
-        return _encode_relative(payload, logits, top).cpu()
-    return torch.empty(logits.shape, dtype=payload.dtype, device=logits.device).copy_(logits).cpu()
-
-
-def decode(payload: Payload, wire: Tensor) -> Tensor:
-    """What the loss reads of what arrived, [s, b, width], each row up to a shift: here just what arrived."""
-    if wire.dtype != payload.dtype:
-        raise ValueError(f"wire must be {payload.dtype} for payload {payload.name!r}, got {wire.dtype}")
-    return wire
+        return _encode_relative(payload, logits, top)
+    return torch.empty(logits.shape, dtype=payload.dtype, device=logits.device).copy_(logits)
 
 
 def _encode_relative(payload: Payload, logits: Tensor, top: Tensor) -> Tensor:
@@ -92,7 +121,7 @@ def _encode_relative(payload: Payload, logits: Tensor, top: Tensor) -> Tensor:
     rows = logits.reshape(-1, logits.shape[-1]) if logits.numel() else logits.flatten(0, 1)
     if rows.shape[-1] > 1 and rows.stride(-1) != 1:
         rows = rows.contiguous()
-    codes = ops.encode(rows, top.reshape(-1).contiguous(), 8 * payload.itemsize)
+    codes = ops.encode(rows, top.reshape(-1).contiguous(), 8 * payload.dtype.itemsize)
     if payload.dtype == torch.float16:
         codes.clamp_(min=torch.finfo(torch.float16).min, max=0.0)  # -inf, and +inf above a finite maximum
     return codes.view(logits.shape)

@@ -1,4 +1,4 @@
-"""Who sends which vocabulary columns to whom: pure functions of the two layouts.
+"""Who sends which rows and vocabulary columns to whom: pure functions of the two layouts.
 
 Columns are true vocabulary columns. Megatron pads the vocabulary to a multiple of 128 times the
 tensor-parallel size, so teacher and student may be padded differently; padding is never sent.
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The half-open range [start, stop) of true vocabulary columns that one tensor-parallel rank holds."""
+class Span:
+    """A half-open range [start, stop): positions of a sequence, or columns."""
 
     start: int
     stop: int
@@ -20,6 +20,10 @@ class Shard:
     @property
     def width(self) -> int:
         return self.stop - self.start
+
+
+class Shard(Span):
+    """The true vocabulary columns that one tensor-parallel rank holds."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,21 @@ def responses(teacher_shards: Sequence[Shard], student_shards: Sequence[Shard]) 
     return overlaps(teacher_shards, student_shards) + tuple(empty)
 
 
+def pieces_of(
+    place: Place, teacher_shards: Sequence[Shard], student_shards: Sequence[Shard], whole: bool
+) -> tuple[Piece, ...]:
+    """What one student rank gets of each response, ordered by sender; at most one piece from each.
+
+    whole: the payload is the same for every column (top-k, hidden states), so that one sender suffices; ranks take
+    turns. Otherwise it gets the columns that it holds, from whoever holds them.
+    """
+    if whole:
+        turn = place.context * len(student_shards) + place.tensor
+        mine = student_shards[place.tensor]
+        return (Piece(turn % len(teacher_shards), place.tensor, mine.start, mine.stop),)
+    return tuple(p for p in responses(teacher_shards, student_shards) if p.receiver == place.tensor)
+
+
 def replica_of(data_rank: int, data_size: int, replicas: int) -> int:
     """The teacher replica that serves a student data-parallel rank: contiguous blocks, sizes within one."""
     if not 0 <= data_rank < data_size:
@@ -100,52 +119,67 @@ def students_of(replica: int, data_size: int, replicas: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Roster:
-    """The ranks of the extra process group between one teacher replica and the students that it serves.
+class Place:
+    """A rank of the student's last pipeline stage: its data-parallel, context-parallel and tensor-parallel ranks."""
 
-    Students first, data rank by data rank; then the teacher's senders (its last stage, by tensor rank); then
-    the intake, the replica's rank 0, unless that is a sender itself (`intake_sender` is its tensor rank, or
-    -1).
+    data: int
+    context: int
+    tensor: int
+
+    @property
+    def asks(self) -> bool:
+        """Whether this rank asks the teacher on behalf of its data rank."""
+        return self.context == 0 and self.tensor == 0
+
+    def __str__(self) -> str:
+        context = f", context rank {self.context}" if self.context else ""
+        return f"student data rank {self.data}{context}, tensor rank {self.tensor}"
+
+
+def places(data_ranks: Sequence[int], context_size: int, tensor_size: int) -> tuple[Place, ...]:
+    """Every rank of the student's last stage that belongs to those data ranks, in rank order."""
+    return tuple(
+        Place(data, context, tensor)
+        for data in data_ranks
+        for context in range(context_size)
+        for tensor in range(tensor_size)
+    )
+
+
+def context_rows(
+    sequence: int, context_rank: int, context_size: int, boundaries: Sequence[int] = ()
+) -> tuple[Span, ...]:
+    """The positions of a sequence that a context-parallel rank holds, in the order in which it holds them.
+
+    Megatron's zig-zag order, which gives every rank the same share of causal attention: each sequence is cut into
+    2 context_size equal chunks, and rank r holds chunk r, then chunk 2 context_size - 1 - r. boundaries: edges of
+    packed sequences, 0 and `sequence` included; each of them is cut by itself. ValueError where that is impossible.
     """
+    if not 0 <= context_rank < context_size:
+        raise ValueError(f"context_rank must be in [0, {context_size}), got {context_rank}")
+    check_boundaries(sequence, boundaries, context_size)
+    edges = list(boundaries) or [0, sequence]
+    if context_size == 1:
+        return (Span(0, sequence),)
+    spans: list[Span] = []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        width = (stop - start) // (2 * context_size)
+        for chunk in (context_rank, 2 * context_size - 1 - context_rank):
+            if width:
+                spans.append(Span(start + chunk * width, start + (chunk + 1) * width))
+    return tuple(spans)
 
-    data_ranks: tuple[int, ...]
-    student_tensor_size: int
-    teacher_tensor_size: int
-    intake_sender: int
 
-    @property
-    def students(self) -> range:
-        return range(len(self.data_ranks) * self.student_tensor_size)
-
-    @property
-    def teachers(self) -> range:
-        return range(len(self.students), self.size)
-
-    @property
-    def size(self) -> int:
-        return len(self.students) + self.teacher_tensor_size + (self.intake_sender < 0)
-
-    @property
-    def intake(self) -> int:
-        return self.size - 1 if self.intake_sender < 0 else self.sender(self.intake_sender)
-
-    def sender(self, tensor_rank: int) -> int:
-        return len(self.students) + tensor_rank
-
-    def student(self, data_rank: int, tensor_rank: int) -> int:
-        return self.data_ranks.index(data_rank) * self.student_tensor_size + tensor_rank
-
-    def seat(self, student: int) -> tuple[int, int]:
-        """The (data rank, tensor rank) of a student's rank in the group: the inverse of `student`."""
-        position, tensor_rank = divmod(student, self.student_tensor_size)
-        return self.data_ranks[position], tensor_rank
-
-    def describe(self, rank: int) -> str:
-        if rank in self.students:
-            return "student data rank {}, tensor rank {}".format(*self.seat(rank))
-        sender = rank - len(self.students)
-        return (
-            f"teacher tensor rank {sender}"
-            if sender < self.teacher_tensor_size
-            else "the teacher's first rank"
-        )
+def check_boundaries(sequence: int, boundaries: Sequence[int], context_size: int) -> None:
+    """ValueError if these are not the ascending edges of packed sequences that context_size can cut."""
+    edges = list(boundaries) or [0, sequence]
+    if edges[0] != 0 or edges[-1] != sequence or any(a > b for a, b in zip(edges, edges[1:], strict=False)):
+        raise ValueError(f"boundaries must ascend from 0 to {sequence}, got {list(boundaries)[:16]}")
+    if context_size == 1:
+        return
+    for start, stop in zip(edges, edges[1:], strict=False):
+        if (stop - start) % (2 * context_size):
+            raise ValueError(
+                f"every sequence must be a multiple of {2 * context_size} long (twice the context-parallel size), "
+                f"got one of {stop - start} from position {start}"
+            )

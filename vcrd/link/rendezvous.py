@@ -1,269 +1,233 @@
-"""How the two jobs meet: the store, the handshake, and the forming of one extra group per teacher replica.
+"""How the two jobs meet: the student job hosts an address book, and each side asks it until the other is there.
 
-The student job hosts a TCPStore. Each side writes its facts, reads the other's, and both judge them with the
-same function, so both refuse with the same sentence. Then every rank that gets a seat in the group writes
-whether it agrees, and none enters the forming of the group, which could not be interrupted, before
-all agreed.
+Every question is one greeted connection (`wire`): a JSON hello, a JSON reply, and it closes. So nobody holds a place
+that outlives it, and a process may die in the middle of anything. Roles:
 
-Keys, under the run's name:
-    student                      the student's facts
-    replicas                     how many teacher replicas there are, by the first to come
-    teacher/R                    replica R's facts
-    heard/...                    set by a rank once it has read the other side's facts
-    seat/R/I, seat/R/I/heard     "ok" or a complaint of rank I in replica R's group; set once it read all
-    group/R/                     replica R's process group
+- "student": a rank of the student's last stage registers its facts and where it listens; it asks again until all ranks
+  of its data rank are known, and again while it waits for a teacher, to hear of a refusal.
+- "teacher": the first rank of a teacher replica states its facts; once the students are complete it gets theirs, every
+  address it has to dial, and an epoch of its own, larger than any before.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-
-import torch.distributed as dist
+from collections.abc import Callable
+from contextlib import suppress
 
 from . import facts as stated
-from .channel import Channel
-from .errors import HandshakeRefused, LinkError, StudentLost, TeacherLost
+from .errors import HandshakeRefused, LinkError
 from .facts import Facts
-from .plan import Roster
+from .plan import Place, places, students_of
 from .settings import LinkSettings
+from .wire import Address, Listener, dial
 
 _log = logging.getLogger("vcrd")
-_AGREED = "ok"
-_LINGER = 5.0  # seconds that a refused student stays up, and with it the store, for the teacher to read why
+Reply = dict
+_WAITING = {"state": "waiting"}
 
 
-def host_store(settings: LinkSettings) -> dist.TCPStore:
-    """Opens the run's store at `settings.address`, an address of this machine. Never blocks.
+def host_rendezvous(settings: LinkSettings) -> Rendezvous:
+    """Opens the rendezvous at `settings.address`, an address of this machine. Never blocks.
 
-    Called on rank 0 of the student's world, which must keep the result for as long as the link is in use.
-    LinkError when the address is taken or is not of this machine.
+    Called on rank 0 of the student's world, which keeps the result and closes it when the run ends. LinkError when the
+    address is taken or is not of this machine.
     """
-    listener = _listen(settings)
-    return dist.TCPStore(
-        settings.host,
-        settings.port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=settings.connect_timeout),
-        master_listen_fd=listener.detach(),
-    )
+    return Rendezvous(settings)
 
 
-def join_store(settings: LinkSettings, tick: Callable[[], None]) -> dist.TCPStore:
-    """A connection to the run's store, once it is up. LinkError after `connect_timeout`.
+class Rendezvous:
+    """The address book of every run that meets at one address."""
 
-    tick: called again and again while waiting.
-    """
-    # TCPStore's own retries write to stderr and cannot tick: let it connect once something listens.
-    if not _until(lambda: _answers(settings), settings.connect_timeout, tick):
-        raise LinkError(
-            f"no store answered at {settings.address} within {settings.connect_timeout:g} seconds "
-            "(connect_timeout): rank 0 of the student's world hosts it"
-        )
-    with _reached(settings):
-        return dist.TCPStore(
-            settings.host,
-            settings.port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=settings.connect_timeout),
+    def __init__(self, settings: LinkSettings) -> None:
+        self._lock = threading.Lock()
+        self._runs: dict[str, _Run] = {}
+        self._listener = Listener(
+            listen(settings.host, settings.port), settings.shared_secret(), self._answer
         )
 
+    def close(self) -> None:
+        """Idempotent. Links that stand do not notice; a lost teacher could not come back."""
+        self._listener.close()
 
-class Meeting:
-    """One rank's view of the handshake of the run `settings.name`."""
-
-    def __init__(
-        self, store: dist.Store, settings: LinkSettings, tick: Callable[[], None] = lambda: None
-    ) -> None:
-        self._store = dist.PrefixStore(settings.name, store)
-        self._settings = settings
-        self._tick = tick
-
-    def student_states(self, facts: Facts) -> None:
-        with _reached(self._settings):
-            self._store.set("student", facts.text())
-
-    def student_reads(self, data_rank: int, tensor_rank: int) -> tuple[Facts, Facts, Roster, int]:
-        """The student's facts as its first rank stated them, the teacher's, the seats, and the replica that
-        serves `data_rank`. TeacherLost if none comes; HandshakeRefused if the two do not fit."""
-        absent = TeacherLost(f"no teacher came to {self._within()}")
-        _log.info("waiting for a teacher at %s", self._settings.address)
-        replicas = _count(self._read("replicas", absent))
-        student = stated.read(self._read("student", absent), "student")
-        replica = stated.served_by(student, replicas, data_rank)
-        absent = TeacherLost(f"teacher replica {replica} did not come to {self._within()}")
-        text = self._read(f"teacher/{replica}", absent)
-        with _reached(self._settings):
-            self._store.set(f"heard/student/{data_rank}/{tensor_rank}", _AGREED)
-        try:
-            teacher = stated.read(text, "teacher")
-            if reason := stated.refusal(student, teacher, replicas):
-                raise HandshakeRefused(reason)
-        except HandshakeRefused:
-            self._linger([f"heard/teacher/{replica}", *_students_heard(student)])
-            raise
-        return student, teacher, stated.roster(student, teacher, replica), replica
-
-    def teacher_states_and_reads(self, facts: Facts, replica: int) -> Facts:
-        """Called by the replica's rank 0 only: the student's facts, or StudentLost or HandshakeRefused."""
-        with _reached(self._settings):
-            if self._store.add(f"teacher/{replica}/claims", 1) > 1:
-                raise HandshakeRefused(
-                    f"the link is refused: run {self._settings.name!r} has had a teacher replica {replica}"
-                )
-            replicas = _count(self._store.compare_set("replicas", "", str(facts.copies)))
-            self._store.set(f"teacher/{replica}", facts.text())
-        student = self._read("student", StudentLost(f"no student stated its facts at {self._within()}"))
-        with _reached(self._settings):
-            self._store.set(f"heard/teacher/{replica}", _AGREED)
-        student = stated.read(student, "student")
-        if reason := stated.refusal(student, facts, replicas):
-            raise HandshakeRefused(reason)
-        return student
-
-    def take_seat(self, roster: Roster, replica: int, rank: int, complaint: str | None) -> Channel:
-        """Forms the replica's group; if any rank has a complaint, all raise HandshakeRefused with it."""
-        with _reached(self._settings):
-            if self._store.add(f"seat/{replica}/{rank}/claims", 1) > 1:
-                complaint = f"two ranks connected as {roster.describe(rank)} of run {self._settings.name!r}"
-            self._store.set(f"seat/{replica}/{rank}", complaint or _AGREED)
-        seats = {f"seat/{replica}/{other}": other for other in range(roster.size)}
-        self._wait_for_seats(roster, rank, seats)
-        with _reached(self._settings):
-            answers = [self._store.get(key).decode() for key in seats]
-            self._store.set(f"seat/{replica}/{rank}/heard", _AGREED)
-        refused = [answer for answer in answers if answer != _AGREED]
-        if refused:
-            if rank in roster.students:
-                self._linger([f"{key}/heard" for key in seats])
-            raise HandshakeRefused(f"the link is refused: {refused[0]}")
-        return self._form(roster, replica, rank)
-
-    def _wait_for_seats(self, roster: Roster, rank: int, seats: dict[str, int]) -> None:
-        if self._wait(seats, self._settings.connect_timeout):
-            return
-        with _reached(self._settings):
-            missing = [other for key, other in seats.items() if not self._store.check([key])]
-        lost = TeacherLost if rank in roster.students else StudentLost
-        raise lost(f"{roster.describe(missing[0]) if missing else 'a rank'} did not come to {self._within()}")
-
-    def _form(self, roster: Roster, replica: int, rank: int) -> Channel:
-        store = dist.PrefixStore(f"group/{replica}", self._store)
-        host, seconds = local_host(self._settings), self._settings.connect_timeout
-        try:
-            return Channel(store, rank, roster.size, host, seconds)
-        except RuntimeError as error:
-            raise LinkError(f"the link's group could not be formed from {host}: {error}") from error
-
-    def _read(self, key: str, absent: LinkError) -> bytes:
-        if not self._wait([key], self._settings.connect_timeout):
-            raise absent
-        with _reached(self._settings):
-            return self._store.get(key)
-
-    def _wait(self, keys: Iterable[str], seconds: float) -> bool:
-        """Whether all keys are there within that time. Polls: a wait inside the store could not tick."""
-        keys = list(keys)
-        with _reached(self._settings):
-            return _until(lambda: self._store.check(keys), seconds, self._tick)
-
-    def _linger(self, keys: Iterable[str]) -> None:
-        """Gives the others time to read why they are refused, before this job ends and the store with it."""
-        try:
-            self._wait(keys, min(_LINGER, self._settings.connect_timeout))
-        except LinkError:
-            pass  # the store is gone already; the refusal is the better message
-
-    def _within(self) -> str:
-        return f"{self._settings.address} within {self._settings.connect_timeout:g} seconds (connect_timeout)"
+    def _answer(self, hello: dict) -> tuple[Reply, None]:
+        with self._lock:
+            name = hello.get("run")
+            if not isinstance(name, str):
+                return _refused("the link is refused: a greeting names no run"), None
+            run = self._runs.setdefault(name, _Run())
+            try:
+                if hello.get("role") == "student":
+                    return run.student(hello), None
+                if hello.get("role") == "teacher":
+                    return run.teacher(hello), None
+                return _refused("the link is refused: a greeting names no role"), None
+            except HandshakeRefused as error:
+                return _refused(str(error)), None
+            except (KeyError, TypeError, ValueError) as error:
+                return _refused(f"the link is refused: a greeting cannot be read ({error})"), None
 
 
-def local_host(settings: LinkSettings) -> str:
-    """The local address from which the store is reached: where this rank's own sockets bind.
+class _Run:
+    """What is known of one run."""
 
-    On a machine with several networks it is the one the jobs share, and on 127.0.0.1 it is 127.0.0.1.
+    def __init__(self) -> None:
+        self._facts: Facts | None = None  # the student's
+        self._complaint: str | None = None
+        self._students: dict[Place, Address] = {}
+        self._replicas = 0
+        self._epochs: dict[int, int] = {}
+        self._refusals: dict[int, str] = {}
+
+    def student(self, hello: dict) -> Reply:
+        place = Place(*(int(rank) for rank in hello["place"]))
+        address = (str(hello["address"][0]), int(hello["address"][1]))
+        facts = stated.read(hello["facts"], "student")
+        if self._facts is None:
+            self._facts = facts
+        if facts != self._facts:
+            self._complaint = f"the link is refused: {place} states {facts}, the first rank {self._facts}"
+        if self._students.setdefault(place, address) != address:
+            self._complaint = f"the link is refused: two ranks connected as {place}"
+        if self._complaint:
+            return _refused(self._complaint)
+        if refusal := self._refusal_for(place):
+            return _refused(refusal)
+        reply = {"state": "waiting", "replicas": self._replicas, "came": sorted(self._epochs)}
+        own = places([place.data], self._facts.context_size, self._facts.tensor_size)
+        if all(other in self._students for other in own):
+            reply |= {"state": "ready", "asker": self._students[own[0]]}
+        return reply
+
+    def teacher(self, hello: dict) -> Reply:
+        replica, protocol = int(hello["replica"]), hello["protocol"]
+        facts = stated.read({**hello["facts"], "protocol": protocol}, "teacher")
+        self._replicas = self._replicas or facts.copies
+        if self._complaint:
+            return _refused(self._complaint)
+        if self._facts is None:
+            return _WAITING
+        if reason := stated.refusal(self._facts, facts, self._replicas):
+            self._refusals[replica] = reason
+            return _refused(reason)
+        self._refusals.pop(replica, None)
+        wanted = self._facts.places(replica, self._replicas)
+        if not all(place in self._students for place in wanted):
+            return _WAITING
+        self._epochs[replica] = self._epochs.get(replica, 0) + 1
+        return {
+            "state": "ready",
+            "epoch": self._epochs[replica],
+            "facts": self._facts.plain(),
+            "addresses": [self._students[place] for place in wanted],
+        }
+
+    def _refusal_for(self, place: Place) -> str | None:
+        if not self._refusals or self._facts is None:
+            return None
+        if self._replicas > self._facts.copies:
+            return next(iter(self._refusals.values()))
+        for replica, reason in self._refusals.items():
+            if place.data in students_of(replica, self._facts.copies, self._replicas):
+                return reason
+        return None
+
+
+def ask(settings: LinkSettings, hello: dict) -> Reply:
+    """One question to the rendezvous. ConnectionError if it is not there, HandshakeRefused with its reason."""
+    address = (settings.host, settings.port)
+    connection, reply = dial(address, settings.shared_secret(), {"run": settings.name, **hello})
+    connection.close()
+    if reply.get("state") == "refused":
+        raise HandshakeRefused(str(reply.get("reason")))
+    return reply
+
+
+def ask_until(
+    settings: LinkSettings,
+    hello: dict,
+    ready: Callable[[Reply], bool],
+    seconds: float,
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[Reply | None, bool]:
+    """Asks again and again. The reply that is ready, or None; and whether the rendezvous answered the last time.
+
+    tick: called between two questions.
     """
-    with _resolved(settings) as (family, _, _, _, address):
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # of a datagram socket: picks a route, sends nothing
-            return probe.getsockname()[0]
-
-
-def _count(text: bytes) -> int:
-    if not (text.isdigit() and 0 < len(text) < 10 and int(text)):
-        raise HandshakeRefused("the link is refused: the number of teacher replicas cannot be read")
-    return int(text)
-
-
-def _students_heard(student: Facts) -> Iterator[str]:
-    for data_rank in range(student.copies):
-        for tensor_rank in range(student.tensor_size):
-            yield f"heard/student/{data_rank}/{tensor_rank}"
-
-
-def _listen(settings: LinkSettings) -> socket.socket:
-    with _resolved(settings) as (family, kind, _, _, address):
-        if address[0].startswith("127.0.1."):  # what Debian's /etc/hosts makes of the machine's own name
-            _log.warning(
-                "%s is %s here, which no other machine reaches: give an IP address", settings.host, address[0]
-            )
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as a restarted run needs
+    answered, deadline, pause = False, time.monotonic() + seconds, 0.02
+    while True:
         try:
-            listener.bind(address)
-            listener.listen(1024)
-        except OSError as error:
-            listener.close()
-            raise LinkError(
-                f"the store cannot listen at {settings.address}, which must be a free port on an address "
-                f"of the machine of the student's rank 0: {error.strerror}"
-            ) from error
-        return listener
-
-
-def _answers(settings: LinkSettings) -> bool:
-    try:
-        socket.create_connection((settings.host, settings.port), timeout=1.0).close()
-        return True
-    except OSError:
-        return False
-
-
-def _until(condition: Callable[[], bool], seconds: float, tick: Callable[[], None]) -> bool:
-    """Whether it came true within that time; asked after 10 ms at first, later 4 times a second."""
-    deadline = time.monotonic() + seconds
-    pause = 0.01
-    while not condition():
+            reply = ask(settings, hello)
+            answered = True
+            if ready(reply):
+                return reply, True
+        except ConnectionError as error:
+            _log.debug("the rendezvous does not answer: %s", error)
+            answered = False
         if time.monotonic() > deadline:
-            return False
+            return None, answered
         tick()
         time.sleep(pause)
         pause = min(2 * pause, 0.25)
-    return True
 
 
-@contextmanager
-def _resolved(settings: LinkSettings) -> Iterator[tuple]:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens on the host's interface; LinkError with the reason if that cannot be."""
+    family, kind, _, _, address = _resolved(host, port)
+    if address[0].startswith("127.0.1."):  # what Debian's /etc/hosts makes of the machine's own name
+        _log.warning("%s is %s here, which no other machine reaches: give an IP address", host, address[0])
+    listener = socket.socket(family, kind)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as a restarted run needs
     try:
-        yield socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
         raise LinkError(
-            f"the host in address {settings.address!r} cannot be resolved: {error.strerror}"
+            f"{host}:{port} cannot be listened at, which must be a free port on an address of this machine: "
+            f"{error.strerror}"
         ) from error
+    return listener
 
 
-@contextmanager
-def _reached(settings: LinkSettings) -> Iterator[None]:
+def local_host(settings: LinkSettings) -> str:
+    """The IP address that this rank listens on: of `settings.interface`, or of the one that routes to the address."""
+    if settings.interface is not None:
+        return _interface_address(settings.interface)
+    family, _, _, _, address = _resolved(settings.host, settings.port)
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # of a datagram socket: picks a route, sends nothing
+        return probe.getsockname()[0]
+
+
+def _interface_address(interface: str) -> str:
+    with suppress(OSError):
+        socket.getaddrinfo(interface, 0, flags=socket.AI_NUMERICHOST)
+        return interface
+    import fcntl
+    import struct
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            request = struct.pack("256s", interface.encode()[:15])
+            answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
+        except OSError:
+            known = ", ".join(name for _, name in socket.if_nameindex())
+            raise LinkError(
+                f"interface must be an IP address or one of {known} with an IPv4 address, got {interface!r}"
+            ) from None
+    return socket.inet_ntoa(answer[20:24])
+
+
+def _resolved(host: str, port: int) -> tuple:
     try:
-        yield
-    except LinkError:
-        raise
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise LinkError(f"the store at {settings.address} cannot be reached any longer: {reason}") from error
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise LinkError(f"the host {host!r} cannot be resolved: {error.strerror}") from error
+
+
+def _refused(reason: str) -> Reply:
+    return {"state": "refused", "reason": reason}

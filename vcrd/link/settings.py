@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from .payload import payload_named
 
@@ -11,45 +12,56 @@ from .payload import payload_named
 class LinkSettings:
     """How a teacher job and a student job find each other, and what travels between them.
 
-    address: "host:port" where rank 0 of the student's world hosts the store ("[::1]:port" for IPv6). The
-        store listens on that host's interface only, and each rank binds its sockets to the local interface
-        that routes there.
-    payload: "float16" (of the distance from the row's maximum), "logits_8bit" (one byte of its square root) or
-        "float32" (bit-exact).
+    address: "host:port" where rank 0 of the student's world hosts the rendezvous ("[::1]:port" for IPv6). It
+        listens on that host's interface only.
+    interface: the name ("ib0") or the IP address of the interface that each student rank listens on. None: the one
+        that routes to `address`. May differ by rank; the teacher's is not read.
+    payload: "float16" (of the distance from the row's maximum), "logits_8bit" (one byte of its square root),
+        "float32" (bit-exact), "topk" (the most probable tokens and the exact mass of the rest) or "hidden" (the
+        teacher's last hidden states; the student holds the teacher's output layer).
+    top_k: tokens per position that "topk" carries.
     credits: micro-batches that the teacher may hold or have answered ahead of the one in use, per student
         replica. Bounds memory on both sides. The student's setting counts.
-    timeout: seconds without an answer to an outstanding request (student), or without an answer being taken
-        (teacher), after which the other side counts as lost. Idle time is never counted.
+    timeout: seconds without a sign of life while an answer is waited for (student), or without an answer being
+        taken (teacher), after which the other side counts as lost. Idle time is never counted.
     connect_timeout: seconds to wait for the other job when connecting.
-    name: name of the run; two links on one store need two names.
+    rejoin_timeout: seconds to wait for a lost teacher (student) or a lost student (teacher) to come back.
+    name: name of the run; two links at one address need two names.
     max_tokens: tokens in the largest micro-batch, b times s; a header that says more is refused before
         anything is allocated.
+    secret: when set, only who knows it can join. secret_file: where to read it from; its owner alone should be
+        able to.
     """
 
     address: str = "127.0.0.1:29600"
+    interface: str | None = None
     payload: str = "float16"
+    top_k: int = 64
     credits: int = 2
     timeout: float = 600.0
     connect_timeout: float = 600.0
+    rejoin_timeout: float = 600.0
     name: str = "vcrd"
     max_tokens: int = 1 << 20
+    secret: str = field(default="", repr=False)
+    secret_file: str | None = None
 
     def __post_init__(self) -> None:
         host, colon, port = self.address.rpartition(":")
         if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
             raise ValueError(f"address must be 'host:port' with a port from 1 to 65535, got {self.address!r}")
         payload_named(self.payload)
-        for field in ("credits", "max_tokens"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} must be an integer of at least 1, got {value!r}")
-        for field in ("timeout", "connect_timeout"):
-            if not 0 < getattr(self, field) < float("inf"):
-                raise ValueError(
-                    f"{field} must be a positive number of seconds, got {getattr(self, field)!r}"
-                )
+        for name in ("credits", "max_tokens", "top_k"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name in ("timeout", "connect_timeout", "rejoin_timeout"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)!r}")
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be a non-empty text without '/', got {self.name!r}")
+        if self.secret and self.secret_file:
+            raise ValueError("secret_file must be None where secret is given, got both")
 
     @property
     def host(self) -> str:
@@ -58,3 +70,15 @@ class LinkSettings:
     @property
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
+
+    def shared_secret(self) -> str:
+        """The secret, from its file where one is named; ValueError if that cannot be read or is empty."""
+        if self.secret_file is None:
+            return self.secret
+        try:
+            text = Path(self.secret_file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"secret_file must be readable, got {self.secret_file!r}: {error}") from None
+        if not text:
+            raise ValueError(f"secret_file must hold a secret, got an empty file {self.secret_file!r}")
+        return text

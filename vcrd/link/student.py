@@ -1,4 +1,4 @@
-"""The student's end of the link: asks ahead, receives its own vocabulary columns of the teacher's logits."""
+"""The student's end of the link: asks ahead, receives its own part of the teacher's answers, outlives a teacher."""
 
 from __future__ import annotations
 
@@ -6,24 +6,48 @@ import logging
 import threading
 import time
 import weakref
-from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .channel import Channel, Tag
-from .errors import TeacherLost
-from .facts import Facts
+from .errors import HandshakeRefused, LinkError, TeacherLost
+from .facts import Facts, served_by
 from .header import Header, Kind
 from .inbox import Inbox
-from .payload import payload_named
-from .plan import Roster, responses
-from .rendezvous import Meeting, join_store
+from .membership import Membership
+from .plan import Place, check_boundaries
+from .rendezvous import ask, ask_until, listen, local_host
 from .settings import LinkSettings
+from .staging import Upload
+from .wire import dial
 
 _log = logging.getLogger("vcrd")
 _PARTING = 10.0  # seconds that close() gives the goodbyes
+_SAY_AGAIN = 30.0  # seconds between two log lines while a teacher is waited for
+_LOOK = 0.5  # seconds between two questions for a refusal, while the first teacher is waited for
+
+
+class TopK(NamedTuple):
+    """The k most probable tokens at each position: natural log-probabilities [s, b, k] float32, tokens [s, b, k] int32,
+    and the log of the mass of all others [s, b] float32. The same on every tensor rank."""
+
+    logprobs: Tensor
+    ids: Tensor
+    log_tail: Tensor
+
+
+class Hidden(NamedTuple):
+    """The teacher's last hidden states [s, b, size], and this rank's rows of its output layer [columns.width, size].
+
+    The teacher's logits are scale * states @ weight.T, then softcap * tanh(logits / softcap) unless softcap is 0.
+    """
+
+    states: Tensor
+    weight: Tensor
+    scale: float
+    softcap: float
 
 
 class StudentLink:
@@ -32,44 +56,32 @@ class StudentLink:
     columns: the true vocabulary columns that `receive` returns. waited: seconds spent waiting in `receive`.
     """
 
-    def __init__(
-        self,
-        settings: LinkSettings,
-        facts: Facts,
-        teacher: Facts,
-        roster: Roster,
-        channel: Channel,
-        seat: tuple[int, int],
-        store: dist.Store,
-        device: torch.device,
-    ) -> None:
-        data_rank, self._tensor_rank = seat
-        self.columns = facts.shards()[self._tensor_rank]
+    def __init__(self, settings: LinkSettings, facts: Facts, place: Place, device: torch.device) -> None:
+        self.columns = facts.shards()[place.tensor]
         self.waited = 0.0
         self._settings = settings
         self._facts = facts
-        self._roster = roster
-        self._channel = channel
-        self._store = store  # the host's store lives as long as someone holds it
+        self._place = place
         self._device = device
-        pieces = [p for p in responses(teacher.shards(), facts.shards()) if p.receiver == self._tensor_rank]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._head: Tensor | None = None  # the output layer on the device
+        self._changed = threading.Condition()
         self._inbox = Inbox(
-            channel,
-            roster,
-            self.columns,
-            pieces,
-            payload_named(settings.payload),
-            facts.sequence_length,
-            settings.max_tokens,
+            self.columns, facts.context_size, facts.sequence_length, settings.max_tokens, self._changed
         )
         self._asking = threading.Lock()  # a loader thread may ask while the training loop receives
         self._asked = 0  # by request()
-        self._sent = 0  # of these, those that went out
+        self._sent = 0  # of these, those that went out to this epoch's teacher
+        self._epoch = 0
         self._given = 0  # by receive()
-        self._queue: deque[Tensor] = deque()
-        self._on_their_way: deque[tuple[int, dist.Work, dist.Work]] = deque()
+        self._requests: dict[int, tuple[Tensor, Tensor]] = {}  # what might have to be asked for (again)
+        sock = listen(local_host(settings), 0)
+        me = weakref.WeakMethod(self._send_what_credits_allow)
+        self._members = Membership(
+            settings, facts, place, sock, self._inbox, self._changed, lambda: (me() or (lambda: None))()
+        )
         # A forgotten link must not leave threads behind that would run into the interpreter's end.
-        self._finalizer = weakref.finalize(self, self._inbox.drop)
+        self._finalizer = weakref.finalize(self, self._members.drop)
 
     @classmethod
     def connect(
@@ -83,104 +95,229 @@ class StudentLink:
         tensor_size: int,
         data_rank: int,
         data_size: int,
-        store: dist.Store | None = None,
+        context_rank: int = 0,
+        context_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> StudentLink:
         """Joins the teacher; every rank of the student's last pipeline stage calls it, and blocks until it is
-        there.
+        there. Rank 0 of the student's world has called `host_rendezvous` before, or is about to.
 
         vocab_size: true columns. padded_vocab_size: the student's, divided evenly over tensor_size.
-        sequence_length: the longest that will be asked for. store: what `host_store` returned, on the rank
-        that called it; None connects to `settings.address`. device: where `receive` puts its result. Raises
-        TeacherLost or LinkError after `connect_timeout`, HandshakeRefused when the jobs do not fit.
+        sequence_length: the longest that will be asked for, before any split over context_size. data_rank: without
+        context parallelism. device: where `receive` puts its result. Raises TeacherLost or LinkError after
+        `connect_timeout`, HandshakeRefused when the jobs do not fit.
         """
-        if not 0 <= tensor_rank < tensor_size:
-            raise ValueError(f"tensor_rank must be in [0, {tensor_size}), got {tensor_rank}")
-        if not 0 <= data_rank < data_size:
-            raise ValueError(f"data_rank must be in [0, {data_size}), got {data_rank}")
-        own = Facts(
+        for name, rank, size in (
+            ("tensor", tensor_rank, tensor_size),
+            ("data", data_rank, data_size),
+            ("context", context_rank, context_size),
+        ):
+            if not 0 <= rank < size:
+                raise ValueError(f"{name}_rank must be in [0, {size}), got {rank}")
+        facts = Facts.of(
+            settings,
             vocab_size=vocab_size,
             sequence_length=sequence_length,
-            payload=settings.payload,
-            max_tokens=settings.max_tokens,
             padded_vocab_size=padded_vocab_size,
             tensor_size=tensor_size,
             copies=data_size,
+            context_size=context_size,
             credits=settings.credits,
         )
-        own.shards()  # raises ValueError for a layout that cannot be
-        if store is None:
-            store = join_store(settings, tick=lambda: None)
-        meeting = Meeting(store, settings)
-        if data_rank == 0 and tensor_rank == 0:
-            meeting.student_states(own)
-        facts, teacher, roster, replica = meeting.student_reads(data_rank, tensor_rank)
-        rank = roster.student(data_rank, tensor_rank)
-        complaint = None if own == facts else f"{roster.describe(rank)} states {own}, the first rank {facts}"
-        channel = meeting.take_seat(roster, replica, rank, complaint)
-        _log.info("%s is linked to teacher replica %d", roster.describe(rank), replica)
-        return cls(
-            settings, facts, teacher, roster, channel, (data_rank, tensor_rank), store, torch.device(device)
-        )
+        link = cls(settings, facts, Place(data_rank, context_rank, tensor_rank), torch.device(device))
+        try:
+            link._join()
+        except HandshakeRefused:
+            time.sleep(
+                2 * _LOOK
+            )  # rank 0 takes the rendezvous along, and the others look there for the reason
+            link.close()
+            raise
+        except BaseException:
+            link.close()
+            raise
+        return link
 
     @property
     def bytes_received(self) -> int:
-        """Payload bytes that have arrived so far, headers not counted."""
-        return self._inbox.bytes_received
+        """Bytes that have arrived from the teacher so far: payloads, headers, and its output layer if it sent that."""
+        return self._members.bytes_received
 
-    def request(self, tokens: Tensor) -> int:
-        """Asks for the teacher's logits of tokens [b, s], any integer dtype; on tensor rank 0 only. Never
-        blocks.
+    def request(self, tokens: Tensor, boundaries: Tensor | Sequence[int] = ()) -> int:
+        """Asks for the teacher's answer to tokens [b, s], any integer dtype; on the first rank of a data rank (tensor
+        and context rank 0) only. Never blocks for the teacher.
 
+        tokens: the whole sequences, before any split over context ranks. boundaries: of sequences that are packed into
+        one row (b = 1), their edges from 0 to s, as Megatron's cu_seqlens; no token then sees another sequence's.
         Returns the micro-batch's number, 0, 1, 2 .. It goes out at once if a credit is free, else as soon as
-        `receive` frees one. Raises TeacherLost when the link has ended.
+        `receive` frees one, and again to a teacher that comes after one that was lost.
         """
-        if self._tensor_rank:
+        if not self._place.asks:
             raise ValueError(
-                f"request must be called on tensor rank 0 only, got tensor rank {self._tensor_rank}"
+                f"request must be called on tensor rank 0 and context rank 0 only, got {self._place}"
             )
-        self._check_tokens(tokens)
-        self._inbox.check()
+        edges = torch.as_tensor(boundaries, dtype=torch.int32).flatten().cpu()
+        self._check_tokens(tokens, edges)
+        if self._members.failure:
+            raise self._members.failure
         # A copy even of what is int32 on the CPU already: the caller may reuse its buffer.
         tokens = tokens.detach().to("cpu", torch.int32, copy=True).contiguous()
         with self._asking:
             number = self._asked
+            self._requests[number] = (tokens, edges.clone())
             self._asked += 1
-            self._queue.append(tokens)
-            self._send_what_credits_allow()
+        self._send_what_credits_allow()
         return number
 
-    def receive(self, number: int) -> Tensor:
-        """The teacher's logits [s, b, columns.width] of micro-batch `number`, each row up to a shift.
+    def receive(self, number: int) -> Tensor | TopK | Hidden:
+        """The teacher's answer to micro-batch `number`, for this rank's positions and columns.
 
-        float16 or float32, or uint8 codes for the loss to decode, as the payload. Called on every rank, for
-        0, 1, 2 .. in this order. Raises TeacherLost when the teacher is gone or has not answered after `timeout`
-        seconds in here.
+        Logits [s / context_size, b, columns.width], each row up to a shift: float16 or float32, or uint8 codes for the
+        loss to decode, as the payload; or `TopK` or `Hidden`. Called on every rank, for 0, 1, 2 .. in this order.
+        Positions are in the order in which Megatron's context parallelism holds them (`plan.context_rows`).
+
+        A teacher that is lost, or gives no sign of life for `timeout` seconds in here, is waited for; TeacherLost when
+        none came back within `rejoin_timeout` seconds in here.
         """
         if number != self._given:
             raise ValueError(f"number must be the next one, {self._given}, got {number}")
-        if self._tensor_rank == 0 and number >= self._asked:
+        if self._place.asks and number >= self._asked:
             raise ValueError(f"number must have been asked for, below {self._asked}, got {number}")
         begun = time.perf_counter()
         try:
-            logits = self._inbox.take(number, self._settings.timeout).to(self._device)
+            tensors = self._wait_for(number)
         finally:
             self.waited += time.perf_counter() - begun
         with self._asking:
             self._given += 1
-            self._send_what_credits_allow()
-        return logits
+        self._send_what_credits_allow()
+        return self._formed(Upload(tensors, self._device, self._stream).ready())
 
     def close(self) -> None:
-        """Parts from the teacher, or drops a link that failed. Idempotent; 10 seconds at the very most."""
+        """Parts from the teacher, or drops a link that failed. Idempotent; some 10 seconds at the very most."""
         if self._finalizer.detach() is None:
             return
-        self._inbox.finish(min(_PARTING, self._settings.timeout))
-        self._queue.clear()
-        self._on_their_way.clear()
-        self._store = None
+        if self._members.failure:
+            self._members.drop()
+        else:
+            self._members.part(min(_PARTING, self._settings.timeout))
+        self._requests.clear()
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def _join(self) -> None:
+        deadline = time.monotonic() + self._settings.connect_timeout
+        place = [self._place.data, self._place.context, self._place.tensor]
+        hello = {
+            "role": "student",
+            "place": place,
+            "address": self._members.address,
+            "facts": self._facts.plain(),
+        }
+        reply, _ = ask_until(
+            self._settings, hello, lambda r: r["state"] == "ready", self._settings.connect_timeout
+        )
+        if reply is None:
+            raise LinkError(
+                f"the student's ranks did not all meet {self._within()}: rank 0 of its world hosts the rendezvous"
+            )
+        if not self._place.asks:
+            self._join_asker(tuple(reply["asker"]))
+        if self._place.asks:
+            _log.info("waiting for a teacher at %s", self._settings.address)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._members.linked or self._members.failure, _LOOK)
+                if self._members.failure:
+                    raise self._members.failure
+                if self._members.linked:
+                    break
+            if time.monotonic() > deadline:
+                raise TeacherLost(self._nobody_came(reply))
+            try:
+                reply = ask(self._settings, hello)
+            except ConnectionError:
+                pass  # the next question may be answered
+        _log.info("%s is linked to teacher replica %d", self._place, self._members.replica)
+
+    def _join_asker(self, address: tuple) -> None:
+        asker = Place(self._place.data, 0, 0)
+        place = [self._place.data, self._place.context, self._place.tensor]
+        hello = {"run": self._settings.name, "role": "sibling", "place": place}
+        try:
+            connection, reply = dial(address, self._settings.shared_secret(), hello)
+        except ConnectionError as error:
+            raise LinkError(f"{asker} cannot be reached: {error}") from None
+        if reply.get("state") != "welcome":
+            connection.close()
+            raise HandshakeRefused(f"the link is refused: {reply.get('reason')}")
+        self._members.join_asker(connection, asker)
+
+    def _nobody_came(self, reply: dict) -> str:
+        replicas, came = reply.get("replicas", 0), reply.get("came", [])
+        if not replicas:
+            return f"no teacher came {self._within()}"
+        replica = served_by(self._facts, replicas, self._place.data)
+        how = "did not join" if replica in came else "did not come"
+        return f"teacher replica {replica} {how} {self._within()}"
+
+    def _within(self) -> str:
+        return (
+            f"to {self._settings.address} within {self._settings.connect_timeout:g} seconds (connect_timeout)"
+        )
+
+    def _wait_for(self, number: int) -> list[Tensor]:
+        begun = said = time.monotonic()
+        while True:
+            with self._changed:
+                session = self._members.session
+                tensors = self._inbox.take(number) if self._members.head_is_here else None
+                if tensors is not None:
+                    return tensors
+                if self._members.failure:
+                    raise self._members.failure
+                now = time.monotonic()
+                if session is None:
+                    left = max(begun, self._members.lost_at) + self._settings.rejoin_timeout - now
+                else:
+                    left = max(begun, session.heard) + self._settings.timeout - now
+                if left > 0:
+                    self._changed.wait(min(left, 1.0))
+            if left <= 0:
+                self._give_up(session, number)
+            elif session is None and now > said:
+                self._say_for_whom(left)
+                said = now + _SAY_AGAIN
+
+    def _give_up(self, session, number: int) -> None:
+        """Time is over: a teacher that gave no sign of life is lost; one that was lost does not come back."""
+        if session is not None:
+            seconds = self._settings.timeout
+            self._members.lose(
+                session.epoch, f"it did not answer micro-batch {number} within {seconds:g} seconds"
+            )
+            return
+        error = TeacherLost(
+            f"teacher replica {self._members.replica} is lost ({self._members.lost_because}), and none came back "
+            f"within {self._settings.rejoin_timeout:g} seconds (rejoin_timeout)"
+        )
+        self._members.fail(error)
+        raise error
+
+    def _say_for_whom(self, left: float) -> None:
+        level = logging.WARNING if self._place.asks else logging.DEBUG
+        replica, reason = self._members.replica, self._members.lost_because
+        _log.log(level, "waiting up to %.0f s for teacher replica %s, lost because %s", left, replica, reason)
+
+    def _formed(self, tensors: list[Tensor]) -> Tensor | TopK | Hidden:
+        if self._settings.payload == "topk":
+            return TopK(*tensors)
+        if self._settings.payload != "hidden":
+            return tensors[0]
+        head = self._members.teacher_head
+        if self._head is None:
+            self._head = self._members.head.weight.to(self._device)
+        return Hidden(tensors[0], self._head, head.scale, head.softcap)
+
+    def _check_tokens(self, tokens: Tensor, boundaries: Tensor) -> None:
         if (
             tokens.dim() != 2
             or tokens.dtype.is_floating_point
@@ -199,23 +336,40 @@ class StudentLink:
         low, high = (int(edge) for edge in tokens.aminmax())
         if low < 0 or high >= self._facts.vocab_size:
             raise ValueError(f"tokens must be in [0, {self._facts.vocab_size}), got {low} to {high}")
+        if len(boundaries) and batch > 1:
+            raise ValueError(f"boundaries must come with one row of packed sequences, got {batch} rows")
+        if len(boundaries) > sequence + 1:
+            raise ValueError(f"boundaries must be at most {sequence + 1}, got {len(boundaries)}")
+        check_boundaries(sequence, boundaries.tolist(), self._facts.context_size)
 
     def _send_what_credits_allow(self) -> None:
-        while self._on_their_way and self._on_their_way[0][0] < self._given:
-            self._on_their_way.popleft()  # answered, so long since sent
-        try:
-            while self._queue and self._sent - self._given < self._facts.credits:
-                self._send(self._queue.popleft())
-        except ConnectionError:
-            # Not raised from here: receive() has an answer to give first.
-            self._inbox.fail(
-                TeacherLost(f"{self._roster.describe(self._roster.intake)} closed its connection")
-            )
+        """Sends what the credits let out: asked for, and not yet complete on every rank and given out here."""
+        with self._asking:
+            session, settled = self._members.session, self._members.settled
+            for number in [n for n in self._requests if n < settled]:
+                del self._requests[number]
+            if session is None or not session.ready:
+                return
+            if session.epoch != self._epoch:
+                self._epoch, self._sent = session.epoch, settled
+            try:
+                while (
+                    self._sent < self._asked and self._sent - min(self._given, settled) < self._facts.credits
+                ):
+                    self._send(session, self._sent)
+                    self._sent += 1
+                return
+            except (ConnectionError, TimeoutError):
+                pass
+        self._members.lose(
+            session.epoch, f"the first rank of teacher replica {self._members.replica} closed its connection"
+        )
 
-    def _send(self, tokens: Tensor) -> None:
+    def _send(self, session, number: int) -> None:
+        tokens, boundaries = self._requests[number]
         batch, sequence = tokens.shape
-        number, intake = self._sent, self._roster.intake
-        self._sent += 1
         self._inbox.expect(number, (sequence, batch))
-        head = self._channel.post_header(Header(Kind.REQUEST, number, sequence, batch), intake)
-        self._on_their_way.append((number, head, self._channel.post(tokens, intake, Tag.TOKENS)))
+        header = Header(
+            Kind.REQUEST, number=number, sequence=sequence, batch=batch, boundaries=len(boundaries)
+        )
+        session.intake.send(header, tokens, boundaries, seconds=self._settings.timeout)

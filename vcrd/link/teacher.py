@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import facts as stated
-from .channel import Channel, Tag
 from .crew import KEEPALIVE, Crew, Outcome, outcome_of
-from .delivery import Delivery
 from .errors import LinkError, StudentLost
-from .facts import Facts
+from .facts import Facts, Head
 from .header import Header, Kind
-from .intake import Intake, Request
-from .payload import encode, payload_named, row_max
-from .plan import Roster, responses
-from .rendezvous import Meeting, join_store
+from .intake import Request
+from .payload import STATE_DTYPES, encode, payload_named, row_max
+from .plan import context_rows
+from .service import Service, join
 from .settings import LinkSettings
+from .staging import Staged
+from .topk import top_k_of
 
 _log = logging.getLogger("vcrd")
 _PARTING = 10.0  # seconds that close() gives the goodbyes
@@ -30,47 +29,36 @@ _IDLE, _BATCH, _DONE = range(3)  # what rank 0 says to the others
 
 
 class TeacherLink:
-    """One rank of a teacher replica. The ranks of its last stage, and its rank 0, have a seat in the link's
-    group; all ranks of the replica stay in step over `group`, their own.
+    """One rank of a teacher replica. All ranks of the replica stay in step over `group`, their own; its rank 0 takes in
+    the requests, and the ranks of its last stage answer.
 
-    A link that fails raises in `next_batch`, on every rank of the replica alike: one rank that raised alone
-    would leave the others in a collective.
+    A lost student is waited for, inside `next_batch`, and its requests are forgotten: it asks again. A replica that
+    loses one of its own ranks is lost as a whole and raises LinkError, on every rank alike.
     """
 
     def __init__(
         self,
         settings: LinkSettings,
         facts: Facts,
-        student: Facts,
-        roster: Roster,
         crew: Crew,
-        channel: Channel | None,
-        tensor_rank: int,
-        is_last_stage: bool,
+        replica: int,
+        tensor_rank: int | None,
         tensor_group: dist.ProcessGroup | None,
-        store: dist.Store | None,
+        head_weight: Tensor | None,
     ) -> None:
+        self._settings = settings
         self._facts = facts
-        self._roster = roster
         self._crew = crew
-        self._channel = channel
-        self._payload = payload_named(settings.payload)
-        self._parting = min(_PARTING, settings.timeout)
-        self._width = facts.padded_vocab_size // facts.tensor_size
-        self._shard = facts.shards()[tensor_rank]
-        self._pieces = [p for p in responses(facts.shards(), student.shards()) if p.sender == tensor_rank]
+        self._replica = replica
+        self._tensor_rank = tensor_rank  # None before the last stage
         self._tensor_group = tensor_group
-        self._store = store
-        self._intake: Intake | None = None
-        self._delivery: Delivery | None = None
-        if channel:
-            self._intake = Intake(
-                channel, roster, facts.vocab_size, facts.sequence_length, facts.max_tokens, student.credits
-            )
-            # A forgotten link must not leave threads behind that would run into the interpreter's end.
-            self._finalizer = weakref.finalize(self, self._intake.drop)
-        if channel and is_last_stage:
-            self._delivery = Delivery(channel, roster, self._intake, settings.timeout)
+        self._payload = facts.content()
+        self._head_weight = head_weight
+        self._shard = facts.shards()[tensor_rank or 0]
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._services: list[Service] = []  # the one that stands, if any: what a forgotten link has to end
+        # A forgotten link must not leave threads behind that would run into the interpreter's end.
+        self._finalizer = weakref.finalize(self, _end_all, self._services)
 
     @classmethod
     def connect(
@@ -87,139 +75,236 @@ class TeacherLink:
         is_last_stage: bool,
         group: dist.ProcessGroup | None,
         tensor_group: dist.ProcessGroup | None,
+        head: Head | None = None,
+        head_weight: Tensor | None = None,
     ) -> TeacherLink:
         """Joins the student job; every rank of the replica calls it, and blocks until the students are there.
 
         vocab_size: true columns. padded_vocab_size: the teacher's, divided evenly over tensor_size.
         group: all ranks of this replica, any backend; None when this rank is all of it. Its rank 0 takes in
-        the requests. tensor_group: the tensor-parallel group, for the row maximum; None when tensor_size is
-        1. Raises, on every rank alike, StudentLost or LinkError after `connect_timeout`, HandshakeRefused
+        the requests. tensor_group: the tensor-parallel group, for the row maximum and the top k; None when
+        tensor_size is 1. head, head_weight: with the payload "hidden", on the last stage: what the output layer is,
+        and this rank's rows of it, [padded_vocab_size / tensor_size, head.size].
+
+        Raises, on every rank alike, StudentLost or LinkError after `connect_timeout`, HandshakeRefused
         when the jobs do not fit, ValueError when the replica's ranks contradict each other.
         """
-        facts = Facts(
-            vocab_size=vocab_size,
-            sequence_length=sequence_length,
-            payload=settings.payload,
-            max_tokens=settings.max_tokens,
-            padded_vocab_size=padded_vocab_size,
-            tensor_size=tensor_size,
-            copies=replicas,
-        )
-        facts.shards()  # raises ValueError for a layout that cannot be
         if not 0 <= tensor_rank < tensor_size:
             raise ValueError(f"tensor_rank must be in [0, {tensor_size}), got {tensor_rank}")
         if not 0 <= replica < replicas:
             raise ValueError(f"replica must be in [0, {replicas}), got {replica}")
         if is_last_stage and tensor_size > 1 and tensor_group is None:
             raise ValueError(f"tensor_group must be given for tensor_size {tensor_size}, got None")
+        facts = Facts.of(
+            settings,
+            vocab_size=vocab_size,
+            sequence_length=sequence_length,
+            padded_vocab_size=padded_vocab_size,
+            tensor_size=tensor_size,
+            copies=replicas,
+            head=head,
+        )
+        if settings.payload == "hidden" and is_last_stage:
+            head_weight = _checked_head(head, head_weight, padded_vocab_size // tensor_size)
         crew = Crew(group)
         facts = _agreed(crew, facts, replica, tensor_rank if is_last_stage else -1)
-        student, store = _meet(crew, settings, facts, replica)
-        roster = stated.roster(student, facts, replica)
-        rank = roster.sender(tensor_rank) if is_last_stage else roster.intake if crew.leads else None
-        channel, store = _take_seat(crew, settings, roster, replica, rank, store)
-        if crew.leads:
-            _log.info("teacher replica %d is linked to student data ranks %s", replica, roster.data_ranks)
-        return cls(
-            settings, facts, student, roster, crew, channel, tensor_rank, is_last_stage, tensor_group, store
-        )
+        own = tensor_rank if is_last_stage else None
+        link = cls(settings, facts, crew, replica, own, tensor_group, head_weight)
+        link._join("connect_timeout")
+        return link
 
     def next_batch(self, limit: int) -> list[Request] | None:
         """The next 1 to `limit` requests, all of one shape, oldest first; the same list on every rank.
 
-        Waits for as long as the students ask nothing. None once every student rank has said goodbye. Raises
-        StudentLost or LinkError. Collectives over `group`: one all-reduce of 5 int64, about once a second
+        Waits for as long as the students ask nothing, and up to `rejoin_timeout` seconds for a lost student. None
+        once every student rank has said goodbye. Raises StudentLost when no student came back, LinkError when a rank
+        of this replica is lost. Collectives over `group`: one all-reduce of 6 int64, about once a second
         while waiting, and one broadcast per batch.
         """
         if limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
         while True:
-            requests = self._intake.take(limit, KEEPALIVE) if self._crew.leads else []
-            failure = self._intake.failure if self._intake else None
-            failed, kind, *shape = self._crew.agree([failure is not None, *_command(requests)])
-            if failed:
-                self._crew.conclude(outcome_of(failure) if failure else Outcome.DONE, str(failure or ""))
+            service = self._services[0]
+            requests, done = service.take(limit, KEEPALIVE) if self._crew.leads else ([], False)
+            failure = service.failure
+            failed, kind, *shape = self._crew.agree([failure is not None, *_command(requests, done)])
             if kind == _DONE:
                 return None
-            if kind == _BATCH:
+            if failed:
+                self._rejoin(failure)
+            elif kind == _BATCH:
                 return self._spread(requests, *shape)
 
-    def respond(self, request: Request, logits: Tensor) -> None:
-        """Sends logits [s, b, padded_vocab_size / tensor_size], any float dtype, to those who need them.
+    def respond(self, request: Request, output: Tensor) -> None:
+        """Sends the answer, of any float dtype, to those who need it.
 
-        Called on every rank of the last stage, for each request of a batch in order. Encodes at once, sends
-        in the background; blocks while as many responses as may be are under way. A student that is lost is
-        raised by `next_batch`, not here. Collectives over `tensor_group`: one all-reduce for the
-        payloads that are relative to the row's maximum.
+        output: logits [s, b, padded_vocab_size / tensor_size]; with the payload "hidden" the last hidden states
+        [s, b, head.size], the same on every tensor rank. Called on every rank of the last stage, for each request of a
+        batch in order. Encodes at once, sends in the background; blocks while as many responses as may be are under
+        way. A student that is lost shows in `next_batch`, not here. Collectives over `tensor_group`: one all-reduce
+        for the payloads that are relative to the row's maximum; for "topk" those of `top_k_of`.
         """
-        if self._delivery is None:
+        if self._tensor_rank is None:
             raise ValueError("respond must be called on ranks of the last stage only")
-        batch, sequence = request.tokens.shape
-        if logits.shape != (sequence, batch, self._width) or not logits.dtype.is_floating_point:
-            raise ValueError(
-                f"logits must be a float tensor {[sequence, batch, self._width]}, "
-                f"got {logits.dtype} {list(logits.shape)}"
+        self._check_output(request, output)
+        service = self._services[0]
+        output = output.detach()
+        tensors, top = [output], None
+        if not self._payload.whole:
+            tensors = [output[..., : self._shard.width]]
+            if self._payload.relative:
+                top = row_max(tensors[0], self._tensor_group)
+        elif self._payload.name == "topk":
+            tensors = list(
+                top_k_of(
+                    output[..., : self._shard.width], self._payload.top_k, self._shard, self._tensor_group
+                )
             )
-        logits = logits.detach()[..., : self._shard.width]
-        top = row_max(logits, self._tensor_group) if self._payload.relative else None
-        if self._intake.failure:
+        else:
+            tensors = [output.to(self._payload.state_dtype)]
+        if service.failure:
             return
-        self._delivery.wait_for_room()
-        works = []
-        for piece in self._pieces:
-            columns = logits[..., piece.start - self._shard.start : piece.stop - self._shard.start]
-            wire = encode(self._payload, columns, top)
-            header = Header(
-                Kind.RESPONSE, request.number, sequence, batch, piece.start, piece.stop, self._payload.code
-            )
-            works += self._post(self._roster.student(request.data_rank, piece.receiver), header, wire)
-        self._delivery.add(works)
+        service.delivery.wait_for_room()
+        service.delivery.post(self._pieces(service, request, tensors, top))
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes of responses that this rank has handed to the network since the student last joined."""
+        delivery = self._services[0].delivery if self._services else None
+        return delivery.bytes_sent if delivery else 0
 
     def close(self) -> None:
         """Ends this rank's part: after `next_batch` gave None, or on a failure. Idempotent, bounded."""
-        if self._channel is None or self._finalizer.detach() is None:
+        if self._finalizer.detach() is None:
             return
-        self._intake.finish(self._parting)
-        if self._delivery:
-            self._delivery.stop(self._parting)
-        self._store = None
+        while self._services:
+            self._services.pop().finish(min(_PARTING, self._settings.timeout))
 
-    def _spread(self, requests: list[Request], count: int, batch: int, sequence: int) -> list[Request]:
-        rows = [torch.cat([torch.tensor([r.number, r.data_rank]), r.tokens.flatten()]) for r in requests]
-        table = self._crew.share(torch.stack(rows) if rows else None, (count, 2 + batch * sequence))
+    def _pieces(
+        self, service: Service, request: Request, tensors: list[Tensor], top: Tensor | None
+    ) -> list[tuple[Any, Header, list[Staged]]]:
+        """What this rank sends of one response: by receiver, the positions and columns that it lacks."""
+        batch, sequence = request.tokens.shape
+        boundaries, response = request.boundaries.tolist(), []
+        for place, piece in service.pieces:
+            if place.data != request.data_rank or not service.delivery.wants(place, request.number):
+                continue
+            spans = context_rows(sequence, place.context, service.student.context_size, boundaries)
+            parts = [_rows(tensor, spans) for tensor in tensors]
+            if not self._payload.whole:
+                columns = slice(piece.start - self._shard.start, piece.stop - self._shard.start)
+                shift = None if top is None else _rows(top, spans)
+                parts = [encode(self._payload, parts[0][..., columns], shift)]
+            header = Header(
+                Kind.RESPONSE,
+                number=request.number,
+                sequence=sequence,
+                batch=batch,
+                start=piece.start,
+                stop=piece.stop,
+                payload=self._payload.code,
+            )
+            response.append((place, header, [Staged(part, self._stream(part.device)) for part in parts]))
+        return response
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        if device.type != "cuda":
+            return None
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+    def _check_output(self, request: Request, output: Tensor) -> None:
+        batch, sequence = request.tokens.shape
+        hidden = self._payload.name == "hidden"
+        width = (
+            self._payload.state_size if hidden else self._facts.padded_vocab_size // self._facts.tensor_size
+        )
+        if output.shape != (sequence, batch, width) or not output.dtype.is_floating_point:
+            raise ValueError(
+                f"{'states' if hidden else 'logits'} must be a float tensor {[sequence, batch, width]}, "
+                f"got {output.dtype} {list(output.shape)}"
+            )
+
+    def _join(self, setting: str) -> None:
+        service = join(
+            *(self._settings, self._facts, self._crew, self._replica, self._tensor_rank, self._head_weight),
+            setting,
+        )
+        self._services.append(service)
+        if service.delivery and self._head_weight is not None:
+            service.send_head(self._head_weight)
+        if self._crew.leads:
+            ranks = sorted({place.data for place in service.places})
+            _log.info("teacher replica %d serves student data ranks %s", self._replica, ranks)
+
+    def _rejoin(self, failure: LinkError | None) -> None:
+        """Collective. Ends the service that failed and waits for the student to come back."""
+        try:
+            self._crew.conclude(outcome_of(failure) if failure else Outcome.DONE, str(failure or ""))
+        except StudentLost as lost:
+            reason = str(lost)
+        finally:
+            while self._services:
+                self._services.pop().end()
+        if self._crew.leads:
+            seconds = self._settings.rejoin_timeout
+            _log.warning("%s; waiting up to %g seconds for it to come back", reason, seconds)
+        try:
+            self._join("rejoin_timeout")
+        except StudentLost as error:
+            raise StudentLost(f"{reason}, and {error}") from None
+
+    def _spread(
+        self, requests: list[Request], count: int, batch: int, sequence: int, edges: int
+    ) -> list[Request]:
+        rows = [
+            torch.cat([torch.tensor([r.number, r.data_rank]), r.tokens.flatten(), r.boundaries])
+            for r in requests
+        ]
+        table = self._crew.share(torch.stack(rows) if rows else None, (count, 2 + batch * sequence + edges))
         return [
-            Request(int(number), int(data_rank), row.view(batch, sequence))
+            Request(
+                int(number),
+                int(data_rank),
+                row[: batch * sequence].view(batch, sequence),
+                row[batch * sequence :],
+            )
             for (number, data_rank), row in zip(table[:, :2], table[:, 2:], strict=True)
         ]
 
-    def _post(self, student: int, header: Header, wire: Tensor) -> list[tuple[int, dist.Work]]:
-        try:
-            with self._intake.listening(student) as listening:
-                if not listening:
-                    return []
-                works = [(student, self._channel.post_header(header, student))]
-                if wire.numel():
-                    works.append((student, self._channel.post(wire, student, Tag.PAYLOAD)))
-                return works
-        except ConnectionError:
-            self._intake.fail(StudentLost(f"{self._roster.describe(student)} closed its connection"))
-            return []
+
+def _rows(tensor: Tensor, spans: Sequence) -> Tensor:
+    if len(spans) == 1 and spans[0].width == tensor.shape[0]:
+        return tensor
+    return torch.cat([tensor[span.start : span.stop] for span in spans])
 
 
-def _command(requests: list[Request] | None) -> Sequence[int]:
-    """What rank 0 says, and the other ranks' zeros under it: kind, count, b, s."""
-    if requests is None:
-        return (_DONE, 0, 0, 0)
+def _command(requests: list[Request], done: bool) -> Sequence[int]:
+    """What rank 0 says, and the other ranks' zeros under it: kind, count, b, s, boundaries."""
+    if done:
+        return (_DONE, 0, 0, 0, 0)
     if not requests:
-        return (_IDLE, 0, 0, 0)
-    return (_BATCH, len(requests), *requests[0].tokens.shape)
+        return (_IDLE, 0, 0, 0, 0)
+    return (_BATCH, len(requests), *requests[0].tokens.shape, len(requests[0].boundaries))
+
+
+def _checked_head(head: Head | None, weight: Tensor | None, width: int) -> Tensor:
+    """The weight on the CPU, as it travels; ValueError if it does not fit what `head` says."""
+    if head is None or weight is None:
+        raise ValueError(
+            "head and head_weight must be given on the last stage with the payload 'hidden', got None"
+        )
+    if weight.shape != (width, head.size) or weight.dtype != STATE_DTYPES[head.dtype]:
+        raise ValueError(
+            f"head_weight must be {head.dtype} {[width, head.size]}, got {weight.dtype} {list(weight.shape)}"
+        )
+    return weight.detach().cpu().contiguous()
 
 
 def _agreed(crew: Crew, facts: Facts, replica: int, sender: int) -> Facts:
-    """The facts with rank 0's place in them; ValueError on every rank if they do not make up one replica.
-
-    sender: this rank's tensor rank if it is on the last stage, else -1.
-    """
+    """The facts, with the output layer of the last stage on every rank; ValueError on every rank if they do not make
+    up one replica. sender: this rank's tensor rank if it is on the last stage, else -1."""
     own = [
         facts.vocab_size,
         facts.padded_vocab_size,
@@ -227,6 +312,7 @@ def _agreed(crew: Crew, facts: Facts, replica: int, sender: int) -> Facts:
         facts.tensor_size,
         facts.copies,
         facts.max_tokens,
+        facts.top_k,
         payload_named(facts.payload).code,
         replica,
     ]
@@ -240,41 +326,9 @@ def _agreed(crew: Crew, facts: Facts, replica: int, sender: int) -> Facts:
         raise ValueError(
             f"group must hold each tensor rank of the last stage once, got tensor ranks {senders}"
         )
-    return replace(facts, intake_sender=rows[0][0])
+    return facts
 
 
-def _meet(crew: Crew, settings: LinkSettings, facts: Facts, replica: int) -> tuple[Facts, dist.Store | None]:
-    """The student's facts on every rank, and on rank 0 the store over which they came."""
-    stores = []
-
-    def task(tick: Callable[[], None]) -> str:
-        stores.append(join_store(settings, tick))
-        return Meeting(stores[0], settings, tick).teacher_states_and_reads(facts, replica).text()
-
-    text = crew.follow_leader(task)
-    return stated.read(text.encode(), "student"), stores[0] if stores else None
-
-
-def _take_seat(
-    crew: Crew,
-    settings: LinkSettings,
-    roster: Roster,
-    replica: int,
-    rank: int | None,
-    store: dist.Store | None,
-) -> tuple[Channel | None, dist.Store | None]:
-    """This rank's place in the link's group, None without a seat; raises alike on every rank."""
-    channel, outcome, text = None, Outcome.DONE, ""
-    try:
-        if rank is not None:
-            store = store or join_store(settings, tick=lambda: None)
-            channel = Meeting(store, settings).take_seat(roster, replica, rank, complaint=None)
-    except LinkError as error:
-        outcome, text = outcome_of(error), str(error)
-    try:
-        crew.conclude(outcome, text)
-    except LinkError:
-        if channel:
-            channel.close()
-        raise
-    return channel, store
+def _end_all(services: list[Service]) -> None:
+    while services:
+        services.pop().end()

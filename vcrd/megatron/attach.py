@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.link.rendezvous import host_store
+from vcrd.link.rendezvous import Rendezvous, host_rendezvous
 from vcrd.link.student import StudentLink
 from vcrd.loss import CalibratedLoss, validity_calibrated_kl
 from vcrd.megatron.ahead import AskAhead, TokensOf
@@ -50,7 +50,7 @@ def distill(
     tokens: the key of the input tokens [b, s] in what the data iterator yields, or a function that finds them.
 
     Every rank calls it; the process group and Megatron's parallel state must exist by the first training step,
-    where rank 0 opens the store and the ranks of the last stage wait for the teacher job. That step raises
+    where rank 0 opens the rendezvous and the ranks of the last stage wait for the teacher job. That step raises
     ValueError for what cannot be distilled, and LinkError when the teacher does not come or does not fit.
     """
     settings = DistillSettings.from_environment() if settings is None else settings
@@ -71,7 +71,7 @@ class Distillation:
         self.report = Report()
         self._forward_step = forward_step
         self._tokens_of = tokens_of
-        self._store: dist.Store | None = None
+        self._rendezvous: Rendezvous | None = None
         self._link: StudentLink | None = None
         self._layout: Layout | None = None
         self._attached: Attachment | None = None
@@ -92,7 +92,7 @@ class Distillation:
                 "return_schedule_plan: expected False, got True; vcrd does not work with "
                 "overlap_moe_expert_parallel_comm"
             )
-        self._open_store()
+        self._host()
         if not getattr(chunk, "post_process", True):
             return self._forward_step(data_iterator, model, *args, **kwargs)
         attachment = self._attach(chunk)
@@ -130,11 +130,13 @@ class Distillation:
         if self._link is not None:
             self._link.close()
             self._link = None
-        self._store = None
+        if self._rendezvous is not None:
+            self._rendezvous.close()
+            self._rendezvous = None
 
-    def _open_store(self) -> None:
-        if self._store is None and self._link is None and dist.get_rank() == 0:
-            self._store = host_store(self.settings.link)
+    def _host(self) -> None:
+        if self._rendezvous is None and self._link is None and dist.get_rank() == 0:
+            self._rendezvous = host_rendezvous(self.settings.link)
 
     def _attach(self, chunk: torch.nn.Module) -> Attachment:
         if self._attached is None:
@@ -143,7 +145,7 @@ class Distillation:
         elif self._attached.chunk is not chunk:
             raise ValueError("model: expected the model that was distilled before, got another one")
         if self._link is None:
-            self._link = self._layout.connect(self.settings, self._store)
+            self._link = self._layout.connect(self.settings)
         return self._attached
 
     def _ask_ahead(self, data_iterator: Any) -> Any:

@@ -63,7 +63,7 @@ class Layout:
             device=next((p.device for p in chunk.parameters()), torch.device("cpu")),
         )
 
-    def connect(self, settings: DistillSettings, store: dist.Store | None) -> StudentLink:
+    def connect(self, settings: DistillSettings) -> StudentLink:
         """Joins the teacher's job as the student; blocks until it is there."""
         return StudentLink.connect(
             settings.link,
@@ -74,7 +74,6 @@ class Layout:
             tensor_size=self.tensor_size,
             data_rank=self.data_rank,
             data_size=self.data_size,
-            store=store,
             device=self.device,
         )
 

@@ -1,0 +1,352 @@
+"""Which teacher serves a student rank now: who may join, what happens when it is lost, who has to hear of it.
+
+The ranks of one data rank's last stage stand together. The first of them asks the teacher, and decides: it admits one
+teacher epoch at a time, tells the others (its siblings) when senders of an epoch may connect and when an epoch is over,
+and hears from them how far they got. So all of them see one teacher, and what a lost one left unfinished on any of them
+is asked for again.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+from . import facts as stated
+from . import header as headers
+from .errors import HandshakeRefused, LinkError
+from .facts import Facts
+from .header import Header, Kind
+from .inbox import Inbox
+from .plan import Piece, Place, places
+from .session import Head, Session
+from .settings import LinkSettings
+from .wire import Connection, Listener
+
+_log = logging.getLogger("vcrd")
+Keep = Callable[[Connection], None]
+_BUSY = {"state": "busy"}  # a teacher serves, or something else has to come first: ask again
+_OVER = {"state": "over"}  # this epoch has no future; another one may
+
+
+class Membership:
+    """The connections of one student rank.
+
+    changed: guards everything here and in `inbox`; notified of every change. on_advance: called, without the lock, when
+    requests may have become possible: the teacher is ready, or a sibling got on.
+    """
+
+    def __init__(
+        self,
+        settings: LinkSettings,
+        facts: Facts,
+        place: Place,
+        sock: socket.socket,
+        inbox: Inbox,
+        changed: threading.Condition,
+        on_advance: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._facts = facts
+        self._place = place
+        self._inbox = inbox
+        self._changed = changed
+        self._on_advance = on_advance
+        shard = facts.shards()[place.tensor]
+        self.head = Head(shard.width, shard.start)
+        self.session: Session | None = None
+        self.teacher_head: stated.Head | None = None
+        self._head_pieces: dict[int, Piece] = {}  # of the newest epoch
+        self.replica: int | None = None  # which teacher replica serves this rank, once one has come
+        self.lost_at = time.monotonic()
+        self.lost_because = "none has come yet"
+        self.failure: LinkError | None = None
+        self._joined = 0  # the newest epoch whose senders may connect
+        self._over = 0  # the newest epoch that was lost
+        self._parting = False
+        self._bytes = 0  # received in epochs that are over
+        self._progress: dict[Place, int] = {}
+        self._siblings: dict[Place, Connection] = {}  # on the rank that asks: all others; elsewhere: that one
+        others = places([place.data], facts.context_size, facts.tensor_size)[1:]
+        self._awaited = set(others) if place.asks else set()
+        self._threads: list[threading.Thread] = []
+        self._listener = Listener(sock, settings.shared_secret(), self._answer)
+        self.address = self._listener.address
+
+    @property
+    def linked(self) -> bool:
+        """Whether a teacher is there and every connection to it stands."""
+        session = self.session
+        if session is None or not session.connected:
+            return False
+        return session.ready or not self._place.asks
+
+    @property
+    def head_is_here(self) -> bool:
+        """Whether the teacher's output layer has arrived as a whole, or the payload needs none."""
+        return self.head.covers(self._head_pieces)
+
+    @property
+    def settled(self) -> int:
+        """Responses below this number are complete on every rank; on the rank that asks."""
+        return min([self._inbox.complete, *self._progress.values()])
+
+    @property
+    def bytes_received(self) -> int:
+        with self._changed:
+            session = self.session
+            return self._bytes + (sum(c.received for c in session.connections) if session else 0)
+
+    def join_asker(self, connection: Connection, asker: Place) -> None:
+        """The connection to the rank that asks, on every other rank."""
+        with self._changed:
+            self._siblings[asker] = connection
+        self._start(partial(self._read_sibling, asker), connection)
+
+    def lose(self, epoch: int, reason: str, told_by: Place | None = None) -> None:
+        """Ends an epoch, here and on the siblings. Only the first reason counts."""
+        with self._changed:
+            if epoch <= self._over or self._parting:
+                return
+            self._over = epoch
+            session = self.session
+            if session is not None and session.epoch <= epoch:
+                self._bytes += sum(connection.received for connection in session.connections)
+                self.session = None
+                self.lost_at, self.lost_because = time.monotonic(), reason
+                session.end()
+            tell = [(p, c) for p, c in self._siblings.items() if p != told_by]
+            self._changed.notify_all()
+        level = logging.WARNING if self._place.asks else logging.DEBUG
+        _log.log(level, "teacher replica %s is lost to %s: %s", self.replica, self._place, reason)
+        text = reason.encode()[: headers.LONGEST_TEXT]
+        for place, connection in tell:
+            self._tell(place, connection, Header(Kind.LOST, epoch, length=len(text)), text)
+
+    def fail(self, error: LinkError) -> None:
+        """What no teacher can mend; the first error stays."""
+        with self._changed:
+            self.failure = self.failure or error
+            self._changed.notify_all()
+
+    def part(self, seconds: float) -> None:
+        """Says goodbye to teacher and siblings, lets what is under way end, closes everything. Bounded."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            self._parting = True
+            session = self.session
+            connections = [*(session.connections if session else []), *self._siblings.values()]
+        for connection in connections:
+            try:
+                connection.send(Header(Kind.GOODBYE), seconds=max(0.01, deadline - time.monotonic()))
+            except (ConnectionError, TimeoutError):
+                pass  # it is gone already
+        self._join(deadline)
+        self.drop()
+        self._join(max(deadline, time.monotonic() + 1.0))
+
+    def drop(self) -> None:
+        """Ends everything at once, without a goodbye. Never blocks for long."""
+        with self._changed:
+            self._parting = True
+            session, siblings = self.session, list(self._siblings.values())
+            self.failure = self.failure or LinkError("the link is closed")
+            self._changed.notify_all()
+        self._listener.close()
+        for connection in [*(session.connections if session else []), *siblings]:
+            connection.end()
+
+    # What the listener is asked, each in a thread of its own.
+
+    def _answer(self, hello: dict) -> tuple[dict, Keep | None]:
+        try:
+            if hello.get("run") != self._settings.name:
+                return _refused(f"{self._place} belongs to run {self._settings.name!r}"), None
+            answers = {"sibling": self._sibling, "intake": self._intake, "sender": self._sender}
+            with self._changed:
+                if self._parting:
+                    return _OVER, None
+                return answers[hello["role"]](hello)
+        except HandshakeRefused as error:
+            return _refused(str(error)), None
+        except (KeyError, TypeError, ValueError) as error:
+            return _refused(f"a greeting cannot be read ({error})"), None
+
+    def _sibling(self, hello: dict) -> tuple[dict, Keep | None]:
+        place = Place(*(int(rank) for rank in hello["place"]))
+        if place not in self._awaited or place in self._siblings:
+            return _refused(f"{place} is not expected at {self._place}"), None
+        return {"state": "welcome"}, partial(self._keep_sibling, place)
+
+    def _keep_sibling(self, place: Place, connection: Connection) -> None:
+        with self._changed:
+            self._siblings[place] = connection
+            self._progress[place] = 0
+        self._start(partial(self._read_sibling, place), connection)
+
+    def _intake(self, hello: dict) -> tuple[dict, Keep | None]:
+        teacher, epoch = self._stated(hello)
+        if not self._place.asks:
+            return _refused(f"{self._place} does not ask"), None
+        if self.session is not None or self._siblings.keys() != self._awaited:
+            return _BUSY, None
+        if epoch <= self._over:
+            return _OVER, None
+        return {"state": "welcome"}, partial(self._keep_intake, epoch, teacher, int(hello["replica"]))
+
+    def _keep_intake(self, epoch: int, teacher: Facts, replica: int, connection: Connection) -> None:
+        with self._changed:
+            if self.session is not None or epoch <= self._over:
+                connection.close()
+                return
+            self._joined = epoch
+            session = self._begin(epoch, teacher, replica)
+            session.intake = connection
+        for place, sibling in list(self._siblings.items()):
+            self._tell(place, sibling, Header(Kind.JOIN, epoch))
+        reason = f"the first rank of teacher replica {replica} closed its connection"
+        self._start(partial(self._read_teacher, session, self._from_intake, reason), connection)
+
+    def _sender(self, hello: dict) -> tuple[dict, Keep | None]:
+        teacher, epoch = self._stated(hello)
+        sender, digest = int(hello["sender"]), str(hello.get("digest"))
+        if epoch > self._joined:
+            return _BUSY, None  # the rank that asks has not told this one yet
+        if epoch < self._joined or epoch <= self._over:
+            return _OVER, None
+        session = self.session or self._begin(epoch, teacher, int(hello["replica"]))
+        if session.teacher != teacher or sender not in session.expected or sender in session.senders:
+            return _refused(f"sender {sender} is not expected at {self._place}"), None
+        piece = session.head_pieces.get(sender)
+        lacks_head = piece is not None and not self.head.has(piece, digest)
+        reply = {"state": "welcome", "first": self._inbox.complete, "head": lacks_head}
+        return reply, partial(self._keep_sender, session, sender, digest)
+
+    def _keep_sender(self, session: Session, sender: int, digest: str, connection: Connection) -> None:
+        with self._changed:
+            if self.session is not session or sender in session.senders:
+                connection.close()
+                return
+            session.senders[sender] = connection
+            self._changed.notify_all()
+        reason = f"tensor rank {sender} of teacher replica {self.replica} closed its connection"
+        take = partial(self._from_sender, session, sender, digest)
+        self._start(partial(self._read_teacher, session, take, reason), connection)
+
+    def _stated(self, hello: dict) -> tuple[Facts, int]:
+        teacher = stated.read(hello["facts"], "teacher")
+        if reason := stated.refusal(self._facts, teacher, teacher.copies):
+            raise HandshakeRefused(reason)
+        if self.replica is not None and int(hello["replica"]) != self.replica:
+            raise HandshakeRefused(f"{self._place} is served by teacher replica {self.replica}")
+        return teacher, int(hello["epoch"])
+
+    def _begin(self, epoch: int, teacher: Facts, replica: int) -> Session:
+        self.replica = replica
+        self.teacher_head = teacher.head
+        self.session = session = Session(epoch, self._facts, teacher, self._place)
+        self._head_pieces = session.head_pieces
+        self._inbox.begin(epoch, session.pieces)
+        self._changed.notify_all()
+        return session
+
+    # What arrives, each connection in a thread of its own.
+
+    def _start(self, read: Callable[[Connection], None], connection: Connection) -> None:
+        def run() -> None:
+            try:
+                read(connection)
+            finally:
+                connection.close()
+
+        thread = threading.Thread(target=run, name="vcrd-link-reader", daemon=True)
+        with self._changed:
+            self._threads = [other for other in self._threads if other.is_alive()]
+            self._threads.append(thread)
+        thread.start()
+
+    def _join(self, deadline: float) -> None:
+        for thread in list(self._threads):
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _read_teacher(
+        self, session: Session, take: Callable[..., None], reason: str, connection: Connection
+    ) -> None:
+        try:
+            while (header := connection.receive_header()).kind != Kind.GOODBYE:
+                take(header, connection)
+        except ConnectionError as error:
+            _log.debug("%s: %s", reason, error)
+            self.lose(session.epoch, reason)
+        except LinkError as error:
+            who = reason.removesuffix(" closed its connection")
+            self.lose(session.epoch, f"{who} sent what is refused: {error}")
+        except Exception as error:  # whatever it is, the waiting side must hear of it
+            _log.exception("a reader of the link failed")
+            self.lose(session.epoch, f"a reader of the link failed: {error!r}")
+
+    def _from_intake(self, header: Header, _: Connection) -> None:
+        if header.kind != Kind.READY:
+            raise LinkError(f"a {header.kind.name.lower()} from there is not expected")
+        with self._changed:
+            if self.session is not None:
+                self.session.ready = True
+            self._changed.notify_all()
+        self._on_advance()
+
+    def _from_sender(
+        self, session: Session, sender: int, digest: str, header: Header, connection: Connection
+    ) -> None:
+        if header.kind == Kind.HEAD and sender in session.head_pieces:
+            self.head.receive(session.head_pieces[sender], header, digest, session, connection)
+            with self._changed:
+                self._changed.notify_all()
+            return
+        if header.kind != Kind.RESPONSE:
+            raise LinkError(f"a {header.kind.name.lower()} from there is not expected")
+        if self._inbox.place(session.epoch, sender, header, session.payload, connection.receive):
+            if self._place.asks:
+                self._on_advance()
+            else:
+                for place, asker in list(self._siblings.items()):
+                    self._tell(place, asker, Header(Kind.PROGRESS, header.number + 1))
+
+    def _read_sibling(self, place: Place, connection: Connection) -> None:
+        try:
+            while (header := connection.receive_header()).kind != Kind.GOODBYE:
+                self._from_sibling(place, header, connection)
+            with self._changed:
+                self._awaited.discard(place)
+        except (ConnectionError, LinkError) as error:
+            if not self._parting:
+                self.fail(LinkError(f"{place} is gone: {error}"))
+
+    def _from_sibling(self, place: Place, header: Header, connection: Connection) -> None:
+        if header.kind == Kind.LOST:
+            self.lose(header.number, connection.receive_text(header), told_by=place)
+        elif header.kind == Kind.PROGRESS and self._place.asks:
+            with self._changed:
+                self._progress[place] = header.number
+            self._on_advance()
+        elif header.kind == Kind.JOIN and not self._place.asks:
+            # The news that the epoch before is over may come later than this one.
+            self.lose(header.number - 1, f"epoch {header.number} began", told_by=place)
+            with self._changed:
+                self._joined = header.number
+        else:
+            raise LinkError(f"a {header.kind.name.lower()} from there is not expected")
+
+    def _tell(self, place: Place, connection: Connection, header: Header, *parts: bytes) -> None:
+        try:
+            connection.send(header, *parts, seconds=self._settings.timeout)
+        except (ConnectionError, TimeoutError) as error:
+            if not self._parting and place in self._awaited:
+                self.fail(LinkError(f"{place} is gone: {error}"))
+
+
+def _refused(reason: str) -> dict:
+    return {"state": "refused", "reason": reason}
