@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import struct
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -303,8 +305,8 @@ def _checked_head(head: Head | None, weight: Tensor | None, width: int) -> Tenso
 
 
 def _agreed(crew: Crew, facts: Facts, replica: int, sender: int) -> Facts:
-    """The facts, with the output layer of the last stage on every rank; ValueError on every rank if they do not make
-    up one replica. sender: this rank's tensor rank if it is on the last stage, else -1."""
+    """The facts, with the last stage's output layer in them on every rank; ValueError on every rank if they do not
+    make up one replica. sender: this rank's tensor rank if it is on the last stage, else -1."""
     own = [
         facts.vocab_size,
         facts.padded_vocab_size,
@@ -316,17 +318,36 @@ def _agreed(crew: Crew, facts: Facts, replica: int, sender: int) -> Facts:
         payload_named(facts.payload).code,
         replica,
     ]
-    rows = crew.gather([sender, *own])
-    if any(row[1:] != rows[0][1:] for row in rows):
+    rows = crew.gather([sender, *_head_numbers(facts.head), *own])
+    if any(row[5:] != rows[0][5:] for row in rows):
         raise ValueError(
-            f"the ranks of a teacher replica must be given equal facts, got {[row[1:] for row in rows]}"
+            f"the ranks of a teacher replica must be given equal facts, got {[row[5:] for row in rows]}"
         )
     senders = sorted(row[0] for row in rows if row[0] >= 0)
     if senders != list(range(facts.tensor_size)):
         raise ValueError(
             f"group must hold each tensor rank of the last stage once, got tensor ranks {senders}"
         )
-    return facts
+    heads = [row[1:5] for row in rows if row[0] >= 0]
+    if any(head != heads[0] for head in heads):
+        raise ValueError(f"head must be equal on every rank of the last stage, got {heads}")
+    return replace(facts, head=_head_of(heads[0]))
+
+
+def _head_numbers(head: Head | None) -> list[int]:
+    """A head as integers that a collective can carry, the two floats bit by bit."""
+    if head is None:
+        return [0, 0, 0, 0]
+    bits = struct.unpack("<2q", struct.pack("<2d", head.scale, head.softcap))
+    return [head.size, list(STATE_DTYPES).index(head.dtype), *bits]
+
+
+def _head_of(numbers: Sequence[int]) -> Head | None:
+    size, dtype, *bits = numbers
+    if not size:
+        return None
+    scale, softcap = struct.unpack("<2d", struct.pack("<2q", *bits))
+    return Head(size, list(STATE_DTYPES)[dtype], scale, softcap)
 
 
 def _end_all(services: list[Service]) -> None:
