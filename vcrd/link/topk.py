@@ -58,9 +58,9 @@ def _stable_top(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _by_value_then_token(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    order = tokens.argsort(-1, stable=True)
+    order = tokens.argsort(dim=-1, stable=True)
     values, tokens = values.gather(-1, order), tokens.gather(-1, order)
-    order = values.argsort(-1, descending=True, stable=True)
+    order = values.argsort(dim=-1, descending=True, stable=True)
     return values.gather(-1, order), tokens.gather(-1, order)
 
 
