@@ -9,9 +9,8 @@ from torch import Tensor
 from .plan import Shard
 
 _BLOCK_ELEMENTS = 1 << 22  # logits per float32 block, so that no float32 copy of all of them is ever made
-_NO_TOKEN = (
-    1 << 40
-)  # behind every token, so that a shard with fewer than k columns wins no place with its blanks
+_NO_KEY = -(1 << 63)  # behind the key of every logit, -inf and NaN included
+_LOW = (1 << 32) - 1
 
 
 def top_k_of(
@@ -19,30 +18,41 @@ def top_k_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities [s, b, k] float32, tokens [s, b, k] int32, and the log of all other mass [s, b] float32.
 
-    logits: [s, b, shard.width], this rank's true columns. k: at most the vocabulary. The same result on every rank of
-    `group`, in descending order, equal ones by token. The mass of the rest is summed over the rest itself, so it keeps
-    its digits where the k tokens hold nearly everything; it is -inf where they hold the whole vocabulary.
+    logits: [s, b, shard.width], this rank's true columns. k: from 1 to the whole vocabulary. The same result on every
+    rank of `group`, in descending order. Of equal logits the smaller token comes first, also where not all of them have
+    a place: the choice depends on no layout and on no device.
 
-    Collectives, when `group` has more than one rank: three all-gathers, of k float32, k int64 and 1 float32 per
-    position.
+    Error: with d the distance of a token's logit from the row's largest, that of its log-probability is at most some
+    1e-6 (1 + d) nat, and so is that of the tail, whose mass is summed over the tail itself: it keeps its digits where the
+    k tokens hold nearly everything. The tail is -inf where the k tokens hold the whole vocabulary.
+
+    A row with a NaN or +inf, or with no finite logit, has no distribution: NaN stands among its log-probabilities, and
+    its tokens are k different ones of the vocabulary all the same.
+
+    Collectives, when `group` has more than one rank: two all-gathers, of k int64 and 1 float32 per position.
     """
     leading, width = logits.shape[:-1], logits.shape[-1]
     rows = logits.reshape(leading.numel(), width)
     step = max(1, _BLOCK_ELEMENTS // max(1, width))
-    values = rows.new_full((rows.shape[0], k), -torch.inf, dtype=torch.float32)
-    tokens = torch.full((rows.shape[0], k), _NO_TOKEN, dtype=torch.int64, device=rows.device)
+    keys = torch.full((rows.shape[0], k), _NO_KEY, dtype=torch.int64, device=rows.device)
     kept = min(k, width)
     for first in range(0, rows.shape[0], step):
         block = slice(first, first + step)
-        found = _stable_top(rows[block].float(), kept)
-        values[block, :kept], tokens[block, :kept] = found[0], found[1] + shard.start
-    values, tokens = _merged(values, tokens, k, group)
+        keys[block, :kept] = _keys(rows[block].float(), shard).topk(kept, dim=-1).values
+    if group is not None and group.size() > 1:
+        keys = _gathered(keys, group).transpose(0, 1).flatten(1).topk(k, dim=-1).values
+    values, tokens = _logits_of(keys), _LOW - (keys & _LOW)
+    limits = torch.finfo(torch.float32)
+    top = values[:, :1].clamp(limits.min, limits.max)  # finite, against "-inf minus -inf"
     rest = rows.new_empty(rows.shape[0], dtype=torch.float32)
     for first in range(0, rows.shape[0], step):
         block = slice(first, first + step)
-        rest[block] = _log_rest(rows[block].float(), tokens[block], shard)
+        rest[block] = _log_rest(
+            rows[block].float(), values[block, -1:], tokens[block, -1:], top[block], shard
+        )
     if group is not None and group.size() > 1:
         rest = _gathered(rest, group).logsumexp(0)
+    values = values - top
     total = torch.logaddexp(values.logsumexp(-1), rest)
     return (
         (values - total[:, None]).view(*leading, k),
@@ -51,27 +61,30 @@ def top_k_of(
     )
 
 
-def _stable_top(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their columns, equal ones by column: topk promises no order among equals."""
-    values, columns = block.topk(k, dim=-1)
-    return _by_value_then_token(values, columns)
+def _keys(block: Tensor, shard: Shard) -> Tensor:
+    """An integer per float32 logit, larger for the larger logit, and for the smaller token where logits are equal.
+
+    The upper half is the logit: a float's bits ascend with it, once those of the negative ones are turned around. NaN
+    comes before or behind all numbers, as its sign bit says. The lower half is the token, counted backwards.
+    """
+    bits = (block + 0.0).view(torch.int32).long()  # + 0.0: of the two zeros none is the larger
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    tokens = torch.arange(shard.start, shard.stop, device=block.device)
+    return (bits << 32) + (_LOW - tokens)
 
 
-def _by_value_then_token(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    order = tokens.argsort(dim=-1, stable=True)
-    values, tokens = values.gather(-1, order), tokens.gather(-1, order)
-    order = values.argsort(dim=-1, descending=True, stable=True)
-    return values.gather(-1, order), tokens.gather(-1, order)
+def _logits_of(keys: Tensor) -> Tensor:
+    bits = keys >> 32
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32)
 
 
-def _merged(values: Tensor, tokens: Tensor, k: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    if group is None or group.size() == 1:
-        return values, tokens
-    all_values, all_tokens = _gathered(values, group), _gathered(tokens, group)
-    values = all_values.transpose(0, 1).flatten(1)
-    tokens = all_tokens.transpose(0, 1).flatten(1)
-    values, tokens = _by_value_then_token(values, tokens)
-    return values[:, :k], tokens[:, :k]
+def _log_rest(block: Tensor, last: Tensor, last_token: Tensor, top: Tensor, shard: Shard) -> Tensor:
+    """The log of the sum of exp(logit - top) over this shard's columns behind the last chosen token of each row."""
+    if not block.shape[-1]:
+        return block.new_full((block.shape[0],), -torch.inf)
+    tokens = torch.arange(shard.start, shard.stop, device=block.device)
+    chosen = (block > last) | ((block == last) & (tokens <= last_token))
+    return (block - top).masked_fill_(chosen, -torch.inf).logsumexp(-1)
 
 
 def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -79,17 +92,3 @@ def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.stack(parts)
-
-
-def _log_rest(block: Tensor, tokens: Tensor, shard: Shard) -> Tensor:
-    """The log of the sum of exp over this shard's columns that are not among `tokens`; changes `block`."""
-    if not block.shape[-1]:
-        return block.new_full((block.shape[0],), -torch.inf)
-    columns = tokens - shard.start
-    mine = (columns >= 0) & (columns < shard.width)
-    # Columns of other ranks point at the first chosen one of this rank, or nowhere at all.
-    spare = torch.where(mine.any(-1), mine.int().argmax(-1), -1)
-    columns = torch.where(mine, columns, columns.gather(-1, spare.clamp(min=0)[:, None]))
-    has = mine.any(-1)
-    block[has] = block[has].scatter(-1, columns[has], -torch.inf)
-    return block.logsumexp(-1)
