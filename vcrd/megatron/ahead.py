@@ -8,18 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
+from vcrd.megatron.packing import packed
+
 TokensOf = str | Callable[[Any], Tensor]
 
 
 class AskAhead:
-    """An iterator over `source` that calls `ask(tokens)` for `ahead` micro-batches more than were drawn.
+    """An iterator over `source` that calls `ask(tokens, edges)` for `ahead` micro-batches more than were drawn.
 
     number: what `ask` returned for the micro-batch that was drawn last; -1 before the first.
-    tokens_of: the key of the tokens in a micro-batch, or a function that finds them; int [b, s].
+    tokens_of: the key of the tokens in a micro-batch, or a function that finds them; int [b, s]. Edges of sequences
+    that are packed into a row are taken from Megatron's own keys (`packing.packed`).
     """
 
     def __init__(
-        self, source: Iterator[Any], ask: Callable[[Tensor], int], ahead: int, tokens_of: TokensOf
+        self, source: Iterator[Any], ask: Callable[[Tensor, Tensor], int], ahead: int, tokens_of: TokensOf
     ) -> None:
         self.source = source
         self.number = -1
@@ -44,7 +47,7 @@ class AskAhead:
             except StopIteration:
                 self._exhausted = True
                 break
-            self._asked.append((self._ask(self._tokens(batch)), batch))
+            self._asked.append((self._ask(*packed(batch, self._tokens(batch))), batch))
         if not self._asked:
             raise StopIteration
         self.number, batch = self._asked.popleft()

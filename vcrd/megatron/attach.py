@@ -15,12 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.link.rendezvous import Rendezvous, host_rendezvous
-from vcrd.link.student import StudentLink
+from vcrd.link.student import Hidden, StudentLink, TopK
 from vcrd.loss import CalibratedLoss, validity_calibrated_kl
 from vcrd.megatron.ahead import AskAhead, TokensOf
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.report import Report
 from vcrd.megatron.settings import DistillSettings
+from vcrd.teacher_forms import HiddenStates, TopKLogits
 
 _log = logging.getLogger("vcrd")
 
@@ -76,6 +77,7 @@ class Distillation:
         self._layout: Layout | None = None
         self._attached: Attachment | None = None
         self._ahead: AskAhead | None = None
+        self._answers = Answers()
         self._done = 0  # micro-batches whose loss was computed
         self._counted = (0.0, 0)  # of the link's seconds waited and bytes received: what a report has already
         self._measuring = False
@@ -150,7 +152,7 @@ class Distillation:
 
     def _ask_ahead(self, data_iterator: Any) -> Any:
         """On the rank that asks: the iterator that looks ahead. Elsewhere the script's own."""
-        if self._layout.tensor_rank != 0 or data_iterator is None:
+        if not self._layout.asks or data_iterator is None:
             return data_iterator
         if self._ahead is not None and self._ahead.source is data_iterator:
             return self._ahead
@@ -166,11 +168,11 @@ class Distillation:
     def _loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
         """labels, loss_mask [b, s], logits [s, b, v/tp] -> [b, s]: the loss of the next micro-batch."""
         link, number = self._link, self._done
-        if self._layout.tensor_rank == 0 and (self._ahead is None or self._ahead.number != number):
+        if self._layout.asks and (self._ahead is None or self._ahead.number != number):
             raise ValueError(
                 "data_iterator: expected forward_step to draw one micro-batch from it per call, got none or several"
             )
-        teacher = link.receive(number)
+        teacher = self._answers.of(link.receive(number))
         self._done = number + 1
         # Bytes also arrive between two losses: they are counted with the next.
         counted = self._counted
@@ -191,6 +193,23 @@ class Distillation:
         if self._observer is not None:
             self._observer(Observation(number, labels, loss_mask, out))
         return out.loss.transpose(0, 1).contiguous()
+
+
+class Answers:
+    """What the link delivers, in the form that the loss takes."""
+
+    def __init__(self) -> None:
+        self._weight: Tensor | None = None  # of the teacher's output layer, as it is multiplied
+
+    def of(self, answer: Tensor | TopK | Hidden) -> Tensor | TopKLogits | HiddenStates:
+        if isinstance(answer, TopK):
+            return TopKLogits(answer.logprobs, answer.ids, answer.log_tail)
+        if not isinstance(answer, Hidden):
+            return answer
+        if self._weight is None:
+            # On the CPU the loss multiplies in float32: converted here once, not once per micro-batch.
+            self._weight = answer.weight if answer.weight.is_cuda else answer.weight.float()
+        return HiddenStates(answer.states, self._weight, answer.scale, answer.softcap or None)
 
 
 class Attachment:

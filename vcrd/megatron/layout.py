@@ -19,22 +19,24 @@ class Layout:
 
     tensor_rank: int
     tensor_size: int
-    data_rank: int
+    data_rank: int  # without context parallelism, as Megatron counts the samples' replicas
     data_size: int
+    context_rank: int
+    context_size: int
     tensor_group: dist.ProcessGroup | None
     vocab_size: int
     padded_vocab_size: int
     sequence_length: int
     device: torch.device
 
+    @property
+    def asks(self) -> bool:
+        """Whether this rank asks the teacher for its data rank's micro-batches."""
+        return self.tensor_rank == 0 and self.context_rank == 0
+
     @classmethod
     def of(cls, chunk: torch.nn.Module, settings: DistillSettings) -> Layout:
         """The layout of an unwrapped model; ValueError when the link cannot serve it."""
-        if parallel_state.get_context_parallel_world_size() > 1:
-            raise ValueError(
-                "context parallelism: expected a size of 1, got "
-                f"{parallel_state.get_context_parallel_world_size()}; the link does not split sequences yet"
-            )
         padded = getattr(chunk, "vocab_size", None)
         if not isinstance(padded, int):
             raise ValueError(
@@ -56,6 +58,8 @@ class Layout:
             tensor_size=group.size(),
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),
+            context_rank=parallel_state.get_context_parallel_rank(),
+            context_size=parallel_state.get_context_parallel_world_size(),
             tensor_group=group if group.size() > 1 else None,
             vocab_size=vocab_size,
             padded_vocab_size=padded,
@@ -74,6 +78,8 @@ class Layout:
             tensor_size=self.tensor_size,
             data_rank=self.data_rank,
             data_size=self.data_size,
+            context_rank=self.context_rank,
+            context_size=self.context_size,
             device=self.device,
         )
 

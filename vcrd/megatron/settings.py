@@ -58,6 +58,11 @@ class DistillSettings:
             )
         if not isinstance(self.link, LinkSettings):
             raise TypeError(f"link: expected LinkSettings, got {type(self.link).__name__}")
+        if self.link.payload == "topk" and self.temperature != 1:
+            raise ValueError(
+                "temperature: expected 1 with the payload 'topk', whose tail has no mass at another, "
+                f"got {self.temperature}"
+            )
 
     @classmethod
     def from_environment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from vcrd.link.teacher import Request, TeacherLink
 from vcrd.megatron.layout import Layout, unwrap
+from vcrd.megatron.output_layer import OutputLayer
+from vcrd.megatron.packing import PackedInputs
 from vcrd.megatron.settings import DistillSettings
 
 _log = logging.getLogger("vcrd")
@@ -24,7 +27,8 @@ def serve(model: Any, settings: DistillSettings | None = None, *, microbatches: 
 
     model: this rank's part of the teacher (in a list or not, wrapped or not), with positions 0 .. s-1 and a
         causal mask of its own: it is called as model(tokens [b, s], position_ids [b, s], None) and must return
-        logits [b, s, padded vocabulary / tensor size] on the last stage.
+        logits [b, s, padded vocabulary / tensor size] on the last stage. For sequences that are packed into one row
+        see `PackedInputs`. With the payload "hidden" its output layer is not run, but for the first answer.
     settings: default `DistillSettings.from_environment()`; the loss fields are not read.
     microbatches: queued requests that go through the pipeline together, so that its stages overlap; fewer when
         fewer are queued. Default: twice the pipeline's stages.
@@ -44,6 +48,10 @@ def serve(model: Any, settings: DistillSettings | None = None, *, microbatches: 
     chunk = unwrap(chunks[0])
     layout = Layout.of(chunk, settings)
     stages = parallel_state.get_pipeline_model_parallel_world_size()
+    is_last_stage = parallel_state.is_pipeline_last_stage()
+    output_layer = None
+    if settings.link.payload == "hidden" and is_last_stage:
+        output_layer = OutputLayer(chunk, layout.tensor_group)
     link = TeacherLink.connect(
         settings.link,
         vocab_size=layout.vocab_size,
@@ -53,16 +61,18 @@ def serve(model: Any, settings: DistillSettings | None = None, *, microbatches: 
         tensor_size=layout.tensor_size,
         replica=layout.data_rank,
         replicas=layout.data_size,
-        is_last_stage=parallel_state.is_pipeline_last_stage(),
+        is_last_stage=is_last_stage,
         group=parallel_state.get_model_parallel_group(),
         tensor_group=layout.tensor_group,
+        head=output_layer.head if output_layer else None,
+        head_weight=output_layer.weight if output_layer else None,
     )
     served = 0
     training = chunk.training
     chunk.eval()
     try:
         while (requests := link.next_batch(microbatches or 2 * stages)) is not None:
-            _answer(chunks[0], requests, link, layout.device)
+            _answer(chunks[0], requests, link, output_layer, layout.device)
             served += len(requests)
     finally:
         chunk.train(training)
@@ -72,15 +82,24 @@ def serve(model: Any, settings: DistillSettings | None = None, *, microbatches: 
 
 
 @torch.no_grad()
-def _answer(model: Any, requests: list[Request], link: TeacherLink, device: torch.device) -> None:
+def _answer(
+    model: Any,
+    requests: list[Request],
+    link: TeacherLink,
+    output_layer: OutputLayer | None,
+    device: torch.device,
+) -> None:
     """One pass through the pipeline, forward only, with a micro-batch per request of equal shape."""
     batch, sequence = requests[0].tokens.shape
+    inputs = PackedInputs(unwrap(model), device)
 
     def forward_step(data_iterator: Iterator[Request], model: Any) -> tuple[Tensor, Any]:
         request = next(data_iterator)
         tokens = request.tokens.to(device)
-        positions = torch.arange(sequence, device=device).expand(batch, sequence)
-        return model(tokens, positions, None), partial(_respond, link, request)
+        positions, mask, packed = inputs.of(request)
+        with output_layer.captured() if output_layer else contextlib.nullcontext() as states:
+            output = model(tokens, positions, mask, **packed)
+        return output, partial(_respond, link, request, output_layer, states[-1] if states else None)
 
     get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -94,6 +113,20 @@ def _answer(model: Any, requests: list[Request], link: TeacherLink, device: torc
     )
 
 
-def _respond(link: TeacherLink, request: Request, logits: Tensor, non_loss_data: bool = True) -> None:
-    """Sends logits [b, s, v/tp] as soon as the last stage has them; the schedule keeps nothing of them."""
-    link.respond(request, logits.transpose(0, 1))
+def _respond(
+    link: TeacherLink,
+    request: Request,
+    output_layer: OutputLayer | None,
+    states: Tensor | None,
+    output: Tensor,
+    non_loss_data: bool = True,
+) -> None:
+    """Sends what the last stage made of a request, as soon as it is there; the schedule keeps nothing of it.
+
+    output: logits [b, s, v/tp], or anything where states [s, b, hidden size] are what is sent.
+    """
+    if states is None:
+        link.respond(request, output.transpose(0, 1))
+        return
+    output_layer.check(states, output.transpose(0, 1))
+    link.respond(request, states)

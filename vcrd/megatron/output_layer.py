@@ -1,0 +1,103 @@
+"""The teacher's output layer, taken out of its model for the payload "hidden": states leave, logits are never made."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vcrd.link.facts import Head
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Of the largest logit: what rounding to the model's dtype may do to a sum of some thousand products.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+# Where models that cap their logits keep the cap; Megatron-Core's own do not have one.
+_CAPS = ("final_logit_softcapping", "output_logit_softcapping", "logit_softcap")
+
+
+class OutputLayer:
+    """The last stage's output layer: logits = scale * states @ weight.T, then softcap * tanh(logits / softcap).
+
+    Tied embeddings, the scale of MuP and a soft-cap are honoured. A layer that does anything else is found out by
+    `check`, with the first answer.
+    """
+
+    def __init__(self, chunk: torch.nn.Module, tensor_group: dist.ProcessGroup | None) -> None:
+        layer = getattr(chunk, "output_layer", None)
+        if layer is None:
+            raise ValueError(
+                f"model: expected an output_layer for the payload 'hidden', got {type(chunk).__name__}"
+            )
+        weight = layer.weight
+        if getattr(chunk, "share_embeddings_and_output_weights", False):
+            weight = chunk.shared_embedding_or_output_weight()
+        config = chunk.config
+        self._layer = layer
+        self._group = tensor_group
+        self._gather = bool(getattr(layer, "sequence_parallel", False))
+        self._checked = False
+        # FP8 weights are kept in a class of their own: copied out, they are plain tensors of their nominal dtype.
+        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device).copy_(
+            weight.detach()
+        )
+        self.head = Head(
+            size=weight.shape[1],
+            dtype=_DTYPES[weight.dtype],
+            scale=float(config.mup_output_mult) if getattr(config, "use_mup", False) else 1.0,
+            softcap=float(next((c for name in _CAPS if (c := getattr(config, name, None))), 0.0)),
+        )
+
+    @contextlib.contextmanager
+    def captured(self) -> Iterator[list[Tensor]]:
+        """While open, a pass of the model makes no logits: the states [s, b, size] that would have become logits are
+        appended to the list that is yielded. The very first pass makes its logits too, for `check`."""
+        states: list[Tensor] = []
+        plain, make_logits = self._layer.forward, not self._checked
+        own = vars(self._layer).get("forward")  # where someone has replaced it before
+
+        def capture(input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+            states.append(self._whole(input_).detach())
+            if make_logits:
+                return plain(input_, *args, **kwargs)
+            return states[-1][..., :1], None
+
+        self._layer.forward = capture
+        try:
+            yield states
+        finally:
+            del self._layer.forward
+            if own is not None:
+                self._layer.forward = own
+
+    def check(self, states: Tensor, logits: Tensor) -> None:
+        """ValueError, on every tensor rank alike, if the model made logits [s, b, width] of these states otherwise.
+
+        Looks at the first answer only. Collectives: one all-reduce of one float32 over the tensor ranks.
+        """
+        if self._checked:
+            return
+        self._checked = True
+        head = self.head
+        expected = head.scale * (states.float() @ self.weight.float().T)
+        if head.softcap:
+            expected = head.softcap * torch.tanh(expected / head.softcap)
+        worst = (logits.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        if self._group is not None:
+            dist.all_reduce(worst, dist.ReduceOp.MAX, group=self._group)
+        if not worst <= _TOLERANCES[self.weight.dtype]:
+            raise ValueError(
+                "model: expected logits = scale * states @ weight.T, soft-capped or not, for the payload 'hidden', "
+                f"got logits that differ by {float(worst):.3g} of the largest; choose another payload"
+            )
+
+    def _whole(self, states: Tensor) -> Tensor:
+        """[s, b, size]: with sequence parallelism each tensor rank comes with its part of the positions."""
+        if not self._gather or self._group is None:
+            return states
+        parts = [torch.empty_like(states) for _ in range(self._group.size())]
+        dist.all_gather(parts, states.contiguous(), group=self._group)
+        return torch.cat(parts)
