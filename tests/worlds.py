@@ -29,44 +29,81 @@ class World:
     arguments: tuple = field(default=())
 
 
-def run_worlds(*worlds: World, seconds: float = 150) -> list[list[Any]]:
-    """What each rank of each world returned. AssertionError with the traceback of the first that failed."""
-    # Forked from a server that has imported torch and Megatron once and started no thread.
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["worlds_preload"])
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # all that the server knows of where modules are
-    with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        for number, world in enumerate(worlds):
-            for rank in range(world.size):
-                arguments = (world, rank, Path(folder), number)
-                processes.append(context.Process(target=_process, args=arguments, daemon=True))
-        try:
-            for process in processes:
-                process.start()
-            _wait(processes, Path(folder), time.monotonic() + seconds)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
+class Started:
+    """A world under way."""
+
+    def __init__(self, world: World, folder: Path, number: int, context: Any) -> None:
+        self._folder = folder
+        self._number = number
+        self.processes = [
+            context.Process(target=_process, args=(world, rank, folder, number), daemon=True)
+            for rank in range(world.size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def kill(self, *ranks: int) -> None:
+        """kill -9 of these ranks, by default of all."""
+        for rank in ranks or range(len(self.processes)):
+            self.processes[rank].kill()
+            self.processes[rank].join()
+
+    def check(self) -> None:
+        """AssertionError with the traceback of the first rank that failed, if one has."""
+        failed = [process for process in self.processes if process.exitcode not in (None, 0)]
+        assert not failed, _error(self._folder) or f"a process ended with {failed[0].exitcode}"
+
+    def results(self) -> list[Any]:
+        """What each rank returned, once all have."""
         return [
-            [
-                torch.load(Path(folder) / f"{n}-{rank}.result", weights_only=False)
-                for rank in range(world.size)
-            ]
-            for n, world in enumerate(worlds)
+            torch.load(self._folder / f"{self._number}-{rank}.result", weights_only=False)
+            for rank in range(len(self.processes))
         ]
 
 
-def _wait(processes: list, folder: Path, deadline: float) -> None:
-    while any(process.is_alive() for process in processes):
-        failed = [process for process in processes if process.exitcode not in (None, 0)]
-        assert not failed, _error(folder) or f"a process ended with {failed[0].exitcode}"
-        assert time.monotonic() < deadline, "the processes did not end in time"
-        time.sleep(0.02)
-    failed = [process for process in processes if process.exitcode != 0]
-    assert not failed, _error(folder) or f"a process ended with {failed[0].exitcode}"
+class Worlds:
+    """Worlds that are started one after another; none outlives the block."""
+
+    def __init__(self) -> None:
+        # Forked from a server that has imported torch and Megatron once and started no thread.
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(["worlds_preload"])
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # all that the server knows of where modules are
+        self._started: list[Started] = []
+
+    def __enter__(self) -> Worlds:
+        self._temporary = tempfile.TemporaryDirectory()
+        self._folder = Path(self._temporary.name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for started in self._started:
+            started.kill()
+        self._temporary.cleanup()
+
+    def start(self, world: World) -> Started:
+        started = Started(world, self._folder, len(self._started), self._context)
+        self._started.append(started)
+        return started
+
+    def wait(self, *worlds: Started, seconds: float = 150) -> list[list[Any]]:
+        """What each rank of these worlds returned. AssertionError with the traceback of the first that failed."""
+        deadline = time.monotonic() + seconds
+        processes = [process for world in worlds for process in world.processes]
+        while True:
+            alive = any(process.is_alive() for process in processes)
+            for world in worlds:
+                world.check()
+            if not alive:
+                return [world.results() for world in worlds]
+            assert time.monotonic() < deadline, "the processes did not end in time"
+            time.sleep(0.02)
+
+
+def run_worlds(*worlds: World, seconds: float = 150) -> list[list[Any]]:
+    """What each rank of each world returned. AssertionError with the traceback of the first that failed."""
+    with Worlds() as under_way:
+        return under_way.wait(*[under_way.start(world) for world in worlds], seconds=seconds)
 
 
 def _error(folder: Path) -> str:
