@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .errors import LinkError
 from .header import Header, check_shape
-from .payload import Payload
+from .payload import Empty, Payload
 from .plan import Piece, Shard
+from .staging import Upload
 
 _AT_ONCE = 1 << 22  # bytes received before they are put in their columns, where a piece is not all of them
 
@@ -18,8 +19,9 @@ _AT_ONCE = 1 << 22  # bytes received before they are put in their columns, where
 class _Response:
     def __init__(self, shape: tuple[int, int], tensors: list[Tensor], missing: int) -> None:
         self.shape = shape  # of the whole micro-batch, (s, b)
-        self.tensors = tensors
+        self.tensors = tensors  # while they arrive
         self.missing = missing  # pieces
+        self.upload: Upload | None = None  # once they are all here
 
 
 class Inbox:
@@ -27,7 +29,9 @@ class Inbox:
 
     columns: what this rank holds. context_size: of the student, whose ranks hold a part of the positions each.
     sequence_length, max_tokens: what a header may say at most. Holds no more than was asked for: credits bound it
-    from the asking side. All methods are safe to call from several threads; `changed` is notified of every piece.
+    from the asking side. empty: makes the tensors that the wire fills. upload: called with those of a response by the
+    thread that received its last piece, so that they are on their way to a device while others compute.
+    All methods are safe to call from several threads; `changed` is notified of every piece.
     """
 
     def __init__(
@@ -37,7 +41,11 @@ class Inbox:
         sequence_length: int,
         max_tokens: int,
         changed: threading.Condition,
+        empty: Empty,
+        upload: Callable[[list[Tensor]], Upload],
     ) -> None:
+        self._empty = empty
+        self._upload = upload
         self._columns = columns
         self._context_size = context_size
         self._sequence_length = sequence_length
@@ -63,18 +71,18 @@ class Inbox:
         with self._changed:
             self._expected[number] = shape
 
-    def take(self, number: int) -> list[Tensor] | None:
+    def take(self, number: int) -> Upload | None:
         """The payload of a complete response, which is forgotten here; None if it is not complete."""
         with self._changed:
             if number >= self.complete or number not in self._responses:
                 return None
             self._expected.pop(number, None)
-            return self._responses.pop(number).tensors
+            return self._responses.pop(number).upload
 
     def place(
         self, epoch: int, sender: int, header: Header, payload: Payload, receive: Callable[..., None]
     ) -> bool:
-        """Takes in the piece that follows a header; whether that completed its response.
+        """Takes in the piece that follows a header; whether that completed its response, or a later one too.
 
         receive: fills contiguous tensors from the connection. LinkError if the piece may not come now,
         ConnectionError if its epoch is over.
@@ -83,16 +91,25 @@ class Inbox:
             self._check_epoch(epoch)
             piece = self._checked(sender, header, payload)
             response = self._response(header, payload)
-        if response.tensors[0].numel() and piece.width:
+        if payload.whole or piece.width:
             self._fill(response.tensors, piece, payload, receive)
         with self._changed:
             self._check_epoch(epoch)
             self._next[sender] += 1
             response.missing -= 1
-            if not response.missing:
-                self.complete = header.number + 1
+            if response.missing:
+                self._changed.notify_all()
+                return False
+        upload = self._upload(response.tensors)
+        with self._changed:
+            self._check_epoch(epoch)
+            response.upload, response.tensors = upload, []
+            before = self.complete
+            # Uploads by several threads may end in another order than they began in.
+            while (following := self._responses.get(self.complete)) and following.upload:
+                self.complete += 1
             self._changed.notify_all()
-            return not response.missing
+            return self.complete > before
 
     def _check_epoch(self, epoch: int) -> None:
         if epoch != self._epoch:
@@ -103,9 +120,9 @@ class Inbox:
         if piece is None:
             raise LinkError("a response from there is not expected")
         check_shape(header, self._sequence_length, self._max_tokens)
-        if header.sequence % self._context_size:
+        if self._context_size > 1 and header.sequence % (2 * self._context_size):
             raise LinkError(
-                f"its sequence length {header.sequence} is not a multiple of {self._context_size}"
+                f"its sequence length {header.sequence} is not a multiple of {2 * self._context_size}"
             )
         if (header.start, header.stop) != (piece.start, piece.stop):
             raise LinkError(f"its columns {header.start}:{header.stop} are not {piece.start}:{piece.stop}")
@@ -123,7 +140,7 @@ class Inbox:
             raise LinkError(f"its shape {shape} is not {wanted}, which was asked for")
         if response is None:
             local = header.sequence // self._context_size
-            tensors = payload.blank(local, header.batch, self._columns.width)
+            tensors = payload.blank(local, header.batch, self._columns.width, self._empty)
             response = self._responses[header.number] = _Response(shape, tensors, len(self._pieces))
         return response
 

@@ -16,12 +16,18 @@ student computes the logits with the teacher's output layer, in float32, so it s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_BLOCK_ELEMENTS = (
+    1 << 18
+)  # encoded at a time on the CPU, so that they are still in its cache when they are put away
+Empty = Callable[..., Tensor]  # as torch.empty(*shape, dtype=...): where the memory comes from
 
 
 @dataclass(frozen=True)
@@ -47,15 +53,15 @@ class Payload:
     def sized(self, **sizes: Any) -> Payload:
         return replace(self, **sizes)
 
-    def blank(self, sequence: int, batch: int, width: int) -> list[Tensor]:
-        """Uninitialised CPU tensors for that many positions and columns, in the order of the wire."""
+    def blank(self, sequence: int, batch: int, width: int, empty: Empty = torch.empty) -> list[Tensor]:
+        """Uninitialised tensors of `empty` for that many positions and columns, in the order of the wire."""
         if self.dtype is not None:
             shapes = [((width,), self.dtype)]
         elif self.name == "topk":
             shapes = [((self.top_k,), torch.float32), ((self.top_k,), torch.int32), ((), torch.float32)]
         else:
             shapes = [((self.state_size,), self.state_dtype)]
-        return [torch.empty(sequence, batch, *shape, dtype=dtype) for shape, dtype in shapes]
+        return [empty(sequence, batch, *shape, dtype=dtype) for shape, dtype in shapes]
 
     def bytes(self, tokens: int, width: int) -> int:
         """Of a piece of that many positions and columns, without its header."""
@@ -100,18 +106,28 @@ def row_max(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     return top.clamp_(limits.min, limits.max)
 
 
-def encode(payload: Payload, logits: Tensor, top: Tensor | None = None) -> Tensor:
-    """The columns of one piece, [s, b, width] of any float dtype, as a new contiguous tensor for the wire, on the same
-    device.
+def encode(payload: Payload, output: Tensor, top: Tensor | None = None, empty: Empty = torch.empty) -> Tensor:
+    """The columns of one piece, [s, b, width] of any float dtype, or hidden states [s, b, size], as a new contiguous
+    tensor for the wire, on the same device.
 
-    `top` [s, b, 1] is `row_max` over the whole vocabulary; needed by relative payloads only. The result never
-    shares memory with `logits`.
+    `top` [s, b, 1] is `row_max` over the whole vocabulary; needed by relative payloads only. empty: where a result on
+    the CPU lies. The result never shares memory with `output`.
     """
     if payload.relative and top is None:
         raise ValueError(f"top must be given for the relative payload {payload.name!r}, got None")
-    if payload.relative:
-        return _encode_relative(payload, logits, top)
-    return torch.empty(logits.shape, dtype=payload.dtype, device=logits.device).copy_(logits)
+    dtype = payload.dtype or payload.state_dtype
+    if output.device.type != "cpu":
+        if payload.relative:
+            return _encode_relative(payload, output, top)
+        return torch.empty(output.shape, dtype=dtype, device=output.device).copy_(output)
+    result = empty(*output.shape, dtype=dtype)
+    if not payload.relative or not output.numel():
+        return result.copy_(output)
+    rows = max(1, _BLOCK_ELEMENTS // max(1, output[0].numel()))
+    for block in range(0, output.shape[0], rows):
+        part = slice(block, block + rows)
+        result[part] = _encode_relative(payload, output[part], top[part])
+    return result
 
 
 def _encode_relative(payload: Payload, logits: Tensor, top: Tensor) -> Tensor:

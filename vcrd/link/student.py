@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from .membership import Membership
 from .plan import Place, check_boundaries
 from .rendezvous import ask, ask_until, listen, local_host
 from .settings import LinkSettings
-from .staging import Upload
+from .staging import Pinned, Pool, Upload
 from .wire import dial
 
 _log = logging.getLogger("vcrd")
@@ -66,8 +67,12 @@ class StudentLink:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._head: Tensor | None = None  # the output layer on the device
         self._changed = threading.Condition()
+        # One more than are on their way or complete: the one in use, until the next one is taken.
+        memory = Pinned(device) if self._stream else Pool(settings.credits + 1)
         self._inbox = Inbox(
-            self.columns, facts.context_size, facts.sequence_length, settings.max_tokens, self._changed
+            *(self.columns, facts.context_size, facts.sequence_length, settings.max_tokens, self._changed),
+            memory.empty,
+            partial(Upload, device=device, stream=self._stream),
         )
         self._asking = threading.Lock()  # a loader thread may ask while the training loop receives
         self._asked = 0  # by request()
@@ -185,13 +190,13 @@ class StudentLink:
             raise ValueError(f"number must have been asked for, below {self._asked}, got {number}")
         begun = time.perf_counter()
         try:
-            tensors = self._wait_for(number)
+            upload = self._wait_for(number)
         finally:
             self.waited += time.perf_counter() - begun
         with self._asking:
             self._given += 1
         self._send_what_credits_allow()
-        return self._formed(Upload(tensors, self._device, self._stream).ready())
+        return self._formed(upload.ready())
 
     def close(self) -> None:
         """Parts from the teacher, or drops a link that failed. Idempotent; some 10 seconds at the very most."""
@@ -264,14 +269,14 @@ class StudentLink:
             f"to {self._settings.address} within {self._settings.connect_timeout:g} seconds (connect_timeout)"
         )
 
-    def _wait_for(self, number: int) -> list[Tensor]:
+    def _wait_for(self, number: int) -> Upload:
         begun = said = time.monotonic()
         while True:
             with self._changed:
                 session = self._members.session
-                tensors = self._inbox.take(number) if self._members.head_is_here else None
-                if tensors is not None:
-                    return tensors
+                upload = self._inbox.take(number) if self._members.head_is_here else None
+                if upload is not None:
+                    return upload
                 if self._members.failure:
                     raise self._members.failure
                 now = time.monotonic()

@@ -22,7 +22,7 @@ from .payload import STATE_DTYPES, encode, payload_named, row_max
 from .plan import context_rows
 from .service import Service, join
 from .settings import LinkSettings
-from .staging import Staged
+from .staging import Pool, Staged
 from .topk import top_k_of
 
 _log = logging.getLogger("vcrd")
@@ -58,6 +58,7 @@ class TeacherLink:
         self._head_weight = head_weight
         self._shard = facts.shards()[tensor_rank or 0]
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._memory = Pool()  # holds no more than was ever under way at once
         self._services: list[Service] = []  # the one that stands, if any: what a forgotten link has to end
         # A forgotten link must not leave threads behind that would run into the interpreter's end.
         self._finalizer = weakref.finalize(self, _end_all, self._services)
@@ -163,7 +164,7 @@ class TeacherLink:
                 )
             )
         else:
-            tensors = [output.to(self._payload.state_dtype)]
+            tensors = [output]
         if service.failure:
             return
         service.delivery.wait_for_room()
@@ -196,7 +197,9 @@ class TeacherLink:
             if not self._payload.whole:
                 columns = slice(piece.start - self._shard.start, piece.stop - self._shard.start)
                 shift = None if top is None else _rows(top, spans)
-                parts = [encode(self._payload, parts[0][..., columns], shift)]
+                parts = [encode(self._payload, parts[0][..., columns], shift, self._memory.empty)]
+            elif self._payload.name == "hidden":  # the caller may reuse its buffer
+                parts = [encode(self._payload, parts[0], empty=self._memory.empty)]
             header = Header(
                 Kind.RESPONSE,
                 number=request.number,
