@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .connection import Connection
 from .errors import LinkError, StudentLost
 from .header import Header, Kind
 from .plan import Place
 from .staging import Staged
-from .wire import Connection
 
 _UNDER_WAY = 4  # responses, each of which holds its encoded copy
 

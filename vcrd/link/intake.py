@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .connection import Connection
 from .errors import LinkError, StudentLost
 from .facts import Facts
 from .header import Header, Kind, check_shape
 from .plan import Place, check_boundaries
-from .wire import Connection
 
 _PARTING = 5.0  # seconds that the answer to a goodbye may take
 

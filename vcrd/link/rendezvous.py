@@ -21,13 +21,15 @@ from contextlib import suppress
 from . import facts as stated
 from .errors import HandshakeRefused, LinkError
 from .facts import Facts
-from .plan import Place, places, students_of
+from .plan import Place, places, replica_of
 from .settings import LinkSettings
 from .wire import Address, Listener, dial
 
 _log = logging.getLogger("vcrd")
 Reply = dict
+UNREADABLE = (ArithmeticError, LookupError, TypeError, ValueError)  # what reading the wrong JSON raises
 _WAITING = {"state": "waiting"}
+_MOST_RUNS = 1024  # that one address book holds
 
 
 def host_rendezvous(settings: LinkSettings) -> Rendezvous:
@@ -45,9 +47,8 @@ class Rendezvous:
     def __init__(self, settings: LinkSettings) -> None:
         self._lock = threading.Lock()
         self._runs: dict[str, _Run] = {}
-        self._listener = Listener(
-            listen(settings.host, settings.port), settings.shared_secret(), self._answer
-        )
+        secret = settings.shared_secret()
+        self._listener = Listener(listen(settings.host, settings.port), secret, self._answer)
 
     def close(self) -> None:
         """Idempotent. Links that stand do not notice; a lost teacher could not come back."""
@@ -58,6 +59,8 @@ class Rendezvous:
             name = hello.get("run")
             if not isinstance(name, str):
                 return _refused("the link is refused: a greeting names no run"), None
+            if name not in self._runs and len(self._runs) >= _MOST_RUNS:
+                return _refused(f"the link is refused: more than {_MOST_RUNS} runs meet here"), None
             run = self._runs.setdefault(name, _Run())
             try:
                 if hello.get("role") == "student":
@@ -67,8 +70,8 @@ class Rendezvous:
                 return _refused("the link is refused: a greeting names no role"), None
             except HandshakeRefused as error:
                 return _refused(str(error)), None
-            except (KeyError, TypeError, ValueError) as error:
-                return _refused(f"the link is refused: a greeting cannot be read ({error})"), None
+            except UNREADABLE as error:
+                return _refused(f"the link is refused: a greeting cannot be read ({error!r:.200})"), None
 
 
 class _Run:
@@ -78,14 +81,20 @@ class _Run:
         self._facts: Facts | None = None  # the student's
         self._complaint: str | None = None
         self._students: dict[Place, Address] = {}
-        self._replicas = 0
+        self._replicas = 0  # 0 until the first of them has got an epoch
         self._epochs: dict[int, int] = {}
-        self._refusals: dict[int, str] = {}
+        self._refusals: dict[
+            int, tuple[int, str]
+        ] = {}  # by replica: how many it said there are, and why it may not
 
     def student(self, hello: dict) -> Reply:
         place = Place(*(int(rank) for rank in hello["place"]))
         address = (str(hello["address"][0]), int(hello["address"][1]))
         facts = stated.read(hello["facts"], "student")
+        sizes = (facts.copies, facts.context_size, facts.tensor_size)
+        ranks = (place.data, place.context, place.tensor)
+        if not all(0 <= rank < size for rank, size in zip(ranks, sizes, strict=True)):
+            raise ValueError(f"there is no {place}")
         if self._facts is None:
             self._facts = facts
         if facts != self._facts:
@@ -104,19 +113,22 @@ class _Run:
 
     def teacher(self, hello: dict) -> Reply:
         replica, protocol = int(hello["replica"]), hello["protocol"]
+        if not 0 <= replica < 1 << 20:
+            raise ValueError(f"there is no teacher replica {replica}")
         facts = stated.read({**hello["facts"], "protocol": protocol}, "teacher")
-        self._replicas = self._replicas or facts.copies
         if self._complaint:
             return _refused(self._complaint)
         if self._facts is None:
             return _WAITING
-        if reason := stated.refusal(self._facts, facts, self._replicas):
-            self._refusals[replica] = reason
+        replicas = self._replicas or facts.copies
+        if reason := stated.refusal(self._facts, facts, replicas):
+            self._refusals[replica] = (replicas, reason)
             return _refused(reason)
         self._refusals.pop(replica, None)
-        wanted = self._facts.places(replica, self._replicas)
+        wanted = self._facts.places(replica, replicas)
         if not all(place in self._students for place in wanted):
             return _WAITING
+        self._replicas = replicas
         self._epochs[replica] = self._epochs.get(replica, 0) + 1
         return {
             "state": "ready",
@@ -126,12 +138,9 @@ class _Run:
         }
 
     def _refusal_for(self, place: Place) -> str | None:
-        if not self._refusals or self._facts is None:
-            return None
-        if self._replicas > self._facts.copies:
-            return next(iter(self._refusals.values()))
-        for replica, reason in self._refusals.items():
-            if place.data in students_of(replica, self._facts.copies, self._replicas):
+        for replica, (replicas, reason) in self._refusals.items():
+            sensible = 1 <= replicas <= self._facts.copies
+            if not sensible or replica_of(place.data, self._facts.copies, replicas) == replica:
                 return reason
         return None
 
@@ -143,6 +152,14 @@ def ask(settings: LinkSettings, hello: dict) -> Reply:
     connection.close()
     if reply.get("state") == "refused":
         raise HandshakeRefused(str(reply.get("reason")))
+    try:
+        for host, port in [*reply.get("addresses", ()), *([reply["asker"]] if "asker" in reply else ())]:
+            if not isinstance(host, str) or type(port) is not int:
+                raise ValueError
+        if reply["state"] not in ("waiting", "ready"):
+            raise ValueError
+    except UNREADABLE:
+        raise LinkError(f"{settings.address} answers what cannot be read: {str(reply):.200}") from None
     return reply
 
 

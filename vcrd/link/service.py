@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from . import facts as stated
+from .connection import Connection, digest_of
 from .crew import Crew, Outcome, outcome_of
 from .delivery import Delivery
 from .errors import HandshakeRefused, LinkError, StudentLost
@@ -18,7 +19,7 @@ from .intake import Intake, Request
 from .plan import Piece, Place, overlaps, pieces_of
 from .rendezvous import ask_until
 from .settings import LinkSettings
-from .wire import Address, Connection, dial, digest_of
+from .wire import Address, dial
 
 _DIAL = (
     30.0  # seconds for a student rank to let a sender in, once the rank that asks has let the first one in

@@ -12,13 +12,10 @@ secret keeps strangers out, it does not hide the traffic of a network that is no
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import hmac
 import json
 import logging
 import os
-import select
 import socket
 import struct
 import threading
@@ -26,139 +23,22 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from torch import Tensor
-
 from . import header as headers
+from .connection import Connection, digest_of  # noqa: F401
 from .errors import HandshakeRefused, LinkError
-from .header import Header
 
 _log = logging.getLogger("vcrd")
 GREETING_SECONDS = 10.0  # that either end gives the other
-_GREETINGS = 64  # under way at once on a listener; more are turned away
+_GREETINGS = 256  # under way at once on a listener
+_PATIENCE = 0.5  # seconds that a greeting has for itself, before it may have to make room for another
 _HELLO_BYTES = 1 << 16
 _REPLY_BYTES = 1 << 22  # holds the addresses of some ten thousand ranks
 _NONCE = 32
 _GREETING = struct.Struct(f"<8sI{_NONCE}s")
 _HELLO = struct.Struct(f"<8sI{_NONCE}s32sI")
 _REPLY = struct.Struct("<32sI")
-_MOST_AT_ONCE = 1 << 20  # bytes per call, so that progress is seen while something large arrives
 
 Address = tuple[str, int]
-
-
-class Connection:
-    """One end of a connection. One thread at a time may receive; any number may send, one after another.
-
-    heard: when something last arrived, by time.monotonic(). sent, received: bytes so far, headers included.
-    Every method raises ConnectionError once the connection has ended, from either side.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._sending = threading.Lock()
-        self.heard = time.monotonic()
-        self.sent = 0
-        self.received = 0
-        sock.settimeout(None)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A machine that loses power says nothing: notice it within a minute or so.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-    def send(self, header: Header, *parts: Tensor | bytes, seconds: float) -> None:
-        """Sends a header and what belongs to it; parts are bytes or contiguous CPU tensors.
-
-        TimeoutError when nothing was taken for that many seconds; the connection is useless then.
-        """
-        with self._sending:
-            self._send_all(memoryview(header.pack()), seconds)
-            for part in parts:
-                self._send_all(memory(part), seconds)
-
-    def receive_header(self) -> Header:
-        """The next header, however long it takes; LinkError if it is malformed."""
-        raw = bytearray(headers.BYTES)
-        self._fill(memoryview(raw))
-        return headers.parse(bytes(raw))
-
-    def receive(self, *parts: Tensor | bytearray) -> None:
-        """Fills contiguous CPU tensors or bytearrays, in order."""
-        for part in parts:
-            self._fill(memory(part))
-
-    def receive_text(self, header: Header) -> str:
-        """The text that follows a header."""
-        raw = bytearray(header.length)
-        self._fill(memoryview(raw))
-        return raw.decode(errors="replace")
-
-    def end(self) -> None:
-        """Ends the connection and releases every thread blocked in it. Idempotent, never blocks."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Ends it and gives the descriptor back; called by the one thread that receives, or after it ended.
-
-        Closed under a thread that is about to receive, the descriptor's number could be another connection's.
-        """
-        self.end()
-        with self._sending:
-            self._socket.close()
-
-    def _send_all(self, view: memoryview, seconds: float) -> None:
-        while view:
-            try:
-                count = self._socket.send(view[:_MOST_AT_ONCE], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                self._wait_for_room(seconds)
-                continue
-            except OSError as error:
-                raise ConnectionError(str(error)) from None
-            self.sent += count
-            view = view[count:]
-
-    def _wait_for_room(self, seconds: float) -> None:
-        poll = select.poll()
-        try:
-            poll.register(self._socket, select.POLLOUT)
-        except (OSError, ValueError) as error:  # closed meanwhile
-            raise ConnectionError(str(error)) from None
-        if not poll.poll(seconds * 1000):
-            raise TimeoutError(f"did not take what was sent within {seconds:g} seconds")
-
-    def _fill(self, view: memoryview) -> None:
-        while view:
-            try:
-                count = self._socket.recv_into(view, min(len(view), _MOST_AT_ONCE))
-            except OSError as error:
-                raise ConnectionError(str(error)) from None
-            if not count:
-                raise ConnectionError("the other end closed")
-            self.heard = time.monotonic()
-            self.received += count
-            view = view[count:]
-
-
-def memory(part: Tensor | bytes | bytearray) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared with it, or of a bytes object."""
-    if not isinstance(part, Tensor):
-        return memoryview(part)
-    if not part.is_contiguous() or part.device.type != "cpu":
-        raise ValueError(f"part: expected a contiguous tensor on the CPU, got one on {part.device}")
-    count = part.numel() * part.element_size()
-    return (
-        memoryview((ctypes.c_char * count).from_address(part.data_ptr())).cast("B")
-        if count
-        else memoryview(b"")
-    )
-
-
-def digest_of(rows: Tensor) -> str:
-    """SHA-256 of a contiguous CPU tensor's bytes, in hexadecimal."""
-    return hashlib.sha256(memory(rows)).hexdigest()
 
 
 def dial(
@@ -168,9 +48,13 @@ def dial(
     if secret or protocol version differ."""
     try:
         sock = socket.create_connection(address, timeout=seconds)
-    except OSError as error:
+    except (OSError, OverflowError, ValueError) as error:  # the last two: what is no host, what is no port
         raise ConnectionError(f"{address[0]}:{address[1]}: {error}") from None
     try:
+        if (
+            sock.getsockname() == sock.getpeername()
+        ):  # nobody listens, and the system chose this very port to dial from
+            raise ConnectionError("nobody listens there")
         return _greet(sock, secret, hello, time.monotonic() + seconds)
     except (OSError, ConnectionError) as error:
         sock.close()
@@ -207,7 +91,8 @@ Answer = Callable[[dict], "tuple[dict, Callable[[Connection], None] | None]"]
 class Listener:
     """Accepts and greets in the background. `answer` is called in one thread per greeting.
 
-    sock: bound and listening. The hello has passed the secret; it carries "protocol", the other end's.
+    sock: bound and listening. The hello has passed the secret; it carries "protocol", the other end's. Who connects and
+    does not get through the greeting costs a thread for GREETING_SECONDS at most, and keeps nobody else out.
     """
 
     def __init__(self, sock: socket.socket, secret: str, answer: Answer) -> None:
@@ -216,54 +101,100 @@ class Listener:
         self._socket = sock
         self._secret = secret
         self._answer = answer
-        self._room = threading.Semaphore(_GREETINGS)
+        # Re-entrant, because a forgotten link is closed by whatever thread collects it.
+        self._changed = threading.Condition(threading.RLock())
+        self._strangers: dict[socket.socket, float] = {}  # whose hello is awaited, since when, oldest first
+        self._greeters: set[threading.Thread] = set()
+        self._closed = False
         self._thread = threading.Thread(target=self._accept, name="vcrd-link-listener", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stops accepting. Idempotent; never called from `answer`."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # what wakes accept()
+        """Stops accepting and ends every greeting. Idempotent; a second or two at most."""
+        with self._changed:
+            self._closed = True
+            strangers, greeters = list(self._strangers), list(self._greeters)
+            for sock in strangers:
+                _shut(sock)
+            self._changed.notify_all()
+        _shut(self._socket)  # what wakes accept()
         self._socket.close()
-        self._thread.join(1.0)
+        deadline = time.monotonic() + 1.0
+        for thread in (self._thread, *greeters):
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 sock, _ = self._socket.accept()
             except OSError:
-                if self._socket.fileno() < 0 or not _listens(self._socket):
+                time.sleep(0.05)  # closed, or out of descriptors, which passes
+                continue
+            thread = threading.Thread(
+                target=self._greet, args=(sock,), name="vcrd-link-greeting", daemon=True
+            )
+            with self._changed:
+                self._make_room()
+                if self._closed:
+                    sock.close()
                     return
-                time.sleep(0.05)  # out of descriptors, for one: this passes
-                continue
-            if not self._room.acquire(blocking=False):
-                sock.close()
-                continue
-            threading.Thread(target=self._greet, args=(sock,), name="vcrd-link-greeting", daemon=True).start()
+                try:
+                    thread.start()
+                except RuntimeError:  # out of threads, which passes
+                    sock.close()
+                    continue
+                self._strangers[sock] = time.monotonic()
+                self._greeters.add(thread)
+
+    def _make_room(self) -> None:
+        """Waits until one more may be greeted. Who has said nothing for a while makes room for who may say something,
+        so that silent connections keep nobody out; but a crowd that is only slow is waited for."""
+        while len(self._strangers) >= _GREETINGS and not self._closed:
+            oldest, since = next(iter(self._strangers.items()))
+            left = since + _PATIENCE - time.monotonic()
+            if left > 0:
+                self._changed.wait(left)
+            else:
+                del self._strangers[oldest]
+                _shut(oldest)
+
+    def _known(self, sock: socket.socket) -> bool:
+        """Takes a connection off those that may have to make room; whether it had not had to."""
+        with self._changed:
+            self._changed.notify_all()
+            return self._strangers.pop(sock, None) is not None
 
     def _greet(self, sock: socket.socket) -> None:
+        kept = False
         try:
             kept = self._exchange(sock, time.monotonic() + GREETING_SECONDS)
-        except (OSError, LinkError, struct.error) as error:
+        except (OSError, LinkError) as error:
             _log.debug("a connection did not get through its greeting: %s", error)
-            kept = False
         except Exception:
             _log.exception("a greeting failed")
-            kept = False
         finally:
-            self._room.release()
-        if not kept:
-            sock.close()
+            self._known(sock)
+            if not kept:
+                sock.close()
+            with self._changed:
+                self._greeters.discard(threading.current_thread())
 
     def _exchange(self, sock: socket.socket, deadline: float) -> bool:
         challenge = os.urandom(_NONCE)
         sock.sendall(_GREETING.pack(headers.MAGIC, headers.PROTOCOL, challenge))
-        magic, protocol, nonce, seal, length = _HELLO.unpack(_read(sock, _HELLO.size, deadline))
-        if magic != headers.MAGIC or length > _HELLO_BYTES:
+        magic = _read(sock, len(headers.MAGIC), deadline)
+        if magic != headers.MAGIC:  # whatever speaks another language need not say more
+            return False
+        raw = magic + _read(sock, _HELLO.size - len(magic), deadline)
+        _, protocol, nonce, seal, length = _HELLO.unpack(raw)
+        if length > _HELLO_BYTES:
             return False
         text = _read(sock, length, deadline)
-        known = hmac.compare_digest(seal, _seal(self._secret, b"hello", challenge, nonce, protocol, text))
-        if known:
+        same = hmac.compare_digest(seal, _seal(self._secret, b"hello", challenge, nonce, protocol, text))
+        if not self._known(sock):
+            return False
+        if same:
             reply, keep = self._answer({**_parsed(text), "protocol": protocol})
         else:
             _log.warning("%s:%s was turned away: its shared secret differs", *sock.getpeername()[:2])
@@ -283,7 +214,8 @@ def versions_differ(student: int, teacher: int) -> str:
 
 def _seal(secret: str, role: bytes, first: bytes, second: bytes, protocol: int, text: bytes) -> bytes:
     message = b"|".join([role, first, second, str(protocol).encode(), text])
-    return hmac.digest(secret.encode(), message, "sha256")
+    # What the environment holds need not be UTF-8.
+    return hmac.digest(secret.encode(errors="surrogateescape"), message, "sha256")
 
 
 def _parsed(text: bytes) -> dict:
@@ -310,8 +242,7 @@ def _read(sock: socket.socket, count: int, deadline: float) -> bytes:
     return bytes(data)
 
 
-def _listens(sock: socket.socket) -> bool:
-    try:
-        return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    except OSError:
-        return False
+def _shut(sock: socket.socket) -> None:
+    """Ends it, and with it whatever another thread waits for there."""
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
