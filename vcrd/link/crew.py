@@ -86,6 +86,8 @@ class Crew:
             outcome, text, result = Outcome.DONE, "", task(self._ticker())
         except LinkError as error:
             outcome, text = outcome_of(error), str(error)
+        except Exception as error:  # whatever it is, the others wait to hear of it
+            outcome, text = Outcome.BROKEN, f"rank 0 of this teacher replica failed: {error!r}"
         self.conclude(outcome, text)
         return self.share_text(result)
 

@@ -148,6 +148,12 @@ class _Writer:
             self._lose("closed its connection")
         except TimeoutError as error:
             self._lose(str(error))
+        except (
+            Exception
+        ) as error:  # whatever it is, a thread that ended unheard would block all that is posted
+            self._broken = True
+            self._fail(LinkError(f"an answer to {self._place} could not be sent: {error!r}"))
+            self.connection.end()
 
     def _read(self) -> None:
         try:

@@ -105,6 +105,8 @@ class Intake:
             self._fail(StudentLost(f"{who} closed its connection"))
         except LinkError as error:
             self._fail(StudentLost(f"{who} sent a request that is refused: {error}"))
+        except Exception as error:  # whatever it is, next_batch must hear of it
+            self._fail(LinkError(f"a request of {who} could not be taken in: {error!r}"))
         finally:
             connection.close()
 

@@ -24,7 +24,8 @@ from .wire import Address, dial
 _DIAL = (
     30.0  # seconds for a student rank to let a sender in, once the rank that asks has let the first one in
 )
-_PAUSE = 0.05  # seconds between two attempts
+_PAUSE = 0.02  # seconds between two attempts at first; it doubles up to
+_LONGEST_PAUSE = 0.25
 
 
 class Service:
@@ -75,7 +76,7 @@ class Service:
 
     def admit(self, connections: dict[Place, Connection], replies: dict[Place, dict], timeout: float) -> None:
         """Begins to deliver over what the students have let in."""
-        firsts = {place: int(reply["first"]) for place, reply in replies.items()}
+        firsts = {place: reply["first"] for place, reply in replies.items()}
         self._lack_head = {place for place, reply in replies.items() if reply["head"]}
         self.delivery = Delivery(connections, firsts, timeout)
 
@@ -121,7 +122,11 @@ def join(
     """
     knocking = _Knocking(settings, facts, replica, setting)
     while True:
-        found = json.loads(crew.follow_leader(knocking.run))
+        try:
+            found = json.loads(crew.follow_leader(knocking.run))
+        except BaseException:
+            knocking.give_up()
+            raise
         student = stated.read(found["facts"], "student")
         service = Service(student, facts, student.places(replica, facts.copies), tensor_rank)
         if crew.leads:
@@ -141,10 +146,18 @@ def join(
                 _dial_students(settings, service, hello, addresses, head_weight)
         except LinkError as error:
             outcome, text = outcome_of(error), str(error)
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+            outcome, text = (
+                Outcome.BROKEN,
+                f"a rank of this teacher replica cannot dial the student: {error!r}",
+            )
         try:
             crew.conclude(outcome, text)
-        except StudentLost:  # on every rank: a student rank that was there has gone, or changed its mind
+        except (
+            StudentLost
+        ) as error:  # on every rank: a student rank that was there has gone, or changed its mind
             service.end()
+            knocking.reason = str(error)
             continue
         except LinkError:
             service.end()
@@ -162,11 +175,17 @@ class _Knocking:
         self._hello = {"replica": replica, "facts": facts.plain()}
         self._setting = setting
         self._deadline = time.monotonic() + getattr(settings, setting)
+        self._pause = _PAUSE
         self.connections: dict[int, Connection] = {}
+        self.reason = ""  # why the last epoch had no future
 
     def run(self, tick: Callable[[], None]) -> str:
         """The rendezvous' reply, as text, once every rank that asks has admitted its epoch."""
         while True:
+            if self.reason:
+                if time.monotonic() > self._deadline:
+                    raise StudentLost(f"the student could not be joined {self._within()}: {self.reason}")
+                self._rest(tick)
             reply = self._found(tick)
             student = stated.read(reply["facts"], "student")
             places = student.places(self._hello["replica"], self._hello["facts"]["copies"])
@@ -174,18 +193,21 @@ class _Knocking:
             self.connections = {}
             try:
                 for place, address in askers:
-                    self._knock(place, address, reply["epoch"], tick)
+                    self._knock(place, address, int(reply["epoch"]), tick)
             except ConnectionError as error:  # that epoch has no future: begin anew
-                self._give_up()
-                if time.monotonic() > self._deadline:
-                    raise StudentLost(f"the student could not be joined {self._within()}: {error}") from None
-                tick()
-                time.sleep(_PAUSE)
+                self.give_up()
+                self.reason = str(error)
                 continue
-            except LinkError:
-                self._give_up()
-                raise
             return json.dumps(reply)
+
+    def give_up(self) -> None:
+        for connection in self.connections.values():
+            connection.close()
+
+    def _rest(self, tick: Callable[[], None]) -> None:
+        tick()
+        time.sleep(self._pause)
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
     def _found(self, tick: Callable[[], None]) -> dict:
         left = max(0.0, self._deadline - time.monotonic())
@@ -213,12 +235,7 @@ class _Knocking:
                 raise ConnectionError(f"{place} waits for a later epoch")
             if time.monotonic() > self._deadline:
                 raise StudentLost(f"{place} still has a teacher replica {hello['replica']} {self._within()}")
-            tick()
-            time.sleep(_PAUSE)
-
-    def _give_up(self) -> None:
-        for connection in self.connections.values():
-            connection.close()
+            self._rest(tick)
 
     def _within(self) -> str:
         seconds = getattr(self._settings, self._setting)
@@ -257,7 +274,13 @@ def _let_in(place: Place, address: Address, secret: str, hello: dict) -> tuple[C
             connection, reply = dial(address, secret, hello)
         except ConnectionError as error:
             raise StudentLost(f"{place} cannot be reached: {error}") from None
-        if reply.get("state") == "welcome":
+        first = reply.get("first")
+        if (
+            reply.get("state") == "welcome"
+            and type(first) is int
+            and 0 <= first < 1 << 48
+            and "head" in reply
+        ):
             return connection, reply
         connection.close()
         if reply.get("state") == "refused":
