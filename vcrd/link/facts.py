@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -13,17 +14,34 @@ from .settings import LinkSettings
 from .wire import versions_differ
 
 _EQUAL = ("vocab_size", "sequence_length", "payload", "max_tokens")
+# What a statement may say at most: it is walked through, and memory is sized by it.
+_MOST_COLUMNS = (1 << 31) - 1  # tokens travel as int32
+_MOST_RANKS = 1 << 20
+_LARGEST_STATE = 1 << 16
 
 
 @dataclass(frozen=True)
 class Head:
     """The teacher's output layer, as the payload "hidden" needs it: logits = scale * states @ weight.T, then
-    softcap * tanh(logits / softcap) unless softcap is 0. size: of a state. dtype: of states and weight."""
+    softcap * tanh(logits / softcap) unless softcap is 0. size: of a state, up to 65536. dtype: of states and weight,
+    "float32", "bfloat16" or "float16". ValueError for anything else."""
 
     size: int
     dtype: str
     scale: float = 1.0
     softcap: float = 0.0
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or not 1 <= self.size <= _LARGEST_STATE:
+            raise ValueError(f"size must be an integer from 1 to {_LARGEST_STATE}, got {self.size!r}")
+        if not isinstance(self.dtype, str) or self.dtype not in STATE_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(STATE_DTYPES)}, got {self.dtype!r}")
+        for name in ("scale", "softcap"):
+            number = getattr(self, name)
+            if type(number) not in (int, float) or not abs(number) < 1e30:
+                raise ValueError(f"{name} must be a finite number, got {number!r}")
+        if self.softcap < 0:
+            raise ValueError(f"softcap must be at least 0, got {self.softcap!r}")
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,7 @@ class Facts:
     """One side's statement. vocab_size .. max_tokens must be equal on both sides.
 
     top_k: with the payload "topk", else 0. copies: the student's data-parallel size, or the teacher's replicas.
-    context_size: 1 from the teacher. credits: 0 from the teacher. head: from the teacher, with "hidden".
+    context_size: 1 from the teacher. credits: 0 from the teacher. head: from the teacher, with "hidden" only.
     """
 
     vocab_size: int
@@ -49,7 +67,9 @@ class Facts:
 
     @classmethod
     def of(cls, settings: LinkSettings, **own: Any) -> Facts:
-        """The facts of one side; ValueError for a layout that cannot be."""
+        """The facts of one side; ValueError for what cannot be."""
+        if settings.payload != "hidden" and own.get("head") is not None:
+            raise ValueError(f"head must be None with the payload {settings.payload!r}, got {own['head']}")
         facts = cls(
             payload=settings.payload,
             max_tokens=settings.max_tokens,
@@ -64,9 +84,9 @@ class Facts:
 
     def content(self) -> Payload:
         """The payload with everything that its size depends on; from the teacher's facts."""
-        payload = payload_named(self.payload)
+        payload = payload_named(self.payload).sized(top_k=self.top_k)
         if self.head is None:
-            return payload.sized(top_k=self.top_k)
+            return payload
         return payload.sized(state_size=self.head.size, state_dtype=STATE_DTYPES[self.head.dtype])
 
     def places(self, replica: int, replicas: int) -> tuple[Place, ...]:
@@ -84,14 +104,20 @@ def read(values: Any, whose: str) -> Facts:
         raise HandshakeRefused(f"the link is refused: the {whose}'s facts cannot be read")
     if values["protocol"] != headers.PROTOCOL:
         # Another version may state other facts; this one alone is enough to refuse it.
+        if whose == "student":
+            reason = f"a student rank's protocol version is {values['protocol']}, not {headers.PROTOCOL}"
+            raise HandshakeRefused(f"the link is refused: {reason}")
         return Facts(0, 0, "", 0, 0, 0, 0, protocol=values["protocol"])
-    names = {each.name for each in fields(Facts)}
-    if values.keys() != names or not _well_typed(values):
-        raise HandshakeRefused(
-            f"the link is refused: the {whose}'s facts are not those of protocol {headers.PROTOCOL}"
-        )
-    head = values["head"]
-    return Facts(**{**values, "head": None if head is None else Head(**head)})
+    try:
+        if values.keys() != {each.name for each in fields(Facts)} or not isinstance(values["payload"], str):
+            raise ValueError
+        head = None if values["head"] is None else Head(**values["head"])
+        facts = Facts(**{**values, "head": head})
+        _check_numbers(facts)
+    except (TypeError, ValueError):
+        reason = f"the {whose}'s facts are not those of protocol {headers.PROTOCOL}"
+        raise HandshakeRefused(f"the link is refused: {reason}") from None
+    return facts
 
 
 def refusal(student: Facts, teacher: Facts, replicas: int) -> str | None:
@@ -117,8 +143,9 @@ def refusal(student: Facts, teacher: Facts, replicas: int) -> str | None:
             _check_layout(facts)
         except ValueError as error:
             reasons.append(f"for the {whose} {error}")
-    if teacher.payload == "hidden" and teacher.head is None:
-        reasons.append("the teacher states no output layer, which the payload 'hidden' needs")
+    if (teacher.payload == "hidden") != (teacher.head is not None):
+        states = "no" if teacher.head is None else "an"
+        reasons.append(f"the teacher states {states} output layer with the payload {teacher.payload!r}")
     return _sentence(reasons) if reasons else None
 
 
@@ -127,29 +154,26 @@ def served_by(student: Facts, replicas: int, data_rank: int) -> int:
     return replica_of(data_rank, student.copies, replicas) if replicas <= student.copies else 0
 
 
-def _well_typed(values: dict) -> bool:
-    numbers = [value for name, value in values.items() if name not in ("payload", "head")]
-    if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
-        return False
-    head = values["head"]
-    if head is not None:
-        if not isinstance(head, dict) or head.keys() != {each.name for each in fields(Head)}:
-            return False
-        size, scale, softcap = head["size"], head["scale"], head["softcap"]
-        if type(size) is not int or not 1 <= size < 1 << 24 or head["dtype"] not in STATE_DTYPES:
-            return False
-        if not all(type(number) in (int, float) and abs(number) < 1e30 for number in (scale, softcap)):
-            return False
-    return isinstance(values["payload"], str)
+def _check_numbers(facts: Facts) -> None:
+    """ValueError for what is no count, or so large that to walk through it would take for ever."""
+    for each in fields(facts):
+        value = getattr(facts, each.name)
+        if each.name not in ("payload", "head") and (type(value) is not int or not 0 <= value < 1 << 48):
+            raise ValueError(f"{each.name} must be an integer of at least 0, got {value!r}")
+    if facts.padded_vocab_size > _MOST_COLUMNS:
+        raise ValueError(f"padded_vocab_size must be at most {_MOST_COLUMNS}, got {facts.padded_vocab_size}")
+    sizes = (facts.copies, facts.context_size, facts.tensor_size)
+    if math.prod(max(size, 1) for size in sizes) > _MOST_RANKS:
+        raise ValueError(f"a side must have at most {_MOST_RANKS} ranks, got {' x '.join(map(str, sizes))}")
 
 
 def _check_layout(facts: Facts) -> None:
+    _check_numbers(facts)
+    for name in ("sequence_length", "tensor_size", "copies", "context_size"):
+        if getattr(facts, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(facts, name)}")
     facts.shards()
     payload_named(facts.payload)
-    if facts.copies < 1:
-        raise ValueError(f"copies must be at least 1, got {facts.copies}")
-    if facts.context_size < 1:
-        raise ValueError(f"context_size must be at least 1, got {facts.context_size}")
     if facts.top_k > facts.vocab_size:
         raise ValueError(f"top_k must be at most vocab_size {facts.vocab_size}, got {facts.top_k}")
 

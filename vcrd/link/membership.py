@@ -21,7 +21,7 @@ from .errors import HandshakeRefused, LinkError
 from .facts import Facts
 from .header import Header, Kind
 from .inbox import Inbox
-from .plan import Piece, Place, places
+from .plan import Place, places
 from .session import Head, Session
 from .settings import LinkSettings
 from .wire import Connection, Listener
@@ -55,11 +55,9 @@ class Membership:
         self._inbox = inbox
         self._changed = changed
         self._on_advance = on_advance
-        shard = facts.shards()[place.tensor]
-        self.head = Head(shard.width, shard.start)
+        self.head = Head(facts.shards()[place.tensor])
         self.session: Session | None = None
         self.teacher_head: stated.Head | None = None
-        self._head_pieces: dict[int, Piece] = {}  # of the newest epoch
         self.replica: int | None = None  # which teacher replica serves this rank, once one has come
         self.lost_at = time.monotonic()
         self.lost_because = "none has come yet"
@@ -87,7 +85,7 @@ class Membership:
     @property
     def head_is_here(self) -> bool:
         """Whether the teacher's output layer has arrived as a whole, or the payload needs none."""
-        return self.head.covers(self._head_pieces)
+        return self.head.complete
 
     @property
     def settled(self) -> int:
@@ -240,6 +238,10 @@ class Membership:
         teacher = stated.read(hello["facts"], "teacher")
         if reason := stated.refusal(self._facts, teacher, teacher.copies):
             raise HandshakeRefused(reason)
+        if self.teacher_head not in (None, teacher.head):
+            raise HandshakeRefused(
+                f"the link is refused: the teacher came back with {teacher.head}, before it had {self.teacher_head}"
+            )
         if self.replica is not None and int(hello["replica"]) != self.replica:
             raise HandshakeRefused(f"{self._place} is served by teacher replica {self.replica}")
         return teacher, int(hello["epoch"])
@@ -248,7 +250,7 @@ class Membership:
         self.replica = replica
         self.teacher_head = teacher.head
         self.session = session = Session(epoch, self._facts, teacher, self._place)
-        self._head_pieces = session.head_pieces
+        self.head.begin(session)
         self._inbox.begin(epoch, session.pieces)
         self._changed.notify_all()
         return session
@@ -302,8 +304,10 @@ class Membership:
         self, session: Session, sender: int, digest: str, header: Header, connection: Connection
     ) -> None:
         if header.kind == Kind.HEAD and sender in session.head_pieces:
-            self.head.receive(session.head_pieces[sender], header, digest, session, connection)
+            piece = session.head_pieces[sender]
+            self.head.receive(piece, header, digest, session, connection)
             with self._changed:
+                self.head.arrived(piece, digest, session)
                 self._changed.notify_all()
             return
         if header.kind != Kind.RESPONSE:
@@ -313,7 +317,7 @@ class Membership:
                 self._on_advance()
             else:
                 for place, asker in list(self._siblings.items()):
-                    self._tell(place, asker, Header(Kind.PROGRESS, header.number + 1))
+                    self._tell(place, asker, Header(Kind.PROGRESS, self._inbox.complete))
 
     def _read_sibling(self, place: Place, connection: Connection) -> None:
         try:
@@ -330,7 +334,7 @@ class Membership:
             self.lose(header.number, connection.receive_text(header), told_by=place)
         elif header.kind == Kind.PROGRESS and self._place.asks:
             with self._changed:
-                self._progress[place] = header.number
+                self._progress[place] = max(self._progress[place], header.number)
             self._on_advance()
         elif header.kind == Kind.JOIN and not self._place.asks:
             # The news that the epoch before is over may come later than this one.

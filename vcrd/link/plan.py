@@ -91,10 +91,11 @@ def pieces_of(
     """What one student rank gets of each response, ordered by sender; at most one piece from each.
 
     whole: the payload is the same for every column (top-k, hidden states), so that one sender suffices; ranks take
-    turns. Otherwise it gets the columns that it holds, from whoever holds them.
+    turns. Otherwise it gets the columns that it holds, from whoever holds them. A rank that holds padding only gets an
+    empty piece, or, of a whole payload, all of it like any other.
     """
     if whole:
-        turn = place.context * len(student_shards) + place.tensor
+        turn = (place.data + place.context) * len(student_shards) + place.tensor
         mine = student_shards[place.tensor]
         return (Piece(turn % len(teacher_shards), place.tensor, mine.start, mine.stop),)
     return tuple(p for p in responses(teacher_shards, student_shards) if p.receiver == place.tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 
 from .payload import payload_named
@@ -16,10 +17,12 @@ class LinkSettings:
         listens on that host's interface only.
     interface: the name ("ib0") or the IP address of the interface that each student rank listens on. None: the one
         that routes to `address`. May differ by rank; the teacher's is not read.
-    payload: "float16" (of the distance from the row's maximum), "logits_8bit" (one byte of its square root),
-        "float32" (bit-exact), "topk" (the most probable tokens and the exact mass of the rest) or "hidden" (the
-        teacher's last hidden states; the student holds the teacher's output layer).
-    top_k: tokens per position that "topk" carries.
+    payload: what travels, with its bytes per position and the error of each; `payload` has the bounds. The logits:
+        "float16" (of the distance from the row's maximum; 2 per column of the vocabulary) or "float32" (bit-exact; 4).
+        "logits_8bit": one byte per column, the square root of that distance. "topk": the most probable tokens and the
+        exact log of the mass of the rest (8 top_k + 4). "hidden": the teacher's last hidden states as they are (their
+        size times that of their dtype); the student holds the teacher's output layer, sent once.
+    top_k: tokens per position that "topk" carries; at most the vocabulary. Equal in both jobs.
     credits: micro-batches that the teacher may hold or have answered ahead of the one in use, per student
         replica. Bounds memory on both sides. The student's setting counts.
     timeout: seconds without a sign of life while an answer is waited for (student), or without an answer being
@@ -44,11 +47,12 @@ class LinkSettings:
     name: str = "vcrd"
     max_tokens: int = 1 << 20
     secret: str = field(default="", repr=False)
-    secret_file: str | None = None
+    secret_file: str | PathLike | None = None
 
     def __post_init__(self) -> None:
-        host, colon, port = self.address.rpartition(":")
-        if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
+        _check_texts(self)
+        host, _, port = self.address.rpartition(":")
+        if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
             raise ValueError(f"address must be 'host:port' with a port from 1 to 65535, got {self.address!r}")
         payload_named(self.payload)
         for name in ("credits", "max_tokens", "top_k"):
@@ -56,8 +60,10 @@ class LinkSettings:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         for name in ("timeout", "connect_timeout", "rejoin_timeout"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number of seconds, got {value!r}")
         if not self.name or "/" in self.name:
             raise ValueError(f"name must be a non-empty text without '/', got {self.name!r}")
         if self.secret and self.secret_file:
@@ -82,3 +88,13 @@ class LinkSettings:
         if not text:
             raise ValueError(f"secret_file must hold a secret, got an empty file {self.secret_file!r}")
         return text
+
+
+def _check_texts(settings: LinkSettings) -> None:
+    optional = {"interface": str, "secret_file": (str, PathLike)}
+    for name, kind in {"address": str, "payload": str, "name": str, "secret": str, **optional}.items():
+        value = getattr(settings, name)
+        if not isinstance(value, kind) and not (name in optional and value is None):
+            raise ValueError(
+                f"{name} must be a text{' or None' if name in optional else ''}, got {type(value).__name__}"
+            )

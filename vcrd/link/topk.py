@@ -22,9 +22,9 @@ def top_k_of(
     rank of `group`, in descending order. Of equal logits the smaller token comes first, also where not all of them have
     a place: the choice depends on no layout and on no device.
 
-    Error: with d the distance of a token's logit from the row's largest, that of its log-probability is at most some
-    1e-6 (1 + d) nat, and so is that of the tail, whose mass is summed over the tail itself: it keeps its digits where the
-    k tokens hold nearly everything. The tail is -inf where the k tokens hold the whole vocabulary.
+    Error: at most some 1e-6 (1 + d) nat, with d the distance of a token's logit from the row's largest. So is that of
+    the tail, whose mass is summed over the tail itself: it keeps its digits where the k tokens hold nearly everything.
+    The tail is -inf where the k tokens hold the whole vocabulary.
 
     A row with a NaN or +inf, or with no finite logit, has no distribution: NaN stands among its log-probabilities, and
     its tokens are k different ones of the vocabulary all the same.
