@@ -8,10 +8,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .errors import LinkError
+from .facts import Facts
 from .header import Header, check_shape
 from .payload import Empty, Payload
-from .plan import Piece, Shard
+from .plan import Piece, Place
 from .staging import Upload
+from .tracing import span
 
 _AT_ONCE = 1 << 22  # bytes received before they are put in their columns, where a piece is not all of them
 
@@ -27,29 +29,26 @@ class _Response:
 class Inbox:
     """Assembles responses, in number order, for one epoch of the teacher after another.
 
-    columns: what this rank holds. context_size: of the student, whose ranks hold a part of the positions each.
-    sequence_length, max_tokens: what a header may say at most. Holds no more than was asked for: credits bound it
-    from the asking side. empty: makes the tensors that the wire fills. upload: called with those of a response by the
-    thread that received its last piece, so that they are on their way to a device while others compute.
+    facts: the student's, which say what a header may hold at most; the rank that asks lets in what it asked for, the
+    others what it may have asked for by its credits. place: whose columns and positions these are. empty: makes the
+    tensors that the wire fills. upload: called with those of a response by the thread that received its last piece, so
+    that they are on their way to a device while others compute.
     All methods are safe to call from several threads; `changed` is notified of every piece.
     """
 
     def __init__(
         self,
-        columns: Shard,
-        context_size: int,
-        sequence_length: int,
-        max_tokens: int,
+        facts: Facts,
+        place: Place,
         changed: threading.Condition,
         empty: Empty,
         upload: Callable[[list[Tensor]], Upload],
     ) -> None:
         self._empty = empty
         self._upload = upload
-        self._columns = columns
-        self._context_size = context_size
-        self._sequence_length = sequence_length
-        self._max_tokens = max_tokens
+        self._columns = facts.shards()[place.tensor]
+        self._facts = facts
+        self._asks = place.asks
         self._changed = changed
         self._expected: dict[int, tuple[int, int]] = {}  # shapes asked for, on the rank that asks
         self._responses: dict[int, _Response] = {}
@@ -69,7 +68,8 @@ class Inbox:
     def expect(self, number: int, shape: tuple[int, int]) -> None:
         """This rank asked for micro-batch `number` of shape (s, b)."""
         with self._changed:
-            self._expected[number] = shape
+            if number >= self.complete:  # else asked again for another rank
+                self._expected[number] = shape
 
     def take(self, number: int) -> Upload | None:
         """The payload of a complete response, which is forgotten here; None if it is not complete."""
@@ -92,7 +92,8 @@ class Inbox:
             piece = self._checked(sender, header, payload)
             response = self._response(header, payload)
         if payload.whole or piece.width:
-            self._fill(response.tensors, piece, payload, receive)
+            with span("receive", header.number):
+                self._fill(response.tensors, piece, payload, receive)
         with self._changed:
             self._check_epoch(epoch)
             self._next[sender] += 1
@@ -119,17 +120,19 @@ class Inbox:
         piece = self._pieces.get(sender)
         if piece is None:
             raise LinkError("a response from there is not expected")
-        check_shape(header, self._sequence_length, self._max_tokens)
-        if self._context_size > 1 and header.sequence % (2 * self._context_size):
-            raise LinkError(
-                f"its sequence length {header.sequence} is not a multiple of {2 * self._context_size}"
-            )
+        check_shape(header, self._facts.sequence_length, self._facts.max_tokens)
+        parts = 2 * self._facts.context_size
+        if parts > 2 and header.sequence % parts:
+            raise LinkError(f"its sequence length {header.sequence} is not a multiple of {parts}")
         if (header.start, header.stop) != (piece.start, piece.stop):
             raise LinkError(f"its columns {header.start}:{header.stop} are not {piece.start}:{piece.stop}")
         if header.payload != payload.code:
             raise LinkError(f"its payload code {header.payload} is not {payload.code}")
         if header.number != self._next[sender]:
             raise LinkError(f"its number {header.number} is not the next one, {self._next[sender]}")
+        unasked = self._asks and header.number not in self._expected
+        if unasked or header.number >= self.complete + self._facts.credits:
+            raise LinkError(f"its number {header.number} has not been asked for")
         return piece
 
     def _response(self, header: Header, payload: Payload) -> _Response:
@@ -139,7 +142,7 @@ class Inbox:
         if shape != wanted:
             raise LinkError(f"its shape {shape} is not {wanted}, which was asked for")
         if response is None:
-            local = header.sequence // self._context_size
+            local = header.sequence // self._facts.context_size
             tensors = payload.blank(local, header.batch, self._columns.width, self._empty)
             response = self._responses[header.number] = _Response(shape, tensors, len(self._pieces))
         return response

@@ -22,12 +22,16 @@ from .plan import Place, check_boundaries
 from .rendezvous import ask, ask_until, listen, local_host
 from .settings import LinkSettings
 from .staging import Pinned, Pool, Upload
+from .tracing import span
 from .wire import dial
 
 _log = logging.getLogger("vcrd")
 _PARTING = 10.0  # seconds that close() gives the goodbyes
 _SAY_AGAIN = 30.0  # seconds between two log lines while a teacher is waited for
 _LOOK = 0.5  # seconds between two questions for a refusal, while the first teacher is waited for
+_LINGER = (
+    4 * _LOOK
+)  # seconds after a refusal in which the others can ask for it too: rank 0 takes the rendezvous along
 
 
 class TopK(NamedTuple):
@@ -70,9 +74,7 @@ class StudentLink:
         # One more than are on their way or complete: the one in use, until the next one is taken.
         memory = Pinned(device) if self._stream else Pool(settings.credits + 1)
         self._inbox = Inbox(
-            *(self.columns, facts.context_size, facts.sequence_length, settings.max_tokens, self._changed),
-            memory.empty,
-            partial(Upload, device=device, stream=self._stream),
+            facts, place, self._changed, memory.empty, partial(Upload, device=device, stream=self._stream)
         )
         self._asking = threading.Lock()  # a loader thread may ask while the training loop receives
         self._asked = 0  # by request()
@@ -119,6 +121,7 @@ class StudentLink:
         ):
             if not 0 <= rank < size:
                 raise ValueError(f"{name}_rank must be in [0, {size}), got {rank}")
+        settings.shared_secret()  # a file that cannot be read is told before anything is opened
         facts = Facts.of(
             settings,
             vocab_size=vocab_size,
@@ -133,9 +136,7 @@ class StudentLink:
         try:
             link._join()
         except HandshakeRefused:
-            time.sleep(
-                2 * _LOOK
-            )  # rank 0 takes the rendezvous along, and the others look there for the reason
+            time.sleep(_LINGER)
             link.close()
             raise
         except BaseException:
@@ -190,7 +191,8 @@ class StudentLink:
             raise ValueError(f"number must have been asked for, below {self._asked}, got {number}")
         begun = time.perf_counter()
         try:
-            upload = self._wait_for(number)
+            with span("wait", number):
+                upload = self._wait_for(number)
         finally:
             self.waited += time.perf_counter() - begun
         with self._asking:
@@ -217,15 +219,13 @@ class StudentLink:
             "address": self._members.address,
             "facts": self._facts.plain(),
         }
-        reply, _ = ask_until(
-            self._settings, hello, lambda r: r["state"] == "ready", self._settings.connect_timeout
-        )
+        reply, _ = ask_until(self._settings, hello, lambda r: "asker" in r, self._settings.connect_timeout)
         if reply is None:
             raise LinkError(
                 f"the student's ranks did not all meet {self._within()}: rank 0 of its world hosts the rendezvous"
             )
         if not self._place.asks:
-            self._join_asker(tuple(reply["asker"]))
+            self._join_asker(tuple(reply["asker"]), deadline)
         if self._place.asks:
             _log.info("waiting for a teacher at %s", self._settings.address)
         while True:
@@ -243,14 +243,18 @@ class StudentLink:
                 pass  # the next question may be answered
         _log.info("%s is linked to teacher replica %d", self._place, self._members.replica)
 
-    def _join_asker(self, address: tuple) -> None:
+    def _join_asker(self, address: tuple, deadline: float) -> None:
         asker = Place(self._place.data, 0, 0)
         place = [self._place.data, self._place.context, self._place.tensor]
         hello = {"run": self._settings.name, "role": "sibling", "place": place}
-        try:
-            connection, reply = dial(address, self._settings.shared_secret(), hello)
-        except ConnectionError as error:
-            raise LinkError(f"{asker} cannot be reached: {error}") from None
+        while True:
+            try:
+                connection, reply = dial(address, self._settings.shared_secret(), hello)
+                break
+            except ConnectionError as error:
+                if time.monotonic() > deadline:
+                    raise LinkError(f"{asker} cannot be reached {self._within()}: {error}") from None
+            time.sleep(_LOOK)
         if reply.get("state") != "welcome":
             connection.close()
             raise HandshakeRefused(f"the link is refused: {reply.get('reason')}")
@@ -377,4 +381,5 @@ class StudentLink:
         header = Header(
             Kind.REQUEST, number=number, sequence=sequence, batch=batch, boundaries=len(boundaries)
         )
-        session.intake.send(header, tokens, boundaries, seconds=self._settings.timeout)
+        with span("request", number):
+            session.intake.send(header, tokens, boundaries, seconds=self._settings.timeout)
