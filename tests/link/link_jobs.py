@@ -33,6 +33,7 @@ class Layout:
     """What runs: sizes of both sides. pipeline: ranks of a replica before its last stage, one stage each."""
 
     student_tensor: int = 1
+    student_context: int = 1
     student_data: int = 1
     teacher_tensor: int = 1
     pipeline: int = 0
@@ -49,7 +50,7 @@ class Layout:
 
     @property
     def students(self) -> int:
-        return self.student_tensor * self.student_data
+        return self.student_tensor * self.student_context * self.student_data
 
     @property
     def teachers(self) -> int:
@@ -63,7 +64,9 @@ class Layout:
             sequence_length=self.sequence,
             tensor_rank=rank % self.student_tensor,
             tensor_size=self.student_tensor,
-            data_rank=rank // self.student_tensor,
+            context_rank=rank // self.student_tensor % self.student_context,
+            context_size=self.student_context,
+            data_rank=rank // (self.student_tensor * self.student_context),
             data_size=self.student_data,
         )
 
