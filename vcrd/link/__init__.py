@@ -11,6 +11,7 @@ from .rendezvous import Rendezvous, host_rendezvous
 from .settings import LinkSettings
 from .student import Hidden, StudentLink, TopK
 from .teacher import TeacherLink
+from .tracing import merge_traces, trace
 
 __all__ = [
     "HandshakeRefused",
@@ -31,8 +32,10 @@ __all__ = [
     "TopK",
     "context_rows",
     "host_rendezvous",
+    "merge_traces",
     "overlaps",
     "replica_of",
     "students_of",
+    "trace",
     "vocab_shards",
 ]

@@ -13,6 +13,7 @@ from .errors import LinkError, StudentLost
 from .header import Header, Kind
 from .plan import Place
 from .staging import Staged
+from .tracing import span
 
 _UNDER_WAY = 4  # responses, each of which holds its encoded copy
 
@@ -143,7 +144,8 @@ class _Writer:
 
     def _send_one(self, header: Header, parts: Sequence[Staged]) -> None:
         try:
-            self.connection.send(header, *(part.ready() for part in parts), seconds=self._timeout)
+            with span("send", header.number):
+                self.connection.send(header, *(part.ready() for part in parts), seconds=self._timeout)
         except ConnectionError:
             self._lose("closed its connection")
         except TimeoutError as error:

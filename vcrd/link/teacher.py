@@ -24,6 +24,7 @@ from .service import Service, join
 from .settings import LinkSettings
 from .staging import Pool, Staged
 from .topk import top_k_of
+from .tracing import span
 
 _log = logging.getLogger("vcrd")
 _PARTING = 10.0  # seconds that close() gives the goodbyes
@@ -151,24 +152,14 @@ class TeacherLink:
             raise ValueError("respond must be called on ranks of the last stage only")
         self._check_output(request, output)
         service = self._services[0]
-        output = output.detach()
-        tensors, top = [output], None
-        if not self._payload.whole:
-            tensors = [output[..., : self._shard.width]]
-            if self._payload.relative:
-                top = row_max(tensors[0], self._tensor_group)
-        elif self._payload.name == "topk":
-            tensors = list(
-                top_k_of(
-                    output[..., : self._shard.width], self._payload.top_k, self._shard, self._tensor_group
-                )
-            )
-        else:
-            tensors = [output]
+        with span("encode", request.number):
+            tensors, top = self._whole_rows(output.detach())
         if service.failure:
             return
         service.delivery.wait_for_room()
-        service.delivery.post(self._pieces(service, request, tensors, top))
+        with span("encode", request.number):
+            response = self._pieces(service, request, tensors, top)
+        service.delivery.post(response)
 
     @property
     def bytes_sent(self) -> int:
@@ -182,6 +173,15 @@ class TeacherLink:
             return
         while self._services:
             self._services.pop().finish(min(_PARTING, self._settings.timeout))
+
+    def _whole_rows(self, output: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """What concerns whole rows of the vocabulary, before they are cut into pieces; with their maxima if needed."""
+        if self._payload.name == "hidden":
+            return [output], None
+        logits = output[..., : self._shard.width]
+        if self._payload.name == "topk":
+            return list(top_k_of(logits, self._payload.top_k, self._shard, self._tensor_group)), None
+        return [logits], row_max(logits, self._tensor_group) if self._payload.relative else None
 
     def _pieces(
         self, service: Service, request: Request, tensors: list[Tensor], top: Tensor | None
