@@ -93,7 +93,7 @@ def vocab_parallel_divergence(
         teacher_logits: [..., vocabulary shard], any of these dtypes, or uint8: the square-root code, which stands for
             the logit -24 (code / 255)^2 below the row's maximum and is decoded in registers. Must begin at the same
             column as the student's shard and hold its true columns; padding may differ. Or, in its place, `TopKLogits`
-            or `HiddenStates`: then float32 logits are made in blocks of 32 MiB at most, and anew for each pass. Never
+            or `HiddenStates`: then float32 logits are made in blocks of less than 32 MiB, anew for each pass. Never
             receives a gradient.
         labels: [...], integers, ids of the whole vocabulary; negative for none.
         vocab_size: the true vocabulary. Columns at and past it are padding: no probability, zero gradient.
@@ -113,7 +113,7 @@ def vocab_parallel_divergence(
     Collectives: forward one all-gather of 17 floats per token; `jsd` and the skewed ones one all-reduce of 2 floats per
     token more; `TopKLogits` one all-gather of 2 floats per token before these; backward none. With one rank, none.
 
-    Under torch.compile a dense teacher is traced without a graph break, and the other forms are one graph break.
+    Under torch.compile a dense teacher is traced without a graph break; the other forms break the graph.
 
     Raises TypeError or ValueError, on every rank and before any collective, that names the argument. A label at or past
     `vocab_size`, or an id of the teacher's outside the vocabulary, is a ValueError on CPU; on other devices, where

@@ -23,6 +23,7 @@ FLOAT32 = {torch.float32: "float32"}
 INTEGERS = dict.fromkeys(
     (getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)), "integers"
 )
+Teacher = Tensor | TopKLogits | HiddenStates
 
 
 class Layout(NamedTuple):
@@ -31,9 +32,6 @@ class Layout(NamedTuple):
     columns: int
     first_column: int
     vocab_size: int
-
-
-Teacher = Tensor | TopKLogits | HiddenStates
 
 
 def check_tensors(
@@ -178,10 +176,6 @@ def settle_layout(
             refuse(group, error)
         raise
     facts: Facts = {
-        # The form first: it decides which facts there are.
-        "teacher_logits form": "dense"
-        if isinstance(teacher_logits, Tensor)
-        else type(teacher_logits).__name__,
         **_teacher_facts(teacher_logits, student_logits.shape[-1]),
         "student columns": student_logits.shape[-1],
         "student_logits leading shape": list(student_logits.shape[:-1]),
@@ -201,15 +195,17 @@ def settle_layout(
     return agree(group, facts, lambda ranks: layout_of(ranks, rank))
 
 
-def _form_of(teacher: Teacher) -> str:
-    return "dense logits" if isinstance(teacher, Tensor) else type(teacher).__name__
-
-
 def _teacher_facts(teacher: Teacher, student_columns: int) -> Facts:
+    """The form comes first: which facts there are depends on it, and they are compared in this order."""
     if isinstance(teacher, TopKLogits):
-        return {"teacher columns": student_columns, "teacher_logits.ids per token": teacher.ids.shape[-1]}
+        return {
+            "teacher_logits form": "TopKLogits",
+            "teacher columns": student_columns,
+            "teacher_logits.ids per token": teacher.ids.shape[-1],
+        }
     if isinstance(teacher, HiddenStates):
         return {
+            "teacher_logits form": "HiddenStates",
             "teacher columns": teacher.weight.shape[0],
             "teacher_logits.states hidden size": teacher.states.shape[-1],
             "teacher_logits.states dtype": str(teacher.states.dtype),
@@ -217,7 +213,11 @@ def _teacher_facts(teacher: Teacher, student_columns: int) -> Facts:
             "teacher_logits.scale": teacher.scale,
             "teacher_logits.softcap": teacher.softcap,
         }
-    return {"teacher columns": teacher.shape[-1], "teacher_logits dtype": str(teacher.dtype)}
+    return {
+        "teacher_logits form": "dense logits",
+        "teacher columns": teacher.shape[-1],
+        "teacher_logits dtype": str(teacher.dtype),
+    }
 
 
 def layout_of(ranks: list[Facts], rank: int) -> Layout:

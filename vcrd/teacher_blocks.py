@@ -15,12 +15,14 @@ from torch import Tensor
 from vcrd import ops
 from vcrd.teacher_forms import HiddenStates, TopKLogits
 
-# Bytes of a block of float32 logits. It is written and read again at once, so it should stay in a cache (the L2 of an
-# H100 has 50 MB), and be no burden next to the student's logits; yet at 131072 columns it still holds 64 tokens, since
-# each block reads the whole output layer again.
-BLOCK_BYTES = 32 << 20
+# Bytes of a block of float32 logits. It is written and at once read again, so it should stay in a cache (an H100's L2
+# has 50 MB) and weigh little beside the student's logits; yet each block reads the whole output layer, so it should be
+# of many tokens: 62 at 131072 columns. And memory from 32 MiB on goes back to the system as soon as the C library gets
+# it: on CPU each block would be of fresh pages, which cost more than the arithmetic.
+BLOCK_BYTES = 31 << 20
 
 Tensors = tuple["Tensor | None", ...]
+Group = "dist.ProcessGroup | None"
 
 
 class TeacherBlocks(Protocol):
@@ -29,7 +31,7 @@ class TeacherBlocks(Protocol):
     def spans(self, rows: int) -> list[tuple[int, int]]:
         """[first, last) of each block; one empty block for no rows."""
 
-    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group) -> Tensors:
+    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group) -> Tensors:
         """Before the first pass, the tensors that `logits` takes, with what had to be computed once."""
 
     def logits(
@@ -44,7 +46,7 @@ class DenseBlocks(NamedTuple):
     def spans(self, rows: int) -> list[tuple[int, int]]:
         return [(0, rows)]
 
-    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group) -> Tensors:
+    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group) -> Tensors:
         return tensors
 
     def logits(
@@ -64,7 +66,7 @@ class HiddenBlocks(NamedTuple):
     def spans(self, rows: int) -> list[tuple[int, int]]:
         return _spans(rows, self.columns, self.block_bytes)
 
-    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group) -> Tensors:
+    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group) -> Tensors:
         return tensors
 
     def logits(
@@ -88,9 +90,9 @@ class HiddenBlocks(NamedTuple):
 class TopKBlocks(NamedTuple):
     """Tensors: log-probabilities and ids [rows, k], and the log of the tail's mass [rows].
 
-    Once prepared, two tensors [rows] are in the latter's place: the student's logit in the tail that the others are
-    taken from, and what is then added to them so that they are log p'. Logarithms of p' are small where the mass is,
-    however large the student's logits are, and lose no digits in float32.
+    Once prepared, the latter's place is taken by what is subtracted from the student's logits [rows], so that they are
+    log p' in the tail. Logarithms of p' are small where the mass is, however large the student's logits are, and so
+    lose no digits in float32.
     """
 
     columns: int
@@ -101,7 +103,7 @@ class TopKBlocks(NamedTuple):
     def spans(self, rows: int) -> list[tuple[int, int]]:
         return _spans(rows, self.columns, self.block_bytes)
 
-    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group) -> Tensors:
+    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group) -> Tensors:
         """One all-gather of 2 floats per token: of the student's tail. 1 - sum q_i would cancel."""
         logprobs, ids, log_tail = tensors
         tails = []
@@ -116,22 +118,23 @@ class TopKBlocks(NamedTuple):
             )
             tails.append(partials[:, 1:4:2])  # teacher_max and teacher_sum of a RowPartial, csrc/params.h
         maxima, sums = gather_shards(joined(tails).contiguous(), group).double().unbind(-1)
-        centre = maxima.amax(0)
-        # A shard without a tail has a maximum of -inf, from which there is no distance where all others have none.
-        shares = torch.where(maxima == -torch.inf, 0.0, sums * (maxima - centre).exp())
-        empty = centre == -torch.inf
-        shift = torch.where(empty, 0.0, log_tail - shares.sum(0).log())
+        top = maxima.amax(0)
+        sums = (sums * (maxima - top).exp()).sum(0)
+        # A maximum of -inf: the student has no tail. Then there is no ratio of the two, and the ids are all there is.
+        log_ratio = torch.where(top == -torch.inf, 0.0, top + sums.log() - log_tail)
         # On the CPU these were refused; elsewhere reading them would stall, and so the token's loss says it.
-        shift = shift.masked_fill(((ids < 0) | (ids >= self.vocab_size)).any(-1), torch.nan)
-        return logprobs, ids, centre.masked_fill(empty, 0.0).float(), shift.float()
+        log_ratio = log_ratio.masked_fill(((ids < 0) | (ids >= self.vocab_size)).any(-1), torch.nan)
+        subtracted = log_ratio.float()
+        # What is lost in rounding it, the ids make up for: what counts is how far the tail lies from them.
+        lost = torch.where(subtracted.isinf(), 0.0, log_ratio - subtracted).float()
+        return logprobs + lost[:, None], ids, subtracted
 
     def logits(
         self, tensors: Tensors, student: Tensor, first: int, last: int
     ) -> tuple[Tensor, Tensor | None]:
-        logprobs, ids, centre, shift = (tensor[first:last] for tensor in tensors)
+        logprobs, ids, subtracted = (tensor[first:last] for tensor in tensors)
         block = self._block(student)
-        torch.sub(student[:, : self.columns], centre[:, None], out=block[:, : self.columns])
-        block[:, : self.columns].add_(shift[:, None])
+        torch.sub(student[:, : self.columns], subtracted[:, None], out=block[:, : self.columns])
         # The largest of an id's entries, in any order of theirs: the same block in backward.
         places = self._places(logprobs, ids)
         block.scatter_reduce_(1, places, logprobs, "amax", include_self=False)
@@ -189,7 +192,7 @@ def joined(blocks: list[Tensor]) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def gather_shards(partials: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def gather_shards(partials: Tensor, group: Group) -> Tensor:
     """[rows, n] of this shard -> [shards, rows, n] of all, in rank order."""
     if group is None or partials.shape[0] == 0:
         return partials.unsqueeze(0)

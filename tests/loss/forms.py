@@ -115,3 +115,7 @@ def differentiated(case: TopKCase | HiddenCase) -> tuple[dict[str, Tensor], Tens
     divergence, cross_entropy = case.upstream()
     (stats["divergence"] * divergence + stats["cross_entropy"] * cross_entropy).sum().backward()
     return stats, student.grad
+
+
+def moved(form: vcrd.TopKLogits, device) -> vcrd.TopKLogits:
+    return vcrd.TopKLogits(*(tensor.to(device) for tensor in (form.logprobs, form.ids, form.log_tail)))

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case
+from cases import Case, call
+from forms import HiddenCase, TopKCase
 
 import vcrd
 from vcrd.layout import DIVERGENCES
@@ -55,6 +56,27 @@ def test_the_host_never_waits_for_the_device(divergence):
         vcrd.validity_calibrated_kl(student, teacher, labels, steps=steps, normalization="mean")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", [TopKCase, HiddenCase])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_host_never_waits_whatever_the_teachers_form(kind, divergence):
+    case = kind((1200,), 500, divergence=divergence, student_dtype=torch.bfloat16, with_mask=True)
+    student, teacher, labels, mask = case.tensors("cuda")
+    student.requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        stats = call(case, student, teacher, labels, mask, _block_bytes=100 * 500 * 4)
+        (stats.divergence + stats.cross_entropy).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_output_layer_of_16_bits_is_multiplied_as_it_is():
+    case = HiddenCase((3,), 40, teacher_dtype=torch.bfloat16)
+    _, teacher, _, _ = case.tensors("cuda")
+    narrow = "dtype" in torch.ops.aten.mm.overloads()
+    assert (teacher.factor.data_ptr() == teacher.weight.data_ptr()) == narrow
 
 
 def test_the_current_stream_is_used():

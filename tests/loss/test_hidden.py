@@ -139,12 +139,12 @@ def test_logits_exist_for_a_block_of_tokens_at_a_time(device, monkeypatch, diver
 
 
 def test_the_default_block(device):
-    """At most 32 MiB, and the whole of a small micro-batch."""
+    """Below 32 MiB, yet of many tokens."""
     for columns in (1, 1000, 32_064, 131_072, 151_936):
         spans = HiddenBlocks(columns, 1.0, None, BLOCK_BYTES).spans(20_000)
-        assert all((last - first) * columns * 4 <= 32 * 2**20 for first, last in spans)
+        assert all((last - first) * columns * 4 < 32 * 2**20 for first, last in spans)
         assert [0, *(last for _, last in spans)] == [*(first for first, _ in spans), 20_000]
-        assert spans[0][1] >= 55
+        assert spans[0][1] >= 50
     assert HiddenBlocks(10**9, 1.0, None, BLOCK_BYTES).spans(2) == [(0, 1), (1, 2)], "one token is the least"
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import Case, assert_stats, backward, call, relative_error, run
-from forms import NEVER, TopKCase
+from forms import NEVER, TopKCase, moved
 
 import vcrd
 from vcrd import reference
@@ -192,10 +192,6 @@ def test_an_id_counts_once_at_its_largest_and_an_empty_entry_never(device, diver
     assert_stats(stats, case.statistics(student.cpu().double(), moved(doubled, "cpu"), labels.cpu(), None))
 
 
-def moved(form: vcrd.TopKLogits, device) -> vcrd.TopKLogits:
-    return vcrd.TopKLogits(*(tensor.to(device) for tensor in (form.logprobs, form.ids, form.log_tail)))
-
-
 def test_every_type_of_integer_is_an_id(device):
     case = TopKCase((4,), 100)
     student, teacher, labels, _ = case.tensors(device)
@@ -277,5 +273,7 @@ def test_strided_rows_and_one_block_give_what_tiny_blocks_give(device):
         leaf = wide.clone().requires_grad_()
         stats = call(case, leaf[:, 100:401], teacher, labels, None, inplace_gradient=inplace, _block_bytes=1)
         stats, gradient = backward(case, stats, leaf)
-        assert all(torch.equal(a, b) for a, b in zip(stats, expected[0], strict=True))
-        assert torch.equal(gradient[:, 100:401], expected[1]) and (gradient[:, :100] == 0).all()
+        for a, b in zip(stats, expected[0], strict=True):  # a GPU may cut few rows into more parts
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient[:, 100:401], expected[1], rtol=1e-5, atol=1e-6)
+        assert (gradient[:, :100] == 0).all() and (gradient[:, 401:] == 0).all()
