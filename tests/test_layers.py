@@ -55,7 +55,15 @@ LAYERS = (
     Layer("vcrd/link/*.py", ("vcrd.link",), never=("vcrd.link.student", "vcrd.link.teacher")),
     Layer(
         "vcrd/megatron/*.py",
-        ("vcrd", "vcrd.loss", "vcrd.validity", "vcrd.divergence", "vcrd.link", "vcrd.megatron"),
+        (
+            "vcrd",
+            "vcrd.loss",
+            "vcrd.validity",
+            "vcrd.divergence",
+            "vcrd.teacher_forms",
+            "vcrd.link",
+            "vcrd.megatron",
+        ),
         ("torch", "megatron"),
     ),
     Layer(
