@@ -13,7 +13,7 @@ MAGIC = b"vcrdlink"
 _FORMAT = struct.Struct("<8sII8q")
 BYTES = _FORMAT.size
 LONGEST_TEXT = 1024  # bytes of a reason that travels
-_LARGEST = 1 << 48  # far above every count that is sent, far below where int64 products wrap
+LARGEST = 1 << 48  # far above every count that is sent, far below where int64 products wrap
 
 
 class Kind(IntEnum):
@@ -25,6 +25,10 @@ class Kind(IntEnum):
     JOIN = 6  # asker to sibling: senders of epoch `number` may connect
     LOST = 7  # between asker and sibling: epoch `number` is over; then the reason
     PROGRESS = 8  # sibling to asker: the responses below `number` are complete there
+    GIVE_UP = 9  # between asker and sibling: no teacher is waited for any more; then the reason
+
+
+_WITH_TEXT = (Kind.LOST, Kind.GIVE_UP)
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,10 @@ def parse(raw: bytes) -> Header:
         raise LinkError(f"its protocol version is {protocol}, not {PROTOCOL}")
     if kind not in list(Kind):
         raise LinkError(f"its kind {kind} does not exist")
-    if any(not 0 <= field < _LARGEST for field in fields):
+    if any(not 0 <= field < LARGEST for field in fields):
         raise LinkError("one of its fields is out of range")
     header = Header(Kind(kind), *fields)
-    if header.length > (LONGEST_TEXT if header.kind == Kind.LOST else 0):
+    if header.length > (LONGEST_TEXT if header.kind in _WITH_TEXT else 0):
         raise LinkError(f"its text of {header.length} bytes is longer than {LONGEST_TEXT} or out of place")
     return header
 

@@ -17,14 +17,17 @@ from functools import partial
 
 from . import facts as stated
 from . import header as headers
-from .errors import HandshakeRefused, LinkError
+from .connection import Connection
+from .errors import HandshakeRefused, LinkError, TeacherLost
 from .facts import Facts
 from .header import Header, Kind
 from .inbox import Inbox
-from .plan import Place, places
+from .plan import Place
+from .rendezvous import UNREADABLE
 from .session import Head, Session
 from .settings import LinkSettings
-from .wire import Connection, Listener
+from .siblings import Siblings
+from .wire import Listener
 
 _log = logging.getLogger("vcrd")
 Keep = Callable[[Connection], None]
@@ -66,10 +69,9 @@ class Membership:
         self._over = 0  # the newest epoch that was lost
         self._parting = False
         self._bytes = 0  # received in epochs that are over
-        self._progress: dict[Place, int] = {}
-        self._siblings: dict[Place, Connection] = {}  # on the rank that asks: all others; elsewhere: that one
-        others = places([place.data], facts.context_size, facts.tensor_size)[1:]
-        self._awaited = set(others) if place.asks else set()
+        self._siblings = Siblings(
+            facts, place, settings.timeout, changed, self._start, self._from_sibling, self.fail
+        )
         self._threads: list[threading.Thread] = []
         self._listener = Listener(sock, settings.shared_secret(), self._answer)
         self.address = self._listener.address
@@ -90,7 +92,7 @@ class Membership:
     @property
     def settled(self) -> int:
         """Responses below this number are complete on every rank; on the rank that asks."""
-        return min([self._inbox.complete, *self._progress.values()])
+        return min([self._inbox.complete, *self._siblings.settled])
 
     @property
     def bytes_received(self) -> int:
@@ -100,9 +102,7 @@ class Membership:
 
     def join_asker(self, connection: Connection, asker: Place) -> None:
         """The connection to the rank that asks, on every other rank."""
-        with self._changed:
-            self._siblings[asker] = connection
-        self._start(partial(self._read_sibling, asker), connection)
+        self._siblings.join(asker, connection)
 
     def lose(self, epoch: int, reason: str, told_by: Place | None = None) -> None:
         """Ends an epoch, here and on the siblings. Only the first reason counts."""
@@ -116,19 +116,26 @@ class Membership:
                 self.session = None
                 self.lost_at, self.lost_because = time.monotonic(), reason
                 session.end()
-            tell = [(p, c) for p, c in self._siblings.items() if p != told_by]
             self._changed.notify_all()
         level = logging.WARNING if self._place.asks else logging.DEBUG
         _log.log(level, "teacher replica %s is lost to %s: %s", self.replica, self._place, reason)
-        text = reason.encode()[: headers.LONGEST_TEXT]
-        for place, connection in tell:
-            self._tell(place, connection, Header(Kind.LOST, epoch, length=len(text)), text)
+        self._siblings.tell(_with_text(Kind.LOST, epoch, reason), reason, but=told_by)
+
+    def give_up(self, reason: str, told_by: Place | None = None) -> None:
+        """No teacher is waited for any more, here and on the siblings: TeacherLost with this reason on all of them."""
+        with self._changed:
+            if self.failure or self._parting:
+                return
+            self.failure = TeacherLost(reason)
+            self._changed.notify_all()
+        self._siblings.tell(_with_text(Kind.GIVE_UP, 0, reason), reason, but=told_by)
 
     def fail(self, error: LinkError) -> None:
         """What no teacher can mend; the first error stays."""
         with self._changed:
-            self.failure = self.failure or error
-            self._changed.notify_all()
+            if not self._parting:
+                self.failure = self.failure or error
+                self._changed.notify_all()
 
     def part(self, seconds: float) -> None:
         """Says goodbye to teacher and siblings, lets what is under way end, closes everything. Bounded."""
@@ -136,25 +143,29 @@ class Membership:
         with self._changed:
             self._parting = True
             session = self.session
-            connections = [*(session.connections if session else []), *self._siblings.values()]
+            connections = [*(session.connections if session else []), *self._siblings.connections]
         for connection in connections:
             try:
                 connection.send(Header(Kind.GOODBYE), seconds=max(0.01, deadline - time.monotonic()))
             except (ConnectionError, TimeoutError):
                 pass  # it is gone already
         self._join(deadline)
+        self.end()
+
+    def end(self) -> None:
+        """Ends everything, without a goodbye, and waits a second for the threads."""
         self.drop()
-        self._join(max(deadline, time.monotonic() + 1.0))
+        self._join(time.monotonic() + 1.0)
 
     def drop(self) -> None:
-        """Ends everything at once, without a goodbye. Never blocks for long."""
+        """Ends everything at once, from whatever thread. Waits for what is in the middle of a greeting only."""
         with self._changed:
             self._parting = True
-            session, siblings = self.session, list(self._siblings.values())
+            session = self.session
             self.failure = self.failure or LinkError("the link is closed")
             self._changed.notify_all()
         self._listener.close()
-        for connection in [*(session.connections if session else []), *siblings]:
+        for connection in [*(session.connections if session else []), *self._siblings.connections]:
             connection.end()
 
     # What the listener is asked, each in a thread of its own.
@@ -169,27 +180,22 @@ class Membership:
                     return _OVER, None
                 return answers[hello["role"]](hello)
         except HandshakeRefused as error:
+            _log.warning("%s refuses a %s: %s", self._place, hello.get("role"), error)
             return _refused(str(error)), None
-        except (KeyError, TypeError, ValueError) as error:
-            return _refused(f"a greeting cannot be read ({error})"), None
+        except UNREADABLE as error:
+            return _refused(f"a greeting cannot be read ({error!r:.200})"), None
 
     def _sibling(self, hello: dict) -> tuple[dict, Keep | None]:
         place = Place(*(int(rank) for rank in hello["place"]))
-        if place not in self._awaited or place in self._siblings:
+        if not (self._place.asks and self._siblings.expects(place)):
             return _refused(f"{place} is not expected at {self._place}"), None
-        return {"state": "welcome"}, partial(self._keep_sibling, place)
-
-    def _keep_sibling(self, place: Place, connection: Connection) -> None:
-        with self._changed:
-            self._siblings[place] = connection
-            self._progress[place] = 0
-        self._start(partial(self._read_sibling, place), connection)
+        return {"state": "welcome"}, partial(self._siblings.join, place)
 
     def _intake(self, hello: dict) -> tuple[dict, Keep | None]:
         teacher, epoch = self._stated(hello)
         if not self._place.asks:
             return _refused(f"{self._place} does not ask"), None
-        if self.session is not None or self._siblings.keys() != self._awaited:
+        if self.session is not None or not self._siblings.all_here:
             return _BUSY, None
         if epoch <= self._over:
             return _OVER, None
@@ -197,16 +203,16 @@ class Membership:
 
     def _keep_intake(self, epoch: int, teacher: Facts, replica: int, connection: Connection) -> None:
         with self._changed:
-            if self.session is not None or epoch <= self._over:
+            if self.session is not None or epoch <= self._over or self._parting:
                 connection.close()
                 return
             self._joined = epoch
             session = self._begin(epoch, teacher, replica)
             session.intake = connection
-        for place, sibling in list(self._siblings.items()):
-            self._tell(place, sibling, Header(Kind.JOIN, epoch))
-        reason = f"the first rank of teacher replica {replica} closed its connection"
-        self._start(partial(self._read_teacher, session, self._from_intake, reason), connection)
+        self._siblings.tell(Header(Kind.JOIN, epoch))
+        take = partial(self._from_intake, session)
+        who = f"the first rank of teacher replica {replica}"
+        self._start(partial(self._read_teacher, session, take, who), connection)
 
     def _sender(self, hello: dict) -> tuple[dict, Keep | None]:
         teacher, epoch = self._stated(hello)
@@ -225,14 +231,14 @@ class Membership:
 
     def _keep_sender(self, session: Session, sender: int, digest: str, connection: Connection) -> None:
         with self._changed:
-            if self.session is not session or sender in session.senders:
+            if self.session is not session or sender in session.senders or self._parting:
                 connection.close()
                 return
             session.senders[sender] = connection
             self._changed.notify_all()
-        reason = f"tensor rank {sender} of teacher replica {self.replica} closed its connection"
+        who = f"tensor rank {sender} of teacher replica {self.replica}"
         take = partial(self._from_sender, session, sender, digest)
-        self._start(partial(self._read_teacher, session, take, reason), connection)
+        self._start(partial(self._read_teacher, session, take, who), connection)
 
     def _stated(self, hello: dict) -> tuple[Facts, int]:
         teacher = stated.read(hello["facts"], "teacher")
@@ -242,9 +248,13 @@ class Membership:
             raise HandshakeRefused(
                 f"the link is refused: the teacher came back with {teacher.head}, before it had {self.teacher_head}"
             )
-        if self.replica is not None and int(hello["replica"]) != self.replica:
-            raise HandshakeRefused(f"{self._place} is served by teacher replica {self.replica}")
-        return teacher, int(hello["epoch"])
+        replica = stated.served_by(self._facts, teacher.copies, self._place.data)
+        if int(hello["replica"]) != replica or self.replica not in (None, replica):
+            raise HandshakeRefused(f"{self._place} is not served by teacher replica {hello['replica']}")
+        epoch = int(hello["epoch"])
+        if not 0 < epoch < headers.LARGEST:
+            raise ValueError(f"there is no epoch {epoch}")
+        return teacher, epoch
 
     def _begin(self, epoch: int, teacher: Facts, replica: int) -> Session:
         self.replica = replica
@@ -276,27 +286,26 @@ class Membership:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     def _read_teacher(
-        self, session: Session, take: Callable[..., None], reason: str, connection: Connection
+        self, session: Session, take: Callable[..., None], who: str, connection: Connection
     ) -> None:
         try:
             while (header := connection.receive_header()).kind != Kind.GOODBYE:
                 take(header, connection)
+            self.lose(session.epoch, f"{who} said goodbye unasked")  # nothing is lost when this side parts
         except ConnectionError as error:
-            _log.debug("%s: %s", reason, error)
-            self.lose(session.epoch, reason)
+            _log.debug("%s: %s", who, error)
+            self.lose(session.epoch, f"{who} closed its connection")
         except LinkError as error:
-            who = reason.removesuffix(" closed its connection")
             self.lose(session.epoch, f"{who} sent what is refused: {error}")
         except Exception as error:  # whatever it is, the waiting side must hear of it
             _log.exception("a reader of the link failed")
             self.lose(session.epoch, f"a reader of the link failed: {error!r}")
 
-    def _from_intake(self, header: Header, _: Connection) -> None:
+    def _from_intake(self, session: Session, header: Header, _: Connection) -> None:
         if header.kind != Kind.READY:
             raise LinkError(f"a {header.kind.name.lower()} from there is not expected")
         with self._changed:
-            if self.session is not None:
-                self.session.ready = True
+            session.ready = True
             self._changed.notify_all()
         self._on_advance()
 
@@ -316,40 +325,27 @@ class Membership:
             if self._place.asks:
                 self._on_advance()
             else:
-                for place, asker in list(self._siblings.items()):
-                    self._tell(place, asker, Header(Kind.PROGRESS, self._inbox.complete))
+                self._siblings.tell(Header(Kind.PROGRESS, self._inbox.complete))
 
-    def _read_sibling(self, place: Place, connection: Connection) -> None:
-        try:
-            while (header := connection.receive_header()).kind != Kind.GOODBYE:
-                self._from_sibling(place, header, connection)
-            with self._changed:
-                self._awaited.discard(place)
-        except (ConnectionError, LinkError) as error:
-            if not self._parting:
-                self.fail(LinkError(f"{place} is gone: {error}"))
-
-    def _from_sibling(self, place: Place, header: Header, connection: Connection) -> None:
+    def _from_sibling(self, place: Place, header: Header, text: str) -> None:
         if header.kind == Kind.LOST:
-            self.lose(header.number, connection.receive_text(header), told_by=place)
+            self.lose(header.number, text, told_by=place)
+        elif header.kind == Kind.GIVE_UP:
+            self.give_up(text, told_by=place)
         elif header.kind == Kind.PROGRESS and self._place.asks:
-            with self._changed:
-                self._progress[place] = max(self._progress[place], header.number)
             self._on_advance()
         elif header.kind == Kind.JOIN and not self._place.asks:
-            # The news that the epoch before is over may come later than this one.
+            # The news that the epoch before is over may come later, and the news of two epochs in either order.
             self.lose(header.number - 1, f"epoch {header.number} began", told_by=place)
             with self._changed:
-                self._joined = header.number
+                self._joined = max(self._joined, header.number)
+                self.lost_at = time.monotonic()  # a teacher has come: it is waited for anew
         else:
             raise LinkError(f"a {header.kind.name.lower()} from there is not expected")
 
-    def _tell(self, place: Place, connection: Connection, header: Header, *parts: bytes) -> None:
-        try:
-            connection.send(header, *parts, seconds=self._settings.timeout)
-        except (ConnectionError, TimeoutError) as error:
-            if not self._parting and place in self._awaited:
-                self.fail(LinkError(f"{place} is gone: {error}"))
+
+def _with_text(kind: Kind, number: int, text: str) -> Header:
+    return Header(kind, number, length=min(len(text.encode()), headers.LONGEST_TEXT))
 
 
 def _refused(reason: str) -> dict:

@@ -123,6 +123,7 @@ class _Run:
         replicas = self._replicas or facts.copies
         if reason := stated.refusal(self._facts, facts, replicas):
             self._refusals[replica] = (replicas, reason)
+            _log.warning("teacher replica %d is turned away: %s", replica, reason)
             return _refused(reason)
         self._refusals.pop(replica, None)
         wanted = self._facts.places(replica, replicas)

@@ -8,12 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .connection import Connection, digest_of
 from .errors import HandshakeRefused, LinkError
 from .facts import Facts
 from .header import Header
 from .payload import STATE_DTYPES
 from .plan import Piece, Place, Shard, overlaps, pieces_of
-from .wire import Connection, digest_of
 
 
 class Session:

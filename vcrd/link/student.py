@@ -29,9 +29,7 @@ _log = logging.getLogger("vcrd")
 _PARTING = 10.0  # seconds that close() gives the goodbyes
 _SAY_AGAIN = 30.0  # seconds between two log lines while a teacher is waited for
 _LOOK = 0.5  # seconds between two questions for a refusal, while the first teacher is waited for
-_LINGER = (
-    4 * _LOOK
-)  # seconds after a refusal in which the others can ask for it too: rank 0 takes the rendezvous along
+_LINGER = 4 * _LOOK  # seconds for the others to ask for a refusal too: rank 0 takes the rendezvous along
 
 
 class TopK(NamedTuple):
@@ -205,7 +203,7 @@ class StudentLink:
         if self._finalizer.detach() is None:
             return
         if self._members.failure:
-            self._members.drop()
+            self._members.end()
         else:
             self._members.part(min(_PARTING, self._settings.timeout))
         self._requests.clear()
@@ -235,6 +233,7 @@ class StudentLink:
                     raise self._members.failure
                 if self._members.linked:
                     break
+            self._give_up_one_that_stopped()
             if time.monotonic() > deadline:
                 raise TeacherLost(self._nobody_came(reply))
             try:
@@ -242,6 +241,12 @@ class StudentLink:
             except ConnectionError:
                 pass  # the next question may be answered
         _log.info("%s is linked to teacher replica %d", self._place, self._members.replica)
+
+    def _give_up_one_that_stopped(self) -> None:
+        """A teacher that began to join and gives no sign of life must not keep another one out."""
+        session, seconds = self._members.session, self._settings.timeout
+        if session is not None and time.monotonic() - session.heard > seconds:
+            self._members.lose(session.epoch, f"it did not finish joining within {seconds:g} seconds")
 
     def _join_asker(self, address: tuple, deadline: float) -> None:
         asker = Place(self._place.data, 0, 0)
@@ -304,12 +309,10 @@ class StudentLink:
                 session.epoch, f"it did not answer micro-batch {number} within {seconds:g} seconds"
             )
             return
-        error = TeacherLost(
+        self._members.give_up(
             f"teacher replica {self._members.replica} is lost ({self._members.lost_because}), and none came back "
             f"within {self._settings.rejoin_timeout:g} seconds (rejoin_timeout)"
         )
-        self._members.fail(error)
-        raise error
 
     def _say_for_whom(self, left: float) -> None:
         level = logging.WARNING if self._place.asks else logging.DEBUG
@@ -353,6 +356,7 @@ class StudentLink:
 
     def _send_what_credits_allow(self) -> None:
         """Sends what the credits let out: asked for, and not yet complete on every rank and given out here."""
+        who = f"the first rank of teacher replica {self._members.replica}"
         with self._asking:
             session, settled = self._members.session, self._members.settled
             for number in [n for n in self._requests if n < settled]:
@@ -368,11 +372,11 @@ class StudentLink:
                     self._send(session, self._sent)
                     self._sent += 1
                 return
-            except (ConnectionError, TimeoutError):
-                pass
-        self._members.lose(
-            session.epoch, f"the first rank of teacher replica {self._members.replica} closed its connection"
-        )
+            except ConnectionError:
+                reason = f"{who} closed its connection"
+            except TimeoutError as error:
+                reason = f"{who} {error}"
+        self._members.lose(session.epoch, reason)
 
     def _send(self, session, number: int) -> None:
         tokens, boundaries = self._requests[number]

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from . import header as headers
-from .connection import Connection, digest_of  # noqa: F401
+from .connection import Connection
 from .errors import HandshakeRefused, LinkError
 
 _log = logging.getLogger("vcrd")
