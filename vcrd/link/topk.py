@@ -8,7 +8,9 @@ from torch import Tensor
 
 from .plan import Shard
 
-_BLOCK_ELEMENTS = 1 << 22  # logits per float32 block, so that no float32 copy of all of them is ever made
+# Logits per float32 block, so that no float32 copy of all of them is ever made; on the CPU one that its cache holds.
+_BLOCK_ELEMENTS = {"cuda": 1 << 22, "cpu": 1 << 18}
+_GROUP = 32  # neighbouring columns that are looked at only if their largest logit is among the k largest of all groups
 _NO_KEY = -(1 << 63)  # behind the key of every logit, -inf and NaN included
 _LOW = (1 << 32) - 1
 
@@ -33,12 +35,12 @@ def top_k_of(
     """
     leading, width = logits.shape[:-1], logits.shape[-1]
     rows = logits.reshape(leading.numel(), width)
-    step = max(1, _BLOCK_ELEMENTS // max(1, width))
+    step = max(1, _BLOCK_ELEMENTS.get(rows.device.type, 1 << 22) // max(1, width))
     keys = torch.full((rows.shape[0], k), _NO_KEY, dtype=torch.int64, device=rows.device)
     kept = min(k, width)
     for first in range(0, rows.shape[0], step):
         block = slice(first, first + step)
-        keys[block, :kept] = _keys(rows[block].float(), shard).topk(kept, dim=-1).values
+        keys[block, :kept] = _best(rows[block].float(), kept, shard)
     if group is not None and group.size() > 1:
         keys = _gathered(keys, group).transpose(0, 1).flatten(1).topk(k, dim=-1).values
     values, tokens = _logits_of(keys), _LOW - (keys & _LOW)
@@ -47,9 +49,7 @@ def top_k_of(
     rest = rows.new_empty(rows.shape[0], dtype=torch.float32)
     for first in range(0, rows.shape[0], step):
         block = slice(first, first + step)
-        rest[block] = _log_rest(
-            rows[block].float(), values[block, -1:], tokens[block, -1:], top[block], shard
-        )
+        rest[block] = _log_rest(rows[block].float(), tokens[block], top[block], shard)
     if group is not None and group.size() > 1:
         rest = _gathered(rest, group).logsumexp(0)
     values = values - top
@@ -61,7 +61,22 @@ def top_k_of(
     )
 
 
-def _keys(block: Tensor, shard: Shard) -> Tensor:
+def _best(block: Tensor, k: int, shard: Shard) -> Tensor:
+    """The k largest keys of each row, in descending order."""
+    width = block.shape[-1]
+    groups = width // _GROUP
+    columns = torch.arange(width, device=block.device)
+    if groups > 2 * k:
+        # Each of the k best stands in one of the k groups with the largest keys: a group before its own holds a better.
+        grouped = block[:, : groups * _GROUP].unflatten(-1, (groups, _GROUP)).amax(-1)
+        found = _LOW - (_keys(grouped, columns[:groups]).topk(k, dim=-1).values & _LOW)
+        within = (found[..., None] * _GROUP + columns[:_GROUP]).flatten(-2)
+        columns = torch.cat([within, columns[groups * _GROUP :].expand(block.shape[0], -1)], -1)
+        block = block.gather(-1, columns)
+    return _keys(block, columns + shard.start).topk(k, dim=-1).values
+
+
+def _keys(block: Tensor, tokens: Tensor) -> Tensor:
     """An integer per float32 logit, larger for the larger logit, and for the smaller token where logits are equal.
 
     The upper half is the logit: a float's bits ascend with it, once those of the negative ones are turned around. NaN
@@ -69,7 +84,6 @@ def _keys(block: Tensor, shard: Shard) -> Tensor:
     """
     bits = (block + 0.0).view(torch.int32).long()  # + 0.0: of the two zeros none is the larger
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    tokens = torch.arange(shard.start, shard.stop, device=block.device)
     return (bits << 32) + (_LOW - tokens)
 
 
@@ -78,13 +92,16 @@ def _logits_of(keys: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32)
 
 
-def _log_rest(block: Tensor, last: Tensor, last_token: Tensor, top: Tensor, shard: Shard) -> Tensor:
-    """The log of the sum of exp(logit - top) over this shard's columns behind the last chosen token of each row."""
-    if not block.shape[-1]:
-        return block.new_full((block.shape[0],), -torch.inf)
-    tokens = torch.arange(shard.start, shard.stop, device=block.device)
-    chosen = (block > last) | ((block == last) & (tokens <= last_token))
-    return (block - top).masked_fill_(chosen, -torch.inf).logsumexp(-1)
+def _log_rest(block: Tensor, chosen: Tensor, top: Tensor, shard: Shard) -> Tensor:
+    """The log of the sum of exp(logit - top) over this shard's columns that are not among the chosen tokens."""
+    width = block.shape[-1]
+    columns = chosen - shard.start
+    columns = torch.where((columns >= 0) & (columns < width), columns, width)
+    # One column more, for what other shards hold: all that is written is -inf, in whatever order.
+    distance = block.new_empty(block.shape[0], width + 1)
+    torch.sub(block, top, out=distance[:, :width])
+    distance[:, width:] = -torch.inf
+    return distance.scatter_(-1, columns, -torch.inf).logsumexp(-1)
 
 
 def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
