@@ -99,6 +99,7 @@ class TeacherLink:
             raise ValueError(f"replica must be in [0, {replicas}), got {replica}")
         if is_last_stage and tensor_size > 1 and tensor_group is None:
             raise ValueError(f"tensor_group must be given for tensor_size {tensor_size}, got None")
+        settings.shared_secret()  # a file that cannot be read is told before any collective
         facts = Facts.of(
             settings,
             vocab_size=vocab_size,

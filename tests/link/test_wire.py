@@ -1,0 +1,417 @@
+"""Greetings, the shared secret, interfaces, and strangers that connect to what listens."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from link_jobs import Layout, connected, exchange, part
+from ports import free_port
+
+from vcrd.link import (
+    HandshakeRefused,
+    LinkError,
+    LinkSettings,
+    StudentLink,
+    TeacherLink,
+    host_rendezvous,
+    wire,
+)
+from vcrd.link import header as headers
+from vcrd.link.connection import memory
+from vcrd.link.rendezvous import listen, local_host
+from vcrd.link.wire import Listener, dial
+from vcrd.megatron.settings import DistillSettings
+
+LONG = 60.0  # seconds that no test here may reach
+SECRET = "correct horse battery staple"
+
+
+def settings_for(**changes) -> LinkSettings:
+    return LinkSettings(
+        **(dict(address=f"127.0.0.1:{free_port()}", timeout=LONG, connect_timeout=LONG) | changes)
+    )
+
+
+def link_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("vcrd")]
+
+
+def wait_until(true, what: str) -> None:
+    deadline = time.monotonic() + LONG
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+@contextmanager
+def listening(secret: str = "", answer=lambda hello: ({"heard": hello}, None)) -> Iterator[Listener]:
+    listener = Listener(listen("127.0.0.1", 0), secret, answer)
+    try:
+        yield listener
+    finally:
+        listener.close()
+        assert link_threads() == []
+
+
+# The secret.
+
+
+def secret_of(kind: str, tmp_path) -> dict:
+    if kind == "file":
+        (tmp_path / "secret").write_text(f"  {SECRET}\n")
+        return {"secret_file": str(tmp_path / "secret")}
+    return {"secret": kind}
+
+
+@pytest.mark.parametrize("student", [SECRET, "file"])
+@pytest.mark.parametrize("teacher", [SECRET, "file"])
+def test_who_knows_the_secret_joins(student, teacher, tmp_path):
+    both = settings_for(**secret_of(student, tmp_path))
+    rendezvous = host_rendezvous(both)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(join_as_teacher, both, secret_of(teacher, tmp_path))
+        link = StudentLink.connect(both, **Layout().student(0))
+        exchange(link, coming.result(), 0)
+        part(link, coming.result())
+    rendezvous.close()
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(SECRET, "wrong"), (SECRET, ""), ("", SECRET)])
+def test_who_does_not_is_turned_away_and_the_student_waits_on(student, teacher, caplog):
+    caplog.set_level(logging.DEBUG, "vcrd")
+    settings = settings_for(secret=student)
+    rendezvous = host_rendezvous(settings)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(StudentLink.connect, settings, **Layout().student(0))
+        for _ in range(2):
+            with pytest.raises(
+                HandshakeRefused, match="refused: the shared secret differs from the other side's"
+            ):
+                join_as_teacher(settings, {"secret": teacher})
+            assert not coming.done()
+        right = join_as_teacher(settings, {})
+        exchange(coming.result(), right, 0)
+        part(coming.result(), right)
+    rendezvous.close()
+    assert "was turned away: its shared secret differs" in caplog.text
+    assert SECRET not in caplog.text and "wrong" not in caplog.text
+
+
+def test_a_stranger_cannot_end_a_student_that_is_linked():
+    """Neither at the rendezvous nor at the student's own port, in whatever role, and not with what it overheard."""
+    settings = settings_for(secret=SECRET)
+    rendezvous = host_rendezvous(settings)
+    student, teacher = connected(settings)
+    for address in (("127.0.0.1", settings.port), student._members.address):
+        for role in ("student", "sibling", "teacher", "intake", "sender"):
+            hello = {
+                "run": "vcrd",
+                "role": role,
+                "epoch": 1 << 40,
+                "replica": 0,
+                "place": [0, 0, 0],
+                "sender": 0,
+            }
+            with pytest.raises(HandshakeRefused, match="the shared secret differs"):
+                dial(address, "guessed", hello)
+    exchange(student, teacher, 0)
+    part(student, teacher)
+    rendezvous.close()
+
+
+def test_a_greeting_that_was_overheard_cannot_be_said_again():
+    with listening(SECRET) as listener, socket.socket() as tap:
+        overheard = bytearray()
+        tap.bind(("127.0.0.1", 0))
+        tap.listen()
+
+        def relay() -> None:
+            """Between the one who knows the secret and the listener."""
+            near, _ = tap.accept()
+            with near, socket.create_connection(listener.address) as far:
+                near.sendall(exactly(far, wire._GREETING.size))
+                overheard.extend(exactly(near, 80))
+                (length,) = wire._REPLY.unpack(bytes(32) + bytes(overheard[-4:]))[1:]
+                overheard.extend(exactly(near, length))
+                far.sendall(overheard)
+                while data := far.recv(1 << 16):
+                    near.sendall(data)
+
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(relay)
+            _, reply = dial(tap.getsockname(), SECRET, {"name": "known"})
+            done.result()
+        assert reply["heard"]["name"] == "known"
+        with socket.create_connection(listener.address) as again:
+            exactly(again, 44)
+            again.sendall(overheard)
+            seal, length = wire._REPLY.unpack(exactly(again, 36))
+            assert exactly(again, length) == b"{}"  # as to whoever does not know the secret
+
+
+def exactly(sock: socket.socket, count: int) -> bytes:
+    sock.settimeout(LONG)
+    data = b""
+    while len(data) < count:
+        chunk = sock.recv(count - len(data))
+        assert chunk, f"it closed after {len(data)} of {count} bytes"
+        data += chunk
+    return data
+
+
+def join_as_teacher(settings: LinkSettings, changes: dict) -> TeacherLink:
+    if changes:
+        changes = {"secret": "", "secret_file": None} | changes
+    settings = LinkSettings(**(vars(settings) | changes))
+    return TeacherLink.connect(settings, **Layout().teacher(0, 0), group=None, tensor_group=None)
+
+
+@pytest.mark.parametrize("content", [None, "", " \n", b"\xff\xfe\xfd"])
+def test_a_secret_file_that_holds_none_is_one_sentence_everywhere(content, tmp_path):
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    settings = settings_for(secret_file=str(path))
+    files = len(os.listdir("/proc/self/fd"))
+    for join in (
+        lambda: host_rendezvous(settings),
+        lambda: StudentLink.connect(settings, **Layout().student(0)),
+        lambda: join_as_teacher(settings, {}),
+    ):
+        with pytest.raises(ValueError, match=r"^secret_file must (be readable|hold a secret), got .*secret'"):
+            join()
+    assert link_threads() == [] and len(os.listdir("/proc/self/fd")) == files
+
+
+def test_the_secret_comes_from_the_environment_and_is_never_shown(caplog, tmp_path):
+    settings = DistillSettings.from_environment({"VCRD_SECRET": SECRET})
+    assert settings.link.shared_secret() == SECRET
+    (tmp_path / "secret").write_text(SECRET)
+    in_file = DistillSettings.from_environment({"VCRD_SECRET_FILE": str(tmp_path / "secret")})
+    assert in_file.link.shared_secret() == SECRET
+    for shown in (settings, in_file, settings.link, settings.replaced(credits=3)):
+        assert SECRET not in repr(shown) and SECRET not in str(shown)
+    with pytest.raises(ValueError, match="secret_file must be None where secret is given, got both") as error:
+        DistillSettings.from_environment({"VCRD_SECRET": SECRET, "VCRD_SECRET_FILE": "x"})
+    assert SECRET not in str(error.value)
+    assert SECRET not in caplog.text
+
+
+def test_a_secret_that_is_not_utf8_works():
+    # As os.environ holds bytes that are no UTF-8.
+    secret = b"\xff\xfe".decode(errors="surrogateescape")
+    with listening(secret) as listener:
+        connection, _ = dial(listener.address, secret, {})
+        connection.close()
+
+
+# Interfaces.
+
+
+@pytest.mark.parametrize(
+    ("interface", "host"), [("lo", "127.0.0.1"), ("127.0.0.2", "127.0.0.2"), (None, "127.0.0.1")]
+)
+def test_each_rank_listens_on_its_interface_only(interface, host):
+    settings = settings_for(interface=interface)
+    rendezvous = host_rendezvous(settings)
+    student, teacher = connected(settings)
+    address = student._members.address
+    assert address[0] == host
+    for other in {"127.0.0.1", "127.0.0.2", "127.0.0.3"} - {host}:
+        with pytest.raises(ConnectionError, match="refused"):
+            dial((other, address[1]), "", {})
+    exchange(student, teacher, 0)
+    part(student, teacher)
+    rendezvous.close()
+
+
+def test_an_interface_that_does_not_exist_is_named():
+    with pytest.raises(LinkError, match=r"interface must be an IP address or one of .*lo.*, got 'ib7'"):
+        StudentLink.connect(settings_for(interface="ib7"), **Layout().student(0))
+    with pytest.raises(LinkError, match=r"192.0.2.1:0 cannot be listened at"):  # reserved for documentation
+        StudentLink.connect(settings_for(interface="192.0.2.1"), **Layout().student(0))
+    assert local_host(settings_for(interface="::1")) == "::1"
+
+
+# Strangers.
+
+HELLO = wire._HELLO.pack(headers.MAGIC, headers.PROTOCOL, bytes(32), bytes(32), 4)
+STRANGERS = {
+    "silent": b"",
+    "garbage": bytes(range(256)) * 8,
+    "half a hello": HELLO[:50],
+    "half its text": HELLO + b"{}",
+    "HTTP": b"GET / HTTP/1.1\r\nHost: student\r\n\r\n",
+    "too long": wire._HELLO.pack(headers.MAGIC, headers.PROTOCOL, bytes(32), bytes(32), (1 << 32) - 1)
+    + bytes(4096),
+    "no seal": HELLO + b"null",
+}
+AT_ONCE = ("garbage", "HTTP", "too long", "no seal")
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_stranger_is_cut_off_in_time_and_others_are_served_meanwhile(stranger, monkeypatch):
+    monkeypatch.setattr(wire, "GREETING_SECONDS", 3600.0 if stranger in AT_ONCE else 1.0)
+    with listening() as listener, socket.create_connection(listener.address) as sock:
+        sock.settimeout(LONG)
+        sock.sendall(STRANGERS[stranger])
+        connection, reply = dial(listener.address, "", {"name": "honest"}, LONG)
+        connection.close()
+        assert reply["heard"]["name"] == "honest"
+        try:
+            while sock.recv(4096):  # until it is cut off: TimeoutError is none of these
+                pass
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+        wait_until(lambda: "vcrd-link-greeting" not in link_threads(), "a greeting is under way for ever")
+
+
+def test_one_byte_at_a_time_gains_no_time(monkeypatch):
+    monkeypatch.setattr(wire, "GREETING_SECONDS", 1.0)
+    with listening() as listener, socket.create_connection(listener.address) as sock:
+        with pytest.raises(ConnectionError):
+            for byte in HELLO:
+                sock.sendall(bytes([byte]))
+                time.sleep(0.1)
+
+
+def test_two_hundred_silent_connections_keep_nobody_out():
+    with listening() as listener:
+        silent = [socket.create_connection(listener.address) for _ in range(200)]
+        connection, _ = dial(listener.address, "", {})  # within the seconds of a greeting
+        connection.close()
+        for sock in silent:
+            sock.close()
+
+
+def test_more_silent_connections_than_there_is_room_for_keep_nobody_out(monkeypatch):
+    monkeypatch.setattr(wire, "_GREETINGS", 16)
+    monkeypatch.setattr(wire, "GREETING_SECONDS", 3600.0)  # so that nothing but making room can help
+    with listening() as listener:
+        silent = [socket.create_connection(listener.address) for _ in range(100)]
+        connection, _ = dial(listener.address, "", {}, LONG)
+        connection.close()
+        assert link_threads().count("vcrd-link-greeting") <= 17
+        for sock in silent:
+            sock.close()
+
+
+def test_a_crowd_of_honest_peers_waits_for_room(monkeypatch):
+    monkeypatch.setattr(wire, "_GREETINGS", 2)
+    monkeypatch.setattr(wire, "_PATIENCE", LONG)
+    with listening() as listener, ThreadPoolExecutor(24) as pool:
+        replies = list(pool.map(lambda i: dial(listener.address, "", {"name": i}, LONG), range(24)))
+        for i, (connection, reply) in enumerate(replies):
+            assert reply["heard"]["name"] == i
+            connection.close()
+
+
+def test_close_ends_greetings_that_are_under_way(monkeypatch):
+    monkeypatch.setattr(wire, "GREETING_SECONDS", 3600.0)
+    with listening() as listener:  # which says at its end that no thread is left
+        silent = [socket.create_connection(listener.address) for _ in range(5)]
+        wait_until(lambda: link_threads().count("vcrd-link-greeting") == 5, "they are not greeted")
+        listener.close()
+        listener.close()
+        for sock in silent:
+            sock.close()
+
+
+# The dialling side.
+
+
+@pytest.mark.parametrize(
+    ("says", "error", "reason"),
+    [
+        (b"", ConnectionError, "closed during the greeting"),
+        (
+            b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n",
+            HandshakeRefused,
+            "what listens there is not vcrd",
+        ),
+        (
+            wire._GREETING.pack(headers.MAGIC, headers.PROTOCOL, bytes(32))[:30],
+            ConnectionError,
+            "closed during",
+        ),
+        (
+            wire._GREETING.pack(headers.MAGIC, 1, bytes(32)),
+            HandshakeRefused,
+            rf"protocol version is 1 for the student and {headers.PROTOCOL} for the teacher",
+        ),
+        (
+            wire._GREETING.pack(headers.MAGIC, headers.PROTOCOL, bytes(32))
+            + wire._REPLY.pack(bytes(32), 1 << 31),
+            ConnectionError,
+            f"a reply of {1 << 31} bytes is longer than",
+        ),
+        (
+            wire._GREETING.pack(headers.MAGIC, headers.PROTOCOL, bytes(32))
+            + wire._REPLY.pack(bytes(32), 2)
+            + b"{}",
+            HandshakeRefused,
+            "the shared secret differs",
+        ),
+    ],
+)
+def test_what_answers_nonsense_is_one_sentence(says, error, reason):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(say, server, says)
+            with pytest.raises(error, match=reason):
+                dial(server.getsockname(), "", {}, LONG)
+
+
+def say(server: socket.socket, text: bytes) -> None:
+    sock, _ = server.accept()
+    with sock:
+        sock.sendall(text)
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(4096):
+            pass
+
+
+def test_one_that_never_greets_is_given_up():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        with pytest.raises(ConnectionError, match="timed out"):
+            dial(server.getsockname(), "", {}, 0.2)
+
+
+@pytest.mark.parametrize(
+    "address", [("127.0.0.1", 1 << 16), ("127.0.0.1", -1), ("no\0host", 1), ("." * 300, 1)]
+)
+def test_what_is_no_address_is_a_connection_error(address):
+    with pytest.raises(ConnectionError):
+        dial(address, "", {}, 1.0)
+
+
+def test_a_port_that_nobody_listens_at_is_not_taken_by_dialling_it(monkeypatch):
+    """The system may choose the dialled port to dial from: that connects, and nobody could listen there meanwhile."""
+    itself = socket.socket()
+    itself.bind(("127.0.0.1", 0))
+    itself.connect(itself.getsockname())
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: itself)
+    with pytest.raises(ConnectionError, match="nobody listens there"):
+        dial(itself.getsockname(), "", {}, LONG)
+    assert itself.fileno() == -1
+
+
+def test_bytes_of_a_tensor_are_shared_not_copied():
+    source, target = torch.arange(6.0), torch.zeros(6)
+    memory(target)[:] = memory(source)
+    assert torch.equal(source, target) and len(memory(torch.zeros(0))) == 0
+    with pytest.raises(ValueError, match="part: expected a contiguous tensor on the CPU"):
+        memory(torch.zeros(4, 4).T)
