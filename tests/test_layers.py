@@ -37,6 +37,15 @@ class Layer:
 # The first line that matches a file is its layer.
 LAYERS = (
     Layer("vcrd/__init__.py", packages=()),
+    Layer("vcrd/__main__.py", ("vcrd.planning",), packages=()),
+    Layer("vcrd/planning/scenario.py", packages=()),
+    Layer("vcrd/planning/catalogue.py", ("vcrd.planning.scenario",), packages=()),
+    Layer("vcrd/planning/options.py", ("vcrd.planning.scenario", "vcrd.planning.catalogue"), packages=()),
+    Layer(
+        "vcrd/planning/*.py",
+        ("vcrd.planning", "vcrd.link.header", "vcrd.link.payload", "vcrd.link.plan"),
+        packages=(),
+    ),
     Layer("vcrd/loss.py", ("vcrd.validity", "vcrd.divergence", "vcrd.teacher_forms")),
     Layer("vcrd/validity.py", ("vcrd.divergence", "vcrd.layout", "vcrd.agreement")),
     Layer("vcrd/divergence.py", ("vcrd.ops", "vcrd.layout", "vcrd.teacher_blocks", "vcrd.teacher_forms")),

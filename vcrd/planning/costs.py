@@ -1,0 +1,269 @@
+"""What each payload costs a run: bytes, seconds, memory, teacher GPUs. Bytes are exact, seconds are a model.
+
+The model, per micro-batch of one data rank:
+
+- the student computes 3 times its forward FLOPs (4 with recompute) on tp x pp x cp GPUs;
+- its last stage also reads the answer in the loss: `loss_seconds`;
+- the teacher computes its forward FLOPs on tp x pp GPUs, for every data rank that the replica serves. Requests go
+  through its stages in groups, and its pipeline has a bubble;
+- the network carries the answer meanwhile, and PCIe takes it to the student's GPU. What counts is the busiest rank on
+  either side.
+
+The slowest of student, teacher, network and PCIe sets the pace. Where that is not the student, it waits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vcrd.link.payload import PAYLOADS, Payload
+from vcrd.planning.scenario import Scenario
+from vcrd.planning.traffic import Traffic
+
+# Of other modules, which this one need not import: a test keeps them equal.
+RESPONSES_UNDER_WAY = 4  # vcrd.link.delivery: answers that a teacher rank holds while they are sent
+BLOCK_BYTES = 31 << 20  # vcrd.teacher_blocks: float32 logits made at once from top-k and hidden states
+ASSEMBLY_BYTES = 1 << 22  # vcrd.link.inbox: received at once, where a piece is not all columns of a rank
+
+# The loss reads the teacher in forward and again in backward (divergences with a mixture: one pass more).
+_PASSES = 2
+# Bytes of GPU memory traffic per logit that top-k costs: the student's logits (2 bytes, bfloat16) are copied to a
+# float32 block that is then read, three times; the first pass also reads the student's again.
+_TOP_K_TRAFFIC = 3 * (2 + 4 + 4) + 2
+_BLOCK_TRAFFIC = 4 + 4  # a float32 block is written and read
+
+_ERRORS = {
+    "float32": "none",
+    "hidden": "none",
+    "float16": "d / 2048",
+    "logits_8bit": "0.019 sqrt(d)",
+    "topk": "tail's shape",
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one payload. Bytes, seconds; per micro-batch of one data rank where nothing else is said.
+
+    received: into the busiest student rank. sent: out of the busiest teacher rank. step_bytes: all answers of one step
+    to all data ranks. once_bytes: the output layer, when the student starts. network_seconds: of the busiest rank.
+    loss_seconds: what the student's last stage adds for this payload. student_seconds: its compute and loss.
+    teacher_seconds: of one replica, with its bubble. round_seconds: the pace, with `replicas`: those given, else those
+    needed, else one per data rank. waiting: the share of its time that the student then waits. gpu_seconds: of a step,
+    the student's GPUs with their waiting, the teacher's only while they serve. *_gpu_bytes, *_host_bytes: memory of one rank. replicas_needed,
+    gpus_needed: the fewest with which the student never waits, None if no number of replicas does. least_gpus: what the
+    teacher's FLOPs alone take, whatever its layout. error: of what arrives for a logit that lies d below the row's
+    largest, at most.
+    """
+
+    payload: str
+    received: int
+    sent: int
+    step_bytes: int
+    once_bytes: int
+    network_seconds: float
+    loss_seconds: float
+    student_seconds: float
+    teacher_seconds: float
+    round_seconds: float
+    waiting: float
+    gpu_seconds: float
+    student_gpu_bytes: int
+    student_host_bytes: int
+    teacher_gpu_bytes: int
+    teacher_host_bytes: int
+    replicas: int
+    replicas_needed: int | None
+    gpus_needed: int | None
+    least_gpus: int
+    error: str
+
+    @property
+    def network_share(self) -> float:
+        """Of the student's time that the busiest network connection is in use."""
+        return self.network_seconds / self.student_seconds
+
+    @property
+    def loss_share(self) -> float:
+        """By which this payload lengthens the student's compute."""
+        return self.loss_seconds / (self.student_seconds - self.loss_seconds)
+
+
+def costs(scenario: Scenario) -> tuple[Cost, ...]:
+    """Of every payload, in the order of `payload.PAYLOADS`."""
+    return tuple(cost(scenario, payload) for payload in PAYLOADS)
+
+
+def cost(scenario: Scenario, payload: Payload) -> Cost:
+    payload = payload.sized(top_k=scenario.top_k, state_size=scenario.teacher.hidden)
+    traffic = traffic_of(scenario, payload)
+    shape = scenario.sequence, scenario.batch
+    received, sent = traffic.into_busiest(shape), traffic.out_of_busiest(shape, scenario.student_data)
+    loss = loss_seconds(scenario, payload, traffic.widest)
+    student = student_seconds(scenario) + loss
+    needed = replicas_needed(scenario, traffic, student)
+    replicas = scenario.replicas or needed or scenario.student_data
+    enters, leaves = received / scenario.network, traffic.out_of_busiest(shape, replicas) / scenario.network
+    teacher = teacher_seconds(scenario, payload.name, replicas)
+    pace = max(student, enters, leaves, _upload(scenario, traffic), scenario.served(replicas) * teacher)
+    return Cost(
+        payload=payload.name,
+        received=received,
+        sent=sent,
+        step_bytes=scenario.student_data
+        * scenario.micro_batches
+        * sum(flow.bytes for flow in traffic.response(shape)),
+        once_bytes=scenario.student_data * sum(flow.bytes for flow in traffic.output_layer()),
+        network_seconds=max(enters, leaves),
+        loss_seconds=loss,
+        student_seconds=student,
+        teacher_seconds=teacher,
+        round_seconds=pace,
+        waiting=1 - student / pace,
+        gpu_seconds=scenario.micro_batches
+        * (scenario.student_gpus * pace + scenario.student_data * scenario.replica_gpus * teacher),
+        student_gpu_bytes=student_gpu_bytes(scenario, payload, traffic.widest),
+        student_host_bytes=student_host_bytes(scenario, traffic),
+        teacher_gpu_bytes=sent,
+        teacher_host_bytes=teacher_host_bytes(scenario, payload, sent),
+        replicas=replicas,
+        replicas_needed=needed,
+        gpus_needed=None if needed is None else needed * scenario.replica_gpus,
+        least_gpus=math.ceil(scenario.student_data * _teacher_gpu_seconds(scenario, payload.name) / student),
+        error=_ERRORS[payload.name],
+    )
+
+
+def traffic_of(scenario: Scenario, payload: Payload) -> Traffic:
+    return Traffic(
+        payload=payload,
+        vocab_size=scenario.vocab,
+        teacher_padded=scenario.teacher_padded,
+        teacher_tensor=scenario.teacher_tensor,
+        student_padded=scenario.student_padded,
+        student_tensor=scenario.student_tensor,
+        context_size=scenario.student_context,
+        data_size=scenario.student_data,
+    )
+
+
+def student_seconds(scenario: Scenario) -> float:
+    """Of the student's own forward and backward of a micro-batch, on the GPUs of one data rank."""
+    flops = scenario.student.forward_flops(scenario.sequence) * scenario.tokens
+    gpu = scenario.student_gpu
+    peak = gpu.fp8 if scenario.student_fp8 else gpu.bf16
+    gpus = scenario.student_tensor * scenario.student_pipeline * scenario.student_context
+    return flops * (4 if scenario.recompute else 3) / (gpus * peak * scenario.student_mfu)
+
+
+def teacher_seconds(scenario: Scenario, payload: str, replicas: int) -> float:
+    """Of a replica's forward pass of a micro-batch, when what is asked goes through its pipeline in full groups.
+
+    A group is what `vcrd.megatron.serve` takes: up to two micro-batches per stage, and no more than credits let out.
+    """
+    stages = scenario.teacher_pipeline
+    group = min(2 * stages, scenario.credits * scenario.served(replicas))
+    return _teacher_gpu_seconds(scenario, payload) / scenario.replica_gpus * (group + stages - 1) / group
+
+
+def _teacher_gpu_seconds(scenario: Scenario, payload: str) -> float:
+    """Of one GPU, for a forward pass of a micro-batch."""
+    each = scenario.teacher.forward_flops(scenario.sequence)
+    if payload == "hidden":  # the student computes the logits
+        each -= scenario.teacher.output_layer_flops
+    peak = scenario.teacher_gpu.fp8 if scenario.teacher_fp8 else scenario.teacher_gpu.bf16
+    return each * scenario.tokens / (peak * scenario.teacher_mfu)
+
+
+def loss_seconds(scenario: Scenario, payload: Payload, columns: int) -> float:
+    """What it costs the student's last stage to read a payload in the loss."""
+    bandwidth = scenario.student_gpu.bandwidth
+    tokens = scenario.tokens // scenario.student_context
+    if payload.name == "topk":
+        return tokens * columns * _TOP_K_TRAFFIC / bandwidth
+    if payload.name == "hidden":
+        return _PASSES * (tokens * columns * _BLOCK_TRAFFIC / bandwidth + _product(scenario, columns))
+    return _PASSES * payload.bytes(tokens, columns) / bandwidth
+
+
+def _upload(scenario: Scenario, traffic: Traffic) -> float:
+    """Seconds from the host to the GPU, while the student computes."""
+    tokens = scenario.tokens // scenario.student_context
+    return traffic.payload.bytes(tokens, traffic.widest) / scenario.student_gpu.host
+
+
+def _product(scenario: Scenario, columns: int) -> float:
+    """Seconds of states times output layer, block by block; each block reads the rank's whole output layer."""
+    gpu, size = scenario.student_gpu, scenario.teacher.hidden
+    left, rows, seconds = scenario.tokens // scenario.student_context, block_rows(columns), 0.0
+    full, rest = divmod(left, rows)
+    for count, height in ((full, rows), (1, rest)):
+        flops = 2 * height * columns * size / (gpu.bf16 * scenario.student_mfu)
+        seconds += count * max(flops, 2 * columns * size / gpu.bandwidth if height else 0.0)
+    return seconds
+
+
+def block_rows(columns: int) -> int:
+    """Tokens of a block of float32 logits."""
+    return max(1, BLOCK_BYTES // (4 * columns))
+
+
+def replicas_needed(scenario: Scenario, traffic: Traffic, student: float) -> int | None:
+    """The fewest replicas that keep up with the student, compute and network; None if one per data rank does not.
+
+    student: its seconds per micro-batch.
+    """
+    shape, ranks = (scenario.sequence, scenario.batch), scenario.student_data
+    if max(traffic.into_busiest(shape) / scenario.network, _upload(scenario, traffic)) > student:
+        return None
+    # More replicas help only where the most that one of them serves gets less.
+    for replicas in sorted({-(-ranks // served) for served in range(1, ranks + 1)}):
+        computes = scenario.served(replicas) * teacher_seconds(scenario, traffic.payload.name, replicas)
+        sends = traffic.out_of_busiest(shape, replicas) / scenario.network
+        if max(computes, sends) <= student:
+            return replicas
+    return None
+
+
+def student_gpu_bytes(scenario: Scenario, payload: Payload, columns: int) -> int:
+    """On a GPU of the last stage: the answer in use and those that credits let come, and what the loss makes of one."""
+    tokens = scenario.tokens // scenario.student_context
+    used = (scenario.credits + 1) * payload.bytes(tokens, columns)
+    if not payload.whole:
+        return used
+    used += 4 * columns * min(tokens, block_rows(columns))
+    if payload.name == "topk":
+        return used + 12 * payload.top_k * tokens  # int64 tokens, and logarithms once more
+    return used + payload.bytes(columns, 0)  # the output layer: a row per column, as wide as a state
+
+
+def student_host_bytes(scenario: Scenario, traffic: Traffic) -> int:
+    """On the host of a last-stage rank: answers that arrive, the output layer, pieces that are put together."""
+    payload = traffic.payload
+    tokens = scenario.tokens // scenario.student_context
+    held = scenario.credits * payload.bytes(tokens, traffic.widest)
+    if payload.name == "hidden":
+        held += payload.bytes(traffic.widest, 0)
+    if payload.whole:
+        return held
+    return held + max(_assembly(traffic, tokens, rank) for rank in range(traffic.student_tensor))
+
+
+def _assembly(traffic: Traffic, tokens: int, rank: int) -> int:
+    """Of the buffers, one per sender, through which pieces narrower than the rank's columns pass."""
+    mine, total = traffic.student_shards[rank], 0
+    for theirs in traffic.teacher_shards:
+        width = min(mine.stop, theirs.stop) - max(mine.start, theirs.start)
+        if 0 < width < mine.width:
+            row = traffic.payload.bytes(1, width)
+            total += row * min(tokens, max(1, ASSEMBLY_BYTES // row))
+    return total
+
+
+def teacher_host_bytes(scenario: Scenario, payload: Payload, sent: int) -> int:
+    """On the host of a last-stage rank: answers on their way, and its part of the output layer."""
+    held = RESPONSES_UNDER_WAY * sent
+    if payload.name == "hidden":
+        held += payload.bytes(scenario.teacher_padded // scenario.teacher_tensor, 0)
+    return held

@@ -1,0 +1,170 @@
+"""The plan as text: what was assumed, what each payload costs, and the best of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from vcrd.planning.choice import Choice, percent
+from vcrd.planning.costs import Cost, student_seconds
+from vcrd.planning.scenario import Gpu, Model, Scenario
+from vcrd.planning.traffic import request_bytes
+
+_MOVED = ("payload", "into student", "out of teacher", "step", "once", "network", "busy", "error")
+_TAKEN = (
+    "payload",
+    "student GPU",
+    "student host",
+    "teacher GPU",
+    "teacher host",
+    "loss adds",
+    "waits",
+    "GPU time",
+    "GPUs needed",
+)
+
+
+def text_of(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> str:
+    moved = [_moved(cost) for cost in costs]
+    taken = [_taken(cost, scenario) for cost in costs]
+    best = next(cost for cost in costs if cost.payload == choice.payload)
+    gpus = f"{best.replicas * scenario.replica_gpus} teacher GPUs"
+    lines = [
+        *_assumed(scenario),
+        "",
+        "Bytes of a micro-batch into the busiest student rank and out of the busiest teacher rank, of a whole step,",
+        "and once at the start; time on the network of the busiest rank; error of a logit d below the row's largest.",
+        *_aligned([_MOVED, *moved]),
+        "",
+        "Memory of one rank; what the payload adds to the student's compute; how long the student waits; GPU time of a",
+        "step, student's and serving teacher's; replicas x GPUs with which the student never waits.",
+        *_aligned([_TAKEN, *taken]),
+        "",
+        f"best: {choice.payload}, {gpus} ({choice.reason})",
+        *(f"  not {payload}: {reason}" for payload, reason in choice.against.items()),
+    ]
+    if best.waiting > 0:
+        lines.append(
+            f"  the student still waits {percent(best.waiting)} of its time: {_remedy(scenario, best)}"
+        )
+    return "\n".join(lines)
+
+
+def _remedy(run: Scenario, best: Cost) -> str:
+    if best.gpus_needed is not None:
+        return f"it needs replicas={best.replicas_needed}"
+    if best.network_seconds > best.student_seconds:
+        return "the network is too slow"
+    return (
+        f"replicas must be larger than tp {run.teacher_tensor} x pp {run.teacher_pipeline}; "
+        f"the teacher's FLOPs alone take {best.least_gpus} GPUs"
+    )
+
+
+def plain(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> dict[str, Any]:
+    """As JSON holds it. Bytes, seconds, FLOP/s; shares from 0 to 1."""
+    return {
+        "scenario": asdict(scenario)
+        | {"teacher_padded": scenario.teacher_padded, "student_padded": scenario.student_padded},
+        "request_bytes": request_bytes((scenario.sequence, scenario.batch)),
+        "student_compute_seconds": student_seconds(scenario),
+        "payloads": {
+            cost.payload: asdict(cost) | {"network_share": cost.network_share, "loss_share": cost.loss_share}
+            for cost in costs
+        },
+        "best": choice._asdict(),
+    }
+
+
+def _assumed(run: Scenario) -> list[str]:
+    steps = run.student_data * run.micro_batches
+    compute = student_seconds(run)
+    recompute = ", activations recomputed" if run.recompute else ""
+    return [
+        f"teacher  {_model(run.teacher)}, padded to {run.teacher_padded}",
+        f"         tp {run.teacher_tensor} x pp {run.teacher_pipeline}, "
+        f"{run.replicas or 'as many as needed'} x {run.replica_gpus} GPUs",
+        f"student  {_model(run.student)}, padded to {run.student_padded}",
+        f"         tp {run.student_tensor} x pp {run.student_pipeline} x cp {run.student_context} "
+        f"x dp {run.student_data}: {run.student_gpus} GPUs",
+        f"step     {steps} micro-batches of {run.batch} x {run.sequence} tokens; {run.credits} credits; "
+        f"top {run.top_k}",
+        f"assumed  student: {_gpu(run.student_gpu, run.student_fp8)}, MFU {run.student_mfu:g}{recompute}: "
+        f"{_seconds(compute)} per micro-batch",
+        f"         teacher: {_gpu(run.teacher_gpu, run.teacher_fp8)}, MFU {run.teacher_mfu:g}, forward only",
+        f"         network: {run.network / 1e9:g} GB/s of each rank in each direction",
+    ]
+
+
+def _model(model: Model) -> str:
+    active = f", {model.active / 1e9:.4g} B active" if model.active < model.params else ""
+    name = f"{model.name}: " if model.name else ""
+    return (
+        f"{name}{model.params / 1e9:.4g} B parameters{active}, hidden {model.hidden}, {model.layers} layers, "
+        f"vocabulary {model.vocab}"
+    )
+
+
+def _gpu(gpu: Gpu, fp8: bool) -> str:
+    peak = gpu.fp8 if fp8 else gpu.bf16
+    return f"{gpu.name}, {peak / 1e12:g} TFLOP/s in {'FP8' if fp8 else 'BF16'}"
+
+
+def _moved(cost: Cost) -> tuple[str, ...]:
+    return (
+        cost.payload,
+        f"{cost.received:,}",
+        f"{cost.sent:,}",
+        _bytes(cost.step_bytes),
+        _bytes(cost.once_bytes) if cost.once_bytes else "-",
+        _seconds(cost.network_seconds),
+        percent(cost.network_share),
+        cost.error,
+    )
+
+
+def _taken(cost: Cost, run: Scenario) -> tuple[str, ...]:
+    if cost.gpus_needed is None:
+        needed = f"> {run.student_data} x {run.replica_gpus}"
+    else:
+        needed = f"{cost.replicas_needed} x {run.replica_gpus}"
+    return (
+        cost.payload,
+        _bytes(cost.student_gpu_bytes),
+        _bytes(cost.student_host_bytes),
+        _bytes(cost.teacher_gpu_bytes),
+        _bytes(cost.teacher_host_bytes),
+        percent(cost.loss_share),
+        percent(cost.waiting) if cost.waiting > 0 else "-",
+        _seconds(cost.gpu_seconds),
+        needed,
+    )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The payload to the left, all else to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _bytes(count: float) -> str:
+    """In decimal units, three digits."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
