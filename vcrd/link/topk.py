@@ -47,9 +47,11 @@ def top_k_of(
     limits = torch.finfo(torch.float32)
     top = values[:, :1].clamp(limits.min, limits.max)  # finite, against "-inf minus -inf"
     rest = rows.new_empty(rows.shape[0], dtype=torch.float32)
+    # One column more than there are, for what other shards hold.
+    scratch = rows.new_empty(min(step, rows.shape[0]), width + 1, dtype=torch.float32)
     for first in range(0, rows.shape[0], step):
         block = slice(first, first + step)
-        rest[block] = _log_rest(rows[block].float(), tokens[block], top[block], shard)
+        rest[block] = _log_rest(rows[block].float(), tokens[block], top[block], shard, scratch)
     if group is not None and group.size() > 1:
         rest = _gathered(rest, group).logsumexp(0)
     values = values - top
@@ -92,15 +94,15 @@ def _logits_of(keys: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).int().view(torch.float32)
 
 
-def _log_rest(block: Tensor, chosen: Tensor, top: Tensor, shard: Shard) -> Tensor:
+def _log_rest(block: Tensor, chosen: Tensor, top: Tensor, shard: Shard, scratch: Tensor) -> Tensor:
     """The log of the sum of exp(logit - top) over this shard's columns that are not among the chosen tokens."""
     width = block.shape[-1]
     columns = chosen - shard.start
     columns = torch.where((columns >= 0) & (columns < width), columns, width)
-    # One column more, for what other shards hold: all that is written is -inf, in whatever order.
-    distance = block.new_empty(block.shape[0], width + 1)
+    distance = scratch[: block.shape[0]]
     torch.sub(block, top, out=distance[:, :width])
     distance[:, width:] = -torch.inf
+    # Where several entries of a row point at one column, all of them write -inf: their order does not matter.
     return distance.scatter_(-1, columns, -torch.inf).logsumexp(-1)
 
 
