@@ -78,16 +78,20 @@ def bar(text: str, reached: float, passed: bool) -> dict:
 def encoding_seconds(logits: Tensor, repeats: int) -> dict[str, dict[str, float]]:
     """Median seconds by the logits' dtype and by what is done to float32 [rows, vocabulary], in turns.
 
-    `copy`: to a new tensor of the same dtype, as every encoder makes a new one. `row maximum`: what the relative
-    payloads need before, of the whole vocabulary.
+    Each job writes to memory that it wrote before, as the link does. `copy`: in the logits' own dtype. `row maximum`:
+    what the relative payloads need before, of the whole vocabulary.
     """
     out = {}
     for dtype in (torch.float32, torch.bfloat16):
         source = logits[:, None].to(dtype)
         top = row_max(source)
-        jobs: dict[str, Callable] = {"copy": source.clone, "row maximum": partial(row_max, source)}
-        for name in PAYLOADS:
-            jobs[name] = partial(encode, payload_named(name), source, top)
+        jobs: dict[str, Callable] = {
+            "copy": partial(torch.empty_like(source).copy_, source),
+            "row maximum": partial(row_max, source),
+        }
+        for payload in map(payload_named, PAYLOADS):
+            kept = torch.empty(source.shape, dtype=payload.dtype)
+            jobs[payload.name] = partial(encode, payload, source, top, lambda *_, kept=kept, dtype: kept)
         taken: dict[str, list[float]] = {name: [] for name in jobs}
         gc.disable()
         for _ in range(repeats + 2):

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 import vcrd
 from vcrd import reference
-from vcrd.link.payload import decode, encode, payload_named, row_max
+from vcrd.link.payload import encode, payload_named, row_max
 
 BLOCK_ROWS = 64  # float64 copies of whole rows are made of this many only
 
@@ -62,7 +62,7 @@ def through_the_loss(payload_name: str) -> Code:
     payload = payload_named(payload_name)
 
     def prepare(logits: Tensor) -> Evaluate:
-        wire = decode(payload, encode(payload, logits[:, None], row_max(logits[:, None])))[:, 0]
+        wire = encode(payload, logits[:, None], row_max(logits[:, None]))[:, 0]
 
         def evaluate(student: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
             student = student.clone().requires_grad_()
@@ -72,7 +72,7 @@ def through_the_loss(payload_name: str) -> Code:
 
         return evaluate
 
-    return Code(f"{payload_name}, vcrd's loss", payload.itemsize, prepare)
+    return Code(f"{payload_name}, vcrd's loss", payload.dtype.itemsize, prepare)
 
 
 def shipped(payload_name: str) -> Code:
@@ -83,7 +83,7 @@ def shipped(payload_name: str) -> Code:
         wire = encode(payload, logits[:, None], row_max(logits[:, None]))[:, 0].double()
         return -24 * (wire / 255) ** 2 if payload.dtype == torch.uint8 else wire
 
-    return decoded(payload_name, payload.itemsize, read)
+    return decoded(payload_name, payload.dtype.itemsize, read)
 
 
 def by_table(name: str, levels: Tensor) -> Code:
@@ -157,9 +157,10 @@ def all_codes(sample: Tensor) -> list[Code]:
         by_table("mu-law, scale 1, to 24", mu_law(1, 24)),
         by_table("mu-law, scale 0.5, to 24", mu_law(0.5, 24)),
         by_table("p^(1/5), to 24", root_of_probability(5, 24)),
-        by_table("d = 4 u / (1 - 5/6 u)", rational(4, 24)),
-        by_table("d = 3 u / (1 - 7/8 u)", rational(3, 24)),
-        by_table("d = 5 u + 19 u^5", polynomial(5, 5, 24)),
+        by_table("p^(1/5), to 30", root_of_probability(5, 30)),
+        by_table("d = 3 u / (1 - 0.875 u)", rational(3, 24)),
+        by_table("d = 3 u / (1 - 0.9 u)", rational(3, 30)),
+        by_table("d = 5 u + 25 u^6", polynomial(5, 6, 30)),
         by_table("companded by p^(1/3)", companded(sample)),
         through_the_loss("float32"),
         through_the_loss("float16"),
