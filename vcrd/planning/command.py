@@ -13,9 +13,9 @@ For two models and their layouts: the bytes that each payload moves, its memory 
 are needed so that the student never waits, and which payload is the best. Bytes are exact, as the link counts them;
 seconds come from the peaks and shares of them that are printed as assumed.
 
-The best payload needs at most a tenth of the student GPU's memory and half of the network. Of such, it is the one with
-the least GPU time per step, the student's with its waiting and the teacher's while it serves; for their error, 8 bits
-count 5 % more than they take and top-k 25 %. Of equals, the one that costs the student the least time.
+The best payload needs at most a tenth of the student GPU's memory and keeps no rank's network busy for more than half
+of the time. Of such, it is the one with the shortest step, where 8 bits count 5 % longer than they are and top-k 25 %,
+for their error. Of equals, the one that costs the student the least time.
 """
 
 

@@ -50,11 +50,10 @@ class Cost:
     to all data ranks. once_bytes: the output layer, when the student starts. network_seconds: of the busiest rank.
     loss_seconds: what the student's last stage adds for this payload. student_seconds: its compute and loss.
     teacher_seconds: of one replica, with its bubble. round_seconds: the pace, with `replicas`: those given, else those
-    needed, else one per data rank. waiting: the share of its time that the student then waits. gpu_seconds: of a step,
-    the student's GPUs with their waiting, the teacher's only while they serve. *_gpu_bytes, *_host_bytes: memory of one rank. replicas_needed,
-    gpus_needed: the fewest with which the student never waits, None if no number of replicas does. least_gpus: what the
-    teacher's FLOPs alone take, whatever its layout. error: of what arrives for a logit that lies d below the row's
-    largest, at most.
+    needed, else one per data rank. step_seconds: of a step at that pace. waiting: the share of its time that the
+    student then waits. *_gpu_bytes, *_host_bytes: memory of one rank. replicas_needed, gpus_needed: the fewest with
+    which the student never waits, None if no number of replicas does. least_gpus: what the teacher's FLOPs alone take,
+    whatever its layout. error: of what arrives for a logit that lies d below the row's largest, at most.
     """
 
     payload: str
@@ -68,7 +67,7 @@ class Cost:
     teacher_seconds: float
     round_seconds: float
     waiting: float
-    gpu_seconds: float
+    step_seconds: float
     student_gpu_bytes: int
     student_host_bytes: int
     teacher_gpu_bytes: int
@@ -81,8 +80,8 @@ class Cost:
 
     @property
     def network_share(self) -> float:
-        """Of the student's time that the busiest network connection is in use."""
-        return self.network_seconds / self.student_seconds
+        """Of the time that the busiest rank's network is in use."""
+        return self.network_seconds / self.round_seconds
 
     @property
     def loss_share(self) -> float:
@@ -121,8 +120,7 @@ def cost(scenario: Scenario, payload: Payload) -> Cost:
         teacher_seconds=teacher,
         round_seconds=pace,
         waiting=1 - student / pace,
-        gpu_seconds=scenario.micro_batches
-        * (scenario.student_gpus * pace + scenario.student_data * scenario.replica_gpus * teacher),
+        step_seconds=pace * scenario.micro_batches,
         student_gpu_bytes=student_gpu_bytes(scenario, payload, traffic.widest),
         student_host_bytes=student_host_bytes(scenario, traffic),
         teacher_gpu_bytes=sent,

@@ -20,7 +20,7 @@ _TAKEN = (
     "teacher host",
     "loss adds",
     "waits",
-    "GPU time",
+    "step",
     "GPUs needed",
 )
 
@@ -37,8 +37,8 @@ def text_of(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> str:
         "and once at the start; time on the network of the busiest rank; error of a logit d below the row's largest.",
         *_aligned([_MOVED, *moved]),
         "",
-        "Memory of one rank; what the payload adds to the student's compute; how long the student waits; GPU time of a",
-        "step, student's and serving teacher's; replicas x GPUs with which the student never waits.",
+        "Memory of one rank; what the payload adds to the student's compute; how long the student waits; a step;",
+        "replicas x GPUs with which the student never waits.",
         *_aligned([_TAKEN, *taken]),
         "",
         f"best: {choice.payload}, {gpus} ({choice.reason})",
@@ -54,7 +54,7 @@ def text_of(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> str:
 def _remedy(run: Scenario, best: Cost) -> str:
     if best.gpus_needed is not None:
         return f"it needs replicas={best.replicas_needed}"
-    if best.network_seconds > best.student_seconds:
+    if best.network_share > 0.999:
         return "the network is too slow"
     return (
         f"replicas must be larger than tp {run.teacher_tensor} x pp {run.teacher_pipeline}; "
@@ -137,7 +137,7 @@ def _taken(cost: Cost, run: Scenario) -> tuple[str, ...]:
         _bytes(cost.teacher_host_bytes),
         percent(cost.loss_share),
         percent(cost.waiting) if cost.waiting > 0 else "-",
-        _seconds(cost.gpu_seconds),
+        _seconds(cost.step_seconds),
         needed,
     )
 
