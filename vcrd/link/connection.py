@@ -28,6 +28,9 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._sending = threading.Lock()
+        # Between shutting down and closing: the number of a closed descriptor may be another connection's. Re-entrant,
+        # because whatever thread collects a forgotten link ends its connections.
+        self._ending = threading.RLock()
         self.heard = time.monotonic()
         self.sent = 0
         self.received = 0
@@ -68,7 +71,7 @@ class Connection:
 
     def end(self) -> None:
         """Ends the connection and releases every thread blocked in it. Idempotent, never blocks."""
-        with suppress(OSError):
+        with self._ending, suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
@@ -77,7 +80,7 @@ class Connection:
         Closed under a thread that is about to receive, the descriptor's number could be another connection's.
         """
         self.end()
-        with self._sending:
+        with self._sending, self._ending:
             self._socket.close()
 
     def _send_all(self, view: memoryview, seconds: float) -> None:

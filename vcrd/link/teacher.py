@@ -60,6 +60,7 @@ class TeacherLink:
         self._shard = facts.shards()[tensor_rank or 0]
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._memory = Pool()  # holds no more than was ever under way at once
+        self._done = False  # every student has said goodbye
         self._services: list[Service] = []  # the one that stands, if any: what a forgotten link has to end
         # A forgotten link must not leave threads behind that would run into the interpreter's end.
         self._finalizer = weakref.finalize(self, _end_all, self._services)
@@ -134,6 +135,7 @@ class TeacherLink:
             failure = service.failure
             failed, kind, *shape = self._crew.agree([failure is not None, *_command(requests, done)])
             if kind == _DONE:
+                self._done = True
                 return None
             if failed:
                 self._rejoin(failure)
@@ -173,7 +175,11 @@ class TeacherLink:
         if self._finalizer.detach() is None:
             return
         while self._services:
-            self._services.pop().finish(min(_PARTING, self._settings.timeout))
+            service = self._services.pop()
+            if self._done:
+                service.finish(min(_PARTING, self._settings.timeout))
+            else:  # no student is about to say goodbye
+                service.end()
 
     def _whole_rows(self, output: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """What concerns whole rows of the vocabulary, before they are cut into pieces; with their maxima if needed."""
