@@ -3,13 +3,14 @@
 Knows nothing of losses or of Megatron: integer tokens in, logits out.
 """
 
+from .answers import Hidden, TopK
 from .errors import HandshakeRefused, LinkError, StudentLost, TeacherLost
 from .facts import Head
 from .intake import Request
 from .plan import Piece, Place, Shard, Span, context_rows, overlaps, replica_of, students_of, vocab_shards
 from .rendezvous import Rendezvous, host_rendezvous
 from .settings import LinkSettings
-from .student import Hidden, StudentLink, TopK
+from .student import StudentLink
 from .teacher import TeacherLink
 from .tracing import merge_traces, trace
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import header as headers
 from .header import Header
+from .pairs import Pair
 
 _MOST_AT_ONCE = 1 << 20  # bytes per call, so that progress is seen while something large arrives
 
@@ -34,6 +35,7 @@ class Connection:
         self.heard = time.monotonic()
         self.sent = 0
         self.received = 0
+        self.pair: Pair | None = None  # where tensors on a GPU travel
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A machine that loses power says nothing: notice it within a minute or so.
@@ -43,14 +45,18 @@ class Connection:
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def send(self, header: Header, *parts: Tensor | bytes, seconds: float) -> None:
-        """Sends a header and what belongs to it; parts are bytes or contiguous CPU tensors.
+        """Sends a header and what belongs to it; parts are bytes, contiguous CPU tensors, or what `pair` carries.
 
         TimeoutError when nothing was taken for that many seconds; the connection is useless then.
         """
         with self._sending:
             self._send_all(memoryview(header.pack()), seconds)
             for part in parts:
-                self._send_all(memory(part), seconds)
+                if self.pair is not None and self.pair.carries(part):
+                    self.pair.send(part)
+                    self.sent += part.numel() * part.element_size()
+                else:
+                    self._send_all(memory(part), seconds)
 
     def receive_header(self) -> Header:
         """The next header, however long it takes; LinkError if it is malformed."""
@@ -59,9 +65,14 @@ class Connection:
         return headers.parse(bytes(raw))
 
     def receive(self, *parts: Tensor | bytearray) -> None:
-        """Fills contiguous CPU tensors or bytearrays, in order."""
+        """Fills contiguous CPU tensors, bytearrays, or tensors that `pair` carries, in order."""
         for part in parts:
-            self._fill(memory(part))
+            if self.pair is not None and self.pair.carries(part):
+                self.pair.receive(part)
+                self.heard = time.monotonic()
+                self.received += part.numel() * part.element_size()
+            else:
+                self._fill(memory(part))
 
     def receive_text(self, header: Header) -> str:
         """The text that follows a header."""
@@ -71,6 +82,8 @@ class Connection:
 
     def end(self) -> None:
         """Ends the connection and releases every thread blocked in it. Idempotent, never blocks."""
+        if self.pair is not None:
+            self.pair.abort()
         with self._ending, suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 

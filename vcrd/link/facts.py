@@ -10,7 +10,7 @@ from . import header as headers
 from .errors import HandshakeRefused
 from .payload import STATE_DTYPES, Payload, payload_named
 from .plan import Place, Shard, places, replica_of, students_of, vocab_shards
-from .settings import LinkSettings
+from .settings import TRANSPORTS, LinkSettings
 from .wire import versions_differ
 
 _EQUAL = ("vocab_size", "sequence_length", "payload", "max_tokens")
@@ -63,6 +63,7 @@ class Facts:
     top_k: int = 0
     credits: int = 0
     head: Head | None = None
+    transport: str = "tcp"
     protocol: int = field(default_factory=lambda: headers.PROTOCOL)
 
     @classmethod
@@ -73,6 +74,7 @@ class Facts:
         facts = cls(
             payload=settings.payload,
             max_tokens=settings.max_tokens,
+            transport=settings.transport,
             top_k=settings.top_k if settings.payload == "topk" else 0,
             **own,
         )
@@ -111,6 +113,8 @@ def read(values: Any, whose: str) -> Facts:
     try:
         if values.keys() != {each.name for each in fields(Facts)} or not isinstance(values["payload"], str):
             raise ValueError
+        if values["transport"] not in TRANSPORTS:
+            raise ValueError
         head = None if values["head"] is None else Head(**values["head"])
         facts = Facts(**{**values, "head": head})
         _check_numbers(facts)
@@ -129,7 +133,7 @@ def refusal(student: Facts, teacher: Facts, replicas: int) -> str | None:
         return _sentence([versions_differ(student.protocol, teacher.protocol)])
     reasons = [
         f"{name} is {getattr(student, name)} for the student and {getattr(teacher, name)} for the teacher"
-        for name in (*_EQUAL, "top_k")
+        for name in (*_EQUAL, "top_k", "transport")
         if getattr(student, name) != getattr(teacher, name)
     ]
     if teacher.copies != replicas:
@@ -158,7 +162,9 @@ def _check_numbers(facts: Facts) -> None:
     """ValueError for what is no count, or so large that to walk through it would take for ever."""
     for each in fields(facts):
         value = getattr(facts, each.name)
-        if each.name not in ("payload", "head") and (type(value) is not int or not 0 <= value < 1 << 48):
+        if each.name not in ("payload", "head", "transport") and (
+            type(value) is not int or not 0 <= value < 1 << 48
+        ):
             raise ValueError(f"{each.name} must be an integer of at least 0, got {value!r}")
     if facts.padded_vocab_size > _MOST_COLUMNS:
         raise ValueError(f"padded_vocab_size must be at most {_MOST_COLUMNS}, got {facts.padded_vocab_size}")

@@ -12,7 +12,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from . import facts as stated
@@ -22,6 +22,7 @@ from .errors import HandshakeRefused, LinkError, TeacherLost
 from .facts import Facts
 from .header import Header, Kind
 from .inbox import Inbox
+from .pairs import Pair
 from .plan import Place
 from .rendezvous import UNREADABLE
 from .session import Head, Session
@@ -39,7 +40,8 @@ class Membership:
     """The connections of one student rank.
 
     changed: guards everything here and in `inbox`; notified of every change. on_advance: called, without the lock, when
-    requests may have become possible: the teacher is ready, or a sibling got on.
+    requests may have become possible: the teacher is ready, or a sibling got on. make_pair: the end of NCCL's that
+    belongs to a sender's store and a name; None where all travels over TCP.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Membership:
         inbox: Inbox,
         changed: threading.Condition,
         on_advance: Callable[[], None],
+        make_pair: Callable[[Sequence, str], Pair] | None = None,
     ) -> None:
         self._settings = settings
         self._facts = facts
@@ -58,6 +61,7 @@ class Membership:
         self._inbox = inbox
         self._changed = changed
         self._on_advance = on_advance
+        self._make_pair = make_pair
         self.head = Head(facts.shards()[place.tensor])
         self.session: Session | None = None
         self.teacher_head: stated.Head | None = None
@@ -227,9 +231,18 @@ class Membership:
         piece = session.head_pieces.get(sender)
         lacks_head = piece is not None and not self.head.has(piece, digest)
         reply = {"state": "welcome", "first": self._inbox.complete, "head": lacks_head}
-        return reply, partial(self._keep_sender, session, sender, digest)
+        return reply, partial(self._keep_sender, session, sender, digest, hello.get("store"))
 
-    def _keep_sender(self, session: Session, sender: int, digest: str, connection: Connection) -> None:
+    def _keep_sender(
+        self, session: Session, sender: int, digest: str, store: Sequence, connection: Connection
+    ) -> None:
+        if self._make_pair is not None:
+            try:
+                connection.pair = self._make_pair(store, str(self._place))
+            except ConnectionError as error:
+                _log.debug("no pair with sender %d: %s", sender, error)
+                connection.close()  # its teacher hears of it and joins anew
+                return
         with self._changed:
             if self.session is not session or sender in session.senders or self._parting:
                 connection.close()

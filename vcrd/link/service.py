@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from . import facts as stated
@@ -16,8 +17,9 @@ from .errors import HandshakeRefused, LinkError, StudentLost
 from .facts import Facts
 from .header import Header, Kind
 from .intake import Intake, Request
+from .pairs import PairStore
 from .plan import Piece, Place, overlaps, pieces_of
-from .rendezvous import ask_until
+from .rendezvous import ask_until, local_host
 from .settings import LinkSettings
 from .wire import Address, dial
 
@@ -254,12 +256,20 @@ def _dial_students(
     digests: dict[Piece, str] = {}
     secret = settings.shared_secret()
     try:
+        store = None
+        if settings.transport == "nccl" and service.receivers:
+            store = PairStore(local_host(settings))
+            hello = {**hello, "store": store.address}
         for place in service.receivers:
             piece = service.head_pieces.get(place)
             if piece is not None and piece not in digests:
                 digests[piece] = digest_of(service.rows_of(head_weight, piece))
             own = {**hello, "digest": digests.get(piece)}
             connections[place], replies[place] = _let_in(place, addresses[place], secret, own)
+            if store is not None:
+                connections[place].pair = store.pair(
+                    str(place), torch.device("cuda", torch.cuda.current_device())
+                )
     except BaseException:
         for connection in connections.values():
             connection.close()

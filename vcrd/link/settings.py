@@ -8,6 +8,8 @@ from pathlib import Path
 
 from .payload import payload_named
 
+TRANSPORTS = ("tcp", "nccl")
+
 
 @dataclass(frozen=True)
 class LinkSettings:
@@ -23,6 +25,8 @@ class LinkSettings:
         exact log of the mass of the rest (8 top_k + 4). "hidden": the teacher's last hidden states as they are (their
         size times that of their dtype); the student holds the teacher's output layer, sent once.
     top_k: tokens per position that "topk" carries; at most the vocabulary. Equal in both jobs.
+    transport: what carries answers: "tcp", by way of pinned host memory where they are on a GPU, or "nccl", from GPU to
+        GPU. Requests, and all that keeps the two jobs together, are TCP in either case.
     credits: micro-batches that the teacher may hold or have answered ahead of the one in use, per student
         replica. Bounds memory on both sides. The student's setting counts.
     timeout: seconds without a sign of life while an answer is waited for (student), or without an answer being
@@ -40,6 +44,7 @@ class LinkSettings:
     interface: str | None = None
     payload: str = "float16"
     top_k: int = 64
+    transport: str = "tcp"
     credits: int = 2
     timeout: float = 600.0
     connect_timeout: float = 600.0
@@ -55,6 +60,8 @@ class LinkSettings:
         if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
             raise ValueError(f"address must be 'host:port' with a port from 1 to 65535, got {self.address!r}")
         payload_named(self.payload)
+        if self.transport not in TRANSPORTS:
+            raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
         for name in ("credits", "max_tokens", "top_k"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -92,7 +99,8 @@ class LinkSettings:
 
 def _check_texts(settings: LinkSettings) -> None:
     optional = {"interface": str, "secret_file": (str, PathLike)}
-    for name, kind in {"address": str, "payload": str, "name": str, "secret": str, **optional}.items():
+    texts = dict.fromkeys(("address", "payload", "transport", "name", "secret"), str)
+    for name, kind in {**texts, **optional}.items():
         value = getattr(settings, name)
         if not isinstance(value, kind) and not (name in optional and value is None):
             raise ValueError(

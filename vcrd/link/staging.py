@@ -68,16 +68,33 @@ class Pinned:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
+class OnDevice:
+    """Memory on a GPU that belongs to a stream of the link's own, for what comes from another GPU."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        self._device = device
+        self._stream = stream
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        # On the stream that trains, memory could be given out again while what reads it is still to run.
+        with torch.cuda.stream(self._stream):
+            return torch.empty(shape, dtype=dtype, device=self._device)
+
+
 class Staged:
     """A tensor on its way to the host. On the CPU it is there already, and nothing is copied.
 
-    It must not be changed any more. stream: of the link's own, which waits for the current one.
+    It must not be changed any more. stream: of the link's own, which waits for the current one. stays: it travels from
+    its device, so only its making is waited for.
     """
 
-    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream | None = None, stays: bool = False) -> None:
         self._event = None
         self._tensor = tensor.contiguous()
         if tensor.device.type == "cpu":
+            return
+        if stays:
+            self._event = torch.cuda.current_stream(tensor.device).record_event()
             return
         buffer = Pinned(tensor.device).empty(*tensor.shape, dtype=tensor.dtype)
         current = torch.cuda.current_stream(tensor.device)
@@ -90,7 +107,7 @@ class Staged:
         self._tensor = buffer
 
     def ready(self) -> Tensor:
-        """The contiguous CPU tensor; the calling thread waits for the copy, no other does."""
+        """The contiguous tensor; the calling thread waits for it, no other does."""
         if self._event is not None:
             self._event.synchronize()
         return self._tensor
@@ -108,6 +125,9 @@ class Upload:
         self._event = None
         self._tensors = list(tensors)
         if stream is None:
+            return
+        if all(tensor.device == device for tensor in tensors):  # from another GPU, and received to the end
+            self._event = stream.record_event()
             return
         with torch.cuda.stream(stream):
             # The pinned memory is free for others once these copies have passed: torch sees to that.

@@ -8,49 +8,29 @@ import time
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .answers import Hidden, TopK
 from .errors import HandshakeRefused, LinkError, TeacherLost
 from .facts import Facts, served_by
 from .header import Header, Kind
 from .inbox import Inbox
 from .membership import Membership
+from .pairs import receiving_pair
 from .plan import Place, check_boundaries
 from .rendezvous import ask, ask_until, listen, local_host
 from .settings import LinkSettings
-from .staging import Pinned, Pool, Upload
+from .staging import OnDevice, Pinned, Pool, Upload
 from .tracing import span
-from .wire import dial
+from .wire import GREETING_SECONDS, dial
 
 _log = logging.getLogger("vcrd")
 _PARTING = 10.0  # seconds that close() gives the goodbyes
 _SAY_AGAIN = 30.0  # seconds between two log lines while a teacher is waited for
 _LOOK = 0.5  # seconds between two questions for a refusal, while the first teacher is waited for
 _LINGER = 4 * _LOOK  # seconds for the others to ask for a refusal too: rank 0 takes the rendezvous along
-
-
-class TopK(NamedTuple):
-    """The k most probable tokens at each position: natural log-probabilities [s, b, k] float32, tokens [s, b, k] int32,
-    and the log of the mass of all others [s, b] float32. The same on every tensor rank."""
-
-    logprobs: Tensor
-    ids: Tensor
-    log_tail: Tensor
-
-
-class Hidden(NamedTuple):
-    """The teacher's last hidden states [s, b, size], and this rank's rows of its output layer [columns.width, size].
-
-    The teacher's logits are scale * states @ weight.T, then softcap * tanh(logits / softcap) unless softcap is 0.
-    """
-
-    states: Tensor
-    weight: Tensor
-    scale: float
-    softcap: float
 
 
 class StudentLink:
@@ -71,6 +51,12 @@ class StudentLink:
         self._changed = threading.Condition()
         # One more than are on their way or complete: the one in use, until the next one is taken.
         memory = Pinned(device) if self._stream else Pool(settings.credits + 1)
+        make_pair = None
+        if settings.transport == "nccl":
+            if self._stream is None:
+                raise ValueError(f"device must be a GPU for the transport 'nccl', got {device}")
+            memory = OnDevice(device, self._stream)
+            make_pair = partial(receiving_pair, device=device, seconds=GREETING_SECONDS)
         self._inbox = Inbox(
             facts, place, self._changed, memory.empty, partial(Upload, device=device, stream=self._stream)
         )
@@ -83,7 +69,14 @@ class StudentLink:
         sock = listen(local_host(settings), 0)
         me = weakref.WeakMethod(self._send_what_credits_allow)
         self._members = Membership(
-            settings, facts, place, sock, self._inbox, self._changed, lambda: (me() or (lambda: None))()
+            settings,
+            facts,
+            place,
+            sock,
+            self._inbox,
+            self._changed,
+            lambda: (me() or (lambda: None))(),
+            make_pair,
         )
         # A forgotten link must not leave threads behind that would run into the interpreter's end.
         self._finalizer = weakref.finalize(self, self._members.drop)

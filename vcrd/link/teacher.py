@@ -98,6 +98,8 @@ class TeacherLink:
             raise ValueError(f"tensor_rank must be in [0, {tensor_size}), got {tensor_rank}")
         if not 0 <= replica < replicas:
             raise ValueError(f"replica must be in [0, {replicas}), got {replica}")
+        if settings.transport == "nccl" and not torch.cuda.is_available():
+            raise ValueError("transport must be 'tcp' where torch finds no GPU, got 'nccl'")
         if is_last_stage and tensor_size > 1 and tensor_group is None:
             raise ValueError(f"tensor_group must be given for tensor_size {tensor_size}, got None")
         settings.shared_secret()  # a file that cannot be read is told before any collective
@@ -216,7 +218,9 @@ class TeacherLink:
                 stop=piece.stop,
                 payload=self._payload.code,
             )
-            response.append((place, header, [Staged(part, self._stream(part.device)) for part in parts]))
+            stays = self._settings.transport == "nccl"
+            staged = [Staged(part, self._stream(part.device), stays) for part in parts]
+            response.append((place, header, staged))
         return response
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream | None:

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vcrd.link.answers import Hidden, TopK
 from vcrd.link.rendezvous import Rendezvous, host_rendezvous
-from vcrd.link.student import Hidden, StudentLink, TopK
+from vcrd.link.student import StudentLink
 from vcrd.loss import CalibratedLoss, validity_calibrated_kl
 from vcrd.megatron.ahead import AskAhead, TokensOf
 from vcrd.megatron.layout import Layout, unwrap
