@@ -1,0 +1,333 @@
+"""Headers that lie, in every direction: refused with a reason before anything is allocated, and survived."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from link_jobs import Layout, exchange, part
+from ports import free_port
+
+from vcrd.link import Head, LinkError, LinkSettings, StudentLink, StudentLost, TeacherLink, host_rendezvous
+from vcrd.link import header as headers
+from vcrd.link.connection import Connection
+from vcrd.link.delivery import Delivery
+from vcrd.link.facts import Facts
+from vcrd.link.header import Header, Kind
+from vcrd.link.intake import Intake
+from vcrd.link.plan import Place
+from vcrd.link.rendezvous import ask_until
+from vcrd.link.staging import Staged
+from vcrd.link.wire import dial
+
+LONG = 60.0  # a time-out that no test here may reach
+STUDENT = Facts(9, 16, "float16", 64, 9, tensor_size=1, copies=1, credits=2)
+
+
+def link_settings(**changes) -> LinkSettings:
+    times = dict.fromkeys(("timeout", "connect_timeout", "rejoin_timeout"), LONG)
+    return LinkSettings(**(dict(address=f"127.0.0.1:{free_port()}", max_tokens=64) | times | changes))
+
+
+def pair() -> tuple[Connection, Connection]:
+    """Two ends of one connection."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+        return Connection(near), Connection(far)
+
+
+def wait_until(true, what) -> None:
+    deadline = time.monotonic() + LONG
+    while not true():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.01)
+
+
+def changed(header: Header, **changes) -> bytes:
+    return raw(*{**vars(header), **changes}.values())
+
+
+def raw(kind: int, *fields: int, magic: bytes = headers.MAGIC, protocol: int = headers.PROTOCOL) -> bytes:
+    """A header without the checks of its making."""
+    return headers._FORMAT.pack(magic, protocol, kind, *fields)
+
+
+class FalseTeacher:
+    """A teacher of one rank up to where it says it is ready; what it sends then is the test's to choose."""
+
+    def __init__(self, settings: LinkSettings, head: Head | None = None) -> None:
+        sizes = dict(vocab_size=50, sequence_length=16, padded_vocab_size=50, tensor_size=1, copies=1)
+        facts = Facts.of(settings, **sizes, head=head)
+        own = {"replica": 0, "facts": facts.plain(), "sender": 0, "run": settings.name, "digest": "none"}
+        reply, _ = ask_until(settings, {"role": "teacher", **own}, lambda r: r["state"] == "ready", LONG)
+        (address,) = reply["addresses"]
+        hello = {**own, "epoch": reply["epoch"]}
+        while True:
+            self.intake, said = dial(tuple(address), "", {**hello, "role": "intake"})
+            if said["state"] == "welcome":
+                break
+            self.intake.close()
+            assert said == {"state": "busy"}  # it has not noticed yet that the last one is gone
+        self.sender, said = dial(tuple(address), "", {**hello, "role": "sender"})
+        assert said["state"] == "welcome"
+        self.intake.send(Header(Kind.READY), seconds=LONG)
+
+    def await_request(self) -> Header:
+        header = self.intake.receive_header()
+        self.intake.receive(bytearray(4 * (header.tokens + header.boundaries)))
+        return header
+
+    def close(self) -> None:
+        self.intake.close()
+        self.sender.close()
+
+
+GOOD_RESPONSE = Header(Kind.RESPONSE, 0, sequence=4, batch=2, start=0, stop=50, payload=1)
+GOOD_REQUEST = Header(Kind.REQUEST, 0, sequence=4, batch=2)
+NO_HEADER = [
+    (bytes(headers.BYTES), "it does not begin with the link's mark"),
+    (raw(2, *[0] * 8, protocol=9), f"its protocol version is 9, not {headers.PROTOCOL}"),
+    (raw(77, *[0] * 8), "its kind 77 does not exist"),
+    (changed(GOOD_RESPONSE, batch=1 << 62), "one of its fields is out of range"),
+    (changed(GOOD_RESPONSE, batch=-1), "one of its fields is out of range"),
+    (changed(GOOD_RESPONSE, length=5), "its text of 5 bytes is longer than 1024 or out of place"),
+    (changed(Header(Kind.LOST), length=1025), "its text of 1025 bytes is longer than 1024 or out of place"),
+]
+NO_RESPONSE = [
+    *NO_HEADER,
+    (changed(GOOD_RESPONSE, kind=Kind.REQUEST), "a request from there is not expected"),
+    (changed(Header(Kind.LOST, 1)), "a lost from there is not expected"),
+    (changed(Header(Kind.HEAD, 8, start=0, stop=50)), "a head from there is not expected"),
+    (changed(GOOD_RESPONSE, batch=1 << 40), f"its batch of {1 << 40} x 4 tokens is not from 1 to 64 tokens"),
+    (changed(GOOD_RESPONSE, batch=0), "its batch of 0 x 4 tokens is not from 1 to 64 tokens"),
+    (changed(GOOD_RESPONSE, sequence=17), "its sequence length 17 is not from 1 to 16"),
+    (changed(GOOD_RESPONSE, boundaries=9), "its 9 boundaries are more than 4 tokens have"),
+    (changed(GOOD_RESPONSE, stop=51), "its columns 0:51 are not 0:50"),
+    (changed(GOOD_RESPONSE, payload=2), "its payload code 2 is not 1"),
+    (changed(GOOD_RESPONSE, number=1), "its number 1 is not the next one, 0"),
+    (changed(GOOD_RESPONSE, batch=1), r"its shape (4, 1) is not (4, 2), which was asked for"),
+]
+NOT_FROM_INTAKE = [
+    *NO_HEADER[:2],
+    (changed(GOOD_RESPONSE), "a response from there is not expected"),
+    (changed(Header(Kind.JOIN, 1)), "a join from there is not expected"),
+]
+
+
+def test_what_a_false_teacher_sends_is_refused_and_a_true_one_is_served():
+    """One student, one false teacher after another; what the student asked stays asked."""
+    settings = link_settings()
+    rendezvous = host_rendezvous(settings)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(StudentLink.connect, settings, **Layout().student(0))
+        false = FalseTeacher(settings)
+        student = coming.result()
+        student.request(torch.zeros(2, 4, dtype=torch.long))
+        cases = [("sender", "tensor rank 0", case) for case in NO_RESPONSE]
+        cases += [("intake", "the first rank", case) for case in NOT_FROM_INTAKE]
+        for connection, who, (sent, reason) in cases:
+            assert false.await_request() == GOOD_REQUEST
+            getattr(false, connection).send(Raw(sent), seconds=LONG)
+            expected = f"{who} of teacher replica 0 sent what is refused: {reason}"
+            wait_until(
+                lambda text=expected: student._members.lost_because == text,
+                lambda: student._members.lost_because,
+            )
+            assert student._inbox._responses == {}  # nothing was allocated
+            false.close()
+            false = FalseTeacher(settings)
+        # An answer that is right, and another one that nobody asked for.
+        false.await_request()
+        false.sender.send(GOOD_RESPONSE, torch.zeros(4, 2, 50, dtype=torch.float16), seconds=LONG)
+        assert student.receive(0).shape == (4, 2, 50)
+        false.sender.send(Raw(changed(GOOD_RESPONSE, number=1)), seconds=LONG)
+        wait_until(lambda: "number 1 has not been asked for" in student._members.lost_because, lambda: "")
+        assert student._inbox._responses == {}
+        false.close()
+        false = FalseTeacher(settings)
+        false.sender.send(Header(Kind.GOODBYE), seconds=LONG)
+        wait_until(lambda: "said goodbye unasked" in student._members.lost_because, lambda: "")
+        false.close()
+    true = TeacherLink.connect(settings, **Layout().teacher(0, 0), group=None, tensor_group=None)
+    exchange(student, true, 1)
+    part(student, true)
+    rendezvous.close()
+
+
+class Raw:
+    """Bytes in the place of a header."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def pack(self) -> bytes:
+        return self.content
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "reason"),
+    [
+        (Header(Kind.HEAD, 8, start=0, stop=51), None, "its part 0:51 of the output layer is not expected"),
+        (
+            Header(Kind.HEAD, 1 << 40, start=0, stop=50),
+            None,
+            "its part 0:50 of the output layer is not expected",
+        ),
+        (Header(Kind.HEAD, 8, start=0, stop=50), (50, 8), "arrived damaged: its SHA-256 differs"),
+    ],
+)
+def test_a_part_of_the_output_layer_that_is_not_what_was_announced_is_refused(header, rows, reason):
+    settings = link_settings(payload="hidden")
+    rendezvous = host_rendezvous(settings)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(StudentLink.connect, settings, **Layout().student(0))
+        false = FalseTeacher(settings, Head(size=8, dtype="float32"))
+        student = coming.result()
+        false.sender.send(header, *([torch.ones(rows)] if rows else []), seconds=LONG)
+        wait_until(lambda: reason in student._members.lost_because, lambda: student._members.lost_because)
+        false.close()
+    student.close()
+    rendezvous.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "tokens", "reason"),
+    [
+        *((sent, None, reason) for sent, reason in NO_HEADER),
+        (changed(GOOD_REQUEST, kind=Kind.RESPONSE), None, "a response from there is not expected"),
+        (changed(GOOD_REQUEST, batch=1 << 40), None, "tokens is not from 1 to 64 tokens"),
+        (changed(GOOD_REQUEST, sequence=0), None, "its sequence length 0 is not from 1 to 16"),
+        (changed(GOOD_REQUEST, boundaries=6), None, "its 6 boundaries are more than 4 tokens have"),
+        (changed(GOOD_REQUEST), torch.full((2, 4), 9), "its tokens reach from 9 to 9, outside [0, 9)"),
+        (changed(GOOD_REQUEST), torch.full((2, 4), -1), "its tokens reach from -1 to -1, outside [0, 9)"),
+        (
+            changed(GOOD_REQUEST, batch=1, boundaries=2),
+            torch.tensor([0, 0, 0, 0, 2, 4]),
+            "its boundaries must ascend from 0 to 4, got [2, 4]",
+        ),
+    ],
+)
+def test_a_malformed_request_is_refused(sent, tokens, reason, monkeypatch):
+    allocated = []
+    if tokens is None:
+        monkeypatch.setattr("vcrd.link.intake.torch.empty", lambda *shape, **_: allocated.append(shape))
+    near, far = pair()
+    intake = Intake(STUDENT, {0: far})
+    near.send(Raw(sent), *([tokens.int()] if tokens is not None else []), seconds=LONG)
+    assert intake.take(1, LONG) == [] and allocated == []
+    text = str(intake.failure)
+    assert isinstance(intake.failure, StudentLost)
+    assert (
+        text == f"student data rank 0, tensor rank 0 sent a request that is refused: {text.split(': ', 1)[1]}"
+    )
+    assert reason in text
+    intake.end(LONG)
+    near.close()
+
+
+def test_more_requests_than_credits_are_refused():
+    near, far = pair()
+    intake = Intake(STUDENT, {0: far})
+    for number in range(3):
+        near.send(Header(Kind.REQUEST, number, 4, 2), torch.zeros(2, 4, dtype=torch.int32), seconds=LONG)
+    wait_until(lambda: intake.failure, lambda: "it took them all")
+    assert "more requests than its 2 credits are waiting" in str(intake.failure)
+    intake.end(LONG)
+    near.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"), [*NO_HEADER, (changed(GOOD_REQUEST), "a request from there is not expected")]
+)
+def test_what_a_student_says_to_a_sender_is_refused_unless_it_is_goodbye(sent, reason):
+    near, far = pair()
+    place = Place(0, 0, 0)
+    delivery = Delivery({place: far}, {place: 0}, LONG)
+    near.send(Raw(sent), seconds=LONG)
+    wait_until(lambda: delivery.failure, lambda: "it took that")
+    assert str(delivery.failure) == f"{place} sent a header that is refused: {reason}"
+    delivery.end(LONG)
+    near.close()
+
+
+def test_a_student_that_takes_nothing_is_lost_and_blocks_nobody():
+    near, far = pair()
+    place = Place(0, 0, 0)
+    delivery = Delivery({place: far}, {place: 0}, 0.3)
+    large = torch.zeros(1 << 24)
+    for number in range(12):  # more than may be under way
+        delivery.wait_for_room()
+        delivery.post([(place, Header(Kind.RESPONSE, number), [Staged(large)])])
+    assert str(delivery.failure) == f"{place} did not take what was sent within 0.3 seconds"
+    delivery.end(LONG)
+    near.close()
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error_and_blocks_nobody():
+    """As a copy from a GPU can fail."""
+
+    class Broken:
+        def ready(self):
+            raise RuntimeError("device-side assert triggered")
+
+    near, far = pair()
+    place = Place(0, 0, 0)
+    delivery = Delivery({place: far}, {place: 0}, LONG)
+    for number in range(12):
+        delivery.wait_for_room()
+        delivery.post([(place, Header(Kind.RESPONSE, number), [Broken()])])
+    assert "an answer to student data rank 0, tensor rank 0 could not be sent" in str(delivery.failure)
+    assert "device-side assert" in str(delivery.failure)
+    delivery.end(LONG)
+    near.close()
+
+
+@pytest.mark.parametrize("speaker", [0, 1], ids=["the rank that asks", "its sibling"])
+@pytest.mark.parametrize("sent", [bytes(headers.BYTES), changed(GOOD_RESPONSE), "not its to say"])
+def test_a_rank_of_the_student_that_talks_nonsense_ends_the_other(speaker, sent):
+    settings = link_settings()
+    rendezvous = host_rendezvous(settings)
+    layout = Layout(student_tensor=2)
+    with ThreadPoolExecutor(3) as pool:
+        coming = [pool.submit(StudentLink.connect, settings, **layout.student(rank)) for rank in range(2)]
+        teacher = TeacherLink.connect(settings, **layout.teacher(0, 0), group=None, tensor_group=None)
+        students = [each.result() for each in coming]
+    if sent == "not its to say":
+        sent = changed(Header(Kind.PROGRESS if speaker == 0 else Kind.JOIN, 1))
+    other = students[1 - speaker]
+    students[speaker]._members._siblings.connections[0].send(Raw(sent), seconds=LONG)
+    wait_until(lambda: other._members.failure, lambda: "it took that")
+    if speaker == 1:
+        other._asked = 1  # request() would raise already
+    with pytest.raises(LinkError, match=f"student data rank 0, tensor rank {speaker} is gone: .*"):
+        other.receive(0)
+    for link in (*students, teacher):
+        link.close()
+    rendezvous.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vcrd")]
+
+
+def test_progress_in_the_wrong_order_is_no_step_back():
+    settings = link_settings()
+    rendezvous = host_rendezvous(settings)
+    layout = Layout(student_tensor=2)
+    with ThreadPoolExecutor(3) as pool:
+        coming = [pool.submit(StudentLink.connect, settings, **layout.student(rank)) for rank in range(2)]
+        teacher = TeacherLink.connect(settings, **layout.teacher(0, 0), group=None, tensor_group=None)
+        asker, sibling = (each.result() for each in coming)
+    seen = []
+    asker._members._on_advance = lambda: seen.append(asker._members._siblings.settled)
+    for number in (2, 1):
+        sibling._members._siblings.tell(Header(Kind.PROGRESS, number))
+    wait_until(lambda: len(seen) == 2, lambda: seen)
+    assert seen == [[2], [2]]
+    for link in (teacher, asker, sibling):
+        link.close()
+    rendezvous.close()
