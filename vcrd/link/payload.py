@@ -1,17 +1,19 @@
 """What travels in a response. Tensors in, tensors out; no process group but the one for the row maximum.
 
-`float32` is bit-exact. `float16` carries logit minus the row's maximum over the whole vocabulary: small where
-the probability is large, so that two bytes lose 200 times less than bf16 logits do. With d the float32
-distance from the maximum, |error| <= max(2**-11 * d, 2**-25) for d <= 65504; below that the value is clamped,
-so -inf arrives as -65504. A softmax does not see a shift per row: what arrives are logits.
+The logits, as `float32` or `float16`. `float32` is bit-exact. `float16` carries logit minus the row's maximum over
+the whole vocabulary: small where the probability is large, so that two bytes lose 200 times less than bf16 logits do.
+With d the float32 distance from the maximum, |error| <= max(2**-11 * d, 2**-25) for d <= 65504; what is further
+arrives as -65504, -inf too. A softmax does not see a shift per row: what arrives are logits.
 
 `logits_8bit` carries the square root of that distance in one byte, 255 sqrt(min(d, 24) / 24) rounded, since the weight
 exp(-d) forgives errors that grow with d: |error of d| <= 0.0193 sqrt(d) + 1e-4 for d <= 24, and what is further
 arrives as 24. What arrives are uint8 codes, which the loss decodes in registers.
 
-`topk` carries the k largest log-probabilities with their tokens, and the logarithm of the mass of all others: exact in
-float32, but silent about how that mass is spread. `hidden` carries the teacher's last hidden states as they are; the
-student computes the logits with the teacher's output layer, in float32, so it sees no rounding of the logits at all.
+`topk` carries the k largest log-probabilities with their tokens, and the logarithm of the mass of all others: each
+within some 1e-6 (1 + d) of the truth (see `topk`), but silent about how that mass is spread.
+
+`hidden` carries the teacher's last hidden states, bit by bit those of the dtype that its `Head` states; the student
+computes the logits with the teacher's output layer, in float32, so it sees no rounding of the logits at all.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class Payload:
         return [empty(sequence, batch, *shape, dtype=dtype) for shape, dtype in shapes]
 
     def bytes(self, tokens: int, width: int) -> int:
-        """Of a piece of that many positions and columns, without its header."""
+        """Of a piece of that many positions and columns on the wire, without its header."""
         if self.dtype is not None:
             return tokens * width * self.dtype.itemsize
         if self.name == "topk":
