@@ -1,20 +1,25 @@
-"""What travels: encoding, headers, facts and settings, without a process."""
+"""What travels: encoding, top k, headers, facts and settings, without a link."""
 
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 import vcrd
-from vcrd.link import HandshakeRefused, LinkError, LinkSettings, facts, header
+from link_jobs import Jobs
+from vcrd.link import HandshakeRefused, Head, LinkError, LinkSettings, facts, header
 from vcrd.link.facts import Facts
 from vcrd.link.header import Header, Kind
-from vcrd.link.payload import decode, encode, payload_named, row_max
+from vcrd.link.payload import PAYLOADS, encode, payload_named, row_max
+from vcrd.link.plan import Shard, vocab_shards
+from vcrd.link.topk import top_k_of
 
 HALF, EXACT, BYTE = (payload_named(name) for name in ("float16", "float32", "logits_8bit"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,7 +35,7 @@ def test_float32_is_bit_exact_and_shares_no_memory(dtype):
     given_logits = logits(5, 2, 33, dtype=dtype)
     wire = encode(EXACT, given_logits)
     assert wire.dtype == torch.float32 and wire.is_contiguous()
-    assert torch.equal(decode(EXACT, wire), given_logits.float())
+    assert torch.equal(wire, given_logits.float())
     wire.zero_()
     assert torch.equal(given_logits, logits(5, 2, 33, dtype=dtype))
 
@@ -40,7 +45,7 @@ def test_float32_is_bit_exact_and_shares_no_memory(dtype):
 def test_float16_is_within_its_bound_of_the_distance_from_the_maximum(dtype, scale):
     # Rows enough for several blocks, and a last one that is shorter.
     source = logits(301, 2, 1111, dtype=dtype, scale=scale)
-    got = decode(HALF, encode(HALF, source, row_max(source))).double()
+    got = encode(HALF, source, row_max(source)).double()
     distance = source.double() - source.double().amax(-1, keepdim=True)
     # Rounding of the float32 difference, then of float16; 65504 is its largest number.
     bound = distance.abs() * (2**-11 + 2**-23) + 2**-25
@@ -52,7 +57,7 @@ def test_float16_is_within_its_bound_of_the_distance_from_the_maximum(dtype, sca
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 44.0, 1e4])
 def test_8bit_is_within_its_bound_of_the_distance_from_the_maximum(dtype, scale):
     source = logits(31, 2, 1111, dtype=dtype, scale=scale)
-    codes = decode(BYTE, encode(BYTE, source, row_max(source)))
+    codes = encode(BYTE, source, row_max(source))
     assert codes.dtype == torch.uint8 and codes.shape == source.shape
     got = 24 * (codes.double() / 255) ** 2
     distance = (source.double().amax(-1, keepdim=True) - source.double()).clamp_max(24)
@@ -113,29 +118,177 @@ def test_a_relative_payload_needs_the_maximum():
             encode(payload, logits(2, 2, 4))
 
 
-fields = st.integers(0, (1 << 48) - 1)
+@pytest.mark.parametrize("name", [payload.name for payload in PAYLOADS])
+def test_bytes_are_those_of_the_tensors_that_travel(name):
+    payload = payload_named(name).sized(top_k=5, state_size=6, state_dtype=torch.float16)
+    blank = payload.blank(3, 2, 7)
+    assert payload.bytes(3 * 2, 7) == sum(each.numel() * each.element_size() for each in blank)
+    assert [each.shape[:2] for each in blank] == [(3, 2)] * len(blank)
+    assert payload.whole == (name in ("topk", "hidden"))
+    if name == "topk":
+        return
+    source = logits(3, 2, 6 if name == "hidden" else 7)
+    wire = encode(payload, source, row_max(source))
+    assert (wire.shape, wire.dtype) == (blank[0].shape, blank[0].dtype)
+    assert wire.untyped_storage().data_ptr() != source.untyped_storage().data_ptr()
 
 
-@given(st.builds(Header, st.sampled_from(list(Kind)), fields, fields, fields, fields, fields, fields))
-def test_headers_come_back_as_they_were(good):
-    assert header.parse(good.tensor()) == good
+def test_an_unknown_payload_is_named_with_those_that_there_are():
+    with pytest.raises(
+        ValueError, match="must be one of float16, float32, logits_8bit, topk, hidden, got 'bf16'"
+    ):
+        payload_named("bf16")
+
+
+# The top k, against float64 on the whole row.
+
+
+def check_top_k(got: tuple[torch.Tensor, ...], source: torch.Tensor, k: int) -> None:
+    values, tokens, rest = got
+    truth = source.double()
+    order = truth.sort(dim=-1, descending=True, stable=True).indices  # of equal ones the smaller token first
+    assert torch.equal(tokens, order[..., :k].int())
+    logprobs = truth.log_softmax(-1)
+    wanted = logprobs.gather(-1, order[..., :k])
+    tail = logprobs.gather(-1, order[..., k:])
+    tail = tail.logsumexp(-1) if k < truth.shape[-1] else torch.full_like(rest, -torch.inf).double()
+    assert values.dtype == rest.dtype == torch.float32
+    assert values.shape == wanted.shape and rest.shape == source.shape[:-1]
+    for mine, true in ((values, wanted), (rest, tail)):
+        assert torch.equal(mine.isinf(), true.isinf())
+        error = (mine.double() - true)[true.isfinite()].abs()
+        assert (error <= 1e-6 * (1 + true[true.isfinite()].abs())).all()
 
 
 @given(
-    st.lists(st.integers(-(1 << 63), (1 << 63) - 1), min_size=header.LENGTH, max_size=header.LENGTH),
-    st.data(),
+    vocab=st.integers(1, 40) | st.integers(1000, 5000),
+    share=st.floats(0, 1),
+    few=st.booleans(),
+    scale=st.sampled_from([0.01, 1.0, 30.0, 1e4]),
+    dtype=st.sampled_from([*DTYPES, torch.float64]),
+    levels=st.sampled_from([0, 2, 9]),
+    seed=st.integers(0, 1 << 30),
 )
-def test_any_other_ten_numbers_are_a_header_or_are_refused(values, data):
-    # Mostly a good header with a few numbers exchanged, since ten random ones never get past the mark.
-    good = Header(Kind.RESPONSE, 3, 4, 5, 6, 7, 1).tensor()
-    exchanged = data.draw(st.lists(st.integers(0, header.LENGTH - 1), max_size=3))
-    for place in exchanged:
-        good[place] = values[place]
+def test_top_k_is_that_of_float64(vocab, share, few, scale, dtype, levels, seed):
+    k = min(vocab, 3) if few else max(1, round(share * vocab))
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.randn(2, 2, vocab, generator=generator) * scale
+    if levels:  # few different values, so that many are equal
+        source = torch.randint(levels, (2, 2, vocab), generator=generator) * scale - scale
+    source = source.to(dtype).float().to(dtype)  # float64 logits that float32 holds
+    before = source.clone()
+    check_top_k(top_k_of(source, k, Shard(0, vocab), None), source, k)
+    assert torch.equal(source, before)
+
+
+def test_logits_of_minus_infinity_have_no_mass():
+    source = logits(4, 1, 50)
+    source[..., 1::2] = -torch.inf
+    source[3, 0, 1:] = -torch.inf  # one token has it all
+    for k in (1, 5, 25, 30, 50):
+        check_top_k(top_k_of(source, k, Shard(0, 50), None), source, k)
+
+
+def test_the_two_zeros_are_equal():
+    source = torch.tensor([-0.0, 0.0, -0.0, 0.0, -1.0]).view(1, 1, 5)
+    assert top_k_of(source, 3, Shard(0, 5), None)[1].flatten().tolist() == [0, 1, 2]
+
+
+def test_a_tail_of_almost_nothing_keeps_its_digits():
+    source = torch.zeros(1, 1, 1000)
+    source[..., 0] = 60.0
+    _, _, rest = top_k_of(source, 1, Shard(0, 1000), None)
+    # 999 exp(-60): nothing is left of it in 1 minus a probability.
+    torch.testing.assert_close(rest.double().exp().item(), 999 * 8.75651076269652e-27, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])
+@pytest.mark.parametrize("k", [1, 3, 2000])
+def test_a_row_without_a_distribution_is_nan_and_spoils_no_other(bad, k):
+    source = logits(3, 1, 2000)
+    source[1, 0, 700] = bad
+    values, tokens, rest = top_k_of(source, k, Shard(0, 2000), None)
+    assert values[1].isnan().any()
+    assert len(set(tokens[1, 0].tolist())) == k and 0 <= tokens[1].min() and tokens[1].max() < 2000
+    others = torch.tensor([0, 2])
+    check_top_k((values[others], tokens[others], rest[others]), source[others], k)
+
+
+def test_a_row_of_minus_infinity_is_nan():
+    values, tokens, rest = top_k_of(torch.full((1, 1, 9), -torch.inf), 4, Shard(0, 9), None)
+    assert values.isnan().all() and rest.isnan().all() and tokens.flatten().tolist() == [0, 1, 2, 3]
+
+
+def run_top_k(rank: int, size: int) -> None:
+    """Every rank draws the same rows and takes its shard of them."""
+    dice = random.Random(size)
+    for number in range(40):
+        vocab = dice.choice([1, 2, dice.randint(1, 9), dice.randint(10, 200), 3000])
+        width = -(-vocab // size) + dice.choice([0, 0, 1, 7, vocab])  # padding: whole shards of it too
+        shard = vocab_shards(vocab, width * size, size)[rank]
+        k = dice.choice([1, vocab, dice.randint(1, vocab), min(vocab, 4)])
+        generator = torch.Generator().manual_seed(number)
+        source = 8 * torch.randn(2, 3, vocab, generator=generator)
+        source = source.round() if dice.random() < 0.5 else source
+        source = source.to(dice.choice(DTYPES))
+        if dice.random() < 0.3:
+            source[..., 1:] = source[..., 1:].masked_fill(source[..., 1:] < 0, -torch.inf)
+        got = top_k_of(source[..., shard.start : shard.stop], k, shard, dist.group.WORLD)
+        check_top_k(got, source, k)
+        spoilt = source.clone()
+        spoilt[0, 0, vocab // 2] = torch.nan
+        values = top_k_of(spoilt[..., shard.start : shard.stop], k, shard, dist.group.WORLD)[0]
+        assert values[0, 0].isnan().all() and torch.equal(values[1:], got[0][1:])
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_top_k_over_shards_is_that_of_the_whole_row_on_every_rank(size, tmp_path):
+    with Jobs(tmp_path) as jobs:
+        jobs.world("rank", size, run_top_k, size)
+        jobs.succeed()
+
+
+def run_row_max(rank: int, size: int) -> None:
+    source = logits(4, 2, 5)
+    shard = vocab_shards(5, 8 * size, size)[rank]  # all but the first hold padding only
+    assert torch.equal(
+        row_max(source[..., shard.start : shard.stop], dist.group.WORLD), source.amax(-1, True)
+    )
+
+
+def test_the_maximum_is_that_of_the_whole_row_on_every_rank(tmp_path):
+    with Jobs(tmp_path) as jobs:
+        jobs.world("rank", 3, run_row_max, 3)
+        jobs.succeed()
+
+
+fields = st.integers(0, (1 << 48) - 1)
+texts = {Kind.LOST: st.integers(0, header.LONGEST_TEXT)}
+
+
+@st.composite
+def good_headers(draw) -> Header:
+    kind = draw(st.sampled_from(list(Kind)))
+    return Header(kind, *(draw(fields) for _ in range(7)), length=draw(texts.get(kind, st.just(0))))
+
+
+@given(good_headers())
+def test_headers_come_back_as_they_were(good):
+    raw = good.pack()
+    assert len(raw) == header.BYTES and header.parse(raw) == good
+
+
+@given(good_headers(), st.lists(st.tuples(st.integers(0, header.BYTES - 1), st.integers(0, 255)), max_size=4))
+def test_any_other_bytes_are_a_header_or_are_refused(good, exchanged):
+    # A good header with a few bytes exchanged: random ones never get past the mark.
+    raw = bytearray(good.pack())
+    for place, value in exchanged:
+        raw[place] = value
     try:
-        parsed = header.parse(good)
+        parsed = header.parse(bytes(raw))
     except LinkError:
         return
-    assert torch.equal(parsed.tensor(), good)
+    assert parsed.pack() == bytes(raw)
 
 
 FACTS = Facts(
@@ -147,33 +300,70 @@ FACTS = Facts(
     tensor_size=2,
     copies=2,
 )
+HIDDEN = replace(FACTS, payload="hidden", head=Head(8, "bfloat16", 0.5, 30.0))
 
 
-def test_text_that_is_nested_without_end_is_refused():
-    with pytest.raises(HandshakeRefused, match="the teacher's facts cannot be read"):
-        facts.read(b"[" * 4096, "teacher")
+@pytest.mark.parametrize("stated", [FACTS, HIDDEN, replace(FACTS, payload="topk", top_k=9, context_size=4)])
+def test_facts_come_back_as_they_were(stated):
+    assert facts.read(json.loads(json.dumps(stated.plain())), "student") == stated
 
 
-def test_facts_come_back_as_they_were():
-    assert facts.read(FACTS.text().encode(), "student") == FACTS
-
-
-@given(
-    st.one_of(
-        st.binary(), st.text().map(str.encode), st.builds(lambda v: json.dumps(v).encode(), st.integers())
-    )
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
 )
-def test_any_other_text_is_refused(text):
+
+
+@given(json_values)
+def test_anything_else_is_refused(value):
     with pytest.raises(HandshakeRefused, match="the teacher's facts cannot be read"):
-        facts.read(text, "teacher")
+        facts.read(value, "teacher")
+
+
+@given(st.sampled_from([FACTS, HIDDEN]), st.data(), json_values)
+def test_facts_with_one_field_exchanged_are_read_or_refused(stated, data, value):
+    plain = stated.plain()
+    within = plain["head"] if stated.head and data.draw(st.booleans()) else plain
+    within[data.draw(st.sampled_from([*within, "more"]))] = value
+    try:
+        read = facts.read(plain, "teacher")
+    except HandshakeRefused:
+        return
+    facts.refusal(FACTS, read, replicas=2)  # may refuse, and does not fail
+    assert read.protocol != header.PROTOCOL or read.plain() == plain
 
 
 @pytest.mark.parametrize(
-    "change", [{"vocab_size": "50"}, {"vocab_size": True}, {"copies": 1 << 60}, {"payload": 3}, {"more": 1}]
+    "change",
+    [
+        {"vocab_size": "50"},
+        {"vocab_size": True},
+        {"copies": 1 << 60},
+        {"payload": 3},
+        {"more": 1},
+        {"head": {}},
+        {"head": []},
+        {"head": asdict(HIDDEN.head) | {"size": 1 << 17}},
+        {"head": asdict(HIDDEN.head) | {"scale": float("nan")}},
+        {"head": asdict(HIDDEN.head) | {"dtype": []}},
+        # Numbers that would take for ever to walk through, or all the memory there is.
+        {"padded_vocab_size": 1 << 40, "tensor_size": 1 << 40},
+        {"padded_vocab_size": 1 << 30, "tensor_size": 1 << 30},
+        {"context_size": 1 << 30},
+        {"copies": 1 << 12, "context_size": 1 << 12},
+    ],
 )
 def test_facts_of_the_wrong_kind_are_refused(change):
     with pytest.raises(HandshakeRefused, match="are not those of protocol"):
-        facts.read(json.dumps(asdict(FACTS) | change).encode(), "teacher")
+        facts.read(FACTS.plain() | change, "teacher")
+
+
+def test_facts_of_another_protocol_are_refused_for_that_alone():
+    other = facts.read({"protocol": 7}, "teacher")
+    sentence = f"protocol version is {header.PROTOCOL} for the student and 7 for the teacher"
+    assert facts.refusal(FACTS, other, replicas=2) == f"the link is refused: {sentence}"
+    with pytest.raises(HandshakeRefused, match="a student rank's protocol version is 7, not"):
+        facts.read({"protocol": 7}, "student")
 
 
 @pytest.mark.parametrize(
@@ -182,12 +372,15 @@ def test_facts_of_the_wrong_kind_are_refused(change):
         ({"vocab_size": 49}, "vocab_size is 50 for the student and 49 for the teacher"),
         ({"sequence_length": 8}, "sequence_length is 16 for the student and 8 for the teacher"),
         ({"payload": "float32"}, "payload is float16 for the student and float32 for the teacher"),
+        ({"payload": "none"}, "for the teacher payload must be one of float16, float32"),
         ({"max_tokens": 65}, "max_tokens is 64 for the student and 65 for the teacher"),
-        ({"protocol": 7}, "protocol version is 1 for the student and 7 for the teacher"),
+        ({"top_k": 3}, "top_k is 0 for the student and 3 for the teacher"),
         ({"copies": 3}, "one teacher replica counts 2 replicas, another 3; 3 teacher replicas are more than"),
         ({"copies": 0}, "for the teacher copies must be at least 1, got 0"),
-        ({"intake_sender": 2}, "for the teacher intake_sender must be below tensor_size 2, got 2"),
         ({"tensor_size": 3}, "for the teacher tensor_size must divide padded_vocab_size 64, got 3"),
+        ({"tensor_size": 0}, "for the teacher tensor_size must be at least 1, got 0"),
+        ({"head": HIDDEN.head}, "the teacher states an output layer with the payload 'float16'"),
+        ({"payload": "hidden"}, "the teacher states no output layer with the payload 'hidden'"),
     ],
 )
 def test_a_misfit_is_named(change, reason):
@@ -196,6 +389,43 @@ def test_a_misfit_is_named(change, reason):
 
 def test_unequal_padding_and_layouts_are_no_misfit():
     assert facts.refusal(FACTS, replace(FACTS, padded_vocab_size=51, tensor_size=3), replicas=2) is None
+    student = replace(FACTS, payload="hidden", context_size=4, credits=3)
+    assert facts.refusal(student, HIDDEN, replicas=2) is None
+
+
+LAYOUT = dict(vocab_size=50, padded_vocab_size=64, sequence_length=16, tensor_size=2, copies=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"vocab_size": 50.0}, "vocab_size must be an integer of at least 0, got 50.0"),
+        ({"vocab_size": "50"}, "vocab_size must be an integer of at least 0, got '50'"),
+        ({"padded_vocab_size": 1 << 33}, "padded_vocab_size must be at most 2147483647, got 8589934592"),
+        ({"sequence_length": 0}, "sequence_length must be at least 1, got 0"),
+        ({"tensor_size": 3}, "tensor_size must divide padded_vocab_size 64, got 3"),
+        ({"copies": 1 << 20}, "a side must have at most 1048576 ranks, got 1048576 x 1 x 2"),
+    ],
+)
+def test_impossible_facts_are_named_to_their_own_side(change, message):
+    with pytest.raises(ValueError, match=message):
+        Facts.of(LinkSettings(), **(LAYOUT | change))
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ((0, "float32"), "size must be an integer from 1 to 65536, got 0"),
+        ((8, "float64"), "dtype must be one of float32, bfloat16, float16, got 'float64'"),
+        ((8, torch.float32), "dtype must be one of float32, bfloat16, float16, got torch.float32"),
+        ((8, "float32", float("inf")), "scale must be a finite number, got inf"),
+        ((8, "float32", 1.0, -1.0), "softcap must be at least 0, got -1.0"),
+    ],
+)
+def test_a_wrong_output_layer_is_named(head, message):
+    with pytest.raises(ValueError, match=message):
+        Head(*head)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +433,27 @@ def test_unequal_padding_and_layouts_are_no_misfit():
     [
         ({"address": "nowhere"}, "address must be 'host:port'"),
         ({"address": "host:0"}, "port from 1 to 65535"),
-        ({"payload": "bfloat16"}, "payload must be one of float16, float32, logits_8bit, got 'bfloat16'"),
+        ({"address": "host:²"}, "port from 1 to 65535"),
+        ({"address": 29600}, "address must be a text, got int"),
+        (
+            {"payload": "bfloat16"},
+            "must be one of float16, float32, logits_8bit, topk, hidden, got 'bfloat16'",
+        ),
+        ({"payload": None}, "payload must be a text, got NoneType"),
         ({"credits": 0}, "credits must be an integer of at least 1, got 0"),
+        ({"credits": 2.0}, "credits must be an integer of at least 1, got 2.0"),
+        ({"credits": True}, "credits must be an integer of at least 1, got True"),
+        ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
+        ({"max_tokens": "many"}, "max_tokens must be an integer of at least 1, got 'many'"),
         ({"timeout": 0}, "timeout must be a positive number of seconds, got 0"),
+        ({"timeout": "10"}, "timeout must be a positive number of seconds, got '10'"),
+        ({"timeout": True}, "timeout must be a positive number of seconds, got True"),
+        ({"rejoin_timeout": float("nan")}, "rejoin_timeout must be a positive number of seconds, got nan"),
+        ({"connect_timeout": float("inf")}, "connect_timeout must be a positive number of seconds, got inf"),
         ({"name": "a/b"}, "name must be a non-empty text without '/'"),
+        ({"interface": 1}, "interface must be a text or None, got int"),
+        ({"secret": b"hush"}, "secret must be a text, got bytes"),
+        ({"secret_file": 3}, "secret_file must be a text or None, got int"),
     ],
 )
 def test_wrong_settings_are_named(change, message):
