@@ -112,7 +112,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["vcrd", "vcrd.link", "vcrd.megatron"],
+    packages=["vcrd", "vcrd.link", "vcrd.megatron", "vcrd.planning"],
     install_requires=["torch>=2.6"],
     extras_require={"megatron": ["megatron-core>=0.16"]},
     ext_modules=[extension()],
