@@ -2,95 +2,389 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 import random
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
-import torch.distributed as dist
-from link_jobs import Jobs, Layout, true_logits
+from link_jobs import Jobs, Layout, connected, exchange, part
 from ports import free_port
+from rejoin_jobs import run_student, run_teacher, settings_for, tokens_of
 
-from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_rendezvous
-
-
-def settings_for(port: int, **changes) -> LinkSettings:
-    return LinkSettings(
-        **(dict(address=f"127.0.0.1:{port}", timeout=60, connect_timeout=60, rejoin_timeout=60) | changes)
-    )
-
-
-def tokens_of(data_rank: int, number: int, vocab: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1000 * data_rank + number)
-    return torch.randint(vocab, (2, 16), generator=generator)
-
-
-def run_student(rank: int, layout: Layout, settings: LinkSettings, steps: int, pause: float) -> None:
-    rendezvous = host_rendezvous(settings) if rank == 0 else None
-    place = layout.student(rank)
-    link = StudentLink.connect(settings, **place)
-    seen = hashlib.sha256()
-    for number in range(steps):
-        while link._place.asks and link._asked < min(steps, number + settings.credits + 1):
-            link.request(tokens_of(place["data_rank"], link._asked, layout.vocab))
-        logits = link.receive(number)
-        truth = true_logits(tokens_of(place["data_rank"], number, layout.vocab), layout.vocab)
-        assert torch.equal(logits, truth[..., link.columns.start : link.columns.stop]), number
-        seen.update(logits.numpy().tobytes())
-        if rank == 0 and number % 10 == 0:
-            print(f"step {number}", flush=True)
-        time.sleep(pause)
-        dist.barrier()  # as the loss's collectives keep the ranks in step
-    link.close()
-    dist.barrier()
-    if rendezvous:
-        rendezvous.close()
-    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("vcrd")]
-    print(f"finished {seen.hexdigest()}, threads left: {left}", flush=True)
+from vcrd.link import (
+    HandshakeRefused,
+    Head,
+    LinkError,
+    LinkSettings,
+    StudentLink,
+    TeacherLink,
+    TeacherLost,
+    host_rendezvous,
+)
 
 
-def run_teacher(rank: int, replica: int, layout: Layout, settings: LinkSettings) -> None:
-    last = range(layout.pipeline, layout.teachers)
-    tensor_group = dist.new_group(list(last))
-    link = TeacherLink.connect(
-        settings, **layout.teacher(replica, rank), group=dist.group.WORLD, tensor_group=tensor_group
-    )
-    print("serves", flush=True)
-    while (batch := link.next_batch(limit=2)) is not None:
-        for request in batch:
-            if rank in last:
-                logits = torch.zeros(16, 2, layout.teacher_padded)
-                logits[..., : layout.vocab] = true_logits(request.tokens, layout.vocab)
-                link.respond(request, logits.chunk(layout.teacher_tensor, -1)[rank - layout.pipeline])
-    link.close()
-    print("served", flush=True)
+def start_teacher(
+    jobs: Jobs, name: str, layout: Layout, settings: LinkSettings, replica: int = 0, *more
+) -> list[str]:
+    """The names of its ranks."""
+    jobs.world(name, layout.teachers, run_teacher, replica, layout, settings, *more)
+    return [f"{name}{rank}" for rank in range(layout.teachers)]
+
+
+def kill_all(jobs: Jobs, names: list[str]) -> None:
+    """As a launcher ends what is left of a job."""
+    for name in names:
+        jobs.kill(name)
+
+
+def finish(jobs: Jobs, names: list[str], seconds: float = 120) -> None:
+    """They end by themselves, well, and leave nothing running."""
+    deadline = time.monotonic() + seconds
+    for name in names:
+        jobs.processes[name].join(max(0.0, deadline - time.monotonic()))
+        assert jobs.processes[name].exitcode == 0, f"{name}: {jobs.output(name)}"
+        if name.startswith("student"):
+            assert "threads left: []" in jobs.output(name)
+
+
+def step_of(jobs: Jobs, name: str) -> int:
+    """How many steps a student has taken."""
+    return jobs.output(name).count("step ")
+
+
+def await_step(jobs: Jobs, name: str, step: int) -> None:
+    jobs.await_output(name, f"step {step}\n")
 
 
 def test_kills_at_random_moments_change_nothing(tmp_path):
+    """Of one rank, then of the whole job; also before it has joined. What comes back may be laid out otherwise."""
     layout = Layout(student_tensor=2, teacher_tensor=2, pipeline=1, vocab=51, student_padded=52)
-    settings = settings_for(free_port(), payload="float32", credits=2)
+    settings = settings_for(free_port(), credits=2)
     dice = random.Random(20261123)
+    students = ["student0", "student1"]
     with Jobs(tmp_path) as jobs:
         jobs.world("student", layout.students, run_student, layout, settings, 200, 0.01)
-        kills = 0
-        while jobs.processes["student0"].is_alive():
-            name = f"teacher{kills}."
-            jobs.world(name, layout.teachers, run_teacher, 0, layout, settings)
-            time.sleep(dice.uniform(0.0, 1.2))
-            if kills < 6:
-                victim = dice.randrange(layout.teachers)
-                jobs.kill(f"{name}{victim}")
-                time.sleep(dice.choice([0.0, 0.2]))
-                for rank in range(layout.teachers):  # as a launcher ends what is left of a job
-                    jobs.kill(f"{name}{rank}")
-                kills += 1
-            else:
-                jobs.processes["student0"].join(60)
-        jobs.processes["student1"].join(10)
-        for rank in range(layout.students):
-            output = jobs.output(f"student{rank}")
-            assert jobs.processes[f"student{rank}"].exitcode == 0, output
-            assert "threads left: []" in output
-        assert kills == 6
-        print(jobs.output("student0"))
+        for kill in range(7):
+            sizes = dict(teacher_tensor=dice.choice([1, 2, 3]), pipeline=dice.choice([0, 1]))
+            teacher = Layout(student_tensor=2, vocab=51, **sizes)
+            names = start_teacher(jobs, f"teacher{kill}.", teacher, settings)
+            if kill == 6:
+                break
+            time.sleep(dice.uniform(0.0, 1.5))
+            jobs.kill(dice.choice(names))
+            time.sleep(dice.choice([0.0, 0.2]))
+            kill_all(jobs, names)
+        finish(jobs, [*students, *names])
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2, 3], ids=["first rank", "middle stage", "sender", "other sender"])
+def test_any_single_rank_may_die(victim, tmp_path):
+    """The others of its replica end by themselves, with a sentence; a new replica goes on where it was."""
+    layout = Layout(student_tensor=2, teacher_tensor=2, pipeline=2)
+    settings = settings_for(free_port())
+    with Jobs(tmp_path) as jobs:
+        jobs.world("student", layout.students, run_student, layout, settings, 40, 0.02)
+        names = start_teacher(jobs, "teacher", layout, settings)
+        await_step(jobs, "student1", 10)
+        jobs.kill(names.pop(victim))
+        for name in names:
+            jobs.processes[name].join(60)
+            assert jobs.processes[name].exitcode == 1, jobs.output(name)
+            assert "LinkError: a rank of this teacher replica is lost" in jobs.output(name).splitlines()[-1]
+        assert "teacher replica 0 is lost to student data rank 0, tensor rank 0: " in jobs.output("student0")
+        finish(jobs, ["student0", "student1", *start_teacher(jobs, "second", layout, settings)])
+
+
+def test_the_other_replicas_go_on(tmp_path):
+    layout = Layout(student_data=2, teacher_tensor=2, replicas=2)
+    settings = settings_for(free_port())
+    with Jobs(tmp_path) as jobs:
+        # The data ranks of this test do not wait for each other, so that who is held up can be seen.
+        jobs.world("student", layout.students, run_student, layout, settings, 30, 0.02, False)
+        first, second = (start_teacher(jobs, f"teacher{r}.", layout, settings, r) for r in range(2))
+        await_step(jobs, "student0", 5)
+        kill_all(jobs, first)
+        await_step(jobs, "student1", 29)
+        jobs.await_output("student0", "waiting up to 90 s for teacher replica 0, lost because ")
+        assert step_of(jobs, "student0") < 30 and "lost" not in jobs.output("student1")
+        again = start_teacher(jobs, "again", layout, settings, 0)
+        finish(jobs, ["student0", "student1", *second, *again])
+
+
+def test_a_stopped_teacher_is_lost_and_does_no_harm_when_it_goes_on(tmp_path):
+    """It counts as lost after `timeout`, another one takes over; once awake it stands by, to serve when that one dies."""
+    layout = Layout(student_tensor=2, teacher_tensor=2, pipeline=1)
+    settings = settings_for(free_port(), timeout=3.0)
+    with Jobs(tmp_path) as jobs:
+        jobs.world("student", layout.students, run_student, layout, settings, 60, 0.05)
+        stopped = start_teacher(jobs, "stopped", layout, settings)
+        await_step(jobs, "student0", 5)
+        for name in stopped:
+            jobs.signal(name, signal.SIGSTOP)
+        jobs.await_output("student0", "within 3 seconds\n")
+        reached = step_of(jobs, "student0")
+        second = start_teacher(jobs, "second", layout, settings)
+        await_step(jobs, "student0", reached + 5)
+        for name in stopped:
+            jobs.signal(name, signal.SIGCONT)
+        jobs.await_output("stopped0", "closed its connection; waiting up to 90 seconds for it to come back")
+        reached = step_of(jobs, "student0")
+        await_step(jobs, "student0", reached + 5)
+        assert jobs.output("student0").count("is lost to") == 1  # what it sent late changed nothing
+        kill_all(jobs, second)
+        finish(jobs, ["student0", "student1", *stopped])
+        assert jobs.output("student0").count("is lost to") == 2
+
+
+def test_a_teacher_that_stops_while_it_joins_keeps_no_other_out(tmp_path):
+    layout = Layout()
+    settings = settings_for(free_port(), timeout=2.0)
+    with Jobs(tmp_path) as jobs:
+        jobs.world("student", 1, run_student, layout, settings, 5)
+        jobs.start("stopped", stop_while_joining, settings)
+        jobs.await_output("stopped", "stops")
+        second = start_teacher(jobs, "second", layout, settings)
+        finish(jobs, ["student0", *second])
+        assert "did not finish joining within 2 seconds" in jobs.output("student0")
+
+
+def stop_while_joining(settings: LinkSettings) -> None:
+    from vcrd.link import service
+
+    def stop(*_):
+        print("stops", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    service._dial_students = stop
+    TeacherLink.connect(settings, **Layout().teacher(0, 0), group=None, tensor_group=None)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_student_that_comes_back_finds_the_same_teacher(how, tmp_path):
+    layout = Layout(student_tensor=2, student_data=2, teacher_tensor=2, pipeline=1)
+    settings = settings_for(free_port())
+    with Jobs(tmp_path) as jobs:
+        teacher = start_teacher(jobs, "teacher", layout, settings)
+        for life in range(3):
+            names = [f"student{life}.{rank}" for rank in range(layout.students)]
+            jobs.world(f"student{life}.", layout.students, run_student, layout, settings, 20, 0.02)
+            if life == 2:
+                break
+            await_step(jobs, names[0], 3)
+            for name in names:
+                jobs.signal(name, how)
+            for name in names:
+                jobs.processes[name].join(30)
+        finish(jobs, [*names, *teacher])
+        assert "waiting up to 90 seconds for it to come back" in jobs.output("teacher0")
+
+
+def test_a_stopped_student_goes_on_with_the_same_teacher(tmp_path):
+    """It takes nothing for longer than the teacher waits, in the middle of an answer that no buffer holds."""
+    layout = Layout(vocab=120_000)
+    settings = settings_for(free_port(), timeout=1.0)
+    with Jobs(tmp_path) as jobs:
+        jobs.world("student", 1, run_student, layout, LinkSettings(**(vars(settings) | {"timeout": 60})), 8)
+        teacher = start_teacher(jobs, "teacher", layout, settings)
+        await_step(jobs, "student0", 2)
+        jobs.signal("student0", signal.SIGSTOP)
+        jobs.await_output("teacher0", "did not take what was sent within 1 seconds")
+        jobs.signal("student0", signal.SIGCONT)
+        finish(jobs, ["student0", *teacher])
+
+
+def test_no_teacher_within_rejoin_timeout_is_one_sentence_on_every_rank(tmp_path):
+    layout = Layout(student_tensor=3, teacher_tensor=2)
+    settings = settings_for(free_port(), rejoin_timeout=2.0)
+    with Jobs(tmp_path) as jobs:
+        jobs.world("student", layout.students, run_student, layout, settings, 1000, 0.01)
+        teacher = start_teacher(jobs, "teacher", layout, settings)
+        await_step(jobs, "student2", 3)
+        kill_all(jobs, teacher)
+        for rank in range(3):
+            jobs.processes[f"student{rank}"].join(60)
+            last = jobs.output(f"student{rank}").strip().splitlines()[-1]
+            assert last.startswith("vcrd.link.errors.TeacherLost: teacher replica 0 is lost ("), last
+            assert " of teacher replica 0 closed its connection), and none came back within 2 seconds" in last
+        assert "waiting up to 2 s for teacher replica 0, lost because" in jobs.output("student0")
+
+
+# Twenty deaths, each in the middle of a response.
+
+LARGE = Layout(vocab=80_000)  # a response of 10 MB, of which the sockets hold a part
+
+
+def count_what_is_held(settings: LinkSettings, deaths: int) -> None:
+    """A student that says what it holds after each death of its teacher."""
+    rendezvous = host_rendezvous(settings)
+    link = StudentLink.connect(settings, **LARGE.student(0))
+    sums = []
+    for number in range(deaths + 1):
+        while link._asked < number + 2:
+            link.request(tokens_of(0, link._asked, LARGE.vocab))
+        logits = link.receive(number)
+        sums.append(float(logits.sum()))
+        del logits
+        held = len(os.listdir("/proc/self/fd")), threading.active_count(), resident()
+        print("held", *held, flush=True)
+    link.close()
+    rendezvous.close()
+    print(f"finished, epoch {link._epoch}", flush=True)
+
+
+def resident() -> int:
+    """This process's memory, in MB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
+def test_twenty_deaths_leave_nothing_behind(tmp_path):
+    settings = settings_for(free_port())
+    with Jobs(tmp_path) as jobs:
+        jobs.start("holder", count_what_is_held, settings, 20)
+        for death in range(20):  # each answers once, and dies sending its second answer
+            (name,) = start_teacher(jobs, f"teacher{death}.", LARGE, settings, 0, 1)
+            jobs.processes[name].join(60)
+            assert jobs.processes[name].exitcode == -signal.SIGKILL, jobs.output(name)
+        (name,) = start_teacher(jobs, "last", LARGE, settings)
+        finish(jobs, ["holder", name])
+        output = jobs.output("holder")
+        assert "finished, epoch 21" in output
+        held = [tuple(map(int, line.split()[1:])) for line in output.splitlines() if line.startswith("held")]
+        (files, threads, memory), (later_files, later_threads, later_memory) = held[5], held[-1]
+        assert (later_files, later_threads) == (files, threads), held
+        assert later_memory < memory + 30, held  # three responses; one kept per death would be 150 MB
+
+
+# In one process: what a teacher that comes back must be, and closing meanwhile.
+
+
+def teacher_of(settings: LinkSettings, layout: Layout, **more) -> TeacherLink:
+    return TeacherLink.connect(settings, **layout.teacher(0, 0), group=None, tensor_group=None, **more)
+
+
+def test_a_teacher_that_comes_back_with_another_vocabulary_is_refused_and_the_student_waits_on(caplog):
+    settings = settings_for(free_port(), payload="float16")
+    rendezvous = host_rendezvous(settings)
+    student, teacher = connected(settings)
+    exchange(student, teacher, 0)
+    teacher.close()
+    student.request(torch.zeros(1, 4, dtype=torch.long))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(student.receive, 1)
+        for layout, reason in [
+            (Layout(vocab=49), "vocab_size is 50 for the student and 49 for the teacher"),
+            (Layout(sequence=8), "sequence_length is 16 for the student and 8 for the teacher"),
+            (Layout(replicas=2), "2 teacher replicas are more than the student's 1 data ranks"),
+        ]:
+            with pytest.raises(HandshakeRefused, match=f"^the link is refused: .*{reason}$"):
+                teacher_of(settings, layout)
+            assert reason in caplog.text  # the student's operator sees it too
+            assert not waiting.done()
+        right = teacher_of(settings, Layout())
+        (request,) = right.next_batch(1)
+        assert request.number == 1
+        right.respond(request, torch.zeros(4, 1, 50))
+        assert waiting.result().shape == (4, 1, 50)
+    part(student, right)
+    rendezvous.close()
+
+
+def test_a_teacher_that_comes_back_with_another_output_layer_is_refused(caplog):
+    settings = settings_for(free_port(), payload="hidden")
+    rendezvous = host_rendezvous(settings)
+    weight = torch.randn(50, 4, generator=torch.Generator().manual_seed(3))
+    right = dict(head=Head(4, "float32"), head_weight=weight)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(StudentLink.connect, settings, **Layout().student(0))
+        teacher = teacher_of(settings, Layout(), **right)
+        student = coming.result()
+        answer_hidden(student, teacher, 0, weight)
+        teacher.close()
+        student.request(torch.zeros(1, 4, dtype=torch.long))
+        waiting = pool.submit(student.receive, 1)
+        wrong = [
+            dict(head=Head(4, "float32"), head_weight=weight + 1),
+            dict(head=Head(4, "float32", scale=2.0), head_weight=weight),
+            dict(head=Head(5, "float32"), head_weight=torch.zeros(50, 5)),
+        ]
+        for head in wrong:
+            with pytest.raises(HandshakeRefused, match="^the link is refused: the teacher came back with "):
+                teacher_of(settings, Layout(), **head)
+            assert not waiting.done()
+        assert caplog.text.count("the teacher came back with ") == len(wrong)
+        received = student.bytes_received
+        teacher = teacher_of(settings, Layout(), **right)
+        (request,) = teacher.next_batch(1)
+        teacher.respond(request, torch.ones(4, 1, 4))
+        assert torch.equal(waiting.result().weight, weight)
+        assert student.bytes_received - received < weight.numel() * 4  # it was not sent again
+    part(student, teacher)
+    rendezvous.close()
+
+
+def answer_hidden(student: StudentLink, teacher: TeacherLink, number: int, weight: torch.Tensor) -> None:
+    student.request(torch.zeros(1, 4, dtype=torch.long))
+    (request,) = teacher.next_batch(1)
+    teacher.respond(request, torch.ones(4, 1, 4))
+    got = student.receive(number)
+    assert torch.equal(got.weight, weight) and torch.equal(got.states, torch.ones(4, 1, 4))
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_closing_while_a_teacher_is_waited_for_leaves_nothing_behind(comes_back):
+    """Also when one comes back in that very moment."""
+    for delay in (0.0, 0.005, 0.01, 0.02, 0.03):
+        settings = settings_for(free_port(), payload="float16", connect_timeout=20, rejoin_timeout=20)
+        rendezvous = host_rendezvous(settings)
+        student, teacher = connected(settings)
+        teacher.close()
+        student.request(torch.zeros(1, 4, dtype=torch.long))
+        with ThreadPoolExecutor(2) as pool:
+            short = LinkSettings(**(vars(settings) | {"connect_timeout": 0.5, "rejoin_timeout": 0.5}))
+            coming = pool.submit(teacher_of, short, Layout()) if comes_back else None
+            waiting = pool.submit(student.receive, 0)
+            time.sleep(delay)
+            student.close()
+            rendezvous.close()
+            with pytest.raises(LinkError, match="the link is closed"):
+                waiting.result()
+            if coming is not None:
+                end(coming)
+        left = [thread.name for thread in threading.enumerate() if thread.name.startswith("vcrd")]
+        assert left == []
+
+
+def end(coming) -> None:
+    """A teacher that came may find that the student has parted, or that it is gone."""
+    try:
+        teacher = coming.result()
+    except LinkError:
+        return
+    try:
+        assert not teacher.next_batch(1)
+    except LinkError:
+        pass
+    teacher.close()
+
+
+def test_teacher_lost_is_raised_again_by_whatever_comes_after():
+    settings = settings_for(free_port(), payload="float16", rejoin_timeout=0.1)
+    rendezvous = host_rendezvous(settings)
+    student, teacher = connected(settings)
+    exchange(student, teacher, 0)
+    teacher.close()
+    student.request(torch.zeros(1, 4, dtype=torch.long))
+    for act in (
+        lambda: student.receive(1),
+        lambda: student.receive(1),
+        lambda: student.request(torch.zeros(1, 4).long()),
+    ):
+        with pytest.raises(TeacherLost, match=r"none came back within 0.1 seconds \(rejoin_timeout\)"):
+            act()
+    student.close()
+    rendezvous.close()

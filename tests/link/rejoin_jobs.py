@@ -1,0 +1,143 @@
+"""A student that trains and a teacher that may be killed: what the tests of rejoining, and chaos.py, run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+from link_jobs import Layout, true_logits
+
+from vcrd.link import LinkSettings, StudentLink, TeacherLink, context_rows, host_rendezvous
+from vcrd.link.connection import Connection
+
+SEQUENCE, BATCH = 16, 2
+_FEATURES = 8
+
+
+def settings_for(port: int, **changes) -> LinkSettings:
+    times = dict.fromkeys(("timeout", "connect_timeout", "rejoin_timeout"), 90.0)
+    return LinkSettings(**(dict(address=f"127.0.0.1:{port}", payload="float32") | times | changes))
+
+
+def tokens_of(data_rank: int, number: int, vocab: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * data_rank + number)
+    return torch.randint(vocab, (BATCH, SEQUENCE), generator=generator)
+
+
+class Weights:
+    """This rank's columns of a linear model that learns the teacher's logits; the same bits for the same answers."""
+
+    def __init__(self, layout: Layout, rank: int, columns, lockstep: bool) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self._features = torch.randn(layout.vocab, _FEATURES, generator=generator)
+        self._weight = torch.randn(layout.vocab, _FEATURES, generator=generator)[
+            columns.start : columns.stop
+        ].clone()
+        self._group = None
+        if lockstep:
+            for tensor_rank in range(layout.student_tensor):
+                ranks = list(range(tensor_rank, layout.students, layout.student_tensor))
+                group = dist.new_group(ranks)
+                self._group = group if rank in ranks else self._group
+
+    def learn(self, tokens: torch.Tensor, teacher: torch.Tensor) -> None:
+        features = self._features[tokens.T]
+        difference = features @ self._weight.T - teacher.float()
+        gradient = difference.flatten(0, 1).T @ features.flatten(0, 1)
+        if self._group is not None:
+            dist.all_reduce(gradient, group=self._group)
+        self._weight -= 1e-3 * gradient
+
+    def digest(self) -> str:
+        assert self._weight.isfinite().all()
+        return hashlib.sha256(self._weight.numpy().tobytes()).hexdigest()
+
+
+def run_student(
+    rank: int,
+    layout: Layout,
+    settings: LinkSettings,
+    steps: int,
+    pause: float = 0.0,
+    lockstep: bool = True,
+    allowed=None,
+    begin: int = 0,
+) -> None:
+    """Takes `steps` steps, says how it goes, and the digest of its weights and what it left running.
+
+    lockstep: the ranks share their gradients, and so wait for each other. allowed: a shared number of steps that may be
+    taken by now.
+    """
+    rendezvous = host_rendezvous(settings) if rank == 0 else None
+    place = layout.student(rank)
+    data_rank, context = place["data_rank"], (place["context_rank"], place["context_size"])
+    link = StudentLink.connect(settings, **place)
+    weights = Weights(layout, rank, link.columns, lockstep)
+    rows = torch.cat([torch.arange(span.start, span.stop) for span in context_rows(SEQUENCE, *context)])
+    asks, asked = place["tensor_rank"] == place["context_rank"] == 0, 0
+    for number in range(steps):
+        while asks and asked < min(steps, number + settings.credits + 1):
+            link.request(tokens_of(data_rank, begin + asked, layout.vocab))
+            asked += 1
+        logits = link.receive(number)
+        tokens = tokens_of(data_rank, begin + number, layout.vocab)
+        if settings.payload == "float32":
+            truth = true_logits(tokens, layout.vocab)[rows]
+            assert torch.equal(logits, truth[..., link.columns.start : link.columns.stop]), number
+        weights.learn(tokens[:, rows], logits)
+        print(f"step {number}", flush=True)
+        time.sleep(pause)
+        while allowed is not None and number + 1 >= allowed.value:
+            time.sleep(0.01)
+    print(f"weights {weights.digest()}", flush=True)
+    if lockstep:
+        dist.barrier()
+    link.close()
+    dist.barrier()
+    if rendezvous:
+        rendezvous.close()
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("vcrd")]
+    print(f"threads left: {left}", flush=True)
+
+
+def run_teacher(
+    rank: int, replica: int, layout: Layout, settings: LinkSettings, dies_sending: int = -1
+) -> None:
+    """Serves until the students part. dies_sending: it kills itself in the middle of sending this response."""
+    last = range(layout.pipeline, layout.teachers)
+    tensor_group = dist.new_group(list(last))
+    link = TeacherLink.connect(
+        settings, **layout.teacher(replica, rank), group=dist.group.WORLD, tensor_group=tensor_group
+    )
+    print("serves", flush=True)
+    responses = 0
+    try:
+        while (batch := link.next_batch(limit=2)) is not None:
+            for request in batch:
+                if responses == dies_sending:
+                    die_in_the_middle_of_sending()
+                if rank in last:
+                    logits = torch.zeros(SEQUENCE, BATCH, layout.teacher_padded)
+                    logits[..., : layout.vocab] = true_logits(request.tokens, layout.vocab)
+                    link.respond(request, logits.chunk(layout.teacher_tensor, -1)[rank - layout.pipeline])
+                responses += 1
+    finally:
+        link.close()
+    print("served", flush=True)
+
+
+def die_in_the_middle_of_sending() -> None:
+    send_all = Connection._send_all
+
+    def send_half(connection: Connection, view: memoryview, seconds: float) -> None:
+        if len(view) < 1 << 20:
+            return send_all(connection, view, seconds)
+        send_all(connection, view[: len(view) // 2], seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Connection._send_all = send_half
