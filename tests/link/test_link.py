@@ -15,7 +15,6 @@ from vcrd.link.payload import payload_named
 # Different shapes in turn, so that batches of equal shape have to be sorted out; batch 3, 16 is the longest.
 SHAPES = [(2, 16), (2, 16), (3, 16), (1, 5), (2, 16), (2, 16), (1, 1), (1, 5)]
 
-# Different shapes in turn, so that batches of equal shape have to be sorted out; 16 is the longest.
 GRIDS = {
     "one to one": Layout(vocab=7),
     "student wider": Layout(
@@ -34,7 +33,7 @@ def micro_batch(layout: Layout, data_rank: int, number: int) -> torch.Tensor:
 
 def settings_of(layout: Layout, port: int, name: str) -> LinkSettings:
     return LinkSettings(
-        address=f"127.0.0.1:{port}", name=name, timeout=30, connect_timeout=30, **layout.settings
+        address=f"127.0.0.1:{port}", name=name, timeout=60, connect_timeout=60, **layout.settings
     )
 
 
@@ -172,6 +171,16 @@ def test_wrong_arguments_are_named_and_leave_the_link_usable():
     ]:
         with pytest.raises(ValueError, match=f"tokens {reason}"):
             student.request(tokens)
+    for rows, edges, reason in [
+        (2, [0, 4], "must come with one row of packed sequences, got 2 rows"),
+        (1, [0, 5], r"must ascend from 0 to 4, got \[0, 5\]"),
+        (1, [0, 3, 2, 4], "must ascend from 0 to 4"),
+        (1, [0, 4 + (1 << 32)], "must ascend from 0 to 4"),
+        (1, [0.0, 4.0], "must be integers, got torch.float32"),
+        (1, [0, 0, 0, 0, 0, 4], "must be at most 5 edges for 4 tokens, got 6"),
+    ]:
+        with pytest.raises(ValueError, match=f"boundaries {reason}"):
+            student.request(torch.zeros(rows, 4, dtype=torch.long), edges)
     with pytest.raises(ValueError, match="number must have been asked for"):
         student.receive(0)
     with pytest.raises(ValueError, match="number must be the next one, 0, got 1"):

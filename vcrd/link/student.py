@@ -153,7 +153,7 @@ class StudentLink:
             raise ValueError(
                 f"request must be called on tensor rank 0 and context rank 0 only, got {self._place}"
             )
-        edges = torch.as_tensor(boundaries, dtype=torch.int32).flatten().cpu()
+        edges = torch.as_tensor(boundaries).flatten().cpu()
         self._check_tokens(tokens, edges)
         if self._members.failure:
             raise self._members.failure
@@ -161,7 +161,7 @@ class StudentLink:
         tokens = tokens.detach().to("cpu", torch.int32, copy=True).contiguous()
         with self._asking:
             number = self._asked
-            self._requests[number] = (tokens, edges.clone())
+            self._requests[number] = (tokens, edges.to(torch.int32, copy=True))
             self._asked += 1
         self._send_what_credits_allow()
         return number
@@ -343,8 +343,12 @@ class StudentLink:
             raise ValueError(f"tokens must be in [0, {self._facts.vocab_size}), got {low} to {high}")
         if len(boundaries) and batch > 1:
             raise ValueError(f"boundaries must come with one row of packed sequences, got {batch} rows")
+        if len(boundaries) and (boundaries.dtype.is_floating_point or boundaries.dtype == torch.bool):
+            raise ValueError(f"boundaries must be integers, got {boundaries.dtype}")
         if len(boundaries) > sequence + 1:
-            raise ValueError(f"boundaries must be at most {sequence + 1}, got {len(boundaries)}")
+            raise ValueError(
+                f"boundaries must be at most {sequence + 1} edges for {sequence} tokens, got {len(boundaries)}"
+            )
         check_boundaries(sequence, boundaries.tolist(), self._facts.context_size)
 
     def _send_what_credits_allow(self) -> None:
