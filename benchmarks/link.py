@@ -31,8 +31,8 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
 
-import link_jobs
-from link_jobs import Work
+import link_sides
+from link_sides import Work
 from machine import installed, processor
 from vcrd.link import merge_traces
 
@@ -51,9 +51,9 @@ class Jobs:
         # Spawned, not forked: each has its own torch, as two jobs have.
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
-        for side, core in zip((link_jobs.Student, link_jobs.Teacher), cores, strict=True):
+        for side, core in zip((link_sides.Student, link_sides.Teacher), cores, strict=True):
             mine, theirs = context.Pipe()
-            process = context.Process(target=link_jobs.run, args=(side, work, core, theirs), daemon=True)
+            process = context.Process(target=link_sides.run, args=(side, work, core, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(mine)
