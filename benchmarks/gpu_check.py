@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: build, tests on CUDA tensors, benchmark, compute-sanitizer; one JSON.
+"""Everything that needs a GPU, in one command: build, tests on CUDA, benchmark, compute-sanitizer; one JSON.
 
     make gpu-check PYTHON=python3 [ARGS="--json gpu-check.json"]
 
@@ -122,7 +122,8 @@ def tests(seconds: float) -> tuple[dict, str]:
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         # What CPU tensors give is known from elsewhere, and takes most of the time.
-        command = [sys.executable, "-m", "pytest", "tests/loss", "-q", "-k", "not cpu"]
+        where = ["tests/loss", "tests/link/test_cuda_link.py"]
+        command = [sys.executable, "-m", "pytest", *where, "-q", "-k", "not cpu"]
         outcome = run([*command, "-p", "no:cacheprovider", f"--junitxml={report}"], seconds)
         counts = count_tests(report.read_text()) if report.exists() else {}
     passed = outcome.ended_well and counts.get("passed_on_cuda", 0) > 0

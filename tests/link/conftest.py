@@ -3,10 +3,14 @@
 import sys
 from pathlib import Path
 
+import torch
 from hypothesis import settings
 
 # At the end: a folder of tests must not come before the package of the same name.
 sys.path.append(str(Path(__file__).parents[1]))
+
+# About streams, which nothing but a GPU has.
+collect_ignore = [] if torch.cuda.is_available() else ["test_cuda_link.py"]
 
 settings.register_profile("link", deadline=None)
 settings.load_profile("link")

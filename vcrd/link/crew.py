@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 
 import torch
@@ -37,8 +38,10 @@ class Crew:
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
         # A backend that works on one kind of device dictates where the small control tensors live.
-        on_gpu = group is not None and "gloo" not in dist.get_backend(group)
+        on_gpu = self.size > 1 and "gloo" not in dist.get_backend(group)
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        # Reading what was agreed makes the host wait: for these small collectives, but not for the teacher's model.
+        self._stream = torch.cuda.Stream(self._device) if on_gpu else None
 
     @property
     def leads(self) -> bool:
@@ -46,26 +49,31 @@ class Crew:
 
     def agree(self, values: Sequence[int]) -> list[int]:
         """The largest of each value over all ranks."""
-        tensor = self._tensor(values)
-        self._run(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group))
-        return tensor.tolist()
+        with self._aside():
+            tensor = self._tensor(values)
+            self._run(lambda: dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group))
+            return tensor.tolist()
 
     def gather(self, values: Sequence[int]) -> list[list[int]]:
         """The values of every rank, in rank order."""
-        tensor = self._tensor(values)
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        if self.size == 1:
-            return [tensor.tolist()]
-        self._run(lambda: dist.all_gather(parts, tensor, group=self._group))
-        return [part.tolist() for part in parts]
+        with self._aside():
+            tensor = self._tensor(values)
+            parts = [torch.empty_like(tensor) for _ in range(self.size)]
+            if self.size == 1:
+                return [tensor.tolist()]
+            self._run(lambda: dist.all_gather(parts, tensor, group=self._group))
+            return [part.tolist() for part in parts]
 
     def share(self, tensor: Tensor | None, shape: Sequence[int]) -> Tensor:
         """Rank 0's int64 tensor of `shape`, on the CPU; the other ranks pass None."""
         if tensor is None:
             tensor = torch.empty(*shape, dtype=torch.int64)
-        tensor = tensor.to(self._device)
-        self._run(lambda: dist.broadcast(tensor, src=dist.get_global_rank(self._group, 0), group=self._group))
-        return tensor.cpu()
+        with self._aside():
+            tensor = tensor.to(self._device)
+            self._run(
+                lambda: dist.broadcast(tensor, src=dist.get_global_rank(self._group, 0), group=self._group)
+            )
+            return tensor.cpu()
 
     def conclude(self, outcome: Outcome, text: str) -> None:
         """Ends a common task: returns if it is DONE everywhere, else raises alike everywhere."""
@@ -120,6 +128,9 @@ class Crew:
         raise {Outcome.LOST: StudentLost, Outcome.REFUSED: HandshakeRefused}.get(Outcome(worst), LinkError)(
             text
         )
+
+    def _aside(self) -> AbstractContextManager:
+        return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

@@ -2,7 +2,8 @@
 
 Host synchronisations of the link on CUDA, all of them: a writer thread of the teacher waits for the copy of what it
 sends (`Staged.ready`); the first `Hidden` of a student waits for the output layer to be on the device; a request for
-tokens that lie on a GPU waits for them. The threads that train and that compute the teacher wait for no copy.
+tokens that lie on a GPU waits for them; ranks of a replica that agree over NCCL wait for that, on a stream of its own
+(`Crew`). The thread that trains and the thread that computes the teacher wait for no copy and for no kernel.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class StudentLink:
         self._head: Tensor | None = None  # the output layer on the device
         self._changed = threading.Condition()
         # One more than are on their way or complete: the one in use, until the next one is taken.
-        memory = Pinned(device) if self._stream else Pool(settings.credits + 1)
+        memory = Pinned(self._stream.device) if self._stream else Pool(settings.credits + 1)
         make_pair = None
         if settings.transport == "nccl":
             if self._stream is None:
