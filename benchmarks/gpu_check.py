@@ -122,7 +122,7 @@ def tests(seconds: float) -> tuple[dict, str]:
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         # What CPU tensors give is known from elsewhere, and takes most of the time.
-        where = ["tests/loss", "tests/link/test_cuda_link.py"]
+        where = ["tests/loss", "tests/link/test_cuda_link.py", "tests/link/test_cuda_pairs.py"]
         command = [sys.executable, "-m", "pytest", *where, "-q", "-k", "not cpu"]
         outcome = run([*command, "-p", "no:cacheprovider", f"--junitxml={report}"], seconds)
         counts = count_tests(report.read_text()) if report.exists() else {}

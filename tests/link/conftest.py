@@ -10,7 +10,7 @@ from hypothesis import settings
 sys.path.append(str(Path(__file__).parents[1]))
 
 # About streams, which nothing but a GPU has.
-collect_ignore = [] if torch.cuda.is_available() else ["test_cuda_link.py"]
+collect_ignore = [] if torch.cuda.is_available() else ["test_cuda_link.py", "test_cuda_pairs.py"]
 
 settings.register_profile("link", deadline=None)
 settings.load_profile("link")

@@ -67,7 +67,13 @@ def test_nccl_needs_a_gpu():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="transport must be 'tcp' where torch finds no GPU, got 'nccl'"):
             TeacherLink.connect(
-                *(settings,), **PLACE, replica=0, replicas=1, is_last_stage=True, group=None, tensor_group=None
+                *(settings,),
+                **PLACE,
+                replica=0,
+                replicas=1,
+                is_last_stage=True,
+                group=None,
+                tensor_group=None,
             )
     with pytest.raises(ValueError, match="transport must be one of tcp, nccl, got 'rdma'"):
         LinkSettings(transport="rdma")

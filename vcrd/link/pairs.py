@@ -55,10 +55,13 @@ class Pair:
 
         Only in a pair of one: NCCL wants a send and a receive of one rank in one group of calls.
         """
-        self._group._start_coalescing(self._device)
+        self._run(lambda: self._exchange(given, taken))
+
+    def _exchange(self, given: Tensor, taken: Tensor) -> dist.Work:
+        self._group._start_coalescing()
         self._group.send([given], 0, 0)
         self._group.recv([taken], 0, 0)
-        self._run(lambda: self._group._end_coalescing(self._device))
+        return self._group._end_coalescing()
 
     def abort(self) -> None:
         """Ends the pair and releases what is under way, in the background. Idempotent."""
