@@ -26,12 +26,13 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench build lint format cuda-check cuda-home gpu-check clean always
+.PHONY: help demo test bench bench-link build lint format cuda-check cuda-home gpu-check clean always
 
 help:
 	@echo "make demo     distil a real model in front of you; the first run installs and builds"
 	@echo "make test     run every test"
 	@echo "make bench    time the loss beside its peers"
+	@echo "make bench-link  time a student with the link beside one with ready answers; bytes per second"
 	@echo "make build    build the extension vcrd._C"
 	@echo "make lint     check style        make format   correct it"
 	@echo "make cuda-check  compile the CUDA kernels and look at their machine code; needs no GPU"
@@ -49,6 +50,10 @@ test: $(DONE)/demo $(DONE)/test $(DONE)/extension
 bench: $(DONE)/bench $(DONE)/extension
 	@echo "==> timing the loss and its peers with $(VENV)"
 	@$(RUN) benchmarks/loss.py $(ARGS)
+
+bench-link: $(DONE)/core $(DONE)/extension
+	@echo "==> timing the link with $(VENV)"
+	@$(RUN) benchmarks/link.py $(ARGS)
 
 build: $(DONE)/extension
 
