@@ -24,10 +24,10 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+from link_jobs import Jobs, Layout
 from ports import free_port
 from torch import Tensor
 
-from link_jobs import Jobs, Layout
 from vcrd.link import Head, Hidden, LinkSettings, StudentLink, TeacherLink, TopK, host_rendezvous
 from vcrd.link import header as headers
 from vcrd.link.payload import PAYLOADS, STATE_DTYPES

@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from draw import Batch, Drawn
+from link_jobs import Jobs, Layout
 from ports import free_port
 
-from link_jobs import Jobs, Layout
 from vcrd.link import HandshakeRefused, Head, LinkSettings, StudentLink, TeacherLink, host_rendezvous, service
 from vcrd.link import header as headers
 

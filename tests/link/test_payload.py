@@ -1,22 +1,17 @@
-"""What travels: encoding, top k, headers, facts and settings, without a link."""
+"""What travels: encoding and top k, without a link."""
 
 from __future__ import annotations
 
-import json
 import random
-from dataclasses import asdict, replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from link_jobs import Jobs
 
 import vcrd
-from link_jobs import Jobs
-from vcrd.link import HandshakeRefused, Head, LinkError, LinkSettings, facts, header
-from vcrd.link.facts import Facts
-from vcrd.link.header import Header, Kind
 from vcrd.link.payload import PAYLOADS, encode, payload_named, row_max
 from vcrd.link.plan import Shard, vocab_shards
 from vcrd.link.topk import top_k_of
@@ -175,6 +170,7 @@ def test_top_k_is_that_of_float64(vocab, share, few, scale, dtype, levels, seed)
     source = torch.randn(2, 2, vocab, generator=generator) * scale
     if levels:  # few different values, so that many are equal
         source = torch.randint(levels, (2, 2, vocab), generator=generator) * scale - scale
+    source = source.clamp(-6e4, 6e4)  # float16 has no larger numbers
     source = source.to(dtype).float().to(dtype)  # float64 logits that float32 holds
     before = source.clone()
     check_top_k(top_k_of(source, k, Shard(0, vocab), None), source, k)
@@ -260,207 +256,3 @@ def test_the_maximum_is_that_of_the_whole_row_on_every_rank(tmp_path):
     with Jobs(tmp_path) as jobs:
         jobs.world("rank", 3, run_row_max, 3)
         jobs.succeed()
-
-
-fields = st.integers(0, (1 << 48) - 1)
-texts = {Kind.LOST: st.integers(0, header.LONGEST_TEXT)}
-
-
-@st.composite
-def good_headers(draw) -> Header:
-    kind = draw(st.sampled_from(list(Kind)))
-    return Header(kind, *(draw(fields) for _ in range(7)), length=draw(texts.get(kind, st.just(0))))
-
-
-@given(good_headers())
-def test_headers_come_back_as_they_were(good):
-    raw = good.pack()
-    assert len(raw) == header.BYTES and header.parse(raw) == good
-
-
-@given(good_headers(), st.lists(st.tuples(st.integers(0, header.BYTES - 1), st.integers(0, 255)), max_size=4))
-def test_any_other_bytes_are_a_header_or_are_refused(good, exchanged):
-    # A good header with a few bytes exchanged: random ones never get past the mark.
-    raw = bytearray(good.pack())
-    for place, value in exchanged:
-        raw[place] = value
-    try:
-        parsed = header.parse(bytes(raw))
-    except LinkError:
-        return
-    assert parsed.pack() == bytes(raw)
-
-
-FACTS = Facts(
-    vocab_size=50,
-    sequence_length=16,
-    payload="float16",
-    max_tokens=64,
-    padded_vocab_size=64,
-    tensor_size=2,
-    copies=2,
-)
-HIDDEN = replace(FACTS, payload="hidden", head=Head(8, "bfloat16", 0.5, 30.0))
-
-
-@pytest.mark.parametrize("stated", [FACTS, HIDDEN, replace(FACTS, payload="topk", top_k=9, context_size=4)])
-def test_facts_come_back_as_they_were(stated):
-    assert facts.read(json.loads(json.dumps(stated.plain())), "student") == stated
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-)
-
-
-@given(json_values)
-def test_anything_else_is_refused(value):
-    with pytest.raises(HandshakeRefused, match="the teacher's facts cannot be read"):
-        facts.read(value, "teacher")
-
-
-@given(st.sampled_from([FACTS, HIDDEN]), st.data(), json_values)
-def test_facts_with_one_field_exchanged_are_read_or_refused(stated, data, value):
-    plain = stated.plain()
-    within = plain["head"] if stated.head and data.draw(st.booleans()) else plain
-    within[data.draw(st.sampled_from([*within, "more"]))] = value
-    try:
-        read = facts.read(plain, "teacher")
-    except HandshakeRefused:
-        return
-    facts.refusal(FACTS, read, replicas=2)  # may refuse, and does not fail
-    assert read.protocol != header.PROTOCOL or read.plain() == plain
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"vocab_size": "50"},
-        {"vocab_size": True},
-        {"copies": 1 << 60},
-        {"payload": 3},
-        {"more": 1},
-        {"head": {}},
-        {"head": []},
-        {"head": asdict(HIDDEN.head) | {"size": 1 << 17}},
-        {"head": asdict(HIDDEN.head) | {"scale": float("nan")}},
-        {"head": asdict(HIDDEN.head) | {"dtype": []}},
-        # Numbers that would take for ever to walk through, or all the memory there is.
-        {"padded_vocab_size": 1 << 40, "tensor_size": 1 << 40},
-        {"padded_vocab_size": 1 << 30, "tensor_size": 1 << 30},
-        {"context_size": 1 << 30},
-        {"copies": 1 << 12, "context_size": 1 << 12},
-    ],
-)
-def test_facts_of_the_wrong_kind_are_refused(change):
-    with pytest.raises(HandshakeRefused, match="are not those of protocol"):
-        facts.read(FACTS.plain() | change, "teacher")
-
-
-def test_facts_of_another_protocol_are_refused_for_that_alone():
-    other = facts.read({"protocol": 7}, "teacher")
-    sentence = f"protocol version is {header.PROTOCOL} for the student and 7 for the teacher"
-    assert facts.refusal(FACTS, other, replicas=2) == f"the link is refused: {sentence}"
-    with pytest.raises(HandshakeRefused, match="a student rank's protocol version is 7, not"):
-        facts.read({"protocol": 7}, "student")
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"vocab_size": 49}, "vocab_size is 50 for the student and 49 for the teacher"),
-        ({"sequence_length": 8}, "sequence_length is 16 for the student and 8 for the teacher"),
-        ({"payload": "float32"}, "payload is float16 for the student and float32 for the teacher"),
-        ({"payload": "none"}, "for the teacher payload must be one of float16, float32"),
-        ({"max_tokens": 65}, "max_tokens is 64 for the student and 65 for the teacher"),
-        ({"top_k": 3}, "top_k is 0 for the student and 3 for the teacher"),
-        ({"copies": 3}, "one teacher replica counts 2 replicas, another 3; 3 teacher replicas are more than"),
-        ({"copies": 0}, "for the teacher copies must be at least 1, got 0"),
-        ({"tensor_size": 3}, "for the teacher tensor_size must divide padded_vocab_size 64, got 3"),
-        ({"tensor_size": 0}, "for the teacher tensor_size must be at least 1, got 0"),
-        ({"head": HIDDEN.head}, "the teacher states an output layer with the payload 'float16'"),
-        ({"payload": "hidden"}, "the teacher states no output layer with the payload 'hidden'"),
-    ],
-)
-def test_a_misfit_is_named(change, reason):
-    assert reason in facts.refusal(FACTS, replace(FACTS, **change), replicas=2)
-
-
-def test_unequal_padding_and_layouts_are_no_misfit():
-    assert facts.refusal(FACTS, replace(FACTS, padded_vocab_size=51, tensor_size=3), replicas=2) is None
-    student = replace(FACTS, payload="hidden", context_size=4, credits=3)
-    assert facts.refusal(student, HIDDEN, replicas=2) is None
-
-
-LAYOUT = dict(vocab_size=50, padded_vocab_size=64, sequence_length=16, tensor_size=2, copies=2)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
-        ({"vocab_size": 50.0}, "vocab_size must be an integer of at least 0, got 50.0"),
-        ({"vocab_size": "50"}, "vocab_size must be an integer of at least 0, got '50'"),
-        ({"padded_vocab_size": 1 << 33}, "padded_vocab_size must be at most 2147483647, got 8589934592"),
-        ({"sequence_length": 0}, "sequence_length must be at least 1, got 0"),
-        ({"tensor_size": 3}, "tensor_size must divide padded_vocab_size 64, got 3"),
-        ({"copies": 1 << 20}, "a side must have at most 1048576 ranks, got 1048576 x 1 x 2"),
-    ],
-)
-def test_impossible_facts_are_named_to_their_own_side(change, message):
-    with pytest.raises(ValueError, match=message):
-        Facts.of(LinkSettings(), **(LAYOUT | change))
-
-
-@pytest.mark.parametrize(
-    ("head", "message"),
-    [
-        ((0, "float32"), "size must be an integer from 1 to 65536, got 0"),
-        ((8, "float64"), "dtype must be one of float32, bfloat16, float16, got 'float64'"),
-        ((8, torch.float32), "dtype must be one of float32, bfloat16, float16, got torch.float32"),
-        ((8, "float32", float("inf")), "scale must be a finite number, got inf"),
-        ((8, "float32", 1.0, -1.0), "softcap must be at least 0, got -1.0"),
-    ],
-)
-def test_a_wrong_output_layer_is_named(head, message):
-    with pytest.raises(ValueError, match=message):
-        Head(*head)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"address": "nowhere"}, "address must be 'host:port'"),
-        ({"address": "host:0"}, "port from 1 to 65535"),
-        ({"address": "host:²"}, "port from 1 to 65535"),
-        ({"address": 29600}, "address must be a text, got int"),
-        (
-            {"payload": "bfloat16"},
-            "must be one of float16, float32, logits_8bit, topk, hidden, got 'bfloat16'",
-        ),
-        ({"payload": None}, "payload must be a text, got NoneType"),
-        ({"credits": 0}, "credits must be an integer of at least 1, got 0"),
-        ({"credits": 2.0}, "credits must be an integer of at least 1, got 2.0"),
-        ({"credits": True}, "credits must be an integer of at least 1, got True"),
-        ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
-        ({"max_tokens": "many"}, "max_tokens must be an integer of at least 1, got 'many'"),
-        ({"timeout": 0}, "timeout must be a positive number of seconds, got 0"),
-        ({"timeout": "10"}, "timeout must be a positive number of seconds, got '10'"),
-        ({"timeout": True}, "timeout must be a positive number of seconds, got True"),
-        ({"rejoin_timeout": float("nan")}, "rejoin_timeout must be a positive number of seconds, got nan"),
-        ({"connect_timeout": float("inf")}, "connect_timeout must be a positive number of seconds, got inf"),
-        ({"name": "a/b"}, "name must be a non-empty text without '/'"),
-        ({"interface": 1}, "interface must be a text or None, got int"),
-        ({"secret": b"hush"}, "secret must be a text, got bytes"),
-        ({"secret_file": 3}, "secret_file must be a text or None, got int"),
-    ],
-)
-def test_wrong_settings_are_named(change, message):
-    with pytest.raises(ValueError, match=message):
-        LinkSettings(**change)
-
-
-def test_addresses_are_taken_apart():
-    assert (LinkSettings().host, LinkSettings().port) == ("127.0.0.1", 29600)
-    assert (LinkSettings(address="[::1]:80").host, LinkSettings(address="[::1]:80").port) == ("::1", 80)
