@@ -26,9 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_BLOCK_ELEMENTS = (
-    1 << 18
-)  # encoded at a time on the CPU, so that they are still in its cache when they are put away
+# Encoded at a time on the CPU: few enough to be still in its cache when they are put away, and so many that starting
+# the threads for each block costs little beside.
+_BLOCK_ELEMENTS = 1 << 20
 Empty = Callable[..., Tensor]  # as torch.empty(*shape, dtype=...): where the memory comes from
 
 
