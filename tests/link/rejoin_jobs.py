@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import signal
 import threading
@@ -58,6 +59,11 @@ class Weights:
         return hashlib.sha256(self._weight.numpy().tobytes()).hexdigest()
 
 
+def say_when() -> None:
+    """What the link logs goes to the output, with the time."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+
+
 def run_student(
     rank: int,
     layout: Layout,
@@ -73,6 +79,7 @@ def run_student(
     lockstep: the ranks share their gradients, and so wait for each other. allowed: a shared number of steps that may be
     taken by now.
     """
+    say_when()
     rendezvous = host_rendezvous(settings) if rank == 0 else None
     place = layout.student(rank)
     data_rank, context = place["data_rank"], (place["context_rank"], place["context_size"])
@@ -92,7 +99,7 @@ def run_student(
         weights.learn(tokens[:, rows], logits)
         print(f"step {number}", flush=True)
         time.sleep(pause)
-        while allowed is not None and number + 1 >= allowed.value:
+        while allowed is not None and allowed.value <= number + 1 < steps:
             time.sleep(0.01)
     print(f"weights {weights.digest()}", flush=True)
     if lockstep:
@@ -109,6 +116,7 @@ def run_teacher(
     rank: int, replica: int, layout: Layout, settings: LinkSettings, dies_sending: int = -1
 ) -> None:
     """Serves until the students part. dies_sending: it kills itself in the middle of sending this response."""
+    say_when()
     last = range(layout.pipeline, layout.teachers)
     tensor_group = dist.new_group(list(last))
     link = TeacherLink.connect(
