@@ -3,10 +3,11 @@
     python benchmarks/link.py [--rounds 5] [--payloads float16 ...] [--json results.json] [--trace FOLDER]
 
 A student process and a teacher process, each on one core of its own, do the same work per micro-batch: the loss on
-[tokens, vocab] bf16 logits, forward and backward, and matrix products that stand for a model. In turns the student
-takes answers that are ready in memory, while the teacher computes and sends nothing, and answers that the link brings
-while the student trains. The ratio of the two step times is the cost of the link: what encoding, sending and receiving
-take from the cores, and every wait. Each round gives one ratio; the table says their median and range.
+[tokens, vocab] bf16 logits, forward and backward, and matrix products that stand for a model, one far smaller than any
+that is distilled, so that the link has little time. In turns the student takes answers that are ready in memory, while
+the teacher computes and sends nothing, and answers that the link brings while the student trains. The ratio of the two
+step times is the cost of the link: what encoding, sending and receiving take from the cores, and every wait. Each round
+gives one ratio; the table says their median and range.
 
 Then the link alone, in turns with bare sendall and recv_into of the same sizes, over TCP on the loopback interface:
 nobody computes, and both processes may use both cores. For float32 encoding is a copy.
@@ -94,7 +95,10 @@ class Jobs:
 
 
 def steady(marks: list[float], credits: int) -> float:
-    """Mean seconds per step, without the first ones, in which nobody is ahead yet, and the last, when nobody asks."""
+    """Mean of what marks grow by per step.
+
+    Without the first steps, in which nobody is ahead yet, and the last ones, when nothing is left to ask for.
+    """
     inner = marks[credits + 1 : -credits]
     return (inner[-1] - inner[0]) / (len(inner) - 1)
 
@@ -113,7 +117,7 @@ def overlap(jobs: Jobs, work: Work, payload: str, rounds: int, steps: int) -> di
         for way in ("ready", "linked") if turn % 2 == 0 else ("linked", "ready"):
             got[way] = jobs.both(way, payload, steps, *([True] if way == "linked" else []))
             out[way].append(steady(got[way][0]["marks"], work.credits))
-        out["waited"].append(got["linked"][0]["waited"])
+        out["waited"].append(steady(got["linked"][0]["waited"], work.credits))
         for place, key in enumerate(("student_cpu", "teacher_cpu")):
             out[key].append(got["linked"][place]["cpu"] - got["ready"][place]["cpu"])
     jobs.both("forget", payload)
@@ -135,6 +139,11 @@ def throughput(jobs: Jobs, work: Work, payload: str, rounds: int) -> dict:
             out[way].append(size / steady(jobs.both(*command)[0]["marks"], work.credits))
     jobs.both("disconnect", payload)
     return out
+
+
+def parameters(work: Work) -> float:
+    """Of a model whose training takes as many operations per token, 6 for each, as the products that stand for it."""
+    return work.matmuls * 2 * link_sides.SIDE**3 / (6 * work.tokens)
 
 
 def ratios(numerators: list[float], denominators: list[float]) -> list[float]:
@@ -205,12 +214,12 @@ def free_ports(names: list[str]) -> dict[str, int]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--payloads", nargs="+", choices=PAYLOADS, default=list(PAYLOADS))
-    parser.add_argument("--rounds", type=int, default=7, help="of each pair of measurements")
+    parser.add_argument("--rounds", type=int, default=5, help="of each pair of measurements")
     parser.add_argument("--steps", type=int, default=12, help="of a round")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument(
-        "--matmuls", type=int, default=7, help="of 1024 x 1024 x 1024 in float32, per micro-batch"
+        "--matmuls", type=int, default=12, help="of 1024 x 1024 x 1024 in float32, per micro-batch"
     )
     parser.add_argument("--state-size", type=int, default=576, help="hidden: of a state")
     parser.add_argument("--top-k", type=int, default=64)
@@ -250,7 +259,10 @@ def main(arguments: list[str] | None = None) -> int:
     work = Work(**sizes, ports=free_ports(options.payloads), trace_folder=options.trace)
     jobs = Jobs(work, cores[:2])
     try:
-        print(f"[{work.tokens}, {work.vocab}], {options.rounds} rounds of {options.steps} steps")
+        print(
+            f"[{work.tokens}, {work.vocab}], a model of {parameters(work) / 1e6:.0f} million parameters, "
+            f"{options.rounds} rounds of {options.steps} steps"
+        )
         overlaps, throughputs = {}, {}
         print(OVERLAP_HEADER, flush=True)
         for payload in options.payloads:

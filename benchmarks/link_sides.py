@@ -27,7 +27,7 @@ from vcrd.link.plan import Shard
 from vcrd.link.topk import top_k_of
 from vcrd.link.tracing import trace
 
-_SIDE = 1024  # of the matrices that stand for a model
+SIDE = 1024  # of the matrices that stand for a model
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Model:
         self._logits = (3 * torch.randn(work.tokens, 1, work.vocab, generator=generator)).bfloat16()
         self._logits.requires_grad_()
         self._labels = torch.randint(work.vocab, (work.tokens, 1), generator=generator)
-        self._matrix = torch.randn(_SIDE, _SIDE, generator=generator)
-        self._product = torch.empty(_SIDE, _SIDE)
+        self._matrix = torch.randn(SIDE, SIDE, generator=generator)
+        self._product = torch.empty(SIDE, SIDE)
         self._matmuls = work.matmuls
 
     def step(self, teacher: object) -> None:
@@ -179,7 +179,7 @@ class Student(_Side):
     def linked(self, payload: str, steps: int, compute: bool) -> dict:
         """Steps with the answers that come over the link, asked for `credits` ahead."""
         link, first = self._links[payload], self._asked[payload]
-        before = link.waited
+        waited = [link.waited]
 
         def step(number: int) -> None:
             while self._asked[payload] <= min(first + number + self._work.credits, first + steps - 1):
@@ -188,8 +188,9 @@ class Student(_Side):
             if compute:
                 with record_function(f"compute {number}"):
                     self._model.step(answer)
+            waited.append(link.waited)
 
-        return {**timed(step, steps), "waited": (link.waited - before) / steps}
+        return {**timed(step, steps), "waited": waited}
 
     def traced(self, payload: str, steps: int) -> dict:
         with trace(self._work.trace_folder / "student.json"):
