@@ -3,9 +3,9 @@
     PYTHONPATH=. python tests/link/chaos.py --kills 50 --steps 200
 
 A student of tensor ranks and data ranks trains a linear model on the answers of teacher replicas, once undisturbed,
-then while ranks of the teacher, or whole replicas, are killed with signal 9: at random moments from their very start on, one
-after another. What comes back is laid out at random. The steps are spread over the kills. Prints a line per kill and a
-summary; exit status 1 unless all weights are equal, the student finished, and nothing was left running.
+then while ranks of the teacher, or whole replicas, are killed with signal 9: at random moments from their very start
+on, one after another. What comes back is laid out at random. The steps are spread over the kills. Prints a line per
+kill and a summary; exit status 1 unless all weights are equal, the student finished, and nothing was left running.
 """
 
 from __future__ import annotations
