@@ -21,7 +21,9 @@ def test_a_student_that_resumes_finds_the_same_teacher_and_its_curve(tmp_path):
     chosen, checkpoint = chaos.settings(), str(tmp_path / "checkpoint")
     with Worlds() as worlds:
         teacher = worlds.start(World(jobs.teacher_job, 2, pipeline=2, arguments=(chosen,)))
-        first = worlds.start(World(chaos.train, 2, tensor=2, arguments=(chosen, STEPS, checkpoint, STEPS // 2)))
+        first = worlds.start(
+            World(chaos.train, 2, tensor=2, arguments=(chosen, STEPS, checkpoint, STEPS // 2))
+        )
         for process in first.processes:
             process.join(100)
         assert [process.exitcode for process in first.processes] == [0, 0]
