@@ -18,7 +18,7 @@ import vcrd
 from vcrd import reference
 from vcrd.link.payload import encode, payload_named, row_max
 
-BLOCK_ROWS = 64  # float64 copies of whole rows are made of this many only
+BLOCK_ROWS = 16  # float64 copies of whole rows are made of this many only
 
 # (student's logits float32, student's log-probabilities float64) -> KL(p || q) [rows], its gradient [rows, vocabulary]
 Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
