@@ -16,7 +16,7 @@ from .wire import versions_differ
 _EQUAL = ("vocab_size", "sequence_length", "payload", "max_tokens")
 # What a statement may say at most: it is walked through, and memory is sized by it.
 _MOST_COLUMNS = (1 << 31) - 1  # tokens travel as int32
-_MOST_RANKS = 1 << 20
+_MOST_RANKS = 1 << 16
 _LARGEST_STATE = 1 << 16
 
 
