@@ -28,7 +28,7 @@ from .rendezvous import UNREADABLE
 from .session import Head, Session
 from .settings import LinkSettings
 from .siblings import Siblings
-from .wire import Listener
+from .wire import GREETING_SECONDS, Listener
 
 _log = logging.getLogger("vcrd")
 Keep = Callable[[Connection], None]
@@ -71,6 +71,7 @@ class Membership:
         self.failure: LinkError | None = None
         self._joined = 0  # the newest epoch whose senders may connect
         self._over = 0  # the newest epoch that was lost
+        self._admitting = 0.0  # until then nobody else is let in: one that is welcome has not heard it yet
         self._parting = False
         self._bytes = 0  # received in epochs that are over
         self._siblings = Siblings(
@@ -199,14 +200,17 @@ class Membership:
         teacher, epoch = self._stated(hello)
         if not self._place.asks:
             return _refused(f"{self._place} does not ask"), None
-        if self.session is not None or not self._siblings.all_here:
+        now = time.monotonic()
+        if self.session is not None or not self._siblings.all_here or now < self._admitting:
             return _BUSY, None
         if epoch <= self._over:
             return _OVER, None
+        self._admitting = now + GREETING_SECONDS
         return {"state": "welcome"}, partial(self._keep_intake, epoch, teacher, int(hello["replica"]))
 
     def _keep_intake(self, epoch: int, teacher: Facts, replica: int, connection: Connection) -> None:
         with self._changed:
+            self._admitting = 0.0
             if self.session is not None or epoch <= self._over or self._parting:
                 connection.close()
                 return
