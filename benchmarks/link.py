@@ -1,6 +1,6 @@
 """Measures what the link costs a student that trains, on CPU, with a teacher as fast as the student.
 
-    python benchmarks/link.py [--rounds 5] [--payloads float16 ...] [--json results.json] [--trace FOLDER]
+    python benchmarks/link.py [--rounds 9] [--payloads float16 ...] [--json results.json] [--trace FOLDER]
 
 A student process and a teacher process, each on one core of its own, do the same work per micro-batch: the loss on
 [tokens, vocab] bf16 logits, forward and backward, and matrix products that stand for a model, one far smaller than any
@@ -214,8 +214,8 @@ def free_ports(names: list[str]) -> dict[str, int]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--payloads", nargs="+", choices=PAYLOADS, default=list(PAYLOADS))
-    parser.add_argument("--rounds", type=int, default=5, help="of each pair of measurements")
-    parser.add_argument("--steps", type=int, default=12, help="of a round")
+    parser.add_argument("--rounds", type=int, default=9, help="of each pair of measurements")
+    parser.add_argument("--steps", type=int, default=8, help="of a round")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument(
