@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from link_jobs import Jobs
 from moved_jobs import PAYLOADS, Case, run_student, run_teacher
 from ports import free_port
-
-from link_jobs import Jobs
 
 CASES = {
     "one to one": Case(vocab=7, student_padded=7, teacher_padded=7, state_dtype="float32"),
