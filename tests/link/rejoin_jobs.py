@@ -72,12 +72,12 @@ def run_student(
     pause: float = 0.0,
     lockstep: bool = True,
     allowed=None,
-    begin: int = 0,
+    stops_at: int = -1,
 ) -> None:
     """Takes `steps` steps, says how it goes, and the digest of its weights and what it left running.
 
     lockstep: the ranks share their gradients, and so wait for each other. allowed: a shared number of steps that may be
-    taken by now.
+    taken by now. stops_at: the step at which it stops itself, having just sent a request, until it is continued.
     """
     say_when()
     rendezvous = host_rendezvous(settings) if rank == 0 else None
@@ -89,10 +89,12 @@ def run_student(
     asks, asked = place["tensor_rank"] == place["context_rank"] == 0, 0
     for number in range(steps):
         while asks and asked < min(steps, number + settings.credits + 1):
-            link.request(tokens_of(data_rank, begin + asked, layout.vocab))
+            link.request(tokens_of(data_rank, asked, layout.vocab))
             asked += 1
         logits = link.receive(number)
-        tokens = tokens_of(data_rank, begin + number, layout.vocab)
+        if number == stops_at:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        tokens = tokens_of(data_rank, number, layout.vocab)
         if settings.payload == "float32":
             truth = true_logits(tokens, layout.vocab)[rows]
             assert torch.equal(logits, truth[..., link.columns.start : link.columns.stop]), number
@@ -118,9 +120,11 @@ def run_teacher(
     """Serves until the students part. dies_sending: it kills itself in the middle of sending this response."""
     say_when()
     last = range(layout.pipeline, layout.teachers)
-    tensor_group = dist.new_group(list(last))
+    alone = not dist.is_initialized()
+    tensor_group = None if alone else dist.new_group(list(last))
+    group = None if alone else dist.group.WORLD
     link = TeacherLink.connect(
-        settings, **layout.teacher(replica, rank), group=dist.group.WORLD, tensor_group=tensor_group
+        settings, **layout.teacher(replica, rank), group=group, tensor_group=tensor_group
     )
     print("serves", flush=True)
     responses = 0

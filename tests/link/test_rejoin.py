@@ -174,13 +174,12 @@ def test_a_student_that_comes_back_finds_the_same_teacher(how, tmp_path):
 
 def test_a_stopped_student_goes_on_with_the_same_teacher(tmp_path):
     """It takes nothing for longer than the teacher waits, in the middle of an answer that no buffer holds."""
-    layout = Layout(vocab=120_000)
+    layout = Layout(vocab=400_000)  # an answer of 51 MB
     settings = settings_for(free_port(), timeout=1.0)
     with Jobs(tmp_path) as jobs:
-        jobs.world("student", 1, run_student, layout, LinkSettings(**(vars(settings) | {"timeout": 60})), 8)
+        patient = LinkSettings(**(vars(settings) | {"timeout": 60}))
+        jobs.world("student", 1, run_student, layout, patient, 6, 0.0, True, None, 2)
         teacher = start_teacher(jobs, "teacher", layout, settings)
-        await_step(jobs, "student0", 2)
-        jobs.signal("student0", signal.SIGSTOP)
         jobs.await_output("teacher0", "did not take what was sent within 1 seconds")
         jobs.signal("student0", signal.SIGCONT)
         finish(jobs, ["student0", *teacher])
@@ -236,11 +235,12 @@ def test_twenty_deaths_leave_nothing_behind(tmp_path):
     with Jobs(tmp_path) as jobs:
         jobs.start("holder", count_what_is_held, settings, 20)
         for death in range(20):  # each answers once, and dies sending its second answer
-            (name,) = start_teacher(jobs, f"teacher{death}.", LARGE, settings, 0, 1)
+            name = f"teacher{death}"
+            jobs.start(name, run_teacher, 0, 0, LARGE, settings, 1)
             jobs.processes[name].join(60)
             assert jobs.processes[name].exitcode == -signal.SIGKILL, jobs.output(name)
-        (name,) = start_teacher(jobs, "last", LARGE, settings)
-        finish(jobs, ["holder", name])
+        jobs.start("last", run_teacher, 0, 0, LARGE, settings)
+        finish(jobs, ["holder", "last"])
         output = jobs.output("holder")
         assert "finished, epoch 21" in output
         held = [tuple(map(int, line.split()[1:])) for line in output.splitlines() if line.startswith("held")]

@@ -24,6 +24,7 @@ from vcrd.link import (
     host_rendezvous,
     wire,
 )
+from vcrd.link import header as headers
 from vcrd.link.connection import memory
 from vcrd.link.rendezvous import listen, local_host
 from vcrd.link.wire import Listener, dial
@@ -203,6 +204,18 @@ def test_a_secret_that_is_not_utf8_works():
     with listening(secret) as listener:
         connection, _ = dial(listener.address, secret, {})
         connection.close()
+
+
+def test_a_teacher_of_another_version_that_came_first_is_told_of_to_the_student():
+    """It knows from the greeting that it is refused, and does not wait for a student to be there."""
+    settings = settings_for()
+    rendezvous = host_rendezvous(settings)
+    hello = {"run": settings.name, "role": "teacher", "replica": 0, "facts": {}, "protocol": 1}
+    rendezvous._answer(hello)
+    reason = f"protocol version is {headers.PROTOCOL} for the student and 1 for the teacher"
+    with pytest.raises(HandshakeRefused, match=f"^the link is refused: {reason}$"):
+        StudentLink.connect(settings, **Layout().student(0))
+    rendezvous.close()
 
 
 # Interfaces.

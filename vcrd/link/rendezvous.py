@@ -19,11 +19,12 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from . import facts as stated
+from . import header as headers
 from .errors import HandshakeRefused, LinkError
 from .facts import Facts
 from .plan import Place, places, replica_of
 from .settings import LinkSettings
-from .wire import Address, Listener, dial
+from .wire import Address, Listener, dial, versions_differ
 
 _log = logging.getLogger("vcrd")
 Reply = dict
@@ -118,13 +119,14 @@ class _Run:
         facts = stated.read({**hello["facts"], "protocol": protocol}, "teacher")
         if self._complaint:
             return _refused(self._complaint)
+        replicas = self._replicas or facts.copies
+        if protocol != headers.PROTOCOL:  # it does not wait to be told: it knows from the greeting
+            reason = f"the link is refused: {versions_differ(headers.PROTOCOL, protocol)}"
+            return self._turned_away(replica, replicas, reason)
         if self._facts is None:
             return _WAITING
-        replicas = self._replicas or facts.copies
         if reason := stated.refusal(self._facts, facts, replicas):
-            self._refusals[replica] = (replicas, reason)
-            _log.warning("teacher replica %d is turned away: %s", replica, reason)
-            return _refused(reason)
+            return self._turned_away(replica, replicas, reason)
         self._refusals.pop(replica, None)
         wanted = self._facts.places(replica, replicas)
         if not all(place in self._students for place in wanted):
@@ -137,6 +139,12 @@ class _Run:
             "facts": self._facts.plain(),
             "addresses": [self._students[place] for place in wanted],
         }
+
+    def _turned_away(self, replica: int, replicas: int, reason: str) -> Reply:
+        """The students that it would serve are refused too, for as long as they wait for their first teacher."""
+        self._refusals[replica] = (replicas, reason)
+        _log.warning("teacher replica %d is turned away: %s", replica, reason)
+        return _refused(reason)
 
     def _refusal_for(self, place: Place) -> str | None:
         for replica, (replicas, reason) in self._refusals.items():
