@@ -34,8 +34,14 @@ class QueuePair:
         self.aborted = True
 
 
+def connected() -> tuple[Connection, Connection]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        left = socket.create_connection(server.getsockname())
+        return Connection(left), Connection(server.accept()[0])
+
+
 def test_tensors_of_the_pair_go_by_it_and_all_else_by_the_connection_in_order():
-    left, right = (Connection(sock) for sock in socket.socketpair())
+    left, right = connected()
     way: queue.Queue = queue.Queue()
     left.pair, right.pair = QueuePair(way), QueuePair(way)
     values, ids = torch.arange(6.0), torch.arange(4, dtype=torch.int32)
