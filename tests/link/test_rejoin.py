@@ -56,7 +56,8 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
     dice = random.Random(20261123)
     students = ["student0", "student1"]
     with Jobs(tmp_path) as jobs:
-        jobs.world("student", layout.students, run_student, layout, settings, 200, 0.01)
+        # 20 seconds of steps, longer than all kills together: the last teacher finds a student to serve.
+        jobs.world("student", layout.students, run_student, layout, settings, 200, 0.1)
         for kill in range(7):
             sizes = dict(teacher_tensor=dice.choice([1, 2, 3]), pipeline=dice.choice([0, 1]))
             teacher = Layout(student_tensor=2, vocab=51, **sizes)
