@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
+from listening import link_threads, listening
 
 from vcrd.link import HandshakeRefused, wire
 from vcrd.link import header as headers
-from vcrd.link.rendezvous import listen
-from vcrd.link.wire import Listener, dial
+from vcrd.link.wire import dial
 
 LONG = 60.0  # seconds that no test here may reach
-
-
-def link_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("vcrd")]
 
 
 def wait_until(true, what: str) -> None:
@@ -28,16 +21,6 @@ def wait_until(true, what: str) -> None:
     while not true():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
-
-
-@contextmanager
-def listening(secret: str = "", answer=lambda hello: ({"heard": hello}, None)) -> Iterator[Listener]:
-    listener = Listener(listen("127.0.0.1", 0), secret, answer)
-    try:
-        yield listener
-    finally:
-        listener.close()
-        assert link_threads() == []
 
 
 # Strangers.

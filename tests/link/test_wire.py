@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 import torch
 from link_jobs import Layout, connected, exchange, part
+from listening import link_threads, listening
 from ports import free_port
 
 from vcrd.link import (
@@ -26,8 +24,8 @@ from vcrd.link import (
 )
 from vcrd.link import header as headers
 from vcrd.link.connection import memory
-from vcrd.link.rendezvous import listen, local_host
-from vcrd.link.wire import Listener, dial
+from vcrd.link.rendezvous import local_host
+from vcrd.link.wire import dial
 from vcrd.megatron.settings import DistillSettings
 
 LONG = 60.0  # seconds that no test here may reach
@@ -38,20 +36,6 @@ def settings_for(**changes) -> LinkSettings:
     return LinkSettings(
         **(dict(address=f"127.0.0.1:{free_port()}", timeout=LONG, connect_timeout=LONG) | changes)
     )
-
-
-def link_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("vcrd")]
-
-
-@contextmanager
-def listening(secret: str = "", answer=lambda hello: ({"heard": hello}, None)) -> Iterator[Listener]:
-    listener = Listener(listen("127.0.0.1", 0), secret, answer)
-    try:
-        yield listener
-    finally:
-        listener.close()
-        assert link_threads() == []
 
 
 # The secret.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import jobs
 import pytest
 import torch
 from ports import free_port
 from test_attach import check_against_direct, settings
+from test_teacher import connect
 from worlds import World, run_worlds
 
-from vcrd.link import LinkSettings, StudentLink, host_rendezvous
+from vcrd.link import LinkSettings, TeacherLost, host_rendezvous
 from vcrd.megatron.packing import packed
 from vcrd.megatron.settings import DistillSettings
 
@@ -62,16 +61,7 @@ def test_the_tail_is_one_outcome():
 def ask_packed(chosen: DistillSettings) -> list[torch.Tensor]:
     """Logits of sequences packed into one row, and of each by itself."""
     rendezvous = host_rendezvous(chosen.link)
-    link = StudentLink.connect(
-        chosen.link,
-        vocab_size=jobs.TRUE_VOCAB,
-        padded_vocab_size=jobs.STUDENT.vocab_size,
-        sequence_length=jobs.SEQUENCE,
-        tensor_rank=0,
-        tensor_size=1,
-        data_rank=0,
-        data_size=1,
-    )
+    link = connect(chosen, jobs.TRUE_VOCAB)
     tokens = jobs.batches(1)[0]["tokens"][:1]
     edges = [0, 5, 6, jobs.SEQUENCE]
     numbers = [link.request(tokens, edges)]
@@ -111,20 +101,9 @@ def serve_another_output_layer(chosen: DistillSettings) -> str:
     return str(error.value)
 
 
-def ask_in_vain(chosen: DistillSettings) -> SimpleNamespace:
+def ask_in_vain(chosen: DistillSettings) -> None:
     rendezvous = host_rendezvous(chosen.link)
-    link = StudentLink.connect(
-        chosen.link,
-        vocab_size=jobs.TRUE_VOCAB,
-        padded_vocab_size=jobs.STUDENT.vocab_size,
-        sequence_length=jobs.SEQUENCE,
-        tensor_rank=0,
-        tensor_size=1,
-        data_rank=0,
-        data_size=1,
-    )
-    from vcrd.link import TeacherLost
-
+    link = connect(chosen, jobs.TRUE_VOCAB)
     with pytest.raises(TeacherLost):
         link.receive(link.request(jobs.batches(1)[0]["tokens"]))
     link.close()
