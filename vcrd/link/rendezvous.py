@@ -84,9 +84,8 @@ class _Run:
         self._students: dict[Place, Address] = {}
         self._replicas = 0  # 0 until the first of them has got an epoch
         self._epochs: dict[int, int] = {}
-        self._refusals: dict[
-            int, tuple[int, str]
-        ] = {}  # by replica: how many it said there are, and why it may not
+        # By replica: how many it said there are, and why it may not join.
+        self._refusals: dict[int, tuple[int, str]] = {}
 
     def student(self, hello: dict) -> Reply:
         place = Place(*(int(rank) for rank in hello["place"]))

@@ -142,7 +142,8 @@ class StudentLink:
 
     def request(self, tokens: Tensor, boundaries: Tensor | Sequence[int] = ()) -> int:
         """Asks for the teacher's answer to tokens [b, s], any integer dtype; on the first rank of a data rank (tensor
-        and context rank 0) only. Never blocks for the teacher.
+        and context rank 0) only. Blocks for the teacher only where one that has stopped lets megabytes of tokens pile
+        up, and then for `timeout` seconds at most.
 
         tokens: the whole sequences, before any split over context ranks. boundaries: of sequences that are packed into
         one row (b = 1), their edges from 0 to s, as Megatron's cu_seqlens; no token then sees another sequence's.

@@ -51,9 +51,8 @@ def dial(
     except (OSError, OverflowError, ValueError) as error:  # the last two: what is no host, what is no port
         raise ConnectionError(f"{address[0]}:{address[1]}: {error}") from None
     try:
-        if (
-            sock.getsockname() == sock.getpeername()
-        ):  # nobody listens, and the system chose this very port to dial from
+        # Where nobody listens, the system may choose this very port to dial from.
+        if sock.getsockname() == sock.getpeername():
             raise ConnectionError("nobody listens there")
         return _greet(sock, secret, hello, time.monotonic() + seconds)
     except (OSError, ConnectionError) as error:
