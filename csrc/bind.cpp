@@ -260,17 +260,19 @@ Tensor row_maxima(const Tensor& logits) {
   return maxima;
 }
 
-// Logits as distances below `maxima`, [rows, columns]: float16, or the 8-bit square-root code.
-Tensor encode(const Tensor& logits, const Tensor& maxima, int64_t bits) {
-  TORCH_CHECK(bits == 8 || bits == 16, "codes have 8 or 16 bits, not ", bits);
+// Logits as distances below `maxima`, into `codes` [rows, columns]: float16, or uint8 for the 8-bit square-root code.
+void encode(const Tensor& logits, const Tensor& maxima, Tensor& codes) {
   const int64_t rows = logits.size(0), columns = logits.size(1);
-  Tensor codes = at::empty({rows, columns}, logits.options().dtype(bits == 8 ? at::kByte : at::kHalf));
-  EncodeParams p{student_of(logits),      rows, columns, pointer<float>(maxima, at::kFloat, rows), dtype_of(codes),
+  const Dtype code = dtype_of(codes);
+  TORCH_CHECK(code == Dtype::kFloat16 || code == Dtype::kDistance8, "codes are float16 or uint8, not ",
+              codes.scalar_type());
+  TORCH_CHECK(codes.is_contiguous() && codes.sizes() == logits.sizes() && codes.device() == logits.device(),
+              "vcrd.encode needs contiguous codes of the logits' shape and device");
+  EncodeParams p{student_of(logits),      rows, columns, pointer<float>(maxima, at::kFloat, rows), code,
                  codes.mutable_data_ptr()};
   on_device(
       logits, [&](auto stream) { return cuda::encode(p, stream); },
       [&] { over_rows(cpu::kernels().encode, p, rows, columns); });
-  return codes;
 }
 
 }  // namespace
@@ -298,7 +300,7 @@ TORCH_LIBRARY(vcrd, library) {
       "Tensor? divergence_gradient, Tensor? cross_entropy_gradient, float temperature, SymInt columns, "
       "SymInt first_column, int divergence, float teacher_share) -> ()");
   library.def("row_maxima(Tensor logits) -> Tensor");
-  library.def("encode(Tensor logits, Tensor maxima, int bits) -> Tensor");
+  library.def("encode(Tensor logits, Tensor maxima, Tensor(a!) codes) -> ()");
 }
 
 void implement(torch::Library& library) {

@@ -149,7 +149,9 @@ VCRD_FUNCTION uint16_t float_to_float16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
-constexpr float kDistance8Step = 0.0192116844f;  // sqrt(kDistance8Range) / 255
+constexpr float kDistance8Step = 0.0192116844f;   // sqrt(kDistance8Range) / 255
+constexpr float kDistance8Inverse = 52.0516570f;  // 255 / sqrt(kDistance8Range)
+constexpr float kLowestFloat16 = -65504.0f;
 
 // A distance coded in 8 bits, as the logit it stands for relative to the row's maximum.
 VCRD_FUNCTION float distance8_to_float(float code) {
@@ -160,8 +162,8 @@ VCRD_FUNCTION float distance8_to_float(float code) {
 // The nearest code in the square root, where the error of exp(-d) is about even.
 VCRD_FUNCTION uint8_t float_to_distance8(float distance_below) {
   float d = distance_below < 0.0f ? 0.0f : distance_below;
-  d = d < kDistance8Range ? d : kDistance8Range;               // a NaN too: codes have none
-  return static_cast<uint8_t>(sqrtf(d) * 52.0516570f + 0.5f);  // 255 / sqrt(kDistance8Range)
+  d = d < kDistance8Range ? d : kDistance8Range;  // a NaN too: codes have none
+  return static_cast<uint8_t>(sqrtf(d) * kDistance8Inverse + 0.5f);
 }
 
 // What is added to a row of the teacher's logits after they are read.

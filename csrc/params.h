@@ -139,7 +139,7 @@ struct EncodeParams {
   Logits logits;
   int64_t rows, columns;
   const float* maxima;  // [rows], of the whole vocabulary
-  Dtype code;           // kFloat16: logit - maximum; kDistance8: the square-root code
+  Dtype code;           // kFloat16: logit - maximum in [-65504, 0]; kDistance8: the square-root code
   void* codes;          // [rows, columns]
 };
 

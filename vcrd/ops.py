@@ -66,5 +66,5 @@ def _(logits):
 
 
 @torch.library.register_fake("vcrd::encode")
-def _(logits, maxima, bits):
-    return logits.new_empty(logits.shape, dtype=torch.uint8 if bits == 8 else torch.float16)
+def _(logits, maxima, codes):
+    return None

@@ -12,10 +12,19 @@ constexpr int64_t kLanes = VCRD_REGISTER_BYTES / 4;
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 #define VCRD_LANES inline __attribute__((always_inline))
+
+template <class To, class From>
+VCRD_LANES To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
 
 VCRD_LANES Floats all_lanes(float x) { return x - Floats{}; }  // not + 0, which would lose the sign of -0
 
@@ -27,6 +36,17 @@ VCRD_LANES Floats larger(Floats x, Floats y) {
   return _mm256_max_ps(x, y);
 #else
   return x > y ? x : y;
+#endif
+}
+
+// As larger(): y where either is a NaN.
+VCRD_LANES Floats smaller(Floats x, Floats y) {
+#if VCRD_REGISTER_BYTES == 64
+  return _mm512_min_ps(x, y);
+#elif VCRD_REGISTER_BYTES == 32
+  return _mm256_min_ps(x, y);
+#else
+  return x < y ? x : y;
 #endif
 }
 

@@ -26,9 +26,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Encoded at a time on the CPU: few enough to be still in its cache when they are put away, and so many that starting
-# the threads for each block costs little beside.
-_BLOCK_ELEMENTS = 1 << 20
 Empty = Callable[..., Tensor]  # as torch.empty(*shape, dtype=...): where the memory comes from
 
 
@@ -117,29 +114,21 @@ def encode(payload: Payload, output: Tensor, top: Tensor | None = None, empty: E
     """
     if payload.relative and top is None:
         raise ValueError(f"top must be given for the relative payload {payload.name!r}, got None")
+    on_cpu = output.device.type == "cpu"
     dtype = payload.dtype or payload.state_dtype
-    if output.device.type != "cpu":
-        if payload.relative:
-            return _encode_relative(payload, output, top)
-        return torch.empty(output.shape, dtype=dtype, device=output.device).copy_(output)
-    result = empty(*output.shape, dtype=dtype)
-    if not payload.relative or not output.numel():
+    result = empty(*output.shape, dtype=dtype) if on_cpu else output.new_empty(output.shape, dtype=dtype)
+    if not payload.relative:
         return result.copy_(output)
-    rows = max(1, _BLOCK_ELEMENTS // max(1, output[0].numel()))
-    for block in range(0, output.shape[0], rows):
-        part = slice(block, block + rows)
-        result[part] = _encode_relative(payload, output[part], top[part])
+    if output.numel():
+        _encode_relative(output, top, result)
     return result
 
 
-def _encode_relative(payload: Payload, logits: Tensor, top: Tensor) -> Tensor:
+def _encode_relative(logits: Tensor, top: Tensor, result: Tensor) -> None:
     from vcrd import ops  # only here, so that the link can be imported without the compiled extension
 
     logits = logits.float() if logits.dtype == torch.float64 else logits
-    rows = logits.reshape(-1, logits.shape[-1]) if logits.numel() else logits.flatten(0, 1)
+    rows = logits.reshape(-1, logits.shape[-1])
     if rows.shape[-1] > 1 and rows.stride(-1) != 1:
         rows = rows.contiguous()
-    codes = ops.encode(rows, top.reshape(-1).contiguous(), 8 * payload.dtype.itemsize)
-    if payload.dtype == torch.float16:
-        codes.clamp_(min=torch.finfo(torch.float16).min, max=0.0)  # -inf, and +inf above a finite maximum
-    return codes.view(logits.shape)
+    ops.encode(rows, top.reshape(-1).contiguous(), result.view(rows.shape))
