@@ -35,9 +35,12 @@ __global__ void __launch_bounds__(kThreads) row_maxima_kernel(MaximumParams p, G
 template <class Code>
 __device__ __forceinline__ Code coded(float logit, float maximum) {
   const float relative = logit - maximum;
-  if constexpr (std::is_same_v<Code, Distance8>) return {float_to_distance8(-relative)};
-  const float above = relative < kLowestFloat16 ? kLowestFloat16 : relative;  // a NaN stays
-  return narrowed<Code>(above > 0.0f ? 0.0f : above);
+  if constexpr (std::is_same_v<Code, Distance8>) {
+    return {float_to_distance8(-relative)};
+  } else {
+    const float above = relative < kLowestFloat16 ? kLowestFloat16 : relative;  // a NaN stays
+    return narrowed<Code>(above > 0.0f ? 0.0f : above);
+  }
 }
 
 template <class S, class Code>
