@@ -154,7 +154,7 @@ def student_job(settings, micro_batches: int, per_rank: int | None = None) -> Si
             micro_batch_size=2,
             forward_only=forward_only,
         )
-        received.append(0 if plug._link is None else plug._link.bytes_received)
+        received.append(plug._teacher.bytes_received)
         return list(losses)
 
     def set_training(training: bool) -> None:

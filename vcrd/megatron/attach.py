@@ -11,18 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.link.answers import Hidden, TopK
-from vcrd.link.rendezvous import Rendezvous, host_rendezvous
-from vcrd.link.student import StudentLink
 from vcrd.loss import CalibratedLoss, validity_calibrated_kl
-from vcrd.megatron.ahead import AskAhead, TokensOf
+from vcrd.megatron.ahead import TokensOf
 from vcrd.megatron.layout import Layout, unwrap
+from vcrd.megatron.linked import LinkedTeacher
 from vcrd.megatron.report import Report
 from vcrd.megatron.settings import DistillSettings
-from vcrd.teacher_forms import HiddenStates, TopKLogits
 
 _log = logging.getLogger("vcrd")
 
@@ -72,13 +68,9 @@ class Distillation:
         self.settings = settings
         self.report = Report()
         self._forward_step = forward_step
-        self._tokens_of = tokens_of
-        self._rendezvous: Rendezvous | None = None
-        self._link: StudentLink | None = None
+        self._teacher = LinkedTeacher(settings, tokens_of)
         self._layout: Layout | None = None
         self._attached: Attachment | None = None
-        self._ahead: AskAhead | None = None
-        self._answers = Answers()
         self._done = 0  # micro-batches whose loss was computed
         self._counted = (0.0, 0)  # of the link's seconds waited and bytes received: what a report has already
         self._measuring = False
@@ -95,11 +87,11 @@ class Distillation:
                 "return_schedule_plan: expected False, got True; vcrd does not work with "
                 "overlap_moe_expert_parallel_comm"
             )
-        self._host()
+        self._teacher.host()
         if not getattr(chunk, "post_process", True):
             return self._forward_step(data_iterator, model, *args, **kwargs)
         attachment = self._attach(chunk)
-        iterator = self._ask_ahead(data_iterator)
+        iterator = self._teacher.watched(data_iterator)
         before = self._done
         with attachment.active():
             result = self._forward_step(iterator, model, *args, **kwargs)
@@ -130,16 +122,7 @@ class Distillation:
         if self._attached is not None:
             self._attached.detach()
             self._attached = None
-        if self._link is not None:
-            self._link.close()
-            self._link = None
-        if self._rendezvous is not None:
-            self._rendezvous.close()
-            self._rendezvous = None
-
-    def _host(self) -> None:
-        if self._rendezvous is None and self._link is None and dist.get_rank() == 0:
-            self._rendezvous = host_rendezvous(self.settings.link)
+        self._teacher.close()
 
     def _attach(self, chunk: torch.nn.Module) -> Attachment:
         if self._attached is None:
@@ -147,42 +130,22 @@ class Distillation:
             self._attached = Attachment(chunk, self._loss)
         elif self._attached.chunk is not chunk:
             raise ValueError("model: expected the model that was distilled before, got another one")
-        if self._link is None:
-            self._link = self._layout.connect(self.settings)
+        self._teacher.connect(self._layout)
         return self._attached
-
-    def _ask_ahead(self, data_iterator: Any) -> Any:
-        """On the rank that asks: the iterator that looks ahead. Elsewhere the script's own."""
-        if not self._layout.asks or data_iterator is None:
-            return data_iterator
-        if self._ahead is not None and self._ahead.source is data_iterator:
-            return self._ahead
-        if self._ahead is not None and self._ahead.pending:
-            raise ValueError(
-                f"data_iterator: expected the one of before, from which {self._ahead.pending} micro-batches were "
-                "asked of the teacher and not yet drawn, got another one (ahead=0 asks for none early)"
-            )
-        ahead = self.settings.link.credits if self.settings.ahead is None else self.settings.ahead
-        self._ahead = AskAhead(data_iterator, self._link.request, ahead, self._tokens_of)
-        return self._ahead
 
     def _loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
         """labels, loss_mask [b, s], logits [s, b, v/tp] -> [b, s]: the loss of the next micro-batch."""
-        link, number = self._link, self._done
-        if self._layout.asks and (self._ahead is None or self._ahead.number != number):
-            raise ValueError(
-                "data_iterator: expected forward_step to draw one micro-batch from it per call, got none or several"
-            )
-        teacher = self._answers.of(link.receive(number))
+        number = self._done
+        answer = self._teacher.answer(number)
         self._done = number + 1
         # Bytes also arrive between two losses: they are counted with the next.
         counted = self._counted
-        self._counted = (link.waited, link.bytes_received)
+        self._counted = (self._teacher.waited, self._teacher.bytes_received)
         self.report.add_link(self._counted[0] - counted[0], self._counted[1] - counted[1])
         mask = None if loss_mask is None else loss_mask.transpose(0, 1)
         out = validity_calibrated_kl(
             logits,
-            teacher,
+            answer,
             labels.transpose(0, 1),
             mask=mask,
             vocab_size=self._layout.vocab_size,
@@ -194,23 +157,6 @@ class Distillation:
         if self._observer is not None:
             self._observer(Observation(number, labels, loss_mask, out))
         return out.loss.transpose(0, 1).contiguous()
-
-
-class Answers:
-    """What the link delivers, in the form that the loss takes."""
-
-    def __init__(self) -> None:
-        self._weight: Tensor | None = None  # of the teacher's output layer, as it is multiplied
-
-    def of(self, answer: Tensor | TopK | Hidden) -> Tensor | TopKLogits | HiddenStates:
-        if isinstance(answer, TopK):
-            return TopKLogits(answer.logprobs, answer.ids, answer.log_tail)
-        if not isinstance(answer, Hidden):
-            return answer
-        if self._weight is None:
-            # On the CPU the loss multiplies in float32: converted here once, not once per micro-batch.
-            self._weight = answer.weight if answer.weight.is_cuda else answer.weight.float()
-        return HiddenStates(answer.states, self._weight, answer.scale, answer.softcap or None)
 
 
 class Attachment:
