@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd import ops
-from vcrd.layout import DIVERGENCES, settle_layout
+from vcrd.layout import DIVERGENCES, Layout, settle_layout
 from vcrd.teacher_blocks import (
     BLOCK_BYTES,
+    TeacherBlocks,
     as_rows,
     blocks_of,
     gather_shards,
@@ -44,7 +45,7 @@ class DivergenceStats(NamedTuple):
     teacher_action: Tensor
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """Everything but tensors that the passes need."""
 
     divergence: str
@@ -119,6 +120,59 @@ def vocab_parallel_divergence(
     `vocab_size`, or an id of the teacher's outside the vocabulary, is a ValueError on CPU; on other devices, where
     reading it would stall, that token's loss is NaN.
     """
+    leading, rows = student_logits.shape[:-1], student_logits.shape[:-1].numel()
+    call = settle(
+        student_logits,
+        teacher_logits,
+        teacher_max,
+        labels,
+        mask,
+        divergence,
+        temperature,
+        alpha,
+        beta,
+        vocab_size,
+        group,
+    )
+    inplace_gradient = inplace_gradient and not torch.compiler.is_compiling()
+    fields_of = _fields if isinstance(teacher_logits, Tensor) else _untraced_fields
+    fields = fields_of(
+        as_rows(student_logits, rows),
+        call.labels,
+        call.mask,
+        call.plan,
+        call.group,
+        inplace_gradient,
+        (teacher_logits, call.teacher_max, rows, *call.layout, _block_bytes),
+    )
+    return DivergenceStats(*(field.view(leading) for field in fields))
+
+
+class Call(NamedTuple):
+    """The arguments of one call, checked and agreed on, as the passes take them; rows are tokens."""
+
+    layout: Layout
+    plan: Plan
+    group: dist.ProcessGroup | None  # None for one rank
+    teacher_max: Tensor | None  # [rows]
+    labels: Tensor | None  # [rows] int64
+    mask: Tensor | None  # [rows] uint8
+
+
+def settle(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopKLogits | HiddenStates,
+    teacher_max: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    divergence: str,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    vocab_size: int | None,
+    group: dist.ProcessGroup | None,
+) -> Call:
+    """Checks the arguments of `vocab_parallel_divergence`; of the student's logits shape, dtype and device are read."""
     layout = settle_layout(
         student_logits,
         teacher_logits,
@@ -132,7 +186,7 @@ def vocab_parallel_divergence(
         vocab_size,
         group,
     )
-    leading, rows = student_logits.shape[:-1], student_logits.shape[:-1].numel()
+    rows = student_logits.shape[:-1].numel()
     if mask is not None:
         mask = (mask if mask.dtype == torch.bool else mask != 0).reshape(rows).contiguous().view(torch.uint8)
     if teacher_max is not None:
@@ -146,21 +200,10 @@ def vocab_parallel_divergence(
     if alpha == 0 and divergence.startswith("skew"):
         divergence = "forward_kl" if divergence == "skew_kl" else "reverse_kl"
     share = {"jsd": beta, "skew_kl": alpha, "skew_reverse_kl": 1 - alpha}.get(divergence, 0.0)
-    plan = _Plan(divergence, float(temperature), float(share), layout.columns, layout.first_column)
+    plan = Plan(divergence, float(temperature), float(share), layout.columns, layout.first_column)
     if group is not None and dist.get_world_size(group) == 1:
         group = None
-    inplace_gradient = inplace_gradient and not torch.compiler.is_compiling()
-    fields_of = _fields if isinstance(teacher_logits, Tensor) else _untraced_fields
-    fields = fields_of(
-        as_rows(student_logits, rows),
-        labels,
-        mask,
-        plan,
-        group,
-        inplace_gradient,
-        (teacher_logits, teacher_max, rows, *layout, _block_bytes),
-    )
-    return DivergenceStats(*(field.view(leading) for field in fields))
+    return Call(layout, plan, group, teacher_max, labels, mask)
 
 
 def _check_ids(name: str, ids: Tensor, mask: Tensor | None, lowest: int | None, vocab_size: int) -> None:
@@ -189,51 +232,63 @@ def _fields(student, labels, mask, plan, group, inplace_gradient, teacher) -> tu
 _untraced_fields = torch.compiler.disable(_fields)
 
 
-class _VocabParallelDivergence(torch.autograd.Function):
-    """Rows in, the fields of DivergenceStats out, each [rows].
+def statistics_pass(
+    student: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    plan: Plan,
+    form: TeacherBlocks,
+    group: dist.ProcessGroup | None,
+    teacher: tuple[Tensor | None, ...],
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]]:
+    """Rows in; the fields of DivergenceStats, each [rows], and what the gradient needs: constants, sums, teacher.
 
-    The passes read the teacher block by block of rows; a dense one is one block. What they find is joined before ranks
+    Reads the teacher block by block of rows; a dense one is one block. What the blocks hold is joined before ranks
     meet, so that ranks may cut their rows differently and the number of collectives is that of one block.
     """
+    spans = form.spans(student.shape[0])
+    teacher = form.prepare(teacher, student, mask, group)
+    partials = []
+    for first, last in spans:
+        rows, *read = rows_of(first, last, student, labels, mask)
+        partials.append(
+            ops.row_statistics(
+                *(rows, *form.logits(teacher, rows, first, last), *read),
+                *(plan.temperature, plan.columns, plan.first_column, plan.code),
+            )
+        )
+    partials = gather_shards(joined(partials), group)
+    statistics, actions, constants = ops.merge_statistics(partials, labels, mask, plan.temperature, plan.code)
+    divergence, *rest = statistics.unbind(0)
+    sums = None
+    if plan.has_mixture:
+        sums = []
+        for first, last in spans:
+            rows, *read = rows_of(first, last, student, mask, constants)
+            sums.append(
+                ops.mixture_sums(
+                    *(rows, *form.logits(teacher, rows, first, last), *read),
+                    *(plan.temperature, plan.columns, plan.code, plan.teacher_share),
+                )
+            )
+        sums = joined(sums)
+        if group is not None and sums.shape[0]:
+            dist.all_reduce(sums, group=group)
+        divergence = sums[:, 0].clamp(min=0)  # rounding may leave a hair below
+    return (divergence, *rest, *actions.unbind(0)), (constants, sums, teacher)
+
+
+class _VocabParallelDivergence(torch.autograd.Function):
+    """Rows in, the fields of DivergenceStats out, each [rows]."""
 
     @staticmethod
     def forward(ctx, student, labels, mask, plan, form, group, inplace_gradient, *teacher):
-        spans = form.spans(student.shape[0])
-        teacher = form.prepare(teacher, student, mask, group)
-        partials = []
-        for first, last in spans:
-            rows, *read = rows_of(first, last, student, labels, mask)
-            partials.append(
-                ops.row_statistics(
-                    *(rows, *form.logits(teacher, rows, first, last), *read),
-                    *(plan.temperature, plan.columns, plan.first_column, plan.code),
-                )
-            )
-        partials = gather_shards(joined(partials), group)
-        statistics, actions, constants = ops.merge_statistics(
-            partials, labels, mask, plan.temperature, plan.code
+        fields, (constants, sums, teacher) = statistics_pass(
+            student, labels, mask, plan, form, group, teacher
         )
-        divergence, *rest = statistics.unbind(0)
-        sums = None
-        if plan.has_mixture:
-            sums = []
-            for first, last in spans:
-                rows, *read = rows_of(first, last, student, mask, constants)
-                sums.append(
-                    ops.mixture_sums(
-                        *(rows, *form.logits(teacher, rows, first, last), *read),
-                        *(plan.temperature, plan.columns, plan.code, plan.teacher_share),
-                    )
-                )
-            sums = joined(sums)
-            if group is not None and sums.shape[0]:
-                dist.all_reduce(sums, group=group)
-            divergence = sums[:, 0].clamp(min=0)  # rounding may leave a hair below
-        cross_entropy, *rest = rest
         ctx.save_for_backward(student, labels, mask, constants, sums, *teacher)
         ctx.plan, ctx.form, ctx.inplace_gradient, ctx.overwritten = plan, form, inplace_gradient, False
         ctx.set_materialize_grads(False)
-        fields = (divergence, cross_entropy, *rest, *actions.unbind(0))
         ctx.mark_non_differentiable(*fields[2:])
         return fields
 
