@@ -43,6 +43,7 @@ def validity_weights(
     mask: Tensor | None = None,
     normalization: str = "none",
     normalization_group: dist.ProcessGroup | None = None,
+    steps_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weight and relative validity of each token, detached, each [...] float32; 0 where the mask is 0.
 
@@ -66,8 +67,11 @@ def validity_weights(
             [number of steps], indexed by the step's id.
         mask: [...]; tokens where it is 0 take no part in steps or normalisation.
         normalization: "none", or "mean": divide by the masked mean weight, over all ranks of `normalization_group`.
+        steps_group: ranks that hold parts of the same steps, each as many tokens (context parallelism). Ids are then
+            below the number of tokens of all of them.
 
-    Collectives: none; with "mean" and a group, one all-reduce of two numbers.
+    Collectives: none; with "mean" and a group, one all-reduce of two numbers; with `steps_group`, one all-reduce of
+    five int64 per token of its ranks.
 
     Raises TypeError or ValueError that names the argument.
     """
@@ -82,12 +86,13 @@ def validity_weights(
         teacher_validity,
         mask,
         normalization,
+        steps_group,
     )
     student, teacher = _log_validities(stats, validity, steps, student_validity, teacher_validity)
     keep = None if mask is None else mask != 0
     index = None
     if steps is not None:
-        student, teacher, index = _average_over_steps(student, teacher, steps, keep)
+        student, teacher, index = _average_over_steps(student, teacher, steps, keep, steps_group)
     rho = torch.sigmoid(sharpness * (teacher.clamp(min=LOWEST_LOG) - student.clamp(min=LOWEST_LOG)))
     weight = floor + (ceiling - floor) * rho
     if index is not None:
@@ -137,30 +142,32 @@ def _ask(estimator: Estimator, stats: DivergenceStats) -> tuple[Tensor, Tensor]:
 
 
 def _average_over_steps(
-    student: Tensor, teacher: Tensor, steps: Tensor, keep: Tensor | None
+    student: Tensor, teacher: Tensor, steps: Tensor, keep: Tensor | None, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean log validities of each step, [slots], and each token's slot, [...]; tokens of no step have their own."""
     member = steps >= 0 if keep is None else (steps >= 0) & keep
     flat = torch.where(member, steps, -1).reshape(-1)
-    slot = _slots(flat)
+    slots = flat.numel() if group is None else flat.numel() * group.size()
+    slot = _slots(flat) if group is None else flat
     # Every other token is a step of its own, numbered past the members'.
-    slot = torch.where(flat >= 0, slot, slot.numel() + torch.arange(slot.numel(), device=slot.device))
-
-    def add_up(values: Tensor) -> Tensor:
-        return values.new_zeros(2 * slot.numel()).index_add_(0, slot, values)
-
-    count = add_up(torch.ones_like(slot)).clamp(min=1)
-
-    def average(log_validity: Tensor) -> Tensor:
+    slot = torch.where(flat >= 0, slot, slots + torch.arange(flat.numel(), device=flat.device))
+    rows = [torch.ones_like(slot)]
+    for log_validity in (student, teacher):
         # A device adds up in any order, and only integers do not mind. They have no NaN, which is counted apart.
         values, unknown = log_validity.reshape(-1).double(), log_validity.reshape(-1).isnan()
-        fixed = (
-            (values.clamp(LOWEST_STEP_LOG, -LOWEST_STEP_LOG).nan_to_num(nan=0.0) * FIXED_POINT).round().long()
-        )
-        mean = add_up(fixed).double() / (count * FIXED_POINT)
-        return torch.where(add_up(unknown.long()) > 0, torch.nan, mean).float()
-
-    return average(student), average(teacher), slot.view_as(steps)
+        bounded = values.clamp(LOWEST_STEP_LOG, -LOWEST_STEP_LOG).nan_to_num(nan=0.0)
+        rows += [(bounded * FIXED_POINT).round().long(), unknown.long()]
+    sums = slot.new_zeros(len(rows), slots + flat.numel()).index_add_(1, slot, torch.stack(rows))
+    if group is not None:
+        shared = sums[:, :slots].contiguous()
+        dist.all_reduce(shared, group=group)
+        sums[:, :slots] = shared
+    count = sums[0].clamp(min=1)
+    student, teacher = (
+        torch.where(unknown > 0, torch.nan, total.double() / (count * FIXED_POINT)).float()
+        for total, unknown in (sums[1:3], sums[3:5])
+    )
+    return student, teacher, slot.view_as(steps)
 
 
 def _slots(steps: Tensor) -> Tensor:
@@ -181,7 +188,17 @@ def _mean(weight: Tensor, keep: Tensor | None, group: dist.ProcessGroup | None) 
 
 
 def _check(
-    stats, validity, sharpness, floor, ceiling, steps, student_validity, teacher_validity, mask, normalization
+    stats,
+    validity,
+    sharpness,
+    floor,
+    ceiling,
+    steps,
+    student_validity,
+    teacher_validity,
+    mask,
+    normalization,
+    steps_group,
 ):
     if not callable(validity) and validity not in ESTIMATORS:
         raise ValueError(f"validity: expected one of {', '.join(ESTIMATORS)} or a callable, got {validity!r}")
@@ -199,6 +216,10 @@ def _check(
             )
     if steps is not None and (steps.is_floating_point() or steps.dtype == torch.bool):
         raise TypeError(f"steps: expected integers, got {steps.dtype}")
+    if steps is not None and steps_group is not None and steps.numel() and steps.device.type == "cpu":
+        tokens = steps.numel() * steps_group.size()
+        if not torch.compiler.is_compiling() and int(steps.max()) >= tokens:
+            raise ValueError(f"steps: expected ids below {tokens} with steps_group, got {int(steps.max())}")
     for name, value in (("student_validity", student_validity), ("teacher_validity", teacher_validity)):
         if validity == "scores":
             _check_validity(name, value, stats.divergence, steps)

@@ -203,7 +203,7 @@ def test_settings_come_from_the_environment():
         ({"VCRD_CREDITS": "two"}, "VCRD_CREDITS: expected an integer, got 'two'"),
         ({"VCRD_FLOOR": "low"}, "VCRD_FLOOR: expected a number, got 'low'"),
         ({"VCRD_ADDRESS": "nowhere"}, "address must be 'host:port'"),
-        ({"VCRD_VALIDITY": "scores"}, "validity: expected an estimator"),
+        ({"VCRD_STEPS": "some"}, "VCRD_STEPS: expected 0, 1, false or true, got 'some'"),
         ({"VCRD_VOCAB_SIZE": "0"}, "vocab_size: expected an integer of at least 1 or None, got 0"),
     ],
 )

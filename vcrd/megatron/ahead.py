@@ -47,24 +47,24 @@ class AskAhead:
             except StopIteration:
                 self._exhausted = True
                 break
-            self._asked.append((self._ask(*packed(batch, self._tokens(batch))), batch))
+            self._asked.append((self._ask(*packed(batch, tokens_in(batch, self._tokens_of))), batch))
         if not self._asked:
             raise StopIteration
         self.number, batch = self._asked.popleft()
         return batch
 
-    def _tokens(self, batch: Any) -> Tensor:
-        if callable(self._tokens_of):
-            tokens = self._tokens_of(batch)
-        else:
-            try:
-                tokens = batch[self._tokens_of]
-            except (KeyError, TypeError, IndexError):
-                found = f"the keys {sorted(batch)}" if isinstance(batch, dict) else type(batch).__name__
-                raise ValueError(
-                    f"tokens: expected a micro-batch with {self._tokens_of!r}, got {found}"
-                ) from None
-        if not isinstance(tokens, Tensor) or tokens.dim() != 2:
-            got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"tokens: expected a tensor [b, s] in the micro-batch, got {got}")
-        return tokens
+
+def tokens_in(batch: Any, tokens_of: TokensOf) -> Tensor:
+    """The tokens [b, s] of a micro-batch; ValueError where there are none."""
+    if callable(tokens_of):
+        tokens = tokens_of(batch)
+    else:
+        try:
+            tokens = batch[tokens_of]
+        except (KeyError, TypeError, IndexError):
+            found = f"the keys {sorted(batch)}" if isinstance(batch, dict) else type(batch).__name__
+            raise ValueError(f"tokens: expected a micro-batch with {tokens_of!r}, got {found}") from None
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+        got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"tokens: expected a tensor [b, s] in the micro-batch, got {got}")
+    return tokens

@@ -17,6 +17,7 @@ from vcrd.loss import CalibratedLoss, validity_calibrated_kl
 from vcrd.megatron.ahead import TokensOf
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.linked import LinkedTeacher
+from vcrd.megatron.outside import Outside, Verifier
 from vcrd.megatron.report import Report
 from vcrd.megatron.settings import DistillSettings
 
@@ -36,7 +37,11 @@ Observer = Callable[[Observation], None]
 
 
 def distill(
-    forward_step: Callable[..., Any], settings: DistillSettings | None = None, *, tokens: TokensOf = "tokens"
+    forward_step: Callable[..., Any],
+    settings: DistillSettings | None = None,
+    *,
+    tokens: TokensOf = "tokens",
+    verifier: Verifier | None = None,
 ) -> Distillation:
     """Turns a script's `forward_step(data_iterator, model, ...)` into one that distils from the linked teacher.
 
@@ -46,13 +51,14 @@ def distill(
 
     settings: default `DistillSettings.from_environment()`, the VCRD_* variables.
     tokens: the key of the input tokens [b, s] in what the data iterator yields, or a function that finds them.
+    verifier: judges both models' actions, in place of the settings' validity; called as `Outside` says.
 
     Every rank calls it; the process group and Megatron's parallel state must exist by the first training step,
     where rank 0 opens the rendezvous and the ranks of the last stage wait for the teacher job. That step raises
     ValueError for what cannot be distilled, and LinkError when the teacher does not come or does not fit.
     """
     settings = DistillSettings.from_environment() if settings is None else settings
-    return Distillation(forward_step, settings, tokens)
+    return Distillation(forward_step, settings, tokens, verifier)
 
 
 class Distillation:
@@ -63,12 +69,17 @@ class Distillation:
     """
 
     def __init__(
-        self, forward_step: Callable[..., Any], settings: DistillSettings, tokens_of: TokensOf
+        self,
+        forward_step: Callable[..., Any],
+        settings: DistillSettings,
+        tokens_of: TokensOf,
+        verifier: Verifier | None = None,
     ) -> None:
         self.settings = settings
         self.report = Report()
         self._forward_step = forward_step
         self._teacher = LinkedTeacher(settings, tokens_of)
+        self._outside = Outside(settings, tokens_of, verifier)
         self._layout: Layout | None = None
         self._attached: Attachment | None = None
         self._done = 0  # micro-batches whose loss was computed
@@ -91,7 +102,7 @@ class Distillation:
         if not getattr(chunk, "post_process", True):
             return self._forward_step(data_iterator, model, *args, **kwargs)
         attachment = self._attach(chunk)
-        iterator = self._teacher.watched(data_iterator)
+        iterator = self._outside.watched(self._teacher.watched(data_iterator))
         before = self._done
         with attachment.active():
             result = self._forward_step(iterator, model, *args, **kwargs)
@@ -123,10 +134,12 @@ class Distillation:
             self._attached.detach()
             self._attached = None
         self._teacher.close()
+        self._outside.check()
 
     def _attach(self, chunk: torch.nn.Module) -> Attachment:
         if self._attached is None:
             self._layout = Layout.of(chunk, self.settings)
+            self._outside.place(self._layout)
             self._attached = Attachment(chunk, self._loss)
         elif self._attached.chunk is not chunk:
             raise ValueError("model: expected the model that was distilled before, got another one")
@@ -136,6 +149,7 @@ class Distillation:
     def _loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
         """labels, loss_mask [b, s], logits [s, b, v/tp] -> [b, s]: the loss of the next micro-batch."""
         number = self._done
+        outside = self._outside.arguments(labels, loss_mask)
         answer = self._teacher.answer(number)
         self._done = number + 1
         # Bytes also arrive between two losses: they are counted with the next.
@@ -151,9 +165,10 @@ class Distillation:
             vocab_size=self._layout.vocab_size,
             group=self._layout.tensor_group,
             inplace_gradient=torch.is_grad_enabled(),
-            **self.settings.loss_arguments(),
+            **{**self.settings.loss_arguments(), **outside},
         )
         self.report.add(out, mask)
+        self.report.add_verifier(self._outside.take_seconds())
         if self._observer is not None:
             self._observer(Observation(number, labels, loss_mask, out))
         return out.loss.transpose(0, 1).contiguous()

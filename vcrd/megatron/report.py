@@ -21,7 +21,8 @@ class Figures:
     loss, divergence, cross_entropy: nats per token. weight: mean weight. student_more_valid: share of tokens
     with relative validity below 1/2. agreement: share of tokens where both models' most probable token is the
     same. validity_histogram: tokens by relative validity, BINS equal bins over [0, 1]. teacher_wait: seconds
-    this rank stood still for answers. link_bytes: payload bytes that reached this rank.
+    this rank stood still for answers. link_bytes: payload bytes that reached this rank. verifier_time: seconds that
+    tensor rank 0 spent in the verifier, the same on each of its tensor ranks.
     """
 
     tokens: int
@@ -34,6 +35,7 @@ class Figures:
     validity_histogram: tuple[int, ...]
     teacher_wait: float
     link_bytes: int
+    verifier_time: float = 0.0
 
 
 class Report:
@@ -43,6 +45,7 @@ class Report:
         self._sums: Tensor | None = None
         self._wait = 0.0
         self._bytes = 0
+        self._verifier_time = 0.0
 
     @torch.no_grad()
     def add(self, out: CalibratedLoss, mask: Tensor | None) -> None:
@@ -70,6 +73,10 @@ class Report:
         self._wait += wait
         self._bytes += received
 
+    def add_verifier(self, seconds: float) -> None:
+        """Adds seconds in the verifier."""
+        self._verifier_time += seconds
+
     def take(self, group: dist.ProcessGroup | None = None) -> Figures:
         """Figures since the last call, and starts anew. Waits for the device.
 
@@ -83,8 +90,8 @@ class Report:
                 sums = sums.to(torch.device("cuda", torch.cuda.current_device()))
             dist.all_reduce(sums, group=group)
         values = sums.tolist()
-        wait, received = self._wait, self._bytes
-        self._sums, self._wait, self._bytes = None, 0.0, 0
+        wait, received, verifier_time = self._wait, self._bytes, self._verifier_time
+        self._sums, self._wait, self._bytes, self._verifier_time = None, 0.0, 0, 0.0
         tokens = values[0]
         means = {name: value / max(tokens, 1.0) for name, value in zip(_SUMS, values, strict=False)}
         return Figures(
@@ -92,4 +99,5 @@ class Report:
             validity_histogram=tuple(int(value) for value in values[len(_SUMS) :]),
             teacher_wait=wait,
             link_bytes=received,
+            verifier_time=verifier_time,
         )

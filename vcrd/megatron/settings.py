@@ -18,6 +18,8 @@ _OTHER_VARIABLES = ("VCRD_CPU_INSTRUCTION_SET",)
 class DistillSettings:
     """Settings of `vcrd.megatron.distill`; the loss fields are documented by `vcrd.validity_calibrated_kl`.
 
+    validity: also "scores", student's and teacher's validity of each token as fields of the micro-batches, and steps:
+        whether they carry the reasoning step of each token (`vcrd.megatron.outside`, docs/validity.md).
     vocab_size: the true vocabulary; columns past it are padding. None: the model's own, nothing is padding.
     sequence_length: the longest sequence, a number both jobs must agree on. None: the model's maximum.
     ahead: micro-batches drawn from the data iterator and asked of the teacher before the script draws them.
@@ -32,6 +34,7 @@ class DistillSettings:
     alpha: float = 0.1
     beta: float = 0.5
     validity: Any = "label"
+    steps: bool = False
     sharpness: float = 4.0
     floor: float = 0.1
     ceiling: float = 1.9
@@ -51,11 +54,8 @@ class DistillSettings:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}: expected an integer of at least {least} or None, got {value!r}")
-        if self.validity == "scores":
-            raise ValueError(
-                "validity: expected an estimator that reads the two models or a callable, got 'scores', "
-                "whose per-token scores a Megatron batch does not carry"
-            )
+        if not isinstance(self.steps, bool):
+            raise TypeError(f"steps: expected True or False, got {self.steps!r}")
         if not isinstance(self.link, LinkSettings):
             raise TypeError(f"link: expected LinkSettings, got {type(self.link).__name__}")
         if self.link.payload == "topk" and self.temperature != 1:
@@ -106,6 +106,10 @@ def _parse(variable: str, text: str, annotation: str) -> Any:
     kind = annotation.split(" ")[0]
     if "None" in annotation and text.lower() in ("", "none"):
         return None
+    if kind == "bool":
+        if text.lower() not in ("0", "1", "false", "true"):
+            raise ValueError(f"{variable}: expected 0, 1, false or true, got {text!r}")
+        return text.lower() in ("1", "true")
     if kind in ("int", "float"):
         try:
             return int(text) if kind == "int" else float(text)

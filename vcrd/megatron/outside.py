@@ -1,0 +1,326 @@
+"""Validity from outside the two models: steps and scores that ride in the micro-batch, and a verifier's verdicts.
+
+Megatron hands its own keys of a micro-batch from rank to rank and no others. So what else is in there is taken where
+the micro-batch is drawn, on tensor rank 0 of the last stage, and reaches the other tensor ranks by one broadcast.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from vcrd.divergence import DivergenceStats
+from vcrd.link.plan import context_rows
+from vcrd.megatron.ahead import TokensOf, tokens_in
+from vcrd.megatron.layout import Layout
+from vcrd.megatron.packing import packed
+from vcrd.megatron.settings import DistillSettings
+
+Verifier = Callable[..., tuple[Tensor, Tensor]]
+
+# The key of each argument of the loss in a micro-batch, [b, s] as its tokens are.
+STEPS_KEY = "vcrd_steps"
+SCORE_KEYS = ("vcrd_student_validity", "vcrd_teacher_validity")
+
+# What a message says of a token when it could not be made: no step, and both models equally valid.
+_NO_STEP, _EQUAL = -1, int(torch.ones((), dtype=torch.float32).view(torch.int32))
+_HEADER = 2  # bytes of the sentence that says what went wrong, 0 if nothing; microseconds
+
+
+class Outside:
+    """On every rank of the last stage, for each micro-batch: `watched`, then `arguments` of the loss.
+
+    Fields are int steps and float scores [b, s], one per token, in what the data iterator yields: `STEPS_KEY` where the
+    settings have `steps`, `SCORE_KEYS` where their validity is "scores". The steps of a sample are numbered by
+    themselves. With context parallelism each rank takes the positions that Megatron leaves it.
+
+    verifier: called on tensor rank 0 with CPU tensors (tokens, student_action, teacher_action), each int64 [b, s], and
+    with the micro-batch as it was drawn where it has a parameter named `batch`; packed samples are one row, as Megatron
+    makes it. An action is the most probable token after `tokens` up to and with its position; -1 where there is nothing
+    to judge: the loss mask is 0, or another context-parallel rank judges it. It returns the validity of the student's
+    and of the teacher's action, each [b, s] in [0, 1]; what it says where the action is -1 is not read.
+
+    Collectives: with tensor parallelism, one broadcast per micro-batch where the settings ask for fields, one where
+    there is a verifier; none otherwise. What goes wrong on tensor rank 0 is raised on every tensor rank. Fields go to
+    GPUs without waiting for them: all but the first micro-batch's are checked with the next one, and a wrong one has
+    equal validities until then. A verifier waits for the device.
+    """
+
+    def __init__(self, settings: DistillSettings, tokens_of: TokensOf, verifier: Verifier | None) -> None:
+        if verifier is not None and not callable(verifier):
+            raise TypeError(f"verifier: expected a callable, got {type(verifier).__name__}")
+        if verifier is not None and (settings.validity == "scores" or callable(settings.validity)):
+            raise ValueError(
+                f"verifier: expected none with the settings' validity {settings.validity!r}, "
+                "for a verifier takes its place"
+            )
+        scores = settings.validity == "scores"
+        self.keys = ((STEPS_KEY,) if settings.steps else ()) + (SCORE_KEYS if scores else ())
+        self._verifier = verifier
+        self._wants_batch = verifier is not None and "batch" in _parameters(verifier)
+        self._tokens_of = tokens_of
+        self._layout: Layout | None = None
+        self._groups: tuple[Any, Any] = (None, None)  # tensor, context
+        self._drawn: list[Any] = []
+        self._late: _Late | None = None  # what the last message has still to be asked
+        self._sent = 0
+        self._seconds = 0.0
+
+    @property
+    def used(self) -> bool:
+        return bool(self.keys) or self._verifier is not None
+
+    def place(self, layout: Layout, context_group: dist.ProcessGroup | None = None) -> None:
+        """Where this rank stands; before the first micro-batch. context_group: default Megatron's."""
+        if layout.context_size > 1 and context_group is None:
+            context_group = parallel_state.get_context_parallel_group()
+        self._layout = layout
+        self._groups = (layout.tensor_group, context_group)
+
+    def watched(self, data_iterator: Any) -> Any:
+        """The iterator to draw this call's micro-batch from. It hides the fields from the script."""
+        self._drawn = []
+        if not self.used or self._layout.tensor_rank != 0 or data_iterator is None:
+            return data_iterator
+        return self._watch(data_iterator)
+
+    def _watch(self, source: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            # A copy, for Megatron's own functions empty and move the entries of the dictionary that they are given.
+            self._drawn.append(dict(batch) if isinstance(batch, dict) else batch)
+            if isinstance(batch, dict):
+                batch = {key: value for key, value in batch.items() if key not in (STEPS_KEY, *SCORE_KEYS)}
+            yield batch
+
+    def arguments(self, labels: Tensor, loss_mask: Tensor | None) -> dict[str, Any]:
+        """Arguments of `validity_calibrated_kl`, [s, b], for the micro-batch of this rank's labels [b, s].
+
+        ValueError, on every tensor rank, for fields that are missing or wrong, here or in the micro-batch before.
+        """
+        if not self.used:
+            return {}
+        self.check()
+        found: dict[str, Any] = {}
+        if self.keys:
+            count = len(self.keys) * labels.numel()
+            sent = self._share(lambda: self._fields(labels.shape), count, ValueError, self._neutral(labels))
+            rows = list(sent.view(len(self.keys), *labels.shape).transpose(1, 2))
+            if STEPS_KEY in self.keys:
+                found["steps"] = rows.pop(0).long()
+                found["steps_group"] = self._groups[1]
+            if rows:
+                found["student_validity"], found["teacher_validity"] = (
+                    row.contiguous().view(torch.float32) for row in rows
+                )
+        if self._verifier is not None:
+            found["validity"] = lambda stats: self._verdicts(stats, labels, loss_mask)
+        return found
+
+    def take_seconds(self) -> float:
+        """Seconds that tensor rank 0 spent in the verifier since the last call, the same on every tensor rank."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def check(self) -> None:
+        """ValueError, on every tensor rank, if the last micro-batch's fields were wrong and it was not said yet."""
+        late, self._late = self._late, None
+        if late is not None:
+            late.check()
+
+    def _verdicts(
+        self, stats: DivergenceStats, labels: Tensor, loss_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        sent = self._share(lambda: self._judge(stats, labels, loss_mask), 2 * labels.numel(), RuntimeError)
+        student, teacher = sent.view(2, *labels.shape).transpose(1, 2).contiguous().view(torch.float32)
+        return student, teacher
+
+    def _share(
+        self,
+        make: Callable[[], tuple[Tensor, float]],
+        count: int,
+        error: type[Exception],
+        neutral: Tensor | None = None,
+    ) -> Tensor:
+        """int32 [count] and seconds, made on tensor rank 0, on every tensor rank; `error` everywhere if that failed.
+
+        neutral: int32 [count] that stands in for what could not be made, for a check that comes late.
+        """
+        layout, (group, _) = self._layout, self._groups
+        message = torch.zeros(_HEADER + count, dtype=torch.int32)
+        cause = None
+        if layout.tensor_rank == 0:
+            try:
+                body, seconds = make()
+                message[1] = min(int(seconds * 1e6), 2**31 - 1)
+                message[_HEADER:] = body.reshape(-1)
+            except Exception as failure:
+                cause = failure
+                _write(message, str(failure) if error is ValueError else f"verifier: {_told(failure)}")
+            if layout.device.type == "cuda":
+                message = message.pin_memory()
+        known = message
+        message = message.to(layout.device, non_blocking=True)
+        if group is not None:
+            dist.broadcast(message, dist.get_global_rank(group, 0), group=group)
+            known = message
+        self._sent += 1
+        late = _Late(message, error, cause)
+        if message.device.type == "cuda" and neutral is not None and group is not None and self._sent > 1:
+            self._late = late
+            return torch.where(message[0] == 0, message[_HEADER:], neutral.to(message.device))
+        late.check()
+        if self._verifier is not None:
+            self._seconds += int(known[1]) / 1e6
+        return message[_HEADER:]
+
+    def _neutral(self, labels: Tensor) -> Tensor:
+        values = [_NO_STEP if key == STEPS_KEY else _EQUAL for key in self.keys]
+        return torch.tensor(values, dtype=torch.int32).repeat_interleave(labels.numel())
+
+    def _batch(self, shape: torch.Size) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """What was drawn, its tokens [b, s], packed sequences' edges, and this rank's columns of the tokens."""
+        if len(self._drawn) != 1:
+            raise ValueError(
+                "data_iterator: expected forward_step to draw one micro-batch from it per call on tensor rank 0 of "
+                f"the last stage, got {len(self._drawn)}"
+            )
+        (batch,) = self._drawn
+        tokens, edges = packed(batch, tokens_in(batch, self._tokens_of))
+        layout = self._layout
+        if (tokens.shape[0], tokens.shape[1]) != (shape[0], shape[1] * layout.context_size):
+            raise ValueError(
+                f"tokens: expected {[shape[0], shape[1] * layout.context_size]} in the micro-batch, for the labels "
+                f"that the model was given, got {list(tokens.shape)}"
+            )
+        spans = context_rows(tokens.shape[1], layout.context_rank, layout.context_size, edges.tolist())
+        return batch, tokens, edges, torch.cat([torch.arange(span.start, span.stop) for span in spans])
+
+    def _fields(self, shape: torch.Size) -> tuple[Tensor, float]:
+        batch, tokens, edges, columns = self._batch(shape)
+        rows = []
+        for key in self.keys:
+            value = _field(batch, key, tokens_in(batch, self._tokens_of).shape).reshape(tokens.shape)
+            value = _numbered(value, edges) if key == STEPS_KEY else _score(key, value).view(torch.int32)
+            rows.append(value[:, columns])
+        return torch.stack(rows), 0.0
+
+    def _judge(self, stats: DivergenceStats, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, float]:
+        batch, tokens, _, columns = self._batch(labels.shape)
+        actions = torch.stack([stats.student_action.t(), stats.teacher_action.t()])
+        if mask is not None:
+            actions = torch.where(mask != 0, actions, -1)
+        whole = torch.full((2, *tokens.shape), -1)
+        whole[:, :, columns] = actions.cpu()
+        extra = {"batch": batch} if self._wants_batch else {}
+        started = time.perf_counter()
+        answer = self._verifier(tokens.cpu(), whole[0].clone(), whole[1].clone(), **extra)
+        seconds = time.perf_counter() - started
+        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+            raise ValueError(f"expected a return of (student, teacher), got {type(answer).__name__}")
+        rows = []
+        for name, value, action in zip(("student", "teacher"), answer, whole, strict=True):
+            if not isinstance(value, Tensor) or value.shape != tokens.shape:
+                got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(
+                    f"expected the {name}'s validity as a tensor {list(tokens.shape)}, got {got}"
+                )
+            value = torch.where(action >= 0, value.detach().cpu().float(), 1.0)
+            rows.append(_score(f"the {name}'s validity", value).view(torch.int32)[:, columns])
+        return torch.stack(rows), seconds
+
+
+class _Late:
+    """A message that is under way to the host, and the error that it may hold."""
+
+    def __init__(self, message: Tensor, error: type[Exception], cause: Exception | None) -> None:
+        self._message, self._error, self._cause = message, error, cause
+        self._event = None
+        self._length = message[:1]
+        if message.device.type == "cuda":
+            self._length = torch.empty(1, dtype=torch.int32, pin_memory=True)
+            self._length.copy_(message[:1], non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def check(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+        length = int(self._length)
+        if length:
+            raise self._error(_read(self._message.cpu(), length)) from self._cause
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a callable written in C need not have one
+        return ()
+
+
+def _told(failure: Exception) -> str:
+    name = type(failure).__name__
+    return str(failure) if type(failure) is ValueError else f"{name}: {failure}"
+
+
+def _write(message: Tensor, sentence: str) -> None:
+    """Puts the sentence where the body would be, cut to what fits there."""
+    text = sentence.encode("utf-8", "replace")[: 4 * (len(message) - _HEADER)] or b"?"
+    padded = bytearray(text.ljust(-(-len(text) // 4) * 4))
+    message[0] = len(text)
+    message[_HEADER : _HEADER + len(padded) // 4] = torch.frombuffer(padded, dtype=torch.int32)
+
+
+def _read(message: Tensor, length: int) -> str:
+    words = message[_HEADER : _HEADER + -(-length // 4)]
+    return bytes(words.contiguous().view(torch.uint8).tolist())[:length].decode("utf-8", "replace")
+
+
+def _field(batch: Any, key: str, shape: torch.Size) -> Tensor:
+    if not isinstance(batch, dict) or key not in batch:
+        found = f"the keys {sorted(map(str, batch))}" if isinstance(batch, dict) else type(batch).__name__
+        raise ValueError(f"{key}: expected in the micro-batch, a tensor {list(shape)}, got {found}")
+    value = batch[key]
+    if not isinstance(value, Tensor) or value.shape != shape:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{key}: expected the tokens' shape {list(shape)}, got {got}")
+    return value.detach().cpu()
+
+
+def _score(name: str, value: Tensor) -> Tensor:
+    """float32; ValueError unless all are in [0, 1]."""
+    value = value.float().contiguous()
+    if value.numel() and not (value.min() >= 0 and value.max() <= 1):
+        raise ValueError(
+            f"{name}: expected values in [0, 1], got {float(value.min()):g} to {float(value.max()):g}"
+        )
+    return value
+
+
+def _numbered(steps: Tensor, edges: Tensor) -> Tensor:
+    """int32 [b, s]: steps numbered from 0 on through the whole micro-batch, those of two samples apart; -1 for none."""
+    if steps.is_floating_point() or steps.dtype == torch.bool:
+        raise ValueError(f"{STEPS_KEY}: expected integers, got {steps.dtype}")
+    steps = steps.long()
+    if steps.numel() and (steps.min() < -1 or steps.max() >= 2**31):
+        raise ValueError(
+            f"{STEPS_KEY}: expected values from -1 to 2^31 - 1, got {int(steps.min())} to {int(steps.max())}"
+        )
+    size, sequence = steps.shape
+    sample = torch.arange(size)[:, None].expand(size, sequence)
+    if len(edges):
+        sample = torch.bucketize(torch.arange(sequence), edges[1:], right=True)[None].expand(size, sequence)
+    named = steps >= 0
+    numbered = torch.full_like(steps, -1)
+    numbered[named] = (sample * 2**32 + steps)[named].unique(return_inverse=True)[1]
+    return numbered.int()
