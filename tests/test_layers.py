@@ -46,9 +46,13 @@ LAYERS = (
         ("vcrd.planning", "vcrd.link.header", "vcrd.link.payload", "vcrd.link.plan"),
         packages=(),
     ),
-    Layer("vcrd/loss.py", ("vcrd.validity", "vcrd.divergence", "vcrd.teacher_forms")),
+    Layer("vcrd/bad_rows.py"),
+    Layer("vcrd/loss.py", ("vcrd.validity", "vcrd.divergence", "vcrd.teacher_forms", "vcrd.bad_rows")),
     Layer("vcrd/validity.py", ("vcrd.divergence", "vcrd.layout", "vcrd.agreement")),
-    Layer("vcrd/divergence.py", ("vcrd.ops", "vcrd.layout", "vcrd.teacher_blocks", "vcrd.teacher_forms")),
+    Layer(
+        "vcrd/divergence.py",
+        ("vcrd.bad_rows", "vcrd.ops", "vcrd.layout", "vcrd.teacher_blocks", "vcrd.teacher_forms"),
+    ),
     Layer("vcrd/teacher_blocks.py", ("vcrd.ops", "vcrd.teacher_forms")),
     Layer("vcrd/teacher_forms.py"),
     Layer("vcrd/layout.py", ("vcrd.agreement", "vcrd.teacher_forms")),
@@ -66,6 +70,7 @@ LAYERS = (
         "vcrd/megatron/*.py",
         (
             "vcrd",
+            "vcrd.bad_rows",
             "vcrd.loss",
             "vcrd.validity",
             "vcrd.divergence",

@@ -9,9 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd import ops
+from vcrd.bad_rows import skip_bad_rows
 from vcrd.layout import DIVERGENCES, Layout, settle_layout
 from vcrd.teacher_blocks import (
     BLOCK_BYTES,
+    DenseBlocks,
     TeacherBlocks,
     as_rows,
     blocks_of,
@@ -53,6 +55,7 @@ class Plan(NamedTuple):
     teacher_share: float  # weight of the teacher in the mixture, for the divergences that have one
     columns: int
     first_column: int
+    skip_bad_teacher: bool = False
 
     @property
     def code(self) -> int:
@@ -77,6 +80,7 @@ def vocab_parallel_divergence(
     group: dist.ProcessGroup | None = None,
     inplace_gradient: bool = False,
     teacher_max: Tensor | None = None,
+    skip_bad_teacher: bool = False,
     _block_bytes: int = BLOCK_BYTES,
 ) -> DivergenceStats:
     """Divergence of the student from the teacher at each token, and what validity estimators need, in one pass.
@@ -108,6 +112,11 @@ def vocab_parallel_divergence(
         teacher_max: [...], float32, added to a row's teacher logits: the maxima that codes, or float16 distances, were
             taken from. Only needed where these differ between the shards of a row, since a shift of the whole row
             changes nothing. For a dense teacher alone.
+        skip_bad_teacher: treat rows whose teacher is no distribution as masked: those with a NaN or +inf, with nothing
+            above -inf, or, of codes without `teacher_max`, with none below 255 (how the link marks them). All of their
+            statistics are 0, but for `teacher_entropy`, which is NaN; `vcrd.bad_rows.bad_rows` finds them. A row that
+            holds a NaN of the student's is never skipped. Found in the merged statistics, so alike on every rank, at no
+            cost and without waiting for the device.
 
     Accumulates in float32. Inputs are never modified, unless `inplace_gradient` says so.
 
@@ -134,6 +143,8 @@ def vocab_parallel_divergence(
         vocab_size,
         group,
     )
+    if skip_bad_teacher:
+        call = call._replace(plan=call.plan._replace(skip_bad_teacher=True))
     inplace_gradient = inplace_gradient and not torch.compiler.is_compiling()
     fields_of = _fields if isinstance(teacher_logits, Tensor) else _untraced_fields
     fields = fields_of(
@@ -240,8 +251,8 @@ def statistics_pass(
     form: TeacherBlocks,
     group: dist.ProcessGroup | None,
     teacher: tuple[Tensor | None, ...],
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]]:
-    """Rows in; the fields of DivergenceStats, each [rows], and what the gradient needs: constants, sums, teacher.
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor | None, tuple[Tensor | None, ...], Tensor | None]]:
+    """Rows in; the fields of DivergenceStats, each [rows], and what the gradient needs: constants, sums, teacher, mask.
 
     Reads the teacher block by block of rows; a dense one is one block. What the blocks hold is joined before ranks
     meet, so that ranks may cut their rows differently and the number of collectives is that of one block.
@@ -259,6 +270,9 @@ def statistics_pass(
         )
     partials = gather_shards(joined(partials), group)
     statistics, actions, constants = ops.merge_statistics(partials, labels, mask, plan.temperature, plan.code)
+    if plan.skip_bad_teacher:
+        coded = isinstance(form, DenseBlocks) and teacher[0].dtype == torch.uint8 and teacher[1] is None
+        mask = skip_bad_rows(partials, statistics, actions, mask, coded)
     divergence, *rest = statistics.unbind(0)
     sums = None
     if plan.has_mixture:
@@ -275,7 +289,7 @@ def statistics_pass(
         if group is not None and sums.shape[0]:
             dist.all_reduce(sums, group=group)
         divergence = sums[:, 0].clamp(min=0)  # rounding may leave a hair below
-    return (divergence, *rest, *actions.unbind(0)), (constants, sums, teacher)
+    return (divergence, *rest, *actions.unbind(0)), (constants, sums, teacher, mask)
 
 
 class _VocabParallelDivergence(torch.autograd.Function):
@@ -283,7 +297,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student, labels, mask, plan, form, group, inplace_gradient, *teacher):
-        fields, (constants, sums, teacher) = statistics_pass(
+        fields, (constants, sums, teacher, mask) = statistics_pass(
             student, labels, mask, plan, form, group, teacher
         )
         ctx.save_for_backward(student, labels, mask, constants, sums, *teacher)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from vcrd.bad_rows import bad_rows
 from vcrd.divergence import DivergenceStats, vocab_parallel_divergence
 from vcrd.teacher_forms import HiddenStates, TopKLogits
 from vcrd.validity import Estimator, validity_weights
@@ -35,6 +36,7 @@ def validity_calibrated_kl(
     group: dist.ProcessGroup | None = None,
     inplace_gradient: bool = False,
     teacher_max: Tensor | None = None,
+    skip_bad_teacher: bool = False,
     validity: str | Estimator = "label",
     sharpness: float = 4.0,
     floor: float = 0.1,
@@ -51,7 +53,7 @@ def validity_calibrated_kl(
 
     The weight comes from the relative validity of the two models' proposals, is detached, and sets the strength of the
     update at each prefix; its direction stays the teacher's. Formula: `vcrd.validity`. Arguments, shapes, collectives
-    and errors: `vocab_parallel_divergence` (up to `teacher_max`) and `validity_weights` (from `validity` on).
+    and errors: `vocab_parallel_divergence` (up to `skip_bad_teacher`) and `validity_weights` (from `validity` on).
 
     Args:
         labels: needed by validity "label" and by a `ce_weight`.
@@ -75,7 +77,11 @@ def validity_calibrated_kl(
         group=group,
         inplace_gradient=inplace_gradient,
         teacher_max=teacher_max,
+        skip_bad_teacher=skip_bad_teacher,
     )
+    if skip_bad_teacher:
+        kept = ~bad_rows(stats)
+        mask = kept if mask is None else kept & (mask != 0)
     weight, rho = validity_weights(
         stats,
         validity,

@@ -90,21 +90,23 @@ def test_float16_of_a_shard_is_relative_to_the_whole_row():
     assert torch.equal(encode(HALF, source[..., 7:7], top), whole[..., 7:7])
 
 
-def test_float16_stays_finite_for_infinite_logits():
+def test_a_row_without_a_distribution_is_marked_from_end_to_end():
     inf = torch.inf
-    source = torch.tensor([[0.0, -inf, -1e30], [-inf, -inf, -inf], [1e30, -1e30, 0.0], [inf, 0.0, 1.0]])[
-        :, None
-    ]
-    got = encode(HALF, source, row_max(source))
-    assert got.isfinite().all()
-    assert got[0, 0].tolist() == [0.0, -65504.0, -65504.0]
-    assert got[2, 0, 0] == 0
+    source = torch.tensor([[0.0, -inf, -1e30], [-inf, -inf, -inf], [1e30, -1e30, 0.0], [inf, 0.0, 1.0]])
+    source = torch.cat([source, torch.tensor([[0.0, torch.nan, 1.0]])])[:, None]
+    top = row_max(source)
+    assert top.flatten().isnan().tolist() == [False, True, False, True, True]
+    got = encode(HALF, source, top)[:, 0]
+    assert got[0].tolist() == [0.0, -65504.0, -65504.0]
+    assert got[2, 0] == 0 and got[2].isfinite().all()
+    assert got[[1, 3, 4]].isnan().all()
+    codes = encode(BYTE, source, top)[:, 0]
+    assert (codes[[1, 3, 4]] == 255).all() and (codes[[0, 2]].amin(-1) == 0).all()
 
 
-def test_a_row_without_a_column_has_a_maximum_that_no_other_is_below():
+def test_a_row_without_a_column_is_of_the_maximum_of_its_other_shards():
     top = row_max(logits(2, 3, 0))
-    assert top.shape == (2, 3, 1)
-    assert (top == torch.finfo(torch.float32).min).all()
+    assert top.shape == (2, 3, 1) and top.isnan().all()
 
 
 def test_a_relative_payload_needs_the_maximum():
@@ -247,9 +249,11 @@ def test_top_k_over_shards_is_that_of_the_whole_row_on_every_rank(size, tmp_path
 def run_row_max(rank: int, size: int) -> None:
     source = logits(4, 2, 5)
     shard = vocab_shards(5, 8 * size, size)[rank]  # all but the first hold padding only
-    assert torch.equal(
-        row_max(source[..., shard.start : shard.stop], dist.group.WORLD), source.amax(-1, True)
-    )
+    shard = slice(shard.start, shard.stop)
+    assert torch.equal(row_max(source[..., shard], dist.group.WORLD), source.amax(-1, True))
+    source[1, 0, 3], source[2, 1, 4], source[3] = torch.nan, torch.inf, -torch.inf
+    bad = row_max(source[..., shard], dist.group.WORLD)[..., 0].isnan()
+    assert bad.nonzero().tolist() == [[1, 0], [2, 1], [3, 0], [3, 1]]
 
 
 def test_the_maximum_is_that_of_the_whole_row_on_every_rank(tmp_path):

@@ -3,11 +3,13 @@
 The logits, as `float32` or `float16`. `float32` is bit-exact. `float16` carries logit minus the row's maximum over
 the whole vocabulary: small where the probability is large, so that two bytes lose 200 times less than bf16 logits do.
 With d the float32 distance from the maximum, |error| <= max(2**-11 * d, 2**-25) for d <= 65504; what is further
-arrives as -65504, -inf too. A softmax does not see a shift per row: what arrives are logits.
+arrives as -65504, -inf too. A softmax does not see a shift per row: what arrives are logits. A row that is no
+distribution (NaN, +inf, or -inf alone) arrives as NaN.
 
 `logits_8bit` carries the square root of that distance in one byte, 255 sqrt(min(d, 24) / 24) rounded, since the weight
 exp(-d) forgives errors that grow with d: |error of d| <= 0.0193 sqrt(d) + 1e-4 for d <= 24, and what is further
-arrives as 24. What arrives are uint8 codes, which the loss decodes in registers.
+arrives as 24. What arrives are uint8 codes, which the loss decodes in registers. A row that is no distribution arrives
+as the code 255 alone: the largest logit of any other has the code 0.
 
 `topk` carries the k largest log-probabilities with their tokens, and the logarithm of the mass of all others: each
 within some 1e-6 (1 + d) of the truth (see `topk`), but silent about how that mass is spread.
@@ -89,9 +91,11 @@ def payload_named(name: str) -> Payload:
 
 
 def row_max(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The maximum of each row of [..., columns] over all ranks of `group`: [..., 1] float32, always finite.
+    """The maximum of each row of [..., columns] over all ranks of `group`: [..., 1] float32, finite or NaN.
 
-    `logits` holds true columns only; no column at all is allowed. NaN counts as the platform's maximum does.
+    NaN for a row that is no distribution, on every rank: one with a NaN or +inf, or with nothing above -inf. Encoded
+    relative to it, all of that row is NaN, or of the code 255, which a row's largest logit otherwise never has: the
+    student finds it. `logits` holds true columns only; no column at all is allowed.
     Collectives: one all-reduce of one float32 per row when `group` has more than one rank.
     """
     if logits.shape[-1]:
@@ -99,10 +103,10 @@ def row_max(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     else:
         top = logits.new_full((*logits.shape[:-1], 1), -torch.inf, dtype=torch.float32)
     if group is not None and group.size() > 1:
+        # What a maximum with a NaN is depends on the backend; infinities are alike everywhere.
+        top = top.masked_fill(top.isnan(), torch.inf)
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    # A finite shift keeps "-inf minus -inf" out of rows that hold no finite logit.
-    limits = torch.finfo(torch.float32)
-    return top.clamp_(limits.min, limits.max)
+    return top.masked_fill(top.isinf(), torch.nan)
 
 
 def encode(payload: Payload, output: Tensor, top: Tensor | None = None, empty: Empty = torch.empty) -> Tensor:
