@@ -17,6 +17,7 @@ from vcrd.loss import CalibratedLoss, validity_calibrated_kl
 from vcrd.megatron.ahead import TokensOf
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.linked import LinkedTeacher
+from vcrd.megatron.local import LocalTeacher, TeacherModel
 from vcrd.megatron.outside import Outside, Verifier
 from vcrd.megatron.report import Report
 from vcrd.megatron.settings import DistillSettings
@@ -42,6 +43,7 @@ def distill(
     *,
     tokens: TokensOf = "tokens",
     verifier: Verifier | None = None,
+    teacher: TeacherModel | None = None,
 ) -> Distillation:
     """Turns a script's `forward_step(data_iterator, model, ...)` into one that distils from the linked teacher.
 
@@ -52,13 +54,16 @@ def distill(
     settings: default `DistillSettings.from_environment()`, the VCRD_* variables.
     tokens: the key of the input tokens [b, s] in what the data iterator yields, or a function that finds them.
     verifier: judges both models' actions, in place of the settings' validity; called as `Outside` says.
+    teacher: None for the linked one. Or a frozen Megatron model inside the student's own ranks: this rank's part, the
+        list of its chunks where the student interleaves, or a function that returns either and is called at the first
+        training step; see `LocalTeacher` for what it must have in common with the student and for how to build it.
 
     Every rank calls it; the process group and Megatron's parallel state must exist by the first training step,
     where rank 0 opens the rendezvous and the ranks of the last stage wait for the teacher job. That step raises
     ValueError for what cannot be distilled, and LinkError when the teacher does not come or does not fit.
     """
     settings = DistillSettings.from_environment() if settings is None else settings
-    return Distillation(forward_step, settings, tokens, verifier)
+    return Distillation(forward_step, settings, tokens, verifier, teacher)
 
 
 class Distillation:
@@ -74,11 +79,13 @@ class Distillation:
         settings: DistillSettings,
         tokens_of: TokensOf,
         verifier: Verifier | None = None,
+        teacher: TeacherModel | None = None,
     ) -> None:
         self.settings = settings
         self.report = Report()
         self._forward_step = forward_step
-        self._teacher = LinkedTeacher(settings, tokens_of)
+        linked = teacher is None
+        self._teacher = LinkedTeacher(settings, tokens_of) if linked else LocalTeacher(settings, teacher)
         self._outside = Outside(settings, tokens_of, verifier)
         self._layout: Layout | None = None
         self._attached: Attachment | None = None
@@ -99,12 +106,14 @@ class Distillation:
                 "overlap_moe_expert_parallel_comm"
             )
         self._teacher.host()
+        alongside = self._teacher.alongside(chunk)
         if not getattr(chunk, "post_process", True):
-            return self._forward_step(data_iterator, model, *args, **kwargs)
+            with alongside:
+                return self._forward_step(data_iterator, model, *args, **kwargs)
         attachment = self._attach(chunk)
         iterator = self._outside.watched(self._teacher.watched(data_iterator))
         before = self._done
-        with attachment.active():
+        with alongside, attachment.active():
             result = self._forward_step(iterator, model, *args, **kwargs)
         if self._done != before + 1:
             raise ValueError(

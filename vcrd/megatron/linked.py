@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch.distributed as dist
@@ -66,6 +67,10 @@ class LinkedTeacher:
         ahead = self._settings.link.credits if self._settings.ahead is None else self._settings.ahead
         self._ahead = AskAhead(data_iterator, self._link.request, ahead, self._tokens_of)
         return self._ahead
+
+    def alongside(self, chunk: Any) -> contextlib.AbstractContextManager[None]:
+        """Around a forward step of a chunk of the student's: nothing, for this teacher runs elsewhere."""
+        return contextlib.nullcontext()
 
     def answer(self, number: int) -> TeacherForm:
         """The teacher's answer to micro-batch `number`, in the form that the loss takes; blocks until it is here."""

@@ -1,0 +1,175 @@
+"""A teacher in the student's own ranks: losses, gradients and figures are those of the same teacher over the link."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jobs
+import local_jobs
+import pytest
+import torch
+from ports import free_port
+from worlds import World, run_worlds
+
+from examples.demo.convert import to_hugging_face
+from vcrd.megatron.settings import DistillSettings
+
+
+def settings(**changes) -> DistillSettings:
+    link = {
+        "address": f"127.0.0.1:{free_port()}",
+        "payload": "float32",
+        "timeout": 60,
+        "connect_timeout": 100,
+    }
+    return DistillSettings(vocab_size=jobs.TRUE_VOCAB, ce_weight=0.25).replaced(**{**link, **changes})
+
+
+def gradients_of(ranks: list[SimpleNamespace]) -> dict[str, torch.Tensor]:
+    shards = {place: part for rank in ranks for place, part in rank.gradients.items()}
+    return to_hugging_face(shards, jobs.STUDENT, jobs.STUDENT.layers)
+
+
+def check_equal(local: list[SimpleNamespace], linked: list[SimpleNamespace], chunks: int = 1) -> None:
+    for mine, other in zip(local, linked, strict=True):
+        assert len(mine.distilled) == len(other.distilled)
+        for name in ("distilled", "measured_losses"):
+            for loss, expected in zip(getattr(mine, name), getattr(other, name), strict=True):
+                torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+        for evaluation, expected in zip(mine.plain, other.plain, strict=True):
+            for loss, plain in zip(evaluation, expected, strict=True):
+                torch.testing.assert_close(loss, plain, atol=1e-6, rtol=1e-6)
+        assert mine.frozen and mine.names_unchanged and mine.hooks_left == 0
+        assert mine.figures.link_bytes == 0 and mine.figures.teacher_wait == 0
+        assert mine.figures.tokens == other.figures.tokens
+        for name in ("loss", "divergence", "weight", "agreement", "student_more_valid"):
+            for own, its in ((mine.figures, other.figures), (mine.measured, other.measured)):
+                assert getattr(own, name) == pytest.approx(getattr(its, name), rel=1e-6, abs=1e-9), name
+        evaluated, trained, again = mine.ran
+        assert evaluated == 0 and again == trained, "evaluation must not run the teacher"
+        assert trained == chunks * MICRO_BATCHES, "once per micro-batch"
+    found, expected = gradients_of(local), gradients_of(linked)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = gradient.abs().max()
+        assert scale > 0, name
+        torch.testing.assert_close(found[name] / scale, gradient / scale, atol=1e-5, rtol=0, msg=name)
+
+
+MICRO_BATCHES = 4
+
+
+def compare(local: World, linked: World, teacher: World, chunks: int = 1) -> list[list[SimpleNamespace]]:
+    """Each variant of the local student against the linked one; the variants, by rank."""
+    by_rank, reference, _ = run_worlds(local, linked, teacher)
+    variants = [list(ranks) for ranks in zip(*by_rank, strict=True)]
+    linked_ranks = [ranks[0] for ranks in reference]
+    for ranks in variants:
+        check_equal(ranks, linked_ranks, chunks)
+    return variants
+
+
+def test_one_process():
+    """Teacher and student differ in the padding of the vocabulary too; the truth is that of the reference."""
+    chosen = settings(divergence="jeffreys")
+    variants = [
+        {"teacher": jobs.TEACHER},
+        {"teacher": jobs.TEACHER, "payload": "hidden", "lazily": True},
+    ]
+    found = compare(
+        World(local_jobs.students, arguments=(chosen, MICRO_BATCHES, variants)),
+        World(local_jobs.students, arguments=(chosen, MICRO_BATCHES, [{"teacher": None}])),
+        World(local_jobs.serve, arguments=(chosen, jobs.TEACHER)),
+    )
+    ((truth,),) = run_worlds(World(jobs.direct, arguments=(chosen, MICRO_BATCHES)))
+    for (rank,) in found:
+        for loss, expected in zip(rank.distilled, truth.distilled, strict=True):
+            torch.testing.assert_close(loss.double(), expected, atol=2e-5, rtol=2e-5)
+        for name, gradient in gradients_of([rank]).items():
+            scale = truth.gradients[name].abs().max()
+            torch.testing.assert_close(
+                gradient / scale, truth.gradients[name] / scale, atol=2e-4, rtol=0, msg=name
+            )
+
+
+def test_tensor_parallel():
+    chosen = settings(divergence="jsd")
+    variants = [{"teacher": local_jobs.TEACHER}, {"teacher": local_jobs.TEACHER, "payload": "hidden"}]
+    compare(
+        World(local_jobs.students, 2, tensor=2, arguments=(chosen, MICRO_BATCHES, variants)),
+        World(local_jobs.students, 2, tensor=2, arguments=(chosen, MICRO_BATCHES, [{"teacher": None}])),
+        World(local_jobs.serve, arguments=(chosen, local_jobs.TEACHER)),
+    )
+
+
+def test_pipeline_with_and_without_recomputed_activations():
+    chosen = settings()
+    # Without deallocation Megatron goes by torch.autograd.backward, in which the CPU mode redirects nothing.
+    recomputed = {
+        "deallocate_pipeline_outputs": True,
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    variants = [
+        {"teacher": local_jobs.TEACHER},
+        {"teacher": local_jobs.TEACHER, "payload": "hidden", "deallocate_pipeline_outputs": True},
+        {"teacher": local_jobs.TEACHER, **recomputed},
+    ]
+    compare(
+        World(local_jobs.students, 2, pipeline=2, arguments=(chosen, MICRO_BATCHES, variants)),
+        World(local_jobs.students, 2, pipeline=2, arguments=(chosen, MICRO_BATCHES, [{"teacher": None}])),
+        World(local_jobs.serve, arguments=(chosen, local_jobs.TEACHER)),
+    )
+
+
+def test_interleaved_pipeline():
+    chosen = settings(validity="margin")
+    shape = local_jobs.INTERLEAVED_TEACHER
+    compare(
+        World(
+            local_jobs.students,
+            2,
+            pipeline=2,
+            virtual=2,
+            arguments=(chosen, MICRO_BATCHES, [{"teacher": shape, "per_rank": 2}]),
+        ),
+        World(
+            local_jobs.students,
+            2,
+            pipeline=2,
+            virtual=2,
+            arguments=(chosen, MICRO_BATCHES, [{"teacher": None, "per_rank": 2}]),
+        ),
+        World(local_jobs.serve, arguments=(chosen, shape)),
+        chunks=2,
+    )
+
+
+def test_a_teacher_that_does_not_fit_is_one_sentence():
+    ((sentences,), padding, fixed) = run_worlds(
+        World(local_jobs.refusals, arguments=(settings(),)),
+        World(local_jobs.refuse_padding, 2, tensor=2, arguments=(settings(),)),
+        World(local_jobs.refuse_fixed_shapes, 2, pipeline=2, arguments=(settings(),)),
+    )
+    expected = [
+        "ValueError: payload: expected one of hidden, float16, float32 with a teacher in the same ranks",
+        "TypeError: teacher: expected a model, a list of its chunks or a function that returns one, got str",
+        "ValueError: teacher: expected a model of its own, got the student",
+        "ValueError: teacher: expected 1 model chunk(s) per rank, as the student has, got ['GPTModel', 'GPTModel']",
+        "ValueError: teacher: expected 1 model chunk(s) per rank, as the student has, got ['str']",
+        "ValueError: teacher: expected a Megatron language model, got Linear",
+        "ValueError: teacher: expected sequence_parallel False, as the student has, got True",
+        "ValueError: teacher: expected a part with pre_process, post_process (True, True), as the student's",
+        "ValueError: vocab_size: expected the true vocabulary in the settings where the teacher's padding (52)",
+        "ValueError: teacher: expected sequences of up to 12 tokens, got a model of 11",
+        "ValueError: decoder_input: expected None, for the teacher embeds the tokens itself, got a tensor",
+        "accepted",
+    ]
+    assert len(sentences) == len(expected)
+    for sentence, beginning in zip(sentences, expected, strict=True):
+        assert sentence.startswith(beginning), sentence
+    for sentence in padding:
+        assert "so that the shards of 2 tensor ranks line up, got 52" in sentence
+    for sentence in fixed:
+        assert sentence.startswith("variable_seq_lengths: expected True in the student's configuration")
