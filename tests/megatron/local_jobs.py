@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,25 @@ def students(settings, micro_batches: int, variants: list[dict[str, Any]]) -> li
         chosen = settings.replaced(payload=variant.pop("payload", "float32"))
         found.append(student(chosen, micro_batches, **variant))
     return found
+
+
+def save_and_load(folder: str) -> tuple[bool, bool]:
+    """Whether a teacher is another's equal before and after it was loaded from the other's distributed checkpoint."""
+    from megatron.core import dist_checkpointing
+
+    saved, loaded = jobs.model(TEACHER, seed=2), jobs.model(TEACHER, seed=3)
+
+    def equal() -> bool:
+        ours, theirs = dict(saved.named_parameters()), dict(loaded.named_parameters())
+        return all(torch.equal(p, theirs[name]) for name, p in ours.items())
+
+    before = equal()
+    # Megatron writes with processes of its own, which the children of daemons may not have.
+    multiprocessing.current_process()._config["daemon"] = False
+    dist_checkpointing.save({"model": saved.sharded_state_dict()}, folder)
+    state = dist_checkpointing.load({"model": loaded.sharded_state_dict()}, folder)
+    loaded.load_state_dict(state["model"])
+    return before, equal()
 
 
 def refusals(settings) -> list[str]:

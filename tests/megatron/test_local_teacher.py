@@ -146,6 +146,11 @@ def test_interleaved_pipeline():
     )
 
 
+def test_a_checkpoint_is_loaded_as_the_documentation_says(tmp_path):
+    (found,) = run_worlds(World(local_jobs.save_and_load, 2, pipeline=2, arguments=(str(tmp_path),)))
+    assert found == [(False, True)] * 2
+
+
 def test_a_teacher_that_does_not_fit_is_one_sentence():
     ((sentences,), padding, fixed) = run_worlds(
         World(local_jobs.refusals, arguments=(settings(),)),

@@ -113,7 +113,9 @@ class LocalTeacher:
 
     def answer(self, number: int) -> TeacherForm:
         """What the teacher made of the micro-batch under way: logits [s, b, v/tp], or its hidden states."""
-        return next(part.answer for part in self._parts.values() if part.answer is not None)
+        part = next(part for part in self._parts.values() if part.answer is not None)
+        answer, part.answer = part.answer, None  # from here on autograd alone holds it, until this backward
+        return answer
 
     def close(self) -> None:
         """Lets go of the model."""
@@ -143,7 +145,7 @@ class LocalTeacher:
 
 class _Part:
     """One chunk of the teacher beside one of the student. hidden: what goes on with the student's output, if anything.
-    answer: what the last stage made for the loss; None before its first forward and on the others."""
+    answer: what the last stage made for the loss, until that takes it."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, settings: DistillSettings) -> None:
         _check(student, teacher, settings)
