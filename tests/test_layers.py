@@ -48,6 +48,17 @@ LAYERS = (
     ),
     Layer("vcrd/bad_rows.py"),
     Layer("vcrd/loss.py", ("vcrd.validity", "vcrd.divergence", "vcrd.teacher_forms", "vcrd.bad_rows")),
+    Layer(
+        "vcrd/head.py",
+        (
+            *("vcrd.head_chunks", "vcrd.loss", "vcrd.validity", "vcrd.divergence", "vcrd.layout"),
+            *("vcrd.agreement", "vcrd.teacher_blocks", "vcrd.teacher_forms"),
+        ),
+    ),
+    Layer(
+        "vcrd/head_chunks.py",
+        ("vcrd.ops", "vcrd.validity", "vcrd.divergence", "vcrd.teacher_blocks", "vcrd.teacher_forms"),
+    ),
     Layer("vcrd/validity.py", ("vcrd.divergence", "vcrd.layout", "vcrd.agreement")),
     Layer(
         "vcrd/divergence.py",
@@ -71,6 +82,7 @@ LAYERS = (
         (
             "vcrd",
             "vcrd.bad_rows",
+            "vcrd.head",
             "vcrd.loss",
             "vcrd.validity",
             "vcrd.divergence",

@@ -16,6 +16,7 @@ _HOME = {
     "validity_weights": "vcrd.validity",
     "validity_calibrated_kl": "vcrd.loss",
     "CalibratedLoss": "vcrd.loss",
+    "fused_validity_calibrated_kl": "vcrd.head",
     "TopKLogits": "vcrd.teacher_forms",
     "HiddenStates": "vcrd.teacher_forms",
 }

@@ -129,7 +129,6 @@ def vocab_parallel_divergence(
     `vocab_size`, or an id of the teacher's outside the vocabulary, is a ValueError on CPU; on other devices, where
     reading it would stall, that token's loss is NaN.
     """
-    leading, rows = student_logits.shape[:-1], student_logits.shape[:-1].numel()
     call = settle(
         student_logits,
         teacher_logits,
@@ -143,6 +142,7 @@ def vocab_parallel_divergence(
         vocab_size,
         group,
     )
+    leading, rows = student_logits.shape[:-1], student_logits.shape[:-1].numel()
     if skip_bad_teacher:
         call = call._replace(plan=call.plan._replace(skip_bad_teacher=True))
     inplace_gradient = inplace_gradient and not torch.compiler.is_compiling()

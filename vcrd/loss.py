@@ -61,9 +61,7 @@ def validity_calibrated_kl(
 
     Raises TypeError or ValueError that names the argument.
     """
-    if labels is None and (validity == "label" or ce_weight != 0):
-        reason = "validity 'label'" if validity == "label" else f"ce_weight {ce_weight}"
-        raise ValueError(f"labels: needed by {reason}, got None")
+    require_labels(labels, validity, ce_weight)
     stats = vocab_parallel_divergence(
         student_logits,
         teacher_logits,
@@ -100,3 +98,10 @@ def validity_calibrated_kl(
     if ce_weight != 0:
         loss = loss + ce_weight * stats.cross_entropy
     return CalibratedLoss(loss, weight, rho, stats)
+
+
+def require_labels(labels: Tensor | None, validity: str | Estimator, ce_weight: float) -> None:
+    """Raises ValueError where there are none and something reads them."""
+    if labels is None and (validity == "label" or ce_weight != 0):
+        reason = "validity 'label'" if validity == "label" else f"ce_weight {ce_weight}"
+        raise ValueError(f"labels: needed by {reason}, got None")

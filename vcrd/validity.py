@@ -75,8 +75,8 @@ def validity_weights(
 
     Raises TypeError or ValueError that names the argument.
     """
-    _check(
-        stats,
+    check_weighting(
+        stats.divergence,
         validity,
         sharpness,
         floor,
@@ -102,7 +102,7 @@ def validity_weights(
         # where, not a product: what a masked row's estimate holds may not be a number.
         rho, weight = torch.where(keep, rho, 0.0), torch.where(keep, weight, 0.0)
     if normalization == "mean":
-        weight = weight / _mean(weight, keep, normalization_group)
+        weight = weight / mean_weight(weight, keep, normalization_group)
     return weight, rho
 
 
@@ -178,7 +178,7 @@ def _slots(steps: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, begins.cumsum(0))
 
 
-def _mean(weight: Tensor, keep: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
+def mean_weight(weight: Tensor, keep: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
     """Mean weight over the unmasked tokens of all ranks; 1 where there are none, which changes nothing."""
     count = torch.full((), weight.numel(), device=weight.device) if keep is None else keep.sum()
     totals = torch.stack([weight.double().sum(), count.double()])
@@ -187,8 +187,8 @@ def _mean(weight: Tensor, keep: Tensor | None, group: dist.ProcessGroup | None) 
     return torch.where(totals[1] > 0, totals[0] / totals[1].clamp(min=1), 1.0).float()
 
 
-def _check(
-    stats,
+def check_weighting(
+    tokens,
     validity,
     sharpness,
     floor,
@@ -200,6 +200,7 @@ def _check(
     normalization,
     steps_group,
 ):
+    """Raises TypeError or ValueError naming the argument of `validity_weights` that is wrong for tokens [...]."""
     if not callable(validity) and validity not in ESTIMATORS:
         raise ValueError(f"validity: expected one of {', '.join(ESTIMATORS)} or a callable, got {validity!r}")
     for name, value in (("sharpness", sharpness), ("floor", floor), ("ceiling", ceiling)):
@@ -210,9 +211,9 @@ def _check(
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization: expected one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
     for name, tensor in (("steps", steps), ("mask", mask)):
-        if tensor is not None and tensor.shape != stats.divergence.shape:
+        if tensor is not None and tensor.shape != tokens.shape:
             raise ValueError(
-                f"{name}: expected the tokens' shape {list(stats.divergence.shape)}, got {list(tensor.shape)}"
+                f"{name}: expected the tokens' shape {list(tokens.shape)}, got {list(tensor.shape)}"
             )
     if steps is not None and (steps.is_floating_point() or steps.dtype == torch.bool):
         raise TypeError(f"steps: expected integers, got {steps.dtype}")
@@ -222,7 +223,7 @@ def _check(
             raise ValueError(f"steps: expected ids below {tokens} with steps_group, got {int(steps.max())}")
     for name, value in (("student_validity", student_validity), ("teacher_validity", teacher_validity)):
         if validity == "scores":
-            _check_validity(name, value, stats.divergence, steps)
+            _check_validity(name, value, tokens, steps)
         elif value is not None:
             raise ValueError(f"{name}: expected none unless validity is 'scores', got one with {validity!r}")
 
