@@ -16,7 +16,7 @@ TokensOf = str | Callable[[Any], Tensor]
 class AskAhead:
     """An iterator over `source` that calls `ask(tokens, edges)` for `ahead` micro-batches more than were drawn.
 
-    number: what `ask` returned for the micro-batch that was drawn last; -1 before the first.
+    number: what `ask` returned for the micro-batch that was drawn last; -1 before the first. drawn: how many were.
     tokens_of: the key of the tokens in a micro-batch, or a function that finds them; int [b, s]. Edges of sequences
     that are packed into a row are taken from Megatron's own keys (`packing.packed`).
     """
@@ -26,6 +26,7 @@ class AskAhead:
     ) -> None:
         self.source = source
         self.number = -1
+        self.drawn = 0
         self._ask = ask
         self._ahead = ahead
         self._tokens_of = tokens_of
@@ -41,17 +42,30 @@ class AskAhead:
         return self
 
     def __next__(self) -> Any:
-        while not self._exhausted and len(self._asked) <= self._ahead:
+        self._fill(self._ahead + 1)
+        if not self._asked:
+            raise StopIteration
+        self.number, batch = self._asked.popleft()
+        self.drawn += 1
+        return batch
+
+    def fill(self) -> int:
+        """Asks until `ahead` micro-batches are pending; returns how many are missing, for the source has no more."""
+        self._fill(self._ahead)
+        return self._ahead - len(self._asked)
+
+    def stop(self) -> None:
+        """Asks no more: what is pending is drawn first, then the source."""
+        self._ask, self._ahead = lambda tokens, edges: -1, 0
+
+    def _fill(self, count: int) -> None:
+        while not self._exhausted and len(self._asked) < count:
             try:
                 batch = next(self.source)
             except StopIteration:
                 self._exhausted = True
                 break
             self._asked.append((self._ask(*packed(batch, tokens_in(batch, self._tokens_of))), batch))
-        if not self._asked:
-            raise StopIteration
-        self.number, batch = self._asked.popleft()
-        return batch
 
 
 def tokens_in(batch: Any, tokens_of: TokensOf) -> Tensor:

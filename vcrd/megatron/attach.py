@@ -18,9 +18,12 @@ from vcrd.megatron.ahead import TokensOf
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.linked import LinkedTeacher
 from vcrd.megatron.local import LocalTeacher, TeacherModel
+from vcrd.megatron.metrics import STEP_KEYS, IntervalLog, megatron_globals, with_step_sums
 from vcrd.megatron.outside import Outside, Verifier
 from vcrd.megatron.report import Report
+from vcrd.megatron.rerun import running_again
 from vcrd.megatron.settings import DistillSettings
+from vcrd.megatron.step_end import StepEnd, raise_if_bad
 
 _log = logging.getLogger("vcrd")
 
@@ -69,7 +72,8 @@ def distill(
 class Distillation:
     """The forward step that `distill` returns: call it, read `report`, `close` it when the run ends.
 
-    report: sums over the tokens of this rank's training micro-batches; see `Report.take`.
+    report: sums over the tokens of this rank's training micro-batches; see `Report.take`. With `megatron.training`
+    it is taken every --log-interval iterations, and written where Megatron writes (`vcrd.megatron.metrics`).
     A run that forgets `close` parts from the teacher when the interpreter ends.
     """
 
@@ -91,6 +95,11 @@ class Distillation:
         self._attached: Attachment | None = None
         self._done = 0  # micro-batches whose loss was computed
         self._counted = (0.0, 0)  # of the link's seconds waited and bytes received: what a report has already
+        self._step_end = StepEnd(self._end_step)
+        self._bad_rows: list[
+            Tensor
+        ] = []  # in each micro-batch of the step, where the run is to stop for them
+        self._log = IntervalLog()
         self._measuring = False
         self._observer: Observer | None = None
         # Weakly, so that a forgotten plug can be collected; strongly held it would outlive every test.
@@ -105,6 +114,8 @@ class Distillation:
                 "return_schedule_plan: expected False, got True; vcrd does not work with "
                 "overlap_moe_expert_parallel_comm"
             )
+        if chunk.training:
+            self._step_end.watch(chunk.config)
         self._teacher.host()
         alongside = self._teacher.alongside(chunk)
         if not getattr(chunk, "post_process", True):
@@ -120,7 +131,19 @@ class Distillation:
                 f"forward_step: expected one loss from labels given to the model, got {self._done - before}; "
                 "vcrd works where the model itself computes its loss per token"
             )
+        if megatron_globals() is not None and chunk.training and isinstance(result, tuple):
+            sums = {key: self.report.last(field) for key, field in STEP_KEYS.items()}
+            result = (*result[:-1], with_step_sums(result[-1], sums))
         return result
+
+    def _end_step(self) -> None:
+        repeated = running_again(in_place=True)
+        self.report.end_step(repeated)
+        if self.settings.bad_rows == "stop":
+            counts, self._bad_rows = self._bad_rows, []
+            raise_if_bad(counts, 0 if self._layout is None else self._layout.data_rank)
+        if self._attached is not None and not repeated:
+            self._log.write(self.report)
 
     @contextlib.contextmanager
     def measure(self, observer: Observer | None = None) -> Iterator[Report]:
@@ -142,6 +165,7 @@ class Distillation:
         if self._attached is not None:
             self._attached.detach()
             self._attached = None
+        self._step_end.undo()
         self._teacher.close()
         self._outside.check()
 
@@ -177,6 +201,8 @@ class Distillation:
             **{**self.settings.loss_arguments(), **outside},
         )
         self.report.add(out, mask)
+        if self.settings.bad_rows == "stop" and not self._measuring and self._layout.tensor_rank == 0:
+            self._bad_rows.append(self.report.last("bad_rows")[0])
         self.report.add_verifier(self._outside.take_seconds())
         if self._observer is not None:
             self._observer(Observation(number, labels, loss_mask, out))

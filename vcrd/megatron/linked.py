@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from vcrd.link.rendezvous import Rendezvous, host_rendezvous
 from vcrd.link.student import StudentLink
 from vcrd.megatron.ahead import AskAhead, TokensOf
 from vcrd.megatron.layout import Layout
+from vcrd.megatron.rerun import AskAgain, keeps_micro_batches, running_again
 from vcrd.megatron.settings import DistillSettings
 from vcrd.teacher_forms import HiddenStates, TopKLogits
 
@@ -23,6 +26,9 @@ class LinkedTeacher:
     """On every rank `host`, then on ranks of the last stage `connect`, and for each micro-batch `watched` and `answer`.
 
     waited: seconds that this rank stood still for answers. bytes_received: of payload.
+
+    A step that Megatron runs again, rewinding its micro-batches, asks for them again. The answers to what was asked
+    ahead come first; every rank keeps them for later. It has `ahead` of them, so ranks need not tell each other.
     """
 
     def __init__(self, settings: DistillSettings, tokens_of: TokensOf) -> None:
@@ -31,7 +37,14 @@ class LinkedTeacher:
         self._rendezvous: Rendezvous | None = None
         self._link: StudentLink | None = None
         self._layout: Layout | None = None
+        self._credit = settings.link.credits if settings.ahead is None else settings.ahead
         self._ahead: AskAhead | None = None
+        self._again: AskAgain | None = None  # while a step is run again
+        self._source: Any = None  # the script's iterator, of which both draw
+        self._drawn = 0  # from iterators that were replaced
+        self._running_again = False
+        self._received = 0  # answers taken from the link
+        self._kept: deque[Any] = deque()  # of these, those to micro-batches that are still to be drawn
         self._head_weight: Tensor | None = None  # of the teacher's output layer, as it is multiplied
 
     @property
@@ -54,19 +67,57 @@ class LinkedTeacher:
             self._link = layout.connect(self._settings)
 
     def watched(self, data_iterator: Any) -> Any:
-        """On the rank that asks: the iterator that looks ahead. Elsewhere the script's own."""
+        """On the rank that asks: the iterator that looks ahead. Elsewhere the script's own.
+
+        Megatron's iterator that can rewind stays what the script draws from, and looks ahead in its own source: what it
+        keeps, and says of itself in a checkpoint, are the micro-batches of the step alone.
+        """
+        if self._layout.asks and data_iterator is not None:
+            self._look_ahead(data_iterator)
+        again, before = running_again(), self._running_again
+        self._running_again = again
+        if again and not before:
+            self._take_what_is_pending()
         if not self._layout.asks or data_iterator is None:
             return data_iterator
-        if self._ahead is not None and self._ahead.source is data_iterator:
-            return self._ahead
-        if self._ahead is not None and self._ahead.pending:
-            raise ValueError(
-                f"data_iterator: expected the one of before, from which {self._ahead.pending} micro-batches were "
-                "asked of the teacher and not yet drawn, got another one (ahead=0 asks for none early)"
-            )
-        ahead = self._settings.link.credits if self._settings.ahead is None else self._settings.ahead
-        self._ahead = AskAhead(data_iterator, self._link.request, ahead, self._tokens_of)
-        return self._ahead
+        if again:
+            if not before:
+                self._again = AskAgain(data_iterator, self._link.request, self._tokens_of)
+            return self._again
+        if self._again is not None:
+            self._drawn += self._again.drawn
+            self._again = None
+        return data_iterator if keeps_micro_batches(data_iterator) else self._ahead
+
+    def _look_ahead(self, data_iterator: Any) -> None:
+        if self._source is data_iterator:
+            return
+        if self._ahead is not None:
+            if self._ahead.pending:
+                raise ValueError(
+                    f"data_iterator: expected the one of before, from which {self._ahead.pending} micro-batches were "
+                    "asked of the teacher and not yet drawn, got another one (ahead=0 asks for none early)"
+                )
+            self._ahead.stop()
+            self._drawn += self._ahead.drawn
+        self._source = data_iterator
+        rewinds = keeps_micro_batches(data_iterator)
+        source = data_iterator.iterable if rewinds else data_iterator
+        self._ahead = AskAhead(source, self._link.request, self._credit, self._tokens_of)
+        if rewinds:
+            data_iterator.iterable = self._ahead
+
+    def _take_what_is_pending(self) -> None:
+        """Answers come in the order of the questions: what was asked ahead before what is asked again."""
+        if self._ahead is not None:
+            for _ in range(self._ahead.fill()):  # the data ends here: nobody will use these
+                self._link.request(torch.zeros(1, 2 * self._layout.context_size, dtype=torch.int64))
+        while len(self._kept) < self._credit:
+            self._kept.append(self._receive())
+
+    def _receive(self) -> Any:
+        self._received += 1
+        return self._link.receive(self._received - 1)
 
     def alongside(self, chunk: Any) -> contextlib.AbstractContextManager[None]:
         """Around a forward step of a chunk of the student's: nothing, for this teacher runs elsewhere."""
@@ -74,11 +125,13 @@ class LinkedTeacher:
 
     def answer(self, number: int) -> TeacherForm:
         """The teacher's answer to micro-batch `number`, in the form that the loss takes; blocks until it is here."""
-        if self._layout.asks and (self._ahead is None or self._ahead.number != number):
+        drawn = self._drawn + sum(each.drawn for each in (self._ahead, self._again) if each is not None)
+        if self._layout.asks and drawn != number + 1:
             raise ValueError(
                 "data_iterator: expected forward_step to draw one micro-batch from it per call, got none or several"
             )
-        answer = self._link.receive(number)
+        kept = self._kept and not self._running_again
+        answer = self._kept.popleft() if kept else self._receive()
         if isinstance(answer, TopK):
             return TopKLogits(answer.logprobs, answer.ids, answer.log_tail)
         return self._hidden_states(answer) if isinstance(answer, Hidden) else answer
@@ -91,6 +144,8 @@ class LinkedTeacher:
 
     def close(self) -> None:
         """Says goodbye. Idempotent; not a collective."""
+        if self._ahead is not None:
+            self._ahead.stop()
         if self._link is not None:
             self._link.close()
             self._link = None

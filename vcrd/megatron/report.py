@@ -8,10 +8,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vcrd.bad_rows import bad_rows
 from vcrd.loss import CalibratedLoss
 
 BINS = 40
-_SUMS = ("tokens", "loss", "divergence", "cross_entropy", "weight", "student_more_valid", "agreement")
+# Of the weights, each 2^(1/16) wide, from 2^-8 on: any floor, ceiling and normalisation, to 2.2 % either way.
+WEIGHT_BINS, _PER_OCTAVE, _LOWEST_OCTAVE = 256, 16, -8
+_SUMS = (
+    "tokens",
+    "loss",
+    "divergence",
+    "cross_entropy",
+    "weight",
+    "student_more_valid",
+    "agreement",
+    "bad_rows",
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,8 @@ class Figures:
     with relative validity below 1/2. agreement: share of tokens where both models' most probable token is the
     same. validity_histogram: tokens by relative validity, BINS equal bins over [0, 1]. teacher_wait: seconds
     this rank stood still for answers. link_bytes: payload bytes that reached this rank. verifier_time: seconds that
-    tensor rank 0 spent in the verifier, the same on each of its tensor ranks.
+    tensor rank 0 spent in the verifier, the same on each of its tensor ranks. bad_rows: tokens that were skipped, for
+    their teacher was no distribution; in no other figure. weight_histogram: see `weight_quantile`.
     """
 
     tokens: int
@@ -36,6 +49,20 @@ class Figures:
     teacher_wait: float
     link_bytes: int
     verifier_time: float = 0.0
+    bad_rows: int = 0
+    weight_histogram: tuple[int, ...] = ()
+
+    def weight_quantile(self, share: float) -> float:
+        """The weight that this share of the tokens stays below, to 2.2 %, from a histogram of 16 bins per octave.
+
+        0 for weights below 2^-8, 2^8 for those above, and where there are no tokens.
+        """
+        left = share * sum(self.weight_histogram)
+        for number, count in enumerate(self.weight_histogram):
+            left -= count
+            if count and left <= 0:
+                return 0.0 if number == 0 else 2.0 ** (_LOWEST_OCTAVE + (number + 0.5) / _PER_OCTAVE)
+        return 0.0
 
 
 class Report:
@@ -43,6 +70,8 @@ class Report:
 
     def __init__(self) -> None:
         self._sums: Tensor | None = None
+        self._step: Tensor | None = None  # of the step under way
+        self._last: Tensor | None = None  # of its last micro-batch
         self._wait = 0.0
         self._bytes = 0
         self._verifier_time = 0.0
@@ -51,7 +80,9 @@ class Report:
     def add(self, out: CalibratedLoss, mask: Tensor | None) -> None:
         """Adds one micro-batch; `mask` [s, b] or None, as given to the loss."""
         stats, rho = out.stats, out.relative_validity
-        keep = torch.ones_like(rho, dtype=torch.bool) if mask is None else mask != 0
+        bad = bad_rows(stats)
+        read = torch.ones_like(bad) if mask is None else mask != 0
+        keep = read & ~bad
         rows = (
             torch.ones_like(rho),
             out.loss,
@@ -60,13 +91,33 @@ class Report:
             out.weight,
             rho < 0.5,
             stats.student_action == stats.teacher_action,
+            torch.zeros_like(rho),
         )
         counted = torch.where(keep, torch.stack([row.float() for row in rows]), 0.0)
-        bins = torch.zeros(BINS, dtype=torch.float64, device=rho.device)
+        counted[-1] = read & bad
+        kept = keep.flatten().double()
         slots = (rho * BINS).long().clamp(0, BINS - 1)
-        bins.index_add_(0, slots.flatten(), keep.flatten().double())
+        octaves = out.weight.float().clamp(min=2.0**_LOWEST_OCTAVE).log2() - _LOWEST_OCTAVE
+        weight_slots = (octaves * _PER_OCTAVE).nan_to_num(nan=0.0).long().clamp(0, WEIGHT_BINS - 1)
+        bins = torch.zeros(BINS + WEIGHT_BINS, dtype=torch.float64, device=rho.device)
+        bins.index_add_(0, slots.flatten(), kept)
+        bins.index_add_(0, BINS + weight_slots.flatten(), kept)
         sums = torch.cat([counted.flatten(1).sum(1, dtype=torch.float64), bins])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._last = sums
+        self._step = sums if self._step is None else self._step + sums
+
+    def last(self, name: str) -> Tensor:
+        """[2] float32 on the device, of the last micro-batch: a figure's sum over tokens, and how many these are."""
+        return torch.stack([self._last[_SUMS.index(name)], self._last[0]]).float()
+
+    def end_step(self, repeated: bool = False) -> None:
+        """Ends a step. Without this call all micro-batches since `take` count.
+
+        repeated: the step was run again, to compare: its tokens are counted already, and what was added is dropped.
+        """
+        step, self._step = self._step, None
+        if step is not None and not repeated:
+            self._sums = step if self._sums is None else self._sums + step
 
     def add_link(self, wait: float, received: int) -> None:
         """Adds seconds of waiting for the teacher and payload bytes received."""
@@ -83,7 +134,8 @@ class Report:
         group: ranks whose tokens are added, for example the data-parallel group: one all-reduce, on every one
         of its ranks. Without it, the tokens of this rank. Only ranks of the last pipeline stage have any.
         """
-        size = len(_SUMS) + BINS
+        self.end_step()
+        size = len(_SUMS) + BINS + WEIGHT_BINS
         sums = torch.zeros(size, dtype=torch.float64) if self._sums is None else self._sums
         if group is not None:
             if "nccl" in dist.get_backend(group):
@@ -94,9 +146,11 @@ class Report:
         self._sums, self._wait, self._bytes, self._verifier_time = None, 0.0, 0, 0.0
         tokens = values[0]
         means = {name: value / max(tokens, 1.0) for name, value in zip(_SUMS, values, strict=False)}
+        bins = tuple(int(value) for value in values[len(_SUMS) :])
         return Figures(
-            **{**means, "tokens": int(tokens)},
-            validity_histogram=tuple(int(value) for value in values[len(_SUMS) :]),
+            **{**means, "tokens": int(tokens), "bad_rows": int(values[_SUMS.index("bad_rows")])},
+            validity_histogram=bins[:BINS],
+            weight_histogram=bins[BINS:],
             teacher_wait=wait,
             link_bytes=received,
             verifier_time=verifier_time,

@@ -20,6 +20,9 @@ class DistillSettings:
 
     validity: also "scores", student's and teacher's validity of each token as fields of the micro-batches, and steps:
         whether they carry the reasoning step of each token (`vcrd.megatron.outside`, docs/validity.md).
+    bad_rows: what happens to a token whose teacher is no distribution (a NaN, +inf, or nothing above -inf among its
+        logits). "skip": its loss, weight and gradient are 0, and it is counted. "stop": the step raises before the
+        optimizer runs, on every rank.
     vocab_size: the true vocabulary; columns past it are padding. None: the model's own, nothing is padding.
     sequence_length: the longest sequence, a number both jobs must agree on. None: the model's maximum.
     ahead: micro-batches drawn from the data iterator and asked of the teacher before the script draws them.
@@ -40,6 +43,7 @@ class DistillSettings:
     ceiling: float = 1.9
     normalization: str = "none"
     ce_weight: float = 0.0
+    bad_rows: str = "skip"
     vocab_size: int | None = None
     sequence_length: int | None = None
     ahead: int | None = None
@@ -54,6 +58,8 @@ class DistillSettings:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}: expected an integer of at least {least} or None, got {value!r}")
+        if self.bad_rows not in ("skip", "stop"):
+            raise ValueError(f"bad_rows: expected 'skip' or 'stop', got {self.bad_rows!r}")
         if not isinstance(self.steps, bool):
             raise TypeError(f"steps: expected True or False, got {self.steps!r}")
         if not isinstance(self.link, LinkSettings):
@@ -99,7 +105,9 @@ class DistillSettings:
     def loss_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `vcrd.validity_calibrated_kl` that do not depend on the micro-batch."""
         names = ("divergence", "temperature", "alpha", "beta", "validity", "sharpness", "floor", "ceiling")
-        return {name: getattr(self, name) for name in (*names, "normalization", "ce_weight")}
+        found = {name: getattr(self, name) for name in (*names, "normalization", "ce_weight")}
+        # Also where the run is to stop: it does so at the end of the step, and knows then how many there were.
+        return {**found, "skip_bad_teacher": True}
 
 
 def _parse(variable: str, text: str, annotation: str) -> Any:

@@ -1,0 +1,53 @@
+"""Megatron's rerun state machine runs a step again with the same micro-batches: they are asked for again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from vcrd.megatron.ahead import TokensOf, tokens_in
+from vcrd.megatron.packing import packed
+
+_MODULE = "megatron.core.rerun_state_machine"
+
+
+def running_again(in_place: bool = False) -> bool:
+    """Whether the step under way is run again, from micro-batches that Megatron kept; alike on every rank.
+
+    in_place: only if this process ran it before, not one whose checkpoint was loaded.
+    """
+    # Not by Megatron's function, which would set up a machine where a script uses none.
+    machine = getattr(sys.modules.get(_MODULE), "_GLOBAL_RERUN_STATE_MACHINE", None)
+    if machine is None:
+        return False
+    return machine.state.name == "RERUNNING_IN_PLACE" or (
+        not in_place and machine.state.name.startswith("RERUNNING")
+    )
+
+
+def keeps_micro_batches(data_iterator: Any) -> bool:
+    """Whether this is Megatron's `RerunDataIterator`, which can rewind to the first micro-batch of a step."""
+    kind = getattr(sys.modules.get(_MODULE), "RerunDataIterator", None)
+    return kind is not None and isinstance(data_iterator, kind)
+
+
+class AskAgain:
+    """An iterator over `source`, rewound, that calls `ask(tokens, edges)` for each micro-batch when it is drawn."""
+
+    def __init__(self, source: Any, ask: Callable[[Tensor, Tensor], int], tokens_of: TokensOf) -> None:
+        self.source = source
+        self.drawn = 0
+        self._ask = ask
+        self._tokens_of = tokens_of
+
+    def __iter__(self) -> AskAgain:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self.source)
+        self._ask(*packed(batch, tokens_in(batch, self._tokens_of)))
+        self.drawn += 1
+        return batch
