@@ -218,9 +218,9 @@ def check_weighting(
     if steps is not None and (steps.is_floating_point() or steps.dtype == torch.bool):
         raise TypeError(f"steps: expected integers, got {steps.dtype}")
     if steps is not None and steps_group is not None and steps.numel() and steps.device.type == "cpu":
-        tokens = steps.numel() * steps_group.size()
-        if not torch.compiler.is_compiling() and int(steps.max()) >= tokens:
-            raise ValueError(f"steps: expected ids below {tokens} with steps_group, got {int(steps.max())}")
+        bound = steps.numel() * steps_group.size()
+        if not torch.compiler.is_compiling() and int(steps.max()) >= bound:
+            raise ValueError(f"steps: expected ids below {bound} with steps_group, got {int(steps.max())}")
     for name, value in (("student_validity", student_validity), ("teacher_validity", teacher_validity)):
         if validity == "scores":
             _check_validity(name, value, tokens, steps)
