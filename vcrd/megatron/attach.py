@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vcrd.loss import CalibratedLoss, validity_calibrated_kl
 from vcrd.megatron.ahead import TokensOf
+from vcrd.megatron.fused_head import FusedHead
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.linked import LinkedTeacher
 from vcrd.megatron.local import LocalTeacher, TeacherModel
@@ -93,6 +94,7 @@ class Distillation:
         self._outside = Outside(settings, tokens_of, verifier)
         self._layout: Layout | None = None
         self._attached: Attachment | None = None
+        self._fused_head: FusedHead | None = None
         self._done = 0  # micro-batches whose loss was computed
         self._counted = (0.0, 0)  # of the link's seconds waited and bytes received: what a report has already
         self._step_end = StepEnd(self._end_step)
@@ -124,7 +126,8 @@ class Distillation:
         attachment = self._attach(chunk)
         iterator = self._outside.watched(self._teacher.watched(data_iterator))
         before = self._done
-        with alongside, attachment.active():
+        captured = contextlib.nullcontext() if self._fused_head is None else self._fused_head.captured()
+        with alongside, attachment.active(), captured:
             result = self._forward_step(iterator, model, *args, **kwargs)
         if self._done != before + 1:
             raise ValueError(
@@ -173,6 +176,8 @@ class Distillation:
         if self._attached is None:
             self._layout = Layout.of(chunk, self.settings)
             self._outside.place(self._layout)
+            if self.settings.fused_head:
+                self._fused_head = FusedHead(chunk, self._layout.tensor_group)
             self._attached = Attachment(chunk, self._loss)
         elif self._attached.chunk is not chunk:
             raise ValueError("model: expected the model that was distilled before, got another one")
@@ -190,14 +195,14 @@ class Distillation:
         self._counted = (self._teacher.waited, self._teacher.bytes_received)
         self.report.add_link(self._counted[0] - counted[0], self._counted[1] - counted[1])
         mask = None if loss_mask is None else loss_mask.transpose(0, 1)
-        out = validity_calibrated_kl(
+        calibrated = self._fused_head.loss if self._fused_head else _in_place
+        out = calibrated(
             logits,
             answer,
             labels.transpose(0, 1),
             mask=mask,
             vocab_size=self._layout.vocab_size,
             group=self._layout.tensor_group,
-            inplace_gradient=torch.is_grad_enabled(),
             **{**self.settings.loss_arguments(), **outside},
         )
         self.report.add(out, mask)
@@ -251,6 +256,10 @@ class Attachment:
         if not self._active or of_extra_head:
             return self._plain(labels, logits)
         return self._loss(labels, self._loss_mask, logits)
+
+
+def _in_place(logits: Tensor, *given: Any, **arguments: Any) -> CalibratedLoss:
+    return validity_calibrated_kl(logits, *given, inplace_gradient=torch.is_grad_enabled(), **arguments)
 
 
 def _close_if_alive(plug: weakref.ref[Distillation]) -> None:

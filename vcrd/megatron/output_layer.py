@@ -14,7 +14,7 @@ from vcrd.link.facts import Head
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Of the largest logit: what rounding to the model's dtype may do to a sum of some thousand products.
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 # Where models that cap their logits keep the cap; Megatron-Core's own do not have one.
 _CAPS = ("final_logit_softcapping", "output_logit_softcapping", "logit_softcap")
 
@@ -35,7 +35,7 @@ class OutputLayer:
         weight = layer.weight
         if getattr(chunk, "share_embeddings_and_output_weights", False):
             weight = chunk.shared_embedding_or_output_weight()
-        config = chunk.config
+        scale, softcap = scale_and_softcap(chunk.config)
         self._layer = layer
         self._group = tensor_group
         self._gather = bool(getattr(layer, "sequence_parallel", False))
@@ -47,8 +47,8 @@ class OutputLayer:
         self.head = Head(
             size=weight.shape[1],
             dtype=_DTYPES[weight.dtype],
-            scale=float(config.mup_output_mult) if getattr(config, "use_mup", False) else 1.0,
-            softcap=float(next((c for name in _CAPS if (c := getattr(config, name, None))), 0.0)),
+            scale=scale,
+            softcap=0.0 if softcap is None else softcap,
         )
 
     @contextlib.contextmanager
@@ -88,7 +88,7 @@ class OutputLayer:
         worst = (logits.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
         if self._group is not None:
             dist.all_reduce(worst, dist.ReduceOp.MAX, group=self._group)
-        if not worst <= _TOLERANCES[self.weight.dtype]:
+        if not worst <= TOLERANCES[self.weight.dtype]:
             raise ValueError(
                 "model: expected logits = scale * states @ weight.T, soft-capped or not, for the payload 'hidden', "
                 f"got logits that differ by {float(worst):.3g} of the largest; choose another payload"
@@ -101,3 +101,10 @@ class OutputLayer:
         parts = [torch.empty_like(states) for _ in range(self._group.size())]
         dist.all_gather(parts, states.contiguous(), group=self._group)
         return torch.cat(parts)
+
+
+def scale_and_softcap(config: Any) -> tuple[float, float | None]:
+    """What a model of this configuration does with the product: the scale of MuP, and a soft-cap or None."""
+    scale = float(config.mup_output_mult) if getattr(config, "use_mup", False) else 1.0
+    softcap = next((c for name in _CAPS if (c := getattr(config, name, None))), None)
+    return scale, None if softcap is None else float(softcap)

@@ -23,6 +23,8 @@ class DistillSettings:
     bad_rows: what happens to a token whose teacher is no distribution (a NaN, +inf, or nothing above -inf among its
         logits). "skip": its loss, weight and gradient are 0, and it is counted. "stop": the step raises before the
         optimizer runs, on every rank.
+    fused_head: make the student's logits chunk by chunk inside the loss, never all of them
+        (`vcrd.fused_validity_calibrated_kl`).
     vocab_size: the true vocabulary; columns past it are padding. None: the model's own, nothing is padding.
     sequence_length: the longest sequence, a number both jobs must agree on. None: the model's maximum.
     ahead: micro-batches drawn from the data iterator and asked of the teacher before the script draws them.
@@ -44,6 +46,7 @@ class DistillSettings:
     normalization: str = "none"
     ce_weight: float = 0.0
     bad_rows: str = "skip"
+    fused_head: bool = False
     vocab_size: int | None = None
     sequence_length: int | None = None
     ahead: int | None = None
@@ -60,8 +63,10 @@ class DistillSettings:
                 raise ValueError(f"{name}: expected an integer of at least {least} or None, got {value!r}")
         if self.bad_rows not in ("skip", "stop"):
             raise ValueError(f"bad_rows: expected 'skip' or 'stop', got {self.bad_rows!r}")
-        if not isinstance(self.steps, bool):
-            raise TypeError(f"steps: expected True or False, got {self.steps!r}")
+        for name in ("steps", "fused_head"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected True or False, got {value!r}")
         if not isinstance(self.link, LinkSettings):
             raise TypeError(f"link: expected LinkSettings, got {type(self.link).__name__}")
         if self.link.payload == "topk" and self.temperature != 1:

@@ -1,0 +1,226 @@
+"""The plug with the fused head: losses and gradients of the model equal those of the plug that stores the logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jobs
+import pytest
+import torch
+from test_attach import check_against_direct, settings
+from worlds import World, run_worlds
+
+import vcrd
+from vcrd.megatron.attach import Attachment
+from vcrd.megatron.fused_head import FusedHead
+from vcrd.megatron.settings import DistillSettings
+
+
+def build(tied: bool, **changes) -> torch.nn.Module:
+    """This rank's part of a small model, drawn alike whatever the number of ranks."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from examples.demo.model import configure
+
+    shape = jobs.STUDENT
+    model = GPTModel(
+        replace(configure(shape, 1), **changes),
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=shape.vocab_size,
+        max_sequence_length=jobs.SEQUENCE,
+        share_embeddings_and_output_weights=tied,
+        position_embedding_type="rope",
+    )
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        whole = list(parameter.shape)
+        dimension = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+        if dimension is not None:
+            from megatron.core import parallel_state
+
+            whole[dimension] *= parallel_state.get_tensor_model_parallel_world_size()
+        drawn = torch.randn(whole, generator=generator) * (1.5 / whole[-1] ** 0.5)
+        if dimension is not None:
+            drawn = drawn.chunk(whole[dimension] // parameter.shape[dimension], dimension)[
+                parallel_state.get_tensor_model_parallel_rank()
+            ]
+        parameter.data.copy_(drawn)
+    return model.train()
+
+
+def step(model: torch.nn.Module, arguments: dict, fused: bool) -> tuple[torch.Tensor, dict]:
+    """One micro-batch's loss [b, s] and all gradients, with random teacher logits."""
+    from megatron.core import parallel_state
+
+    from vcrd.megatron.attach import _in_place
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    (batch,) = jobs.batches(1)
+    generator = torch.Generator().manual_seed(9)
+    width = jobs.STUDENT.vocab_size
+    teacher = 3 * torch.randn(jobs.SEQUENCE, 2, width, generator=generator)
+    teacher = teacher.chunk(group.size(), -1)[group.rank()]
+    head = FusedHead(model, group if group.size() > 1 else None) if fused else None
+    seen = []
+
+    def loss(labels, mask, logits):
+        seen.append(tuple(logits.shape))
+        out = (head.loss if fused else _in_place)(
+            *(logits, teacher, labels.transpose(0, 1)),
+            mask=mask.transpose(0, 1),
+            vocab_size=jobs.TRUE_VOCAB,
+            group=group if group.size() > 1 else None,
+            **arguments,
+        )
+        return out.loss.transpose(0, 1).contiguous()
+
+    attachment = Attachment(model, loss)
+    positions = torch.arange(jobs.SEQUENCE).expand_as(batch["tokens"])
+    for parameter in model.parameters():
+        parameter.grad = None
+    with attachment.active():
+        for _ in range(2):  # the first is checked, the second gets no logits at all
+            for parameter in model.parameters():
+                parameter.grad = None
+            if fused:
+                with head.captured():
+                    output = model(batch["tokens"], positions, None, **_targets(batch))
+            else:
+                output = model(batch["tokens"], positions, None, **_targets(batch))
+            ((output * batch["loss_mask"]).sum() / batch["loss_mask"].sum()).backward()
+    attachment.detach()
+    assert "forward" not in vars(model.output_layer)
+    if fused:
+        assert seen[0][0] == 1 and seen[1][-1] == 1, seen
+    return output.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def _targets(batch: dict) -> dict:
+    return {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+
+
+def both_heads() -> float:
+    """The largest error of losses and gradients, relative to the largest value of each."""
+    worst = 0.0
+    for tied in (True, False):
+        for arguments in (
+            {"ce_weight": 0.3},
+            {"divergence": "jsd", "normalization": "mean", "validity": "margin"},
+        ):
+            model = build(tied)
+            expected, expected_gradients = step(model, arguments, fused=False)
+            found, gradients = step(model, arguments, fused=True)
+            assert gradients.keys() == expected_gradients.keys()
+            pairs = [(found, expected), *((gradients[name], g) for name, g in expected_gradients.items())]
+            for actual, truth in pairs:
+                worst = max(worst, float((actual - truth).abs().max() / truth.abs().max().clamp(min=1e-3)))
+    return worst
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_losses_and_gradients_equal_those_of_stored_logits(tensor):
+    ((*ranks,),) = run_worlds(World(both_heads, tensor, tensor=tensor))
+    assert max(ranks) <= 1e-5, ranks
+
+
+def into_main_grad() -> tuple[float, bool, bool]:
+    """As Megatron's data parallelism has it: error, the flag of the output weight, and whether .grad stayed empty."""
+    model = build(tied=False)
+    _, truth = step(model, {}, fused=False)
+    weight = model.output_layer.weight
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones_like(weight), False
+    weight.zero_out_wgrad = True
+    model.output_layer.gradient_accumulation_fusion = True
+    step(model, {}, fused=True)
+    expected = truth["output_layer.weight"]
+    error = (weight.main_grad - 1 - 2 * expected).abs().max() / expected.abs().max()  # of two backward passes
+    return float(error), weight.grad_added_to_main_grad, not bool(weight.grad.any())
+
+
+def test_gradients_are_accumulated_into_main_grad():
+    (((error, announced, empty),),) = run_worlds(World(into_main_grad))
+    assert error <= 1e-5 and announced and empty
+
+
+class Finisher(torch.nn.Module):
+    """A model that is nothing but an output layer, and what it does to logits afterwards."""
+
+    def __init__(self, finish=lambda logits: logits, *, bias: bool = False, **config) -> None:
+        super().__init__()
+        layer = torch.nn.Linear(8, 20, bias=bias)
+        layer.forward = lambda states, weight=None, plain=layer.forward: (plain(states), None)
+        self.output_layer, self.finish, self.config = layer, finish, SimpleNamespace(**config)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        return self.finish(self.output_layer(states)[0])
+
+
+def test_the_scale_and_the_soft_cap_of_a_model_are_honoured():
+    model = Finisher(
+        lambda logits: 2 * torch.tanh(0.25 * logits / 2),
+        use_mup=True,
+        mup_output_mult=0.25,
+        logit_softcap=2.0,
+    )
+    states, teacher, labels = torch.randn(6, 2, 8) * 9, torch.randn(6, 2, 20), torch.randint(20, (6, 2))
+    expected = vcrd.validity_calibrated_kl(model.logits(states), teacher, labels)
+    expected.loss.sum().backward()
+    truth, model.output_layer.weight.grad = model.output_layer.weight.grad, None
+    own = model.output_layer.forward
+    head = FusedHead(model, None)
+    for _ in range(2):
+        model.output_layer.weight.grad = None
+        with head.captured():
+            found = head.loss(model.logits(states), teacher, labels)
+        found.loss.sum().backward()
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model.output_layer.weight.grad, truth, rtol=1e-5, atol=1e-5)
+    assert model.output_layer.forward is own
+
+
+def test_a_model_whose_logits_are_made_otherwise_is_found_out():
+    model = Finisher(lambda logits: logits + 1)
+    head = FusedHead(model, None)
+    with (
+        head.captured(),
+        pytest.raises(ValueError, match="fused_head: expected a model whose logits are scale"),
+    ):
+        head.loss(model.logits(torch.randn(3, 2, 8)), None, None)
+    with (
+        head.captured(),
+        pytest.raises(ValueError, match="expected the model to run its output_layer before"),
+    ):
+        head.loss(torch.zeros(1), None, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (Finisher(mtp_num_layers=1), "without multi-token prediction, .* got mtp_num_layers 1"),
+        (Finisher(bias=True), "an output layer without a bias"),
+        (Finisher(defer_embedding_wgrad_compute=True), "defer_embedding_wgrad_compute False, got True"),
+        (Finisher(cross_entropy_fusion_impl="linear"), "another cross_entropy_fusion_impl"),
+    ],
+)
+def test_what_clashes_is_one_sentence(model, sentence):
+    with pytest.raises(ValueError, match=f"fused_head: expected .*{sentence}"):
+        FusedHead(model, None)
+
+
+def test_the_environment_asks_for_it():
+    assert DistillSettings.from_environment({"VCRD_FUSED_HEAD": "1"}).fused_head
+    assert not DistillSettings.from_environment({}).fused_head
+    with pytest.raises(TypeError, match="fused_head: expected True or False, got 1"):
+        DistillSettings(fused_head=1)
+
+
+def test_through_the_link_a_tensor_and_pipeline_parallel_student_equals_direct_computation():
+    chosen = settings(fused_head=True, divergence="jeffreys", ce_weight=0.25)
+    students, _, (truth,) = run_worlds(
+        World(jobs.student_job, 4, tensor=2, pipeline=2, arguments=(chosen, 2)),
+        World(jobs.teacher_job, 1, arguments=(chosen,)),
+        World(jobs.direct, arguments=(chosen, 2)),
+    )
+    check_against_direct(students, truth, 2)
