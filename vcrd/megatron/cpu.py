@@ -6,9 +6,11 @@ Only `device="cuda"`, `.cuda()`, streams, events, random states and a few type n
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import os
+import runpy
 import sys
 import types
 from collections.abc import Iterator
@@ -53,6 +55,23 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
+def run_script(arguments: list[str]) -> None:
+    """Runs `arguments[0]`, an unmodified script, as the main program and on the CPU: `python -m vcrd.megatron.cpu`.
+
+    arguments: the script's path and its own arguments. Raises SystemExit with a sentence when no script is named.
+    """
+    if not arguments or not os.path.isfile(arguments[0]):
+        got = repr(arguments[0]) if arguments else "nothing"
+        raise SystemExit(f"vcrd.megatron.cpu: expected a script and its arguments, got {got}")
+    before = sys.argv, sys.path[0]
+    sys.argv, sys.path[0] = arguments, os.path.dirname(os.path.abspath(arguments[0]))
+    try:
+        with on_cpu():
+            runpy.run_path(arguments[0], run_name="__main__")
+    finally:
+        sys.argv, sys.path[0] = before
+
+
 def enable() -> contextlib.ExitStack:
     """Open `on_cpu` without a `with` block, for the top of a script; `.close()` on the result undoes it.
 
@@ -60,6 +79,7 @@ def enable() -> contextlib.ExitStack:
     """
     stack = contextlib.ExitStack()
     stack.enter_context(on_cpu())
+    atexit.register(stack.close)  # a stack that nobody holds would be closed at once
     return stack
 
 
@@ -287,3 +307,7 @@ def _set_environment(stack: contextlib.ExitStack) -> None:
     config = importlib.import_module("torch._dynamo.config")
     stack.callback(setattr, config, "disable", config.disable if imported else False)
     config.disable = True
+
+
+if __name__ == "__main__":
+    run_script(sys.argv[1:])

@@ -1,0 +1,63 @@
+"""Serves any Megatron checkpoint as the teacher: all of Megatron's arguments, and the group --vcrd-*.
+
+    torchrun --nproc-per-node 2 examples/serve_teacher.py --load checkpoint --use-checkpoint-args \\
+        --pipeline-model-parallel-size 2 --vcrd-address host:port
+
+Tensor and pipeline parallelism are those of the arguments, whatever the checkpoint was saved with, where its format is
+torch_dist; a legacy one (torch) keeps its own. Needs Python 3.12 and megatron-core 0.19. Without a GPU it runs on CPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+# As a script: the folder of examples is where Python looks first, not the checkout.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from vcrd.megatron import cpu  # noqa: E402
+
+if not torch.cuda.is_available():
+    cpu.enable()  # before anything of Megatron is imported
+
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args  # noqa: E402
+from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+from megatron.training.checkpointing import load_checkpoint  # noqa: E402
+from megatron.training.initialize import initialize_megatron  # noqa: E402
+
+import vcrd.megatron  # noqa: E402
+from vcrd.megatron.arguments import add_vcrd_args, settings_from_args  # noqa: E402
+
+# What training needs and a teacher does not: Megatron asks for them all the same.
+DEFAULTS = {
+    "no_load_optim": True,
+    "no_load_rng": True,
+    "exit_on_missing_checkpoint": True,
+    "micro_batch_size": 1,
+    "tokenizer_type": "NullTokenizer",
+}
+
+
+def main() -> None:
+    """Loads this rank's part of the teacher and serves it until every student has said goodbye."""
+    args = parse_and_validate_args(extra_args_provider=add_vcrd_args, args_defaults=DEFAULTS)
+    if args.load is None:
+        raise SystemExit("--load: expected the folder of a Megatron checkpoint, got none")
+    initialize_megatron()
+    config_from_args = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
+    config = config_from_args(args)
+    builder = config.get_builder_cls()(config)
+    model = builder.build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    load_checkpoint(model, None, None, strict=True)
+    served = vcrd.megatron.serve(model, settings_from_args(args))
+    if args.rank == 0:
+        print(f"served {served} micro-batches", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
