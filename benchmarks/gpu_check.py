@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: build, tests on CUDA, benchmark, compute-sanitizer; one JSON.
+"""Everything that needs a GPU, in one command: build, tests on CUDA, benchmark, FP8, compute-sanitizer; one JSON.
 
     make gpu-check PYTHON=python3 [ARGS="--json gpu-check.json"]
 
@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 460  # for everything
 # Seconds kept for what comes after a step.
-AFTER_BUILD, AFTER_TESTS, AFTER_BENCHMARK = 200, 120, 60
+AFTER_BUILD, AFTER_TESTS, AFTER_BENCHMARK, AFTER_FP8 = 240, 160, 100, 60
 
 FACTS = "import json, machine; print(json.dumps(machine.gpu_facts()))"
 HAS_KERNELS = """
@@ -157,6 +157,14 @@ def benchmark(seconds: float) -> tuple[dict, str]:
     return {**outcome.summary(), **figures}, "" if outcome.ended_well else outcome.tail(5)
 
 
+def fp8(seconds: float) -> tuple[dict, str]:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "fp8.json"
+        outcome = run([sys.executable, "benchmarks/gpu_fp8.py", "--json", str(path)], seconds)
+        figures = json.loads(path.read_text()) if path.exists() else {}
+    return {**outcome.summary(), **figures}, outcome.tail() if not figures else outcome.tail(4)
+
+
 def sanitizer(seconds: float) -> tuple[dict, str]:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
@@ -198,6 +206,7 @@ def main() -> int:
     if step("build", build, AFTER_BUILD):
         step("tests", tests, AFTER_TESTS)
         step("benchmark", benchmark, AFTER_BENCHMARK)
+        step("fp8", fp8, AFTER_FP8)
         step("sanitizer", sanitizer, 0)
     print(f"{'all passed' if result['passed'] else 'FAILED'} in {result['seconds']:.0f} s; {options.json}")
     return 0 if result["passed"] else 1

@@ -14,7 +14,7 @@ import torch
 import gpu_check
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-STEPS = ("build", "tests", "benchmark", "sanitizer")
+STEPS = ("build", "tests", "benchmark", "fp8", "sanitizer")
 
 
 def without_a_gpu() -> dict:
@@ -54,7 +54,7 @@ def test_writes_one_record_of_all_steps(monkeypatch, tmp_path):
     assert run_main(monkeypatch, path, sanitizer=lambda _: (absent, "")) == 0
     written = json.loads(path.read_text())
     assert written["passed"] and written["machine"] == {"device": "a GPU"}
-    assert [written[name]["passed"] for name in STEPS] == [True, True, True, None]
+    assert [written[name]["passed"] for name in STEPS] == [True, True, True, True, None]
 
 
 def test_goes_on_after_failed_tests_and_fails_in_the_end(monkeypatch, tmp_path):

@@ -1,0 +1,99 @@
+"""The FP8 check where there is no FP8: what it says then, what it reports, and its own run with bfloat16 on the CPU."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpu_check
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from worlds import World, run_worlds
+
+import gpu_fp8
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_fp8.py"
+
+
+def found(monkeypatch, *missing: str) -> None:
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name in missing else importlib.machinery.ModuleSpec(name, None),
+    )
+
+
+def test_it_says_why_it_does_not_run(monkeypatch):
+    found(monkeypatch, "transformer_engine")
+    assert gpu_fp8.reason_to_skip() == "Transformer Engine is not installed"
+    assert gpu_fp8.run() == {"passed": None, "how": "Transformer Engine is not installed"}
+    found(monkeypatch, "megatron")
+    assert gpu_fp8.reason_to_skip() == "megatron-core is not installed"
+    found(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_fp8.reason_to_skip().endswith("finds no GPU that it can use")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert gpu_fp8.reason_to_skip() == "FP8 needs compute capability 8.9, this GPU has 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert gpu_fp8.reason_to_skip() is None
+
+
+def test_it_reports_the_difference_and_fails_on_what_is_not_finite():
+    bf16 = {"losses": [3.0, 2.0], "gradient_norm": 1.0}
+    result = gpu_fp8.summary(bf16, {"losses": [3.0, 2.1], "gradient_norm": 1.5})
+    assert result["passed"] is True and result["relative_difference"] == pytest.approx(0.05)
+    assert gpu_fp8.lines(result).splitlines() == [
+        "bf16: loss 2.00000 nat per token, gradient norm 1",
+        "fp8: loss 2.10000 nat per token, gradient norm 1.5",
+        "difference +0.10000 nat, +5.00 %",
+    ]
+    for broken in (
+        {"losses": [math.nan, 2.1], "gradient_norm": 1.0},
+        {"losses": [2.0], "gradient_norm": math.inf},
+    ):
+        result = gpu_fp8.summary(bf16, broken)
+        assert result["passed"] is False
+        assert gpu_fp8.lines(result).endswith("not every loss and gradient is finite")
+
+
+def test_gpu_check_shows_its_line(monkeypatch):
+    def run(command, seconds, show=False, **environment):
+        path = Path(command[command.index("--json") + 1])
+        path.write_text(json.dumps({"passed": None, "how": "Transformer Engine is not installed"}))
+        return gpu_check.Outcome(0, 1.0, "Transformer Engine is not installed\n")
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    result, text = gpu_check.fp8(60)
+    assert text == "Transformer Engine is not installed"
+    assert result["passed"] is None and result["how"] == text
+    monkeypatch.setattr(
+        gpu_check, "run", lambda *_, **__: gpu_check.Outcome(1, 1.0, "Traceback\nRuntimeError: x")
+    )
+    result, text = gpu_check.fp8(60)
+    assert result["passed"] is False and text.endswith("RuntimeError: x")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is installed"
+)
+def test_the_script_ends_well_where_transformer_engine_is_not_installed():
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "Transformer Engine is not installed\n"), done.stderr
+
+
+def test_its_models_and_its_step_run_on_the_cpu_with_local_layers():
+    ((result,),) = run_worlds(World(gpu_fp8.measure, arguments=(None, False)))
+    assert len(result["losses"]) == gpu_fp8.STEPS
+    assert all(loss > 0.1 and math.isfinite(loss) for loss in result["losses"])
+    assert max(result["losses"]) == pytest.approx(min(result["losses"]), rel=1e-4), "no weight changes"
+    assert 0 < result["gradient_norm"] < math.inf
