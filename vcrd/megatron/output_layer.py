@@ -76,11 +76,16 @@ class OutputLayer:
     def check(self, states: Tensor, logits: Tensor) -> None:
         """ValueError, on every tensor rank alike, if the model made logits [s, b, width] of these states otherwise.
 
-        Looks at the first answer only. Collectives: one all-reduce of one float32 over the tensor ranks.
+        Looks at the first answer only, and there at tokens whose states are finite.
+        Collectives: one all-reduce of one float32 over the tensor ranks.
         """
         if self._checked:
             return
+        finite = states.isfinite().all(-1)
+        if not finite.any():
+            return
         self._checked = True
+        states, logits = states[finite], logits[finite]
         head = self.head
         expected = head.scale * (states.float() @ self.weight.float().T)
         if head.softcap:

@@ -1,0 +1,183 @@
+"""Runs on megatron.training that are saved, stopped, resumed, run again and evaluated: the curve does not notice."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jobs
+import pytest
+from ports import free_port
+from worlds import World, Worlds
+
+from vcrd.megatron.settings import DistillSettings
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("megatron.training") is None,
+    reason="megatron.training is not in this megatron-core (0.19 has it, on Python 3.12)",
+)
+
+SCRIPT = Path(__file__).with_name("long_run_jobs.py")
+STEPS = 6
+MEGATRON = f"""
+    --num-layers 2 --hidden-size 16 --num-attention-heads 4 --seq-length 12 --max-position-embeddings 12
+    --micro-batch-size 2 --train-iters {STEPS} --lr 1e-2 --min-lr 1e-3 --lr-decay-style linear
+    --eval-iters 1 --tokenizer-type NullTokenizer --vocab-size 44 --make-vocab-size-divisible-by 16
+    --transformer-impl local --distributed-backend gloo --use-cpu-initialization --no-persist-layer-norm
+    --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-dropout-fusion --no-bias-gelu-fusion
+    --no-rope-fusion --position-embedding-type rope --num-workers 0 --ckpt-format torch --calculate-per-token-loss
+    --log-interval 2 --seed 7 --hidden-dropout 0 --attention-dropout 0
+""".split()
+
+
+class Run:
+    """A student job and its teacher, as processes."""
+
+    def __init__(self, folder: Path, name: str, arguments: str, size: int = 1, **environment: str) -> None:
+        self.record, self.port = folder / name, free_port()
+        link = {"VCRD_ADDRESS": f"127.0.0.1:{self.port}", "VCRD_PAYLOAD": "float32", "VCRD_TIMEOUT": "100"}
+        link |= {"VCRD_VOCAB_SIZE": "45", "VCRD_CONNECT_TIMEOUT": "100"}
+        self.settings = DistillSettings.from_environment(link)
+        master = str(free_port())
+        self.output = [(folder / f"{name}.{rank}.log") for rank in range(size)]
+        self.students = []
+        for rank in range(size):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "USE_LIBUV": "0"}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": master, "LONG_RUN_RECORD": str(self.record)}
+            with open(self.output[rank], "w") as log:
+                command = [sys.executable, str(SCRIPT), *MEGATRON, *arguments.split()]
+                variables = {**os.environ, **own, "LOCAL_WORLD_SIZE": str(size), **link, **environment}
+                self.students.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log))
+
+    def finish(self) -> list[int]:
+        """Exit codes of the student's ranks; the teacher ended well."""
+        try:
+            with Worlds() as worlds:
+                teacher = worlds.start(World(jobs.teacher_job, arguments=(self.settings,)))
+                codes = [student.wait(150) for student in self.students]
+                if not any(codes):
+                    worlds.wait(teacher, seconds=60)
+        finally:
+            for student in self.students:
+                student.kill()
+        return codes
+
+    def text(self) -> str:
+        return "".join(path.read_text() for path in self.output)
+
+    def lines(self, rank: int = 0) -> list[dict]:
+        return [json.loads(line) for line in Path(f"{self.record}.{rank}").read_text().splitlines()]
+
+    def curve(self, again: bool = False, rank: int = 0) -> list[tuple[int, str]]:
+        return [(x["iteration"], x["loss"]) for x in self.lines(rank) if x.get("again") == again]
+
+
+def run(folder: Path, name: str, arguments: str, **options) -> Run:
+    started = Run(folder, name, arguments, **options)
+    codes = started.finish()
+    assert not any(codes), (codes, started.text()[-6000:])
+    return started
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("long_runs")
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> Run:
+    """Uninterrupted, two micro-batches a step, evaluated in between."""
+    return run(folder, "whole", "--global-batch-size 4 --eval-interval 3")
+
+
+def test_evaluation_inside_training(whole):
+    assert [step for step, _ in whole.curve()] == [n // 2 for n in range(2, 2 * STEPS + 2)]
+    assert any("evaluated" in line for line in whole.lines())
+
+
+def test_a_run_that_is_terminated_and_resumed_ends_as_the_uninterrupted_one(whole, folder):
+    """SIGTERM with requests ahead in flight: Megatron saves and exits with 0, and so does the teacher."""
+    checkpoint = (
+        f"--global-batch-size 4 --eval-interval 3 --save {folder / 'saved'} --load {folder / 'saved'}"
+    )
+    arguments = f"{checkpoint} --exit-signal-handler --save-interval 100"
+    first = run(folder, "first", arguments, LONG_RUN_TERMINATE="3")
+    assert first.curve() == whole.curve()[: len(first.curve())] and 6 <= len(first.curve()) < 2 * STEPS
+    second = run(folder, "second", arguments)
+    assert first.curve() + second.curve() == whole.curve()
+    assert second.lines()[-1] == whole.lines()[-1] and "weights" in whole.lines()[-1]
+
+
+def test_a_step_that_megatron_runs_again_sees_the_same_answers(whole, folder):
+    """In the middle, and at the end of the data, where fewer requests are ahead than may be."""
+    again = run(folder, "again", "--global-batch-size 4 --eval-interval 3", LONG_RUN_REJECT=f"3,5,{STEPS}")
+    assert again.curve() == whole.curve()
+    expected = [(step, loss) for step, loss in whole.curve() if step in (3, 5, STEPS)]
+    assert again.curve(again=True) == expected
+    assert again.lines()[-1] == whole.lines()[-1]
+    assert vcrd_lines(again) == vcrd_lines(whole), "a step that is run again counts once"
+
+
+def test_a_nan_of_the_students_stops_the_run(folder):
+    started = Run(folder, "nan", "--global-batch-size 4 --eval-interval 100", LONG_RUN_NAN="2")
+    codes = started.finish()
+    assert codes[0] not in (0, None) and "NaN in the loss" in started.text()
+    assert max(step for step, _ in started.curve()) == 2
+
+
+def vcrd_lines(started: Run) -> list[dict[str, float]]:
+    """Figures of the plug's own lines; not those that depend on the clock or on when bytes arrive."""
+    found = []
+    for line in started.text().splitlines():
+        if line.startswith(" [vcrd] iteration"):
+            parts = [part.split(": ") for part in line.split("|")[1:-1]]
+            figures = {name.strip(): float(value) for name, value in parts}
+            found.append({k: v for k, v in figures.items() if k not in ("teacher wait", "link bytes")})
+    return found
+
+
+def test_figures_are_sums_over_tokens_of_the_interval_and_of_all_ranks(folder):
+    """Two data-parallel ranks whose tokens differ, intervals of two steps: in the log, TensorBoard and W&B."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = f"--global-batch-size 8 --eval-interval 100 --tensorboard-dir {folder / 'events'}"
+    both = run(folder, "both", arguments, size=2, LONG_RUN_WANDB=str(folder / "wandb"))
+    events = EventAccumulator(str(folder / "events")).Reload()
+    logged = vcrd_lines(both)
+    wandb = [json.loads(line) for line in (folder / "wandb").read_text().splitlines()]
+    assert len(logged) == STEPS // 2
+    micro = [line for rank in range(2) for line in both.lines(rank) if "iteration" in line]
+    for number, figures in enumerate(logged):
+        steps = (2 * number + 1, 2 * number + 2)
+        mine = [line for line in micro if line["iteration"] in steps]
+        tokens = sum(line["tokens"] for line in mine)
+        loss = sum(float.fromhex(line["loss"]) for line in mine) / tokens
+        assert figures["tokens"] == tokens and figures["loss"] == pytest.approx(loss, rel=1e-5)
+        assert figures["weight p10"] <= figures["weight p50"] <= figures["weight p90"] <= 1.95
+        assert 0 < figures["student more valid"] < 1 and figures["bad rows"] == 0
+        (sent,) = [line for line in wandb if line["step"] == steps[1] and "vcrd/loss" in line]
+        for name, value in figures.items():
+            tag = f"vcrd/{name.replace(' ', '_')}"
+            (event,) = [event for event in events.Scalars(tag) if event.step == steps[1]]
+            assert event.value == pytest.approx(value, rel=1e-4, abs=1e-6) == sent[tag]
+        assert sent["vcrd/link_bytes"] > 0 and sent["vcrd/teacher_wait"] >= 0
+    # Of each step, through Megatron's own reduction.
+    for step in range(1, STEPS + 1):
+        mine = [line for line in micro if line["iteration"] == step]
+        loss = sum(float.fromhex(x["loss"]) for x in mine) / sum(x["tokens"] for x in mine)
+        values = {
+            key: {e.step: e.value for e in events.Scalars(key)} for key in ("lm loss", "vcrd divergence")
+        }
+        assert values["lm loss"][step] == pytest.approx(loss, rel=1e-5)
+        assert values["vcrd divergence"][step] > 0
+    means = {e.step: e.value for e in events.Scalars("vcrd/divergence")}
+    per_step = {e.step: e.value for e in events.Scalars("vcrd divergence")}
+    for step, mean in means.items():
+        counts = [sum(x["tokens"] for x in micro if x["iteration"] == n) for n in (step - 1, step)]
+        expected = (per_step[step - 1] * counts[0] + per_step[step] * counts[1]) / sum(counts)
+        assert mean == pytest.approx(expected, rel=1e-4)
