@@ -51,6 +51,7 @@ from megatron.training.utils import (  # noqa: E402
 )
 
 import vcrd.megatron  # noqa: E402
+from examples.megatron_wheel import keep_compiled_helpers  # noqa: E402
 from vcrd.megatron.arguments import add_vcrd_args, settings_from_args  # noqa: E402
 
 BATCH = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -210,6 +211,7 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
 
 def main() -> None:
     """Parses, builds, trains."""
+    keep_compiled_helpers()
     args = parse_and_validate_args(
         extra_args_provider=add_vcrd_args, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
     )

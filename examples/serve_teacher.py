@@ -28,6 +28,7 @@ from megatron.training.checkpointing import load_checkpoint  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 
 import vcrd.megatron  # noqa: E402
+from examples.megatron_wheel import keep_compiled_helpers  # noqa: E402
 from vcrd.megatron.arguments import add_vcrd_args, settings_from_args  # noqa: E402
 
 # What training needs and a teacher does not: Megatron asks for them all the same.
@@ -42,6 +43,7 @@ DEFAULTS = {
 
 def main() -> None:
     """Loads this rank's part of the teacher and serves it until every student has said goodbye."""
+    keep_compiled_helpers()
     args = parse_and_validate_args(extra_args_provider=add_vcrd_args, args_defaults=DEFAULTS)
     if args.load is None:
         raise SystemExit("--load: expected the folder of a Megatron checkpoint, got none")
