@@ -100,10 +100,10 @@ def verifier(tokens: Tensor, student_action: Tensor, teacher_action: Tensor) -> 
     actions = torch.stack([student_action, teacher_action])
     for row, text in enumerate(map(decode, tokens.tolist())):
         end_of_prompt = text.find("?") + 1
-        for position in (actions[:, row] >= 0).any(0).nonzero().flatten().tolist():
+        for who, position in (actions[:, row] >= 0).nonzero().tolist():
             if not 0 < end_of_prompt <= position + 1:
                 continue
             correct = correct_next(text[:end_of_prompt], text[end_of_prompt : position + 1])
-            proposed = decode(actions[:, row, position].tolist())
-            validities[:, row, position] = torch.tensor([float(symbol in correct) for symbol in proposed])
+            proposed = decode([int(actions[who, row, position])])
+            validities[who, row, position] = float(proposed in correct)
     return validities[0], validities[1]
