@@ -114,11 +114,12 @@ def student(
 
 
 def students(settings, micro_batches: int, variants: list[dict[str, Any]]) -> list[SimpleNamespace]:
-    """One student after another, each variant as arguments of `student`, with `payload` for the settings."""
+    """One student after another, each variant as arguments of `student`, and for the settings."""
     found = []
     for variant in variants:
         variant = dict(variant)
-        chosen = settings.replaced(payload=variant.pop("payload", "float32"))
+        own = {name: variant.pop(name) for name in ("payload", "fused_head") if name in variant}
+        chosen = settings.replaced(**own)
         found.append(student(chosen, micro_batches, **variant))
     return found
 

@@ -94,7 +94,11 @@ def test_one_process():
 
 def test_tensor_parallel():
     chosen = settings(divergence="jsd")
-    variants = [{"teacher": local_jobs.TEACHER}, {"teacher": local_jobs.TEACHER, "payload": "hidden"}]
+    variants = [
+        {"teacher": local_jobs.TEACHER},
+        {"teacher": local_jobs.TEACHER, "payload": "hidden"},
+        {"teacher": local_jobs.TEACHER, "payload": "hidden", "fused_head": True},  # no logits of either
+    ]
     compare(
         World(local_jobs.students, 2, tensor=2, arguments=(chosen, MICRO_BATCHES, variants)),
         World(local_jobs.students, 2, tensor=2, arguments=(chosen, MICRO_BATCHES, [{"teacher": None}])),
