@@ -14,7 +14,7 @@ MICRO_BATCHES = 2
 MODES = {
     "scores": ({"validity": "scores", "steps": True}, False),
     "label": ({"validity": "label", "steps": True}, False),
-    "judged": ({"steps": True}, True),
+    "judged": ({"steps": True, "fused_head": True}, True),
 }
 
 
@@ -191,6 +191,30 @@ def sentences_of_wrong_fields() -> list[str]:
         try:
             outside.arguments(labels, None)
             found.append("right")
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def a_check_that_comes_late() -> list[str]:
+    """As on a GPU: a wrong micro-batch counts as one of equal validities until the next comes, or the end."""
+    from vcrd.megatron.outside import Outside
+    from vcrd.megatron.settings import DistillSettings
+
+    rank = dist.get_rank()
+    outside = Outside(DistillSettings(validity="scores", steps=True), "tokens", None)
+    outside.place(layout(tensor=(rank, 2)))
+    outside._defers = True
+    right, wrong = wrong_batches()[-1], wrong_batches()[0]
+    found = []
+    for batches in (right, right, wrong, right, wrong):
+        iterator = outside.watched(iter(batches) if rank == 0 else None)
+        for _ in batches if rank == 0 else ():
+            next(iterator)
+        try:
+            got = outside.arguments(torch.zeros(2, 4, dtype=torch.long), None)
+            sums = [float(got[name].sum()) for name in ("steps", "student_validity", "teacher_validity")]
+            found.append(str(sums))
         except ValueError as error:
             found.append(str(error))
     return found

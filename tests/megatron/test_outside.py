@@ -91,6 +91,14 @@ def test_wrong_fields_are_one_sentence_on_every_tensor_rank():
         assert one == other and one.startswith(beginning), one
 
 
+def test_a_check_that_comes_late_is_neutral_first_and_then_said_on_every_tensor_rank():
+    ((first, second),) = run_worlds(World(outside_jobs.a_check_that_comes_late, 2, tensor=2))
+    assert first == second and len(first) == 5
+    assert first[0] == first[1] and first[0].startswith("[")
+    assert first[2] == first[4] == "[-8.0, 8.0, 8.0]", "no steps, all validities equal"
+    assert first[3].startswith("vcrd_steps: expected in the micro-batch")
+
+
 def test_a_verifier_that_fails_is_one_sentence_on_every_tensor_rank():
     ((first, second),) = run_worlds(World(outside_jobs.sentences_of_failing_verifiers, 2, tensor=2))
     assert first == second

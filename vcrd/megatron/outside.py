@@ -71,6 +71,7 @@ class Outside:
         self._drawn: list[Any] = []
         self._late: _Late | None = None  # what the last message has still to be asked
         self._sent = 0
+        self._defers = False  # whether fields are checked with the next micro-batch's
         self._seconds = 0.0
 
     @property
@@ -83,6 +84,7 @@ class Outside:
             context_group = parallel_state.get_context_parallel_group()
         self._layout = layout
         self._groups = (layout.tensor_group, context_group)
+        self._defers = layout.device.type == "cuda"
 
     def watched(self, data_iterator: Any) -> Any:
         """The iterator to draw this call's micro-batch from. It hides the fields from the script."""
@@ -176,7 +178,8 @@ class Outside:
             known = message
         self._sent += 1
         late = _Late(message, error, cause)
-        if message.device.type == "cuda" and neutral is not None and group is not None and self._sent > 1:
+        # Where a dataset lacks a field it does so from the start: that is waited for, and nothing after it.
+        if self._defers and neutral is not None and group is not None and self._sent > 1:
             self._late = late
             return torch.where(message[0] == 0, message[_HEADER:], neutral.to(message.device))
         late.check()
