@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vcrd.loss import CalibratedLoss, validity_calibrated_kl
 from vcrd.megatron.ahead import TokensOf
+from vcrd.megatron.clashes import refuse_clashes
 from vcrd.megatron.fused_head import FusedHead
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.linked import LinkedTeacher
@@ -102,6 +103,7 @@ class Distillation:
             Tensor
         ] = []  # in each micro-batch of the step, where the run is to stop for them
         self._log = IntervalLog()
+        self._checked = False  # for clashes, on every rank alike
         self._measuring = False
         self._observer: Observer | None = None
         # Weakly, so that a forgotten plug can be collected; strongly held it would outlive every test.
@@ -116,6 +118,9 @@ class Distillation:
                 "return_schedule_plan: expected False, got True; vcrd does not work with "
                 "overlap_moe_expert_parallel_comm"
             )
+        if not self._checked:
+            refuse_clashes(chunk, self.settings)
+            self._checked = True
         if chunk.training:
             self._step_end.watch(chunk.config)
         self._teacher.host()

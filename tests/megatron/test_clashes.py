@@ -1,0 +1,65 @@
+"""Settings of Megatron that do not go together with distillation are refused with a sentence."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from vcrd.megatron import DistillSettings
+from vcrd.megatron.clashes import refuse_clashes
+
+CLEAN = {
+    "cross_entropy_loss_fusion": True,
+    "tp_comm_overlap": True,
+    "cuda_graph_impl": "local",
+    "cuda_graph_scope": "attn",
+    "tensor_model_parallel_size": 2,
+}
+
+
+def check(config=None, args=None, settings=None, **model):
+    chunk = SimpleNamespace(config=SimpleNamespace(**{**CLEAN, **(config or {})}), **model)
+    refuse_clashes(chunk, settings or DistillSettings(), SimpleNamespace(**(args or {})))
+
+
+def test_what_does_not_clash_passes():
+    check(
+        args={"logits_load_dir": None, "reset_position_ids": False, "export_kd_teacher_load": None},
+        parallel_output=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "args", "model", "name"),
+    [
+        ({"overlap_moe_expert_parallel_comm": True}, {}, {}, "overlap_moe_expert_parallel_comm"),
+        ({"cuda_graph_impl": "full_iteration"}, {}, {}, "cuda_graph_impl"),
+        ({"cuda_graph_scope": "full_iteration"}, {}, {}, "cuda_graph_impl"),
+        ({"cuda_graph_scope": [SimpleNamespace(name="full_iteration")]}, {}, {}, "cuda_graph_impl"),
+        ({}, {}, {"parallel_output": False}, "parallel_output"),
+        ({}, {"logits_load_dir": "cache"}, {}, "logits_load_dir"),
+        ({}, {"export_kd_teacher_load": "teacher"}, {}, "export_kd_teacher_load"),
+        ({}, {"reset_position_ids": True}, {}, "reset_position_ids"),
+        ({}, {"reset_attention_mask": True}, {}, "reset_attention_mask"),
+    ],
+)
+def test_a_clash_is_one_sentence_that_names_the_argument(config, args, model, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got .*; vcrd does not work with it, for "):
+        check(config, args, **model)
+
+
+@pytest.mark.parametrize(("parts", "replicas", "refused"), [(1, 1, False), (2, 1, True), (1, 2, True)])
+def test_a_mean_over_more_than_one_micro_batch_is_refused(monkeypatch, parts, replicas, refused):
+    from megatron.core import num_microbatches_calculator, parallel_state
+
+    monkeypatch.setattr(num_microbatches_calculator, "get_num_microbatches", lambda: parts)
+    monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda **_: replicas)
+    settings = DistillSettings(normalization="mean")
+    if not refused:
+        check(settings=settings)
+        return
+    with pytest.raises(
+        ValueError, match=f"normalization: .* got 'mean' with {parts} micro-batches on {replicas} "
+    ):
+        check(settings=settings)

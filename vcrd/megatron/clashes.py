@@ -1,0 +1,107 @@
+"""Megatron's settings that do not go together with distillation, refused with a sentence when the plug attaches."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import torch
+
+from vcrd.megatron.settings import DistillSettings
+
+
+def refuse_clashes(chunk: torch.nn.Module, settings: DistillSettings, args: Any = None) -> None:
+    """ValueError that names the argument, where the model's or the job's settings clash with the plug. No collectives.
+
+    chunk: the unwrapped last stage. args: Megatron's arguments (default: those of megatron.training, where it runs).
+
+    Not clashes: cross_entropy_loss_fusion, which evaluation and the heads of multi-token prediction go on using on
+    logits of their own; tp_comm_overlap, which leaves the output layer alone; CUDA graphs of layers.
+    """
+    config = chunk.config
+    args = _megatron_args() if args is None else args
+    if getattr(config, "overlap_moe_expert_parallel_comm", False):
+        _refuse(
+            "overlap_moe_expert_parallel_comm", "False", "True", "its schedule never calls the model's loss"
+        )
+    # Up to 0.16 the graph of a whole iteration was a scope, later it is an implementation.
+    scopes = getattr(config, "cuda_graph_scope", None) or ()
+    scopes = [scopes] if isinstance(scopes, str) or not hasattr(scopes, "__iter__") else scopes
+    whole = [getattr(scope, "name", scope) for scope in scopes].count("full_iteration")
+    if whole or getattr(config, "cuda_graph_impl", None) == "full_iteration":
+        _refuse(
+            "cuda_graph_impl",
+            "graphs of layers at most",
+            "full_iteration",
+            "a graph cannot wait for the teacher",
+        )
+    parallel = getattr(chunk, "parallel_output", True)
+    if not parallel and getattr(config, "tensor_model_parallel_size", 1) > 1:
+        _refuse(
+            "parallel_output", "True", "False", "each tensor rank must have its own columns of the logits"
+        )
+    _refuse_other_losses(args)
+    _refuse_half_resets(args)
+    _refuse_mean_of_parts(settings, args)
+
+
+def _refuse_other_losses(args: Any) -> None:
+    if getattr(args, "logits_load_dir", None) is not None:
+        _refuse(
+            "logits_load_dir", "None", repr(args.logits_load_dir), "cached logits bring a loss of their own"
+        )
+    if getattr(args, "export_kd_teacher_load", None):
+        _refuse(
+            "export_kd_teacher_load",
+            "None",
+            repr(args.export_kd_teacher_load),
+            "ModelOpt's distillation has a loss of its own",
+        )
+
+
+def _refuse_half_resets(args: Any) -> None:
+    """Documents in one sample, kept apart by positions or masks that the dataset makes: the teacher would not know."""
+    for name in ("reset_position_ids", "reset_attention_mask"):
+        if getattr(args, name, False):
+            _refuse(
+                name,
+                "False",
+                "True",
+                "the teacher would look across the documents; dataloader_inter_document_masking tells it their edges",
+            )
+
+
+def _refuse_mean_of_parts(settings: DistillSettings, args: Any) -> None:
+    """The mean weight of a step is known after its last micro-batch, when the first has gone backward long ago."""
+    if settings.normalization != "mean":
+        return
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+    try:
+        parts = get_num_microbatches()
+    except AttributeError:  # the script has no calculator: it counts by itself
+        parts = 1
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    if parts * replicas > 1:
+        _refuse(
+            "normalization",
+            "'none' where several micro-batches or data-parallel ranks share a step's loss",
+            f"'mean' with {parts} micro-batches on {replicas} ranks",
+            "the mean over all of them is known only after the first has gone backward",
+        )
+
+
+def _refuse(name: str, expected: str, got: str, reason: str) -> None:
+    raise ValueError(f"{name}: expected {expected}, got {got}; vcrd does not work with it, for {reason}")
+
+
+def _megatron_args() -> Any:
+    """The arguments of megatron.training, None where the script does not use it or has not set them."""
+    if "megatron.training.global_vars" not in sys.modules:
+        return None
+    try:
+        return importlib.import_module("megatron.training.global_vars").get_args()
+    except AssertionError:
+        return None
