@@ -49,10 +49,9 @@ class AskAhead:
         self.drawn += 1
         return batch
 
-    def fill(self) -> int:
-        """Asks until `ahead` micro-batches are pending; returns how many are missing, for the source has no more."""
+    def fill(self) -> None:
+        """Asks until `ahead` micro-batches are pending, or the source has no more."""
         self._fill(self._ahead)
-        return self._ahead - len(self._asked)
 
     def stop(self) -> None:
         """Asks no more: what is pending is drawn first, then the source."""

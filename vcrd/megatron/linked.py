@@ -110,7 +110,10 @@ class LinkedTeacher:
     def _take_what_is_pending(self) -> None:
         """Answers come in the order of the questions: what was asked ahead before what is asked again."""
         if self._ahead is not None:
-            for _ in range(self._ahead.fill()):  # the data ends here: nobody will use these
+            self._ahead.fill()
+            # Where the data ends there are fewer: the rest is asked for nobody, now or when a step before this one was
+            # run again.
+            for _ in range(self._credit - max(len(self._kept), self._ahead.pending)):
                 self._link.request(torch.zeros(1, 2 * self._layout.context_size, dtype=torch.int64))
         while len(self._kept) < self._credit:
             self._kept.append(self._receive())
