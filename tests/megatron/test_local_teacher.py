@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jobs
@@ -9,6 +15,7 @@ import local_jobs
 import pytest
 import torch
 from ports import free_port
+from torch.distributed.checkpoint import FileSystemReader
 from worlds import World, run_worlds
 
 from examples.demo.convert import to_hugging_face
@@ -153,6 +160,37 @@ def test_interleaved_pipeline():
 def test_a_checkpoint_is_loaded_as_the_documentation_says(tmp_path):
     (found,) = run_worlds(World(local_jobs.save_and_load, 2, pipeline=2, arguments=(str(tmp_path),)))
     assert found == [(False, True)] * 2
+
+
+@pytest.mark.skipif(
+    sys.version_info < (3, 12) or importlib.util.find_spec("megatron.training") is None,
+    reason="megatron.training is not installed",
+)
+def test_a_run_of_megatron_training_evaluates_and_saves_without_the_teacher(tmp_path):
+    arguments = (
+        "--distributed-backend gloo --use-cpu-initialization --transformer-impl local --no-persist-layer-norm "
+        "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-dropout-fusion --no-rope-fusion "
+        "--no-bias-gelu-fusion --num-layers 2 --hidden-size 16 --num-attention-heads 4 --seq-length 16 "
+        "--max-position-embeddings 16 --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0 "
+        "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 8 --mock-data "
+        "--untie-embeddings-and-output-weights --init-method-std 0.3 --num-workers 0 --micro-batch-size 2 "
+        "--global-batch-size 8 --lr 3e-2 --log-interval 1 --train-iters 4 --eval-iters 1 --eval-interval 2 "
+        f"--pipeline-model-parallel-size 2 --ckpt-format torch_dist --save {tmp_path} --save-interval 4 "
+        f"--data-cache-path {tmp_path / 'cache'}"
+    )
+    script = str(Path(local_jobs.__file__).with_name("local_pretrain.py"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += ["--master-port", str(free_port()), script, *arguments.split()]
+    environment = {**os.environ, "USE_LIBUV": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    losses = [float(value) for value in re.findall(r" lm loss: ([0-9.E+-]+)", done.stdout)]
+    divergences = [float(value) for value in re.findall(r"vcrd divergence: ([0-9.E+-]+)", done.stdout)]
+    assert len(losses) == len(divergences) == 4 and losses[-1] < losses[0] and min(divergences) > 0
+    assert "validation loss at iteration 2" in done.stdout
+    saved = FileSystemReader(tmp_path / "iter_0000004").read_metadata().state_dict_metadata
+    sizes = {size for entry in saved.values() for size in getattr(entry, "size", ())}
+    assert {16, 64} <= sizes and 24 not in sizes, "the teacher is no part of the checkpoint"
 
 
 def test_a_teacher_that_does_not_fit_is_one_sentence():

@@ -44,7 +44,7 @@ class LocalTeacher:
     zeros for a gradient. A model provider that builds both sets it in the end (Megatron's arguments cannot, and
     its constructor refuses it with the token dispatcher "allgather", which fixed lengths do not mind):
 
-        def model_provider(pre_process=True, post_process=True, vp_stage=None):
+        def model_provider(pre_process=True, post_process=True, vp_stage=None, **rest):
             student = build(student_config, pre_process, post_process, vp_stage)
             teacher = build(teacher_config, pre_process, post_process, vp_stage).eval()
             state = dist_checkpointing.load({"model": teacher.sharded_state_dict()}, teacher_checkpoint)
@@ -55,6 +55,7 @@ class LocalTeacher:
 
         teachers = []
         forward_step = vcrd.megatron.distill(forward_step, teacher=lambda: teachers)
+        pretrain(container, datasets, model_type, forward_step, model_provider)   # with container.model None
 
     With the payload "hidden" the teacher's logits are never built: the loss makes them by blocks, in float32, from the
     last hidden states, which takes a second product with the output layer in backward. With "float16", the default, or
