@@ -1,0 +1,165 @@
+"""Runs the pretraining script and the teacher's, as a user would, in any layout, from the same initial weights."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from ports import free_port  # noqa: E402
+
+CPU = (
+    "--distributed-backend gloo --use-cpu-initialization --transformer-impl local --no-persist-layer-norm "
+    "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-dropout-fusion --no-bias-gelu-fusion "
+    "--no-rope-fusion"
+)
+MODEL = (
+    "--num-layers 4 --hidden-size 16 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "
+    "--position-embedding-type rope --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
+    "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 8 --mock-data "
+    "--init-method-std 0.3 --num-workers 0"
+)
+# 127 true columns: without the true vocabulary, tensor ranks would pad and count differently.
+TEACHER = f"{CPU} {MODEL} --hidden-size 24 --num-attention-heads 6 --seed 7 --micro-batch-size 1"
+STUDENT = (
+    f"{CPU} {MODEL} --micro-batch-size 2 --global-batch-size 8 --eval-iters 0 --lr 3e-3 --log-interval 1"
+)
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --disable-bias-linear"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student's and a teacher's layout: processes, and arguments of Megatron that say how they share the work."""
+
+    processes: int = 1
+    student: str = ""
+    teacher_processes: int = 1
+    teacher: str = ""
+    experts: bool = False
+    shared: str = (
+        ""  # arguments that change the model or the loss: a run is compared with one that has the same
+    )
+
+
+class Failed(AssertionError):
+    """The last lines of both jobs' outputs."""
+
+
+def save_weights(folder: Path, arguments: str, seconds: float) -> None:
+    """Saves a model of Megatron's own initial weights in the distributed format."""
+    if not (folder / "latest_checkpointed_iteration.txt").exists():
+        text = f"{arguments} --save {folder} --save-interval 1 --ckpt-format torch_dist --micro-batch-size 2"
+        _finish([_start(1, str(Path(__file__)), text, folder.with_suffix(".log"), 0)], seconds)
+
+
+def curve(folder: Path, run: Run, steps: int, seconds: float = 120, more: str = "") -> list[float]:
+    """The loss of each step, as Megatron logs it (7 digits)."""
+    student, teacher = STUDENT, f"{TEACHER} {more}"
+    if run.experts:
+        student += f" {EXPERTS}"
+    weights = folder / ("experts" if run.experts else "student")
+    save_weights(weights, student, seconds)
+    save_weights(folder / "teacher", TEACHER, seconds)
+    port, logs = free_port(), tempfile.mkdtemp(dir=folder)
+    from_weights = f"--load {weights} --finetune --no-load-optim --no-load-rng"
+    student += (
+        f" {run.shared} {run.student} {from_weights} --train-iters {steps} --eval-interval {steps} {more}"
+    )
+    jobs = [
+        _start(
+            run.teacher_processes,
+            "examples/serve_teacher.py",
+            f"{teacher} {run.teacher} --global-batch-size 1 --load {folder / 'teacher'}",
+            Path(logs) / "teacher.log",
+            port,
+        ),
+        _start(run.processes, "examples/pretrain_vcrd.py", student, Path(logs) / "student.log", port),
+    ]
+    _finish(jobs, seconds)
+    text = (Path(logs) / "student.log").read_text()
+    found = re.findall(r" iteration +\d+/.*? lm loss: ([0-9.E+-]+)", text)
+    if len(found) != steps:
+        raise Failed(f"expected {steps} losses, got {len(found)}\n{text[-3000:]}")
+    return [float(value) for value in found]
+
+
+@dataclass
+class _Job:
+    process: subprocess.Popen
+    log: Path
+
+
+def _start(processes: int, script: str, arguments: str, log: Path, port: int) -> _Job:
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("VCRD_")},
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "VCRD_ADDRESS": f"127.0.0.1:{port or free_port()}",
+        "VCRD_PAYLOAD": "float32",
+        "VCRD_VOCAB_SIZE": "127",
+        "VCRD_CONNECT_TIMEOUT": "90",
+    }
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    launcher += ["--master-port", str(free_port())]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as out:
+        command = [sys.executable, *launcher, script, *arguments.split()]
+        return _Job(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT), log
+        )
+
+
+def _finish(jobs: list[_Job], seconds: float) -> None:
+    """Waits for all; stops all, and raises Failed, when one fails or takes too long."""
+    try:
+        for job in reversed(jobs):
+            job.process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        failed = [job for job in jobs if job.process.poll() != 0]
+        for job in jobs:
+            if job.process.poll() is None:
+                job.process.terminate()  # torchrun ends its processes
+                try:
+                    job.process.wait(30)
+                except subprocess.TimeoutExpired:
+                    job.process.kill()
+    if failed:
+        raise Failed("\n".join(f"{job.log.name}:\n{job.log.read_text()[-4000:]}" for job in failed))
+
+
+def save() -> None:
+    """What the saving process does: builds the model of its arguments and saves it as iteration 1."""
+    from vcrd.megatron import cpu
+
+    cpu.enable()
+    import torch
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.checkpointing import save_checkpoint
+    from megatron.training.initialize import initialize_megatron
+
+    from examples.megatron_wheel import keep_compiled_helpers
+
+    keep_compiled_helpers()
+    args = parse_and_validate_args(args_defaults={"no_save_optim": True, "no_save_rng": True})
+    initialize_megatron()
+    config = gpt_config_from_args(args)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
+    save_checkpoint(1, model, None, None, 0)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    save()
