@@ -1,4 +1,4 @@
-"""Every layout that a CPU can run, 20 steps each, beside one process: python tests/megatron/parallelisms.py [NAME ...]"""
+"""Every layout that a CPU can run, 20 steps each, beside one process: python tests/megatron/parallelisms.py [NAME]"""
 
 from __future__ import annotations
 
