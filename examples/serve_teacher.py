@@ -23,8 +23,9 @@ if not torch.cuda.is_available():
 
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args  # noqa: E402
-from megatron.training.arguments import parse_and_validate_args  # noqa: E402
-from megatron.training.checkpointing import load_checkpoint  # noqa: E402
+from megatron.training.arguments import parse_args, validate_args  # noqa: E402
+from megatron.training.checkpointing import load_args_from_checkpoint, load_checkpoint  # noqa: E402
+from megatron.training.global_vars import set_global_variables  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 
 import vcrd.megatron  # noqa: E402
@@ -44,9 +45,14 @@ DEFAULTS = {
 def main() -> None:
     """Loads this rank's part of the teacher and serves it until every student has said goodbye."""
     keep_compiled_helpers()
-    args = parse_and_validate_args(extra_args_provider=add_vcrd_args, args_defaults=DEFAULTS)
+    args = parse_args(extra_args_provider=add_vcrd_args)
     if args.load is None:
         raise SystemExit("--load: expected the folder of a Megatron checkpoint, got none")
+    if args.use_checkpoint_args:
+        load_args_from_checkpoint(args)
+    validate_args(args, DEFAULTS)
+    # Requests are tokens already, so there may be no tokenizer here at all.
+    set_global_variables(args, build_tokenizer=False)
     initialize_megatron()
     config_from_args = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
     config = config_from_args(args)
