@@ -32,7 +32,7 @@ TEACHER = f"{CPU} {MODEL} --hidden-size 24 --num-attention-heads 6 --seed 7 --mi
 STUDENT = (
     f"{CPU} {MODEL} --micro-batch-size 2 --global-batch-size 8 --eval-iters 0 --lr 3e-3 --log-interval 1"
 )
-EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --disable-bias-linear"
+EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allgather --disable-bias-linear"
 
 
 @dataclass(frozen=True)
