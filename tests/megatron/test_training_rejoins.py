@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import chaos
 import jobs
 import torch
+import training_chaos as chaos
 from worlds import World, Worlds
 
 STEPS = 40

@@ -1,6 +1,6 @@
 """Real Megatron training while its teacher is killed again and again: the weights must not notice, bit for bit.
 
-    python tests/megatron/chaos.py --kills 50 --steps 200
+    python tests/megatron/training_chaos.py --kills 50 --steps 200
 
 Trains a tiny student (TP 2) twice: with a teacher that is left alone, and with one that is killed, one rank or all of
 them, at random moments and started anew. Exits with 0 when losses and weights are equal bit for bit.
