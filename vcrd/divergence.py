@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     teacher_share: float  # weight of the teacher in the mixture, for the divergences that have one
     columns: int
     first_column: int
-    skip_bad_teacher: bool = False
+    skip_bad_teacher: bool
 
     @property
     def code(self) -> int:
@@ -141,10 +141,9 @@ def vocab_parallel_divergence(
         beta,
         vocab_size,
         group,
+        skip_bad_teacher,
     )
     leading, rows = student_logits.shape[:-1], student_logits.shape[:-1].numel()
-    if skip_bad_teacher:
-        call = call._replace(plan=call.plan._replace(skip_bad_teacher=True))
     inplace_gradient = inplace_gradient and not torch.compiler.is_compiling()
     fields_of = _fields if isinstance(teacher_logits, Tensor) else _untraced_fields
     fields = fields_of(
@@ -182,20 +181,12 @@ def settle(
     beta: float,
     vocab_size: int | None,
     group: dist.ProcessGroup | None,
+    skip_bad_teacher: bool,
 ) -> Call:
     """Checks the arguments of `vocab_parallel_divergence`; of the student's logits shape, dtype and device are read."""
     layout = settle_layout(
-        student_logits,
-        teacher_logits,
-        teacher_max,
-        labels,
-        mask,
-        divergence,
-        temperature,
-        alpha,
-        beta,
-        vocab_size,
-        group,
+        *(student_logits, teacher_logits, teacher_max, labels, mask),
+        *(divergence, temperature, alpha, beta, vocab_size, group),
     )
     rows = student_logits.shape[:-1].numel()
     if mask is not None:
@@ -211,7 +202,10 @@ def settle(
     if alpha == 0 and divergence.startswith("skew"):
         divergence = "forward_kl" if divergence == "skew_kl" else "reverse_kl"
     share = {"jsd": beta, "skew_kl": alpha, "skew_reverse_kl": 1 - alpha}.get(divergence, 0.0)
-    plan = Plan(divergence, float(temperature), float(share), layout.columns, layout.first_column)
+    plan = Plan(
+        *(divergence, float(temperature), float(share), layout.columns, layout.first_column),
+        bool(skip_bad_teacher),
+    )
     if group is not None and dist.get_world_size(group) == 1:
         group = None
     return Call(layout, plan, group, teacher_max, labels, mask)

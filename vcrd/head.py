@@ -110,10 +110,8 @@ def fused_validity_calibrated_kl(
         raise
     call = settle(
         *(logits, teacher_logits, teacher_max, labels, mask),
-        *(divergence, temperature, alpha, beta, vocab_size, group),
+        *(divergence, temperature, alpha, beta, vocab_size, group, skip_bad_teacher),
     )
-    if skip_bad_teacher:
-        call = call._replace(plan=call.plan._replace(skip_bad_teacher=True))
     if group is not None:
         facts: Facts = {
             "hidden size": hidden.shape[-1],

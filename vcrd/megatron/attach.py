@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import inspect
-import logging
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -26,8 +25,6 @@ from vcrd.megatron.report import Report
 from vcrd.megatron.rerun import running_again
 from vcrd.megatron.settings import DistillSettings
 from vcrd.megatron.step_end import StepEnd, raise_if_bad
-
-_log = logging.getLogger("vcrd")
 
 
 class Observation(NamedTuple):
@@ -99,9 +96,8 @@ class Distillation:
         self._done = 0  # micro-batches whose loss was computed
         self._counted = (0.0, 0)  # of the link's seconds waited and bytes received: what a report has already
         self._step_end = StepEnd(self._end_step)
-        self._bad_rows: list[
-            Tensor
-        ] = []  # in each micro-batch of the step, where the run is to stop for them
+        # In each micro-batch of the step, where the run is to stop for them.
+        self._bad_rows: list[Tensor] = []
         self._log = IntervalLog()
         self._checked = False  # for clashes, on every rank alike
         self._measuring = False
@@ -113,11 +109,6 @@ class Distillation:
         chunk = unwrap(model)
         if not (chunk.training or self._measuring):
             return self._forward_step(data_iterator, model, *args, **kwargs)
-        if kwargs.get("return_schedule_plan"):
-            raise ValueError(
-                "return_schedule_plan: expected False, got True; vcrd does not work with "
-                "overlap_moe_expert_parallel_comm"
-            )
         if not self._checked:
             refuse_clashes(chunk, self.settings)
             self._checked = True
