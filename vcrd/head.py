@@ -31,6 +31,8 @@ def fused_validity_calibrated_kl(
     sequence_parallel: bool = False,
     accumulate_main_grad: bool = False,
     gradient_in_forward: bool = True,
+    even_upstream: bool = False,
+    found_uneven: Tensor | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     divergence: str = "forward_kl",
     temperature: float = 1.0,
@@ -72,9 +74,14 @@ def fused_validity_calibrated_kl(
             all. They are kept until backward: float32 of the shapes of `hidden` and `weight`. Right for any upstream
             gradient, but only without a fourth and fifth product where that of `loss` is the same for all tokens that
             count, up to the values of a floating `mask` (as it is for a masked sum or mean over tokens), and where
-            nothing but `loss` is differentiated; backward waits for the device once to see whether that is so.
-            Otherwise, and always with `steps`, a callable `validity`, or the normalization "mean" beside a `ce_weight`,
+            nothing but `loss` is differentiated; backward waits for the device once to see whether that is so, unless
+            `even_upstream` says it. Otherwise, and always with `steps`, a callable `validity`, or the normalization "mean" beside a `ce_weight`,
             backward makes the logits again: four products, and nothing is kept but some numbers per token.
+        even_upstream: a promise that the upstream gradient of `loss` is the same for all tokens that count, up to the
+            values of a floating `mask`. Backward then never waits for the device. Where the promise does not hold, the
+            weight's gradient is NaN. Without effect where gradients are not made in forward: all is right there.
+        found_uneven: a tensor of one float32 on the device, to which backward adds 1 where it looks at, or was promised,
+            an upstream gradient of that kind and gets another. Read it when it suits.
         chunk_bytes: of float32 logits at a time, of the teacher's as well where they are made here.
         teacher_logits, and all arguments from `divergence` on: see `validity_calibrated_kl`. Tokens whose mask is 0 are
             not computed on CPU. A mask must be the same on every rank of `group`.
@@ -93,6 +100,7 @@ def fused_validity_calibrated_kl(
     """
     try:
         _check_own(hidden, weight, scale, softcap, sequence_parallel, chunk_bytes, group)
+        _check_found_uneven(found_uneven, hidden.device)
         require_labels(labels, validity, ce_weight)
         shards = 1 if group is None else dist.get_world_size(group)
         leading = hidden.shape[:-1]
@@ -158,6 +166,8 @@ def fused_validity_calibrated_kl(
         with_mean=mean,
         mean_group=normalization_group,
         main_grad=accumulate_main_grad,
+        even_upstream=bool(even_upstream),
+        found_uneven=found_uneven,
     )
     expected = None
     if mask is not None and mask.is_floating_point():
@@ -233,6 +243,17 @@ def _check_own(hidden, weight, scale, softcap, sequence_parallel, chunk_bytes, g
         raise ValueError("sequence_parallel: expected a group to gather the hidden states over, got none")
     if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1:
         raise ValueError(f"chunk_bytes: expected an integer of at least 1, got {chunk_bytes!r}")
+
+
+def _check_found_uneven(found: Tensor | None, device: torch.device) -> None:
+    if found is None:
+        return
+    if not isinstance(found, Tensor):
+        raise TypeError(f"found_uneven: expected a tensor or None, got {type(found).__name__}")
+    if found.numel() != 1 or found.dtype != torch.float32 or found.device != device:
+        raise ValueError(
+            f"found_uneven: expected one float32 on {device}, got {list(found.shape)} {found.dtype} on {found.device}"
+        )
 
 
 def _all_equal(ranks: list[Facts]) -> None:

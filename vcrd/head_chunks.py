@@ -4,7 +4,8 @@ A chunk's logits are made, measured, turned into their own gradient and multipli
 products, as many as with all logits stored. That needs each token's upstream gradient before backward has brought it.
 The gradient of the hidden states is linear in it, token by token, and so can wait for it as a factor. That of the
 weight is a sum over tokens: it is made for the upstream gradient that a masked sum or mean over tokens has, and is
-right up to one factor where backward brings that. Where it brings another one, it is made again from new logits.
+right up to one factor where backward brings that. Where it brings another one, it is made again from new logits; to
+see which it is waits for the device, unless the caller has promised it.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ class Task(NamedTuple):
     with_mean: bool  # whether in_forward leaves the division by the mean weight to the end
     mean_group: dist.ProcessGroup | None
     main_grad: bool
+    even_upstream: (
+        bool  # whether the loss's upstream gradient was promised to be a multiple of what is expected
+    )
+    found_uneven: Tensor | None  # where backward counts that it was not
 
     @property
     def settings(self) -> tuple[float, int, int, int, float]:
@@ -184,9 +189,13 @@ class FusedHead(torch.autograd.Function):
             if need_hidden:
                 hidden_gradient = ctx.hidden_gradient * factor[:, None]
             made, ctx.weight_gradient = ctx.weight_gradient, None  # a second backward makes its own
-            multiple = None if made is None else common_multiple(of_loss, expected, mask)
-            if multiple is not None:
-                weight_gradient = made.mul_(multiple if ctx.mean is None else multiple / ctx.mean)
+            if made is not None:
+                multiple, uneven = common_multiple(of_loss, expected, mask)
+                if task.found_uneven is not None:
+                    task.found_uneven.add_(uneven)
+                if task.even_upstream or not uneven:  # only the latter waits for the device
+                    multiple = torch.where(uneven, torch.nan, multiple)
+                    weight_gradient = made.mul_(multiple if ctx.mean is None else multiple / ctx.mean)
         missing = (need_hidden and hidden_gradient is None, need_weight and weight_gradient is None)
         into = main_grad_of(ctx.parameter) if need_weight and task.main_grad else None
         if any(missing):
@@ -247,26 +256,24 @@ def _upstream(ce_weight, weight, of_loss, of_divergence, of_cross_entropy) -> tu
     return divergence, cross_entropy if of_cross_entropy is None else cross_entropy + of_cross_entropy
 
 
-def common_multiple(upstream: Tensor, expected: Tensor | None, mask: Tensor | None) -> float | None:
-    """The number by which `upstream` is a multiple of `expected` at each token that counts; None if there is none.
+def common_multiple(upstream: Tensor, expected: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The number by which `upstream` is a multiple of `expected` at each token that counts, and whether there is none.
 
-    Waits for the device, once: two numbers are read.
+    Scalars on the device, for which nobody waits. A NaN or an infinity is not uneven: the number is not finite then.
     """
     ratio = upstream if expected is None else upstream / expected
-    if mask is not None:
-        counted = mask != 0
-        low = torch.where(counted, ratio, torch.inf)
-        high = torch.where(counted, ratio, -torch.inf)
+    if ratio.numel() == 0:
+        return ratio.new_ones(()), ratio.new_zeros((), dtype=torch.bool)
+    if mask is None:
+        low, high = ratio.aminmax()
     else:
-        low = high = ratio
-    if low.numel() == 0:
-        return 1.0
-    lowest, highest = torch.stack([low.amin(), high.amax()]).tolist()
-    if lowest == torch.inf and highest == -torch.inf:
-        return 1.0  # nothing counts
-    if not highest - lowest <= _ROUNDING * max(abs(lowest), abs(highest)):
-        return None
-    return (lowest + highest) / 2
+        counted = mask != 0
+        low = torch.where(counted, ratio, torch.inf).amin()
+        high = torch.where(counted, ratio, -torch.inf).amax()
+        nothing = ~counted.any()
+        low, high = torch.where(nothing, 1.0, low), torch.where(nothing, 1.0, high)
+    uneven = high - low > _ROUNDING * torch.maximum(low.abs(), high.abs())
+    return low / 2 + high / 2, uneven & low.isfinite() & high.isfinite()
 
 
 def chunks_of(mask: Tensor | None, rows: int, size: int) -> tuple[list[Rows], Tensor | None]:
