@@ -2,11 +2,13 @@
 
     torchrun --nproc-per-node 4 examples/pretrain_vcrd.py <Megatron's arguments> --vcrd-address host:port
 
-Needs Python 3.12 and megatron-core 0.19. Without a GPU it runs on CPU and gloo. The teacher: examples/serve_teacher.py.
+Needs Python 3.12 and megatron-core 0.19. Without a GPU it runs on CPU and gloo. The teacher: examples/serve_teacher.py,
+or --vcrd-local-teacher CHECKPOINT inside the same processes.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import fields
 from functools import partial
@@ -51,7 +53,9 @@ from megatron.training.utils import (  # noqa: E402
 )
 
 import vcrd.megatron  # noqa: E402
+from examples.local_teacher import local_teacher  # noqa: E402
 from examples.megatron_wheel import keep_compiled_helpers  # noqa: E402
+from examples.verified.dataset import provider  # noqa: E402
 from vcrd.megatron.arguments import add_vcrd_args, settings_from_args  # noqa: E402
 
 BATCH = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -209,17 +213,42 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
     return GPTDatasetConfig(**{**same, **renamed})
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The settings, and two choices of this script."""
+    group = add_vcrd_args(parser).add_argument_group("vcrd, in this script")
+    group.add_argument(
+        "--vcrd-local-teacher",
+        metavar="CHECKPOINT",
+        help="folder of a teacher (torch_dist) that runs in the student's own processes, with their parallelism; "
+        "its architecture comes from there too",
+    )
+    group.add_argument(
+        "--vcrd-samples",
+        metavar="JSONL",
+        help="samples with steps and scores to train on, as examples/verified/dataset.py describes them",
+    )
+    return parser
+
+
 def main() -> None:
     """Parses, builds, trains."""
     keep_compiled_helpers()
     args = parse_and_validate_args(
-        extra_args_provider=add_vcrd_args, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
+        extra_args_provider=add_arguments, args_defaults={"tokenizer_type": "GPT2BPETokenizer"}
     )
     config_from_args = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
-    plug = vcrd.megatron.distill(forward_step, settings_from_args(args))
+    config, settings, teacher, data = config_from_args(args), settings_from_args(args), None, datasets
+    if args.vcrd_local_teacher:
+        teacher = local_teacher(args, config, args.vcrd_local_teacher)
+    if args.vcrd_samples:
+        scores = settings.validity == "scores"
+        data = provider(
+            args.vcrd_samples, steps=settings.steps, scores=scores, vocab_size=settings.vocab_size
+        )
+    plug = vcrd.megatron.distill(forward_step, settings, teacher=teacher)
     pretrain(
-        pretrain_cfg_container_from_args(args, config_from_args(args)),
-        datasets,
+        pretrain_cfg_container_from_args(args, config),
+        data,
         ModelType.encoder_or_decoder,
         plug,
     )
