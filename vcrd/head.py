@@ -72,16 +72,15 @@ def fused_validity_calibrated_kl(
             `weight.grad_added_to_main_grad`, where there is one, is set, as Megatron does.
         gradient_in_forward: make gradients in forward, where the logits are at hand: three products with the weight in
             all. They are kept until backward: float32 of the shapes of `hidden` and `weight`. Right for any upstream
-            gradient, but only without a fourth and fifth product where that of `loss` is the same for all tokens that
-            count, up to the values of a floating `mask` (as it is for a masked sum or mean over tokens), and where
-            nothing but `loss` is differentiated; backward waits for the device once to see whether that is so, unless
-            `even_upstream` says it. Otherwise, and always with `steps`, a callable `validity`, or the normalization "mean" beside a `ce_weight`,
+            gradient, but only without a fourth and fifth product where that of `loss` is even: the same for all tokens
+            that count, up to the values of a floating `mask` (as it is for a masked sum or mean over tokens), and
+            where nothing but `loss` is differentiated. To see whether it is even, backward waits for the device once.
+            Otherwise, and always with `steps`, a callable `validity`, or the normalization "mean" beside a `ce_weight`,
             backward makes the logits again: four products, and nothing is kept but some numbers per token.
-        even_upstream: a promise that the upstream gradient of `loss` is the same for all tokens that count, up to the
-            values of a floating `mask`. Backward then never waits for the device. Where the promise does not hold, the
-            weight's gradient is NaN. Without effect where gradients are not made in forward: all is right there.
-        found_uneven: a tensor of one float32 on the device, to which backward adds 1 where it looks at, or was promised,
-            an upstream gradient of that kind and gets another. Read it when it suits.
+        even_upstream: a promise that the upstream gradient of `loss` is even. Backward then waits for nothing. Where
+            it is not even, the gradient of `weight` is NaN. Without effect where backward makes the logits again.
+        found_uneven: one float32 on the device of `hidden`, to which backward adds 1 where it looked at the upstream
+            gradient of `loss`, or was promised an even one, and it was not. It does not wait for it.
         chunk_bytes: of float32 logits at a time, of the teacher's as well where they are made here.
         teacher_logits, and all arguments from `divergence` on: see `validity_calibrated_kl`. Tokens whose mask is 0 are
             not computed on CPU. A mask must be the same on every rank of `group`.

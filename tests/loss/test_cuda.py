@@ -58,6 +58,30 @@ def test_the_host_never_waits_for_the_device(divergence):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_fused_head_never_waits_where_an_even_gradient_is_promised(divergence):
+    hidden = torch.randn(1200, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(500, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    teacher = torch.randn(1200, 500, device="cuda", dtype=torch.float16)
+    labels = torch.randint(500, (1200,), device="cuda")
+    mask = (torch.rand(1200, device="cuda") < 0.7).float()
+    found = torch.zeros(1, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = vcrd.fused_validity_calibrated_kl(
+            *(hidden, weight, teacher, labels),
+            divergence=divergence,
+            mask=mask,
+            chunk_bytes=4 * 500 * 300,
+            even_upstream=True,
+            found_uneven=found,
+        )
+        ((out.loss * mask).sum() / mask.sum()).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found == 0 and weight.grad.isfinite().all() and weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("kind", [TopKCase, HiddenCase])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_the_host_never_waits_whatever_the_teachers_form(kind, divergence):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import jobs
 import pytest
@@ -224,3 +225,123 @@ def test_through_the_link_a_tensor_and_pipeline_parallel_student_equals_direct_c
         World(jobs.direct, arguments=(chosen, 2)),
     )
     check_against_direct(students, truth, 2)
+
+
+def _steps(loss_funcs: list, **changes) -> SimpleNamespace:
+    """One training step of two micro-batches per loss_func, without an optimizer, as on a device that makes one wait.
+
+    Of each step: what the fused head was told, and the gradients as they are handed to the optimizer.
+    """
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from vcrd.megatron import distill, fused_head
+
+    settings_, per_token = changes.pop("settings", {}), changes.pop("per_token", False)
+    model = build(
+        tied=False, calculate_per_token_loss=per_token, finalize_model_grads_func=finalize_model_grads
+    )
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    told, gradients, error = [], [], None
+    plain = fused_head.fused_validity_calibrated_kl
+
+    def loss(*given, **arguments):
+        told.append({k: arguments.get(k) for k in ("gradient_in_forward", "even_upstream")})
+        return plain(*given, **arguments)
+
+    position = 0
+
+    def forward_step(data_iterator, model):
+        batch = next(data_iterator)
+        positions = torch.arange(jobs.SEQUENCE).expand_as(batch["tokens"])
+        output = model(batch["tokens"], positions, None, **_targets(batch))
+        return output, lambda losses: loss_funcs[position](losses, batch["loss_mask"])
+
+    plug = distill(
+        forward_step,
+        DistillSettings(vocab_size=jobs.TRUE_VOCAB, ce_weight=0.2, ahead=0).replaced(**settings_),
+        teacher=jobs.model(replace(jobs.TEACHER, vocab_size=jobs.STUDENT.vocab_size), 2),
+    )
+    with (
+        patch.object(fused_head, "fused_validity_calibrated_kl", loss),
+        patch.object(FusedHead, "_looking_waits", lambda head: True),
+    ):
+        for position in range(len(loss_funcs)):  # noqa: B007  read by forward_step
+            wrapped.zero_grad_buffer()
+            try:
+                get_forward_backward_func()(
+                    forward_step_func=plug,
+                    data_iterator=iter(jobs.batches(2)),
+                    model=[wrapped],
+                    num_microbatches=2,
+                    seq_length=jobs.SEQUENCE,
+                    micro_batch_size=2,
+                    forward_only=False,
+                )
+            except ValueError as found:
+                error = str(found)
+            gradients.append({name: p.main_grad.clone() for name, p in model.named_parameters()})
+    plug.close()
+    return SimpleNamespace(told=told, gradients=gradients, error=error)
+
+
+def masked_sum(losses, mask):
+    """As Megatron's scripts have it."""
+    return (losses.float() * mask).sum(), mask.sum().int(), {}
+
+
+def mean_of_samples(losses, mask):
+    """Each sample counts the same, whatever its length: tokens of different samples have different factors."""
+    return ((losses * mask).sum(1) / mask.sum(1)).sum(), torch.tensor(len(losses)), {}
+
+
+LOOKED = {"gradient_in_forward": None, "even_upstream": False}
+PROMISED = {"gradient_in_forward": None, "even_upstream": True}
+RECOMPUTED = {"gradient_in_forward": False, "even_upstream": None}
+OUTPUT = "output_layer.weight"
+
+
+def many_steps() -> dict[str, SimpleNamespace]:
+    recompute = {"fused_head": True, "fused_head_recompute": True}
+    fused = {"settings": {"fused_head": True}}
+    return {
+        **{
+            f"masked sum {per_token}": _steps([masked_sum] * 3, per_token=per_token, **fused)
+            for per_token in (False, True)
+        },
+        "samples": _steps([mean_of_samples] * 2, **fused),
+        "stored samples": _steps([mean_of_samples]),
+        "changes": _steps([masked_sum, mean_of_samples], **fused),
+        "changes, recomputed": _steps([masked_sum, mean_of_samples], settings=recompute),
+    }
+
+
+def test_from_the_second_step_on_no_backward_waits_where_loss_func_is_a_masked_sum():
+    ((found,),) = run_worlds(World(many_steps))
+    for per_token in (False, True):
+        run = found[f"masked sum {per_token}"]
+        assert run.told == [LOOKED] * 2 + [PROMISED] * 4 and run.error is None
+        for later in run.gradients[1:]:
+            assert all(torch.equal(later[name], first) for name, first in run.gradients[0].items())
+    # Another loss_func is made again from the second step on, and its gradients are right in each.
+    run, (stored,) = found["samples"], found["stored samples"].gradients
+    assert run.told == [LOOKED] * 2 + [RECOMPUTED] * 2 and run.error is None
+    for gradients in run.gradients:
+        for name, truth in stored.items():
+            torch.testing.assert_close(
+                gradients[name], truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max())
+            )
+    # One that changes its mind gets no gradient of the output layer that is a number, and a sentence.
+    run = found["changes"]
+    assert run.told == [LOOKED] * 2 + [PROMISED] * 2
+    assert (
+        run.error.startswith("fused_head: expected loss_func to give all tokens") and "recompute" in run.error
+    )
+    assert run.gradients[1][OUTPUT][: jobs.TRUE_VOCAB].isnan().all()
+    run = found["changes, recomputed"]
+    assert run.told == [RECOMPUTED] * 4 and run.error is None
+    torch.testing.assert_close(run.gradients[1][OUTPUT], stored[OUTPUT], rtol=1e-4, atol=1e-6)

@@ -95,7 +95,7 @@ class Distillation:
         self._fused_head: FusedHead | None = None
         self._done = 0  # micro-batches whose loss was computed
         self._counted = (0.0, 0)  # of the link's seconds waited and bytes received: what a report has already
-        self._step_end = StepEnd(self._end_step)
+        self._step_end = StepEnd(self._end_step, self._end_backward)
         # In each micro-batch of the step, where the run is to stop for them.
         self._bad_rows: list[Tensor] = []
         self._log = IntervalLog()
@@ -135,6 +135,10 @@ class Distillation:
             result = (*result[:-1], with_step_sums(result[-1], sums))
         return result
 
+    def _end_backward(self) -> None:
+        if self._fused_head is not None:
+            self._fused_head.end_step()
+
     def _end_step(self) -> None:
         repeated = running_again(in_place=True)
         self.report.end_step(repeated)
@@ -173,7 +177,9 @@ class Distillation:
             self._layout = Layout.of(chunk, self.settings)
             self._outside.place(self._layout)
             if self.settings.fused_head:
-                self._fused_head = FusedHead(chunk, self._layout.tensor_group)
+                self._fused_head = FusedHead(
+                    chunk, self._layout.tensor_group, self.settings.fused_head_recompute
+                )
             self._attached = Attachment(chunk, self._loss)
         elif self._attached.chunk is not chunk:
             raise ValueError("model: expected the model that was distilled before, got another one")

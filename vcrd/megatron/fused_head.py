@@ -22,15 +22,27 @@ class FusedHead:
     Tied embeddings, the scale of MuP, a soft-cap, sequence parallelism, tensor parallelism and fused gradient
     accumulation are honoured. A model that does anything else to its logits is found out with the first micro-batch:
     it is given those of its first position to finish, and they are compared.
+
+    What the script's loss_func makes of the losses per token is seen in the first step, by waiting for the device in
+    each backward: the same factor for all tokens that count, as Megatron's masked sum, or each its own. On a GPU no
+    later backward waits, and `end_step` says whether it went on like that; on CPU, where nothing waits, each looks.
+
+    recompute: see `DistillSettings.fused_head_recompute`.
     """
 
-    def __init__(self, chunk: torch.nn.Module, tensor_group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, chunk: torch.nn.Module, tensor_group: dist.ProcessGroup | None, recompute: bool = False
+    ) -> None:
         _refuse_what_clashes(chunk, tensor_group)
         self._layer = chunk.output_layer
         self._group = tensor_group
         self._scale, self._softcap = scale_and_softcap(chunk.config)
         self._gather = tensor_group is not None and bool(getattr(self._layer, "sequence_parallel", False))
         self._checked = False
+        # Whether the upstream gradient of the losses is even, as of the first step; None before its end.
+        self._even = False if recompute else None
+        self._trusted = False  # whether backward goes by it without looking
+        self._found_uneven: Tensor | None = None  # of this step's micro-batches, on the device
         self._states: Tensor | None = None
         self._weight: Tensor | None = None
 
@@ -83,8 +95,40 @@ class FusedHead:
             sequence_parallel=self._gather,
             accumulate_main_grad=bool(getattr(self._layer, "gradient_accumulation_fusion", False))
             and weight.requires_grad,
+            **self._of_upstream(),
             **arguments,
         )
+
+    def _of_upstream(self) -> dict[str, Any]:
+        if not torch.is_grad_enabled():
+            return {}
+        if self._even is False:
+            return {"gradient_in_forward": False}
+        if self._found_uneven is None:
+            self._found_uneven = torch.zeros(1, device=self._weight.device)
+        self._trusted = self._even is True and self._looking_waits()
+        return {"even_upstream": self._trusted, "found_uneven": self._found_uneven}
+
+    def _looking_waits(self) -> bool:
+        return self._weight.is_cuda
+
+    def end_step(self) -> None:
+        """After the step's last backward; waits for the device, as Megatron does before its optimizer.
+
+        ValueError where loss_func weighed the tokens of a micro-batch alike in the first step and does so no more: the
+        gradient of the output layer is NaN then.
+        """
+        found, self._found_uneven = self._found_uneven, None
+        if found is None:
+            return
+        uneven = bool(found)
+        if self._even is None:
+            self._even = not uneven
+        elif uneven and self._trusted:
+            raise ValueError(
+                "fused_head: expected loss_func to give all tokens of a micro-batch that count the same factor, up to "
+                "the loss mask, as in the first step, got factors that differ; set fused_head_recompute"
+            )
 
     @torch.no_grad()
     def _check(self, logits: Tensor) -> None:

@@ -25,6 +25,9 @@ class DistillSettings:
         optimizer runs, on every rank.
     fused_head: make the student's logits chunk by chunk inside the loss, never all of them
         (`vcrd.fused_validity_calibrated_kl`).
+    fused_head_recompute: with `fused_head`, make each chunk's logits again in backward: a fourth product with the
+        output layer, but no float32 gradient of it is kept from forward to backward. Needed on GPUs by a loss_func that
+        weighs the tokens of a micro-batch alike in the first step and not later; one that never does is found out.
     vocab_size: the true vocabulary; columns past it are padding. None: the model's own, nothing is padding.
     sequence_length: the longest sequence, a number both jobs must agree on. None: the model's maximum.
     ahead: micro-batches drawn from the data iterator and asked of the teacher before the script draws them.
@@ -47,6 +50,7 @@ class DistillSettings:
     ce_weight: float = 0.0
     bad_rows: str = "skip"
     fused_head: bool = False
+    fused_head_recompute: bool = False
     vocab_size: int | None = None
     sequence_length: int | None = None
     ahead: int | None = None
@@ -63,7 +67,7 @@ class DistillSettings:
                 raise ValueError(f"{name}: expected an integer of at least {least} or None, got {value!r}")
         if self.bad_rows not in ("skip", "stop"):
             raise ValueError(f"bad_rows: expected 'skip' or 'stop', got {self.bad_rows!r}")
-        for name in ("steps", "fused_head"):
+        for name in ("steps", "fused_head", "fused_head_recompute"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise TypeError(f"{name}: expected True or False, got {value!r}")

@@ -11,10 +11,13 @@ from torch import Tensor
 
 
 class StepEnd:
-    """Calls `run()` after Megatron's own `finalize_model_grads_func`, which its schedules call at the end of a step."""
+    """Calls `run()` after Megatron's own `finalize_model_grads_func`, which its schedules call at the end of a step.
 
-    def __init__(self, run: Callable[[], None]) -> None:
-        self._run = run
+    first: called before it, where each rank still has the gradients of its own micro-batches.
+    """
+
+    def __init__(self, run: Callable[[], None], first: Callable[[], None] = lambda: None) -> None:
+        self._run, self._first = run, first
         self._watched: list[tuple[Any, Any, Any]] = []  # configuration, its function before, and since
 
     def watch(self, config: Any) -> None:
@@ -24,6 +27,7 @@ class StepEnd:
         before = config.finalize_model_grads_func
 
         def finalize(*args: Any, **kwargs: Any) -> None:
+            self._first()
             if before is not None:
                 before(*args, **kwargs)
             self._run()
