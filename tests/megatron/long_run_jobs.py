@@ -2,7 +2,7 @@
 
 Appends a line of JSON per micro-batch to $LONG_RUN_RECORD, with the loss to the last bit, and one with the digest of
 the weights at the end. $LONG_RUN_REJECT: the iteration whose losses the first run rejects, so that Megatron runs it
-again. $LONG_RUN_TERMINATE: the iteration in which the process sends itself SIGTERM. $LONG_RUN_NAN: that in which the
+again; with $LONG_RUN_FATAL it then saves and exits, to run it once more when resumed. $LONG_RUN_TERMINATE: the iteration in which the process sends itself SIGTERM. $LONG_RUN_NAN: that in which the
 student's loss becomes NaN. $LONG_RUN_WANDB: a file for what a stand-in for W&B's writer is given.
 """
 
@@ -76,7 +76,11 @@ def loss_of(model: torch.nn.Module, mask: Tensor, losses: Tensor):
         if os.environ.get("LONG_RUN_REJECT"):
             reject = at("LONG_RUN_REJECT")
             machine.validate_result(
-                result=total, rejection_func=lambda _: reject, message="drill", tolerance=0.0, fatal=False
+                result=total,
+                rejection_func=lambda _: reject,
+                message="drill",
+                tolerance=0.0,
+                fatal="LONG_RUN_FATAL" in os.environ,
             )
         record(
             iteration=get_args().curr_iteration + 1, loss=float(total).hex(), tokens=int(tokens), again=again

@@ -122,6 +122,25 @@ def test_a_step_that_megatron_runs_again_sees_the_same_answers(whole, folder):
     assert vcrd_lines(again) == vcrd_lines(whole), "a step that is run again counts once"
 
 
+def test_a_step_that_is_run_again_from_its_checkpoint_sees_the_same_answers(whole, folder):
+    """A fatal result that repeats: Megatron saves, exits with 16, and runs the step again when it is resumed."""
+    from megatron.core.rerun_state_machine import EXIT_CODE_RESUME_TO_DISAMBIGUATE
+
+    arguments = (
+        f"--global-batch-size 4 --eval-interval 3 --ckpt-format torch_dist --save {folder / 'rejected'} "
+        f"--load {folder / 'rejected'} --save-interval 100"
+    )
+    first = Run(folder, "rejected-1", arguments, LONG_RUN_REJECT="4", LONG_RUN_FATAL="1")
+    assert first.finish() == [EXIT_CODE_RESUME_TO_DISAMBIGUATE], first.text()[-6000:]
+    assert first.curve() == [(step, loss) for step, loss in whole.curve() if step <= 4]
+    rejected = [(step, loss) for step, loss in whole.curve() if step == 4]
+    assert first.curve(again=True) == rejected
+    # On another device it would say which result was right; this is the same one, so it asks to be resumed again.
+    second = Run(folder, "rejected-2", arguments, LONG_RUN_REJECT="4", LONG_RUN_FATAL="1")
+    assert second.finish() == [EXIT_CODE_RESUME_TO_DISAMBIGUATE], second.text()[-6000:]
+    assert second.curve(again=True) == rejected and second.curve() == []
+
+
 def test_a_nan_of_the_students_stops_the_run(folder):
     started = Run(folder, "nan", "--global-batch-size 4 --eval-interval 100", LONG_RUN_NAN="2")
     codes = started.finish()

@@ -140,7 +140,7 @@ class Distillation:
             self._fused_head.end_step()
 
     def _end_step(self) -> None:
-        repeated = running_again(in_place=True)
+        repeated = running_again()
         self.report.end_step(repeated)
         if self.settings.bad_rows == "stop":
             counts, self._bad_rows = self._bad_rows, []

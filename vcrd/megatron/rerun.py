@@ -14,18 +14,15 @@ from vcrd.megatron.packing import packed
 _MODULE = "megatron.core.rerun_state_machine"
 
 
-def running_again(in_place: bool = False) -> bool:
+def running_again() -> bool:
     """Whether the step under way is run again, from micro-batches that Megatron kept; alike on every rank.
 
-    in_place: only if this process ran it before, not one whose checkpoint was loaded.
+    Not in a process that resumes from the checkpoint of a rejected step: it has drawn nothing yet, and Megatron gives it
+    the step's samples as to any other that resumes.
     """
     # Not by Megatron's function, which would set up a machine where a script uses none.
     machine = getattr(sys.modules.get(_MODULE), "_GLOBAL_RERUN_STATE_MACHINE", None)
-    if machine is None:
-        return False
-    return machine.state.name == "RERUNNING_IN_PLACE" or (
-        not in_place and machine.state.name.startswith("RERUNNING")
-    )
+    return machine is not None and machine.state.name == "RERUNNING_IN_PLACE"
 
 
 def keeps_micro_batches(data_iterator: Any) -> bool:
