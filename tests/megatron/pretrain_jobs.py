@@ -77,7 +77,7 @@ def curve(folder: Path, run: Run, steps: int, seconds: float = 120, more: str = 
         _start(
             run.teacher_processes,
             "examples/serve_teacher.py",
-            f"{teacher} {run.teacher} --global-batch-size 1 --load {folder / 'teacher'}",
+            f"{teacher} --global-batch-size 1 {run.teacher} --load {folder / 'teacher'}",
             Path(logs) / "teacher.log",
             port,
         ),
