@@ -2,8 +2,9 @@
 
 Appends a line of JSON per micro-batch to $LONG_RUN_RECORD, with the loss to the last bit, and one with the digest of
 the weights at the end. $LONG_RUN_REJECT: the iteration whose losses the first run rejects, so that Megatron runs it
-again; with $LONG_RUN_FATAL it then saves and exits, to run it once more when resumed. $LONG_RUN_TERMINATE: the iteration in which the process sends itself SIGTERM. $LONG_RUN_NAN: that in which the
-student's loss becomes NaN. $LONG_RUN_WANDB: a file for what a stand-in for W&B's writer is given.
+again; with $LONG_RUN_FATAL it then saves and exits, to run it once more when resumed. $LONG_RUN_TERMINATE: the
+iteration in which the process sends itself SIGTERM. $LONG_RUN_NAN: that in which the student's loss becomes NaN.
+$LONG_RUN_WANDB: a file for what a stand-in for W&B's writer is given.
 """
 
 from __future__ import annotations

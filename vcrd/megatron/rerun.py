@@ -17,8 +17,8 @@ _MODULE = "megatron.core.rerun_state_machine"
 def running_again() -> bool:
     """Whether the step under way is run again, from micro-batches that Megatron kept; alike on every rank.
 
-    Not in a process that resumes from the checkpoint of a rejected step: it has drawn nothing yet, and Megatron gives it
-    the step's samples as to any other that resumes.
+    Not in a process that resumes from the checkpoint of a rejected step: it has drawn nothing yet, and Megatron gives
+    it the step's samples as to any other that resumes.
     """
     # Not by Megatron's function, which would set up a machine where a script uses none.
     machine = getattr(sys.modules.get(_MODULE), "_GLOBAL_RERUN_STATE_MACHINE", None)
