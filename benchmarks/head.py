@@ -1,11 +1,11 @@
 """Times the fused head, forward and backward, beside the path that stores all logits, in one process; and its memory.
 
-    python benchmarks/head.py [--shapes 4096x131072 ...] [--hidden 512] [--teacher dense|hidden] [--json head.json]
+    python benchmarks/loss.py --head [--shapes 4096x131072 ...] [--hidden 512] [--teacher dense hidden] [--json F]
 
 stored: logits = hidden @ weight.T, then vcrd.validity_calibrated_kl with its gradient over the logits, the cheaper of
 its two ways. fused: vcrd.fused_validity_calibrated_kl; again: the same with gradient_in_forward=False. All from
 float32 hidden states and weight to both gradients, for a mean over the tokens. Memory is the growth of the process's
-peak (VmHWM) without the two gradients, which each path has to hand over.
+peak (VmHWM), read by its parent, without the two gradients, which each path has to hand over.
 """
 
 from __future__ import annotations
@@ -16,32 +16,45 @@ import json
 import multiprocessing
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from statistics import median
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
 
 import torch
 
-from loss_measure import CpuMeter
+from loss_measure import CpuMeter, release
 from machine import installed, processor
 
 SLOWEST, MOST_MEMORY, LARGEST_ERROR = 1.15, 1 / 8, 1e-5
 STORED, FUSED, AGAIN = "stored", "fused", "again"
+SHAPES = ["4096x131072"]
+MARK, READ = "mark", "read"  # what the measured process asks of its parent
 
 
-def methods(tokens: int, vocab: int, size: int, teacher: str) -> dict[str, Callable]:
+@dataclass(frozen=True)
+class HeadCase:
+    tokens: int
+    vocab: int
+    hidden: int
+    teacher: str  # dense or hidden
+    repeats: int
+    threads: int
+    chunk_bytes: int | None  # None: as vcrd has it
+
+
+def methods(case: HeadCase) -> dict[str, Callable]:
     """By name, each () -> (loss [tokens], gradient of the hidden states, gradient of the weight)."""
     import vcrd
 
+    tokens, vocab, size = case.tokens, case.vocab, case.hidden
+    chunks = {} if case.chunk_bytes is None else {"chunk_bytes": case.chunk_bytes}
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(tokens, size, generator=generator).requires_grad_()
     weight = (3 / size**0.5 * torch.randn(vocab, size, generator=generator)).requires_grad_()
     labels = torch.randint(vocab, (tokens,), generator=generator)
-    if teacher == "dense":  # as the link's default payload brings them
+    if case.teacher == "dense":  # as the link's default payload brings them
         given = torch.empty(tokens, vocab, dtype=torch.float16)
         for rows in given.split(256):
             rows.copy_(3 * torch.randn(rows.shape, generator=generator))
@@ -59,48 +72,62 @@ def methods(tokens: int, vocab: int, size: int, teacher: str) -> dict[str, Calla
         return finish(vcrd.validity_calibrated_kl(logits, given, labels, inplace_gradient=True).loss)
 
     def fused(in_forward: bool = True) -> tuple:
-        out = vcrd.fused_validity_calibrated_kl(hidden, weight, given, labels, gradient_in_forward=in_forward)
+        out = vcrd.fused_validity_calibrated_kl(
+            hidden, weight, given, labels, gradient_in_forward=in_forward, **chunks
+        )
         return finish(out.loss)
 
     return {STORED: stored, FUSED: fused, AGAIN: lambda: fused(in_forward=False)}
 
 
-def measure(case: tuple[int, int, int, str], repeats: int, threads: int, sender) -> None:
+def measure(case: HeadCase, pipe: Connection) -> None:
     """In a process of its own: seconds of each run, extra bytes at the peak, errors against `stored`."""
-    torch.set_num_threads(threads)
-    tokens, vocab, size, _ = case
-    ready, meter, truth, results = methods(*case), CpuMeter(), None, {}
+    torch.set_num_threads(case.threads)
+
+    def ask(what: str) -> int | None:
+        pipe.send(what)
+        return pipe.recv()
+
+    for run in methods(replace(case, tokens=16, vocab=256)).values():
+        run()  # what libraries set up once is nobody's
+    ready, truth, results = methods(case), None, {}
     for name, run in ready.items():
-        meter.start()
+        release()
+        ask(MARK)
         found = run()
-        gradients = 4 * size * (tokens + vocab)
-        results[name] = {"extra_bytes": meter.extra_bytes() - gradients, "seconds": []}
+        gradients = 4 * case.hidden * (case.tokens + case.vocab)
+        results[name] = {"extra_bytes": ask(READ) - gradients, "seconds": []}
         truth = truth or found
         pairs = zip(found, truth, strict=True)
         results[name]["error"] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
         del found, pairs
     del truth
-    for _ in range(repeats):  # in turn, so that a slow moment of the machine meets all
+    for _ in range(case.repeats):  # in turn, so that a slow moment of the machine meets all
         for name, run in ready.items():
             gc.collect()
             start = time.perf_counter()
             run()
             results[name]["seconds"].append(time.perf_counter() - start)
-    sender.send(results)
+    pipe.send(results)
 
 
-def in_a_process(case: tuple[int, int, int, str], repeats: int, threads: int) -> dict[str, dict]:
+def in_a_process(case: HeadCase) -> dict[str, dict]:
+    """What `measure` sends. Its memory is read here, so that the process does not judge itself."""
     context = multiprocessing.get_context("spawn")
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(case, repeats, threads, sender), daemon=True)
+    os.environ["OMP_NUM_THREADS"] = str(case.threads)  # read when the child starts
+    pipe, end = context.Pipe()
+    process = context.Process(target=measure, args=(case, end), daemon=True)
     process.start()
-    sender.close()
+    end.close()
+    meter = CpuMeter(process.pid)
     try:
-        return receiver.recv()
+        while (message := pipe.recv()) in (MARK, READ):
+            pipe.send(meter.mark() if message == MARK else meter.extra_bytes())
+        return message
     except EOFError as error:
         raise RuntimeError(f"the measurement of {case} failed; its message is above") from error
     finally:
+        pipe.close()
         process.join()
 
 
@@ -116,38 +143,43 @@ def verdicts(results: dict[str, dict]) -> dict[str, tuple[float, bool]]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=["1024x131072"], metavar="TOKENSxVOCAB")
-    parser.add_argument("--hidden", type=int, default=512, help="hidden size")
-    parser.add_argument("--teacher", nargs="+", choices=["dense", "hidden"], default=["dense", "hidden"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    machine = f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("of --head")
+    group.add_argument("--hidden", type=int, default=512, help="hidden size")
+    group.add_argument("--teacher", nargs="+", choices=["dense", "hidden"], default=["dense", "hidden"])
+    group.add_argument("--chunk-mib", type=float, help="float32 logits at a time; default: vcrd's own")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints a table and the bars, writes `options.json`; 0 where all bars are reached. As `loss.py` parses them."""
+    machine = (
+        f"{processor()}, {os.cpu_count()} cores, {options.threads} threads, load {os.getloadavg()[0]:.1f}"
+    )
     print(f"{machine}; Python {platform.python_version()}, {installed('torch')}")
     print(
         f"{'shape':>15} {'hidden':>6} {'teacher':>7} {'':>7} {'median s':>9} {'extra MiB':>10} {'error':>8}"
     )
+    chunk_bytes = None if options.chunk_mib is None else int(options.chunk_mib * 2**20)
     records, passed = [], True
-    for shape in options.shapes:
+    for shape in options.shapes or SHAPES:
         tokens, vocab = (int(number) for number in shape.split("x"))
         for teacher in options.teacher:
-            results = in_a_process((tokens, vocab, options.hidden, teacher), options.repeats, options.threads)
+            case = HeadCase(
+                *(tokens, vocab, options.hidden, teacher, options.repeats, options.threads, chunk_bytes)
+            )
+            results = in_a_process(case)
             for name, result in results.items():
                 print(
                     f"{f'[{tokens}, {vocab}]':>15} {options.hidden:>6} {teacher:>7} {name:>7} "
                     f"{median(result['seconds']):>9.2f} {result['extra_bytes'] / 2**20:>10.0f} {result['error']:>8.0e}"
                 )
-            for bar, (reached, fine) in verdicts(results).items():
-                print(f"    {bar}: {reached:.3g} {'pass' if fine else 'FAIL'}", flush=True)
+            reached = verdicts(results)
+            for bar, (figure, fine) in reached.items():
+                print(f"    {bar}: {figure:.3g} {'pass' if fine else 'FAIL'}", flush=True)
                 passed &= fine
-            records.append({"shape": shape, "hidden": options.hidden, "teacher": teacher, "results": results})
+            records.append({"case": asdict(case), "results": results, "bars": reached})
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": machine, "cases": records}, indent=1))
+        print(f"written: {options.json}")
     return 0 if passed else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,6 +6,10 @@ vcrd, in place: vcrd.validity_calibrated_kl with labels; its gradient in a new b
 ModelOpt: NVIDIA's LogitsKLLoss. compile: the textbook KL in float32 under torch.compile. The methods take turns in the
 same processes, the logits are restored outside the timed part, and each gradient is checked against float64.
 
+    python benchmarks/loss.py --head [--shapes 4096x131072 ...] [--hidden 512] [--teacher dense hidden] [--json F]
+
+The fused head beside stored logits, from hidden states to both gradients, on CPU: head.py says how.
+
     python benchmarks/loss.py --device cuda [--shapes 4096x131072 4096x16384of131072 ...]
 
 The same question on one GPU, with more peers and a copy for the ceiling: device_table.py says what its columns mean.
@@ -27,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
 
+import head
 from loss_measure import Case, Result, measure
 from loss_methods import COMPILED, METHODS, MODELOPT, OURS, OURS_INPLACE
 from machine import gpu_facts, installed, processor
@@ -130,7 +135,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=240, help="cuda: seconds after which peers are left out"
     )
+    parser.add_argument("--head", action="store_true", help="cpu: the fused head beside stored logits")
+    head.add_arguments(parser)
     options = parser.parse_args(arguments)
+    if options.head and options.device != "cpu":
+        parser.error(f"--head is measured on cpu, got --device {options.device}")
     options.dtypes = options.dtypes or DTYPES[options.device]
     options.repeats = options.repeats or REPEATS[options.device]
     return options
@@ -153,6 +162,8 @@ def on_cuda(options: argparse.Namespace) -> int:
 
 def main() -> int:
     options = parse()
+    if options.head:
+        return head.run(options)
     return on_cuda(options) if options.device == "cuda" else on_cpu(options)
 
 

@@ -47,25 +47,39 @@ class Result:
 
 
 class CpuMeter:
-    """Peak memory of this process, from the kernel: pages in RAM, so torch's and everybody else's alike."""
+    """Peak memory of a process, from the kernel: pages in RAM, so torch's and everybody else's alike.
+
+    pid: another process of the same user, asked from outside it; None for this one.
+    """
+
+    def __init__(self, pid: int | None = None) -> None:
+        self._folder = f"/proc/{pid or 'self'}"
 
     def synchronize(self) -> None:
         pass  # CPU operators have finished when they return
 
     def start(self) -> None:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # so that freed memory does not serve the next method unseen
-        with open("/proc/self/clear_refs", "w") as control:
+        release()
+        self.mark()
+
+    def mark(self) -> None:
+        """As `start`, where the process itself has called `release`."""
+        with open(f"{self._folder}/clear_refs", "w") as control:
             control.write("5")  # sets the peak back to what is in use now
         self._before = self._read("VmRSS")
 
     def extra_bytes(self) -> int:
         return max(0, self._read("VmHWM") - self._before)
 
-    @staticmethod
-    def _read(field: str) -> int:
-        with open("/proc/self/status") as status:
+    def _read(self, field: str) -> int:
+        with open(f"{self._folder}/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
+
+
+def release() -> None:
+    """Gives freed memory back to the system, so that it does not serve the next method unseen."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 METERS = {"cpu": CpuMeter}
