@@ -41,7 +41,7 @@ class Run:
 
     processes: int = 1
     student: str = ""
-    teacher_processes: int = 1
+    teacher_processes: int = 1  # 0: the teacher is in the student's own ranks
     teacher: str = ""
     experts: bool = False
     shared: str = (
@@ -73,16 +73,14 @@ def curve(folder: Path, run: Run, steps: int, seconds: float = 120, more: str = 
     student += (
         f" {run.shared} {run.student} {from_weights} --train-iters {steps} --eval-interval {steps} {more}"
     )
-    jobs = [
-        _start(
-            run.teacher_processes,
-            "examples/serve_teacher.py",
-            f"{teacher} --global-batch-size 1 {run.teacher} --load {folder / 'teacher'}",
-            Path(logs) / "teacher.log",
-            port,
-        ),
-        _start(run.processes, "examples/pretrain_vcrd.py", student, Path(logs) / "student.log", port),
-    ]
+    jobs = []
+    if run.teacher_processes:
+        teacher += f" --global-batch-size 1 {run.teacher} --load {folder / 'teacher'}"
+        log = Path(logs) / "teacher.log"
+        jobs += [_start(run.teacher_processes, "examples/serve_teacher.py", teacher, log, port)]
+    else:
+        student += f" --vcrd-local-teacher {folder / 'teacher'}"
+    jobs += [_start(run.processes, "examples/pretrain_vcrd.py", student, Path(logs) / "student.log", port)]
     _finish(jobs, seconds)
     text = (Path(logs) / "student.log").read_text()
     found = re.findall(r" iteration +\d+/.*? lm loss: ([0-9.E+-]+)", text)

@@ -23,6 +23,9 @@ LAYOUTS = {
         2,
         "--pipeline-model-parallel-size 2",
     ),
+    "interleaved, with the teacher in its ranks": Run(
+        2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1", 0
+    ),
     "data, distributed optimizer": Run(2, "--use-distributed-optimizer", 2, "--tensor-model-parallel-size 2"),
 }
 
