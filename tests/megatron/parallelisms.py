@@ -59,15 +59,17 @@ def draw(generator: random.Random) -> tuple[Run, str]:
     student += [f"--micro-batch-size {size} --vcrd-ahead {generator.choice((0, 1, 2))}"]
     of_teacher = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1)] + [(1, 1, 2), (1, 2, 2)] * (data == 2)
     its_tensor, its_pipeline, replicas = generator.choice(of_teacher)
+    local = generator.random() < 0.2
     run = Run(
         tensor * pipeline * data,
         " ".join(student),
-        its_tensor * its_pipeline * replicas,
+        0 if local else its_tensor * its_pipeline * replicas,
         f"{TENSOR} {its_tensor} {PIPELINE} {its_pipeline} --global-batch-size {replicas}",
         experts,
         generator.choice(("", PER_TOKEN)),
     )
-    return run, generator.choice(PAYLOADS)
+    # A local teacher's logits are not encoded, so that only these equal those over the link to the last digits.
+    return run, generator.choice(("float32", "hidden") if local else PAYLOADS)
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
@@ -135,7 +137,8 @@ def main() -> int:
             runs = []
             for number in range(options.random):
                 run, payload = draw(generator)
-                text = f"student {run.student} | teacher {run.teacher} | {run.shared} experts {run.experts}"
+                teacher = run.teacher if run.teacher_processes else "in the same ranks"
+                text = f"student {run.student} | teacher {teacher} | {run.shared} experts {run.experts}"
                 runs.append((f"draw {number}: {text} | {payload}\n ", run, payload))
         else:
             runs = [(name, LAYOUTS[name], "float32") for name in options.names or LAYOUTS]

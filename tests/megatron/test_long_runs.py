@@ -141,6 +141,27 @@ def test_a_step_that_is_run_again_from_its_checkpoint_sees_the_same_answers(whol
     assert second.curve(again=True) == rejected and second.curve() == []
 
 
+def test_an_interleaved_pipeline_runs_a_step_again_and_counts_it_once(folder):
+    arguments = "--pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
+    arguments += " --global-batch-size 4 --eval-interval 100"
+    again = run(folder, "interleaved", arguments, size=2, LONG_RUN_REJECT="3,6")
+    curve = again.curve(rank=1)  # the last stage
+    assert [step for step, _ in curve] == [n // 2 for n in range(2, 2 * STEPS + 2)]
+    assert again.curve(again=True, rank=1) == [(step, loss) for step, loss in curve if step in (3, 6)]
+    logged = vcrd_lines(again)
+    assert len(logged) == STEPS // 2
+    for number, figures in enumerate(logged):
+        mine = [
+            line
+            for line in again.lines(rank=1)
+            if line.get("again") is False and (line["iteration"] - 1) // 2 == number
+        ]
+        tokens = sum(line["tokens"] for line in mine)
+        assert figures["tokens"] == tokens
+        loss = sum(float.fromhex(line["loss"]) for line in mine) / tokens
+        assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def test_a_nan_of_the_students_stops_the_run(folder):
     started = Run(folder, "nan", "--global-batch-size 4 --eval-interval 100", LONG_RUN_NAN="2")
     codes = started.finish()
