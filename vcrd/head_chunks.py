@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vcrd import ops
 from vcrd.divergence import DivergenceStats, Plan, statistics_pass
-from vcrd.teacher_blocks import DenseBlocks, HiddenBlocks, TeacherBlocks, TopKBlocks
+from vcrd.teacher_blocks import DenseBlocks, HiddenBlocks, TeacherBlocks, TopKBlocks, padded_columns
 from vcrd.teacher_forms import HiddenStates
 from vcrd.validity import mean_weight
 
@@ -62,11 +62,15 @@ class Task(NamedTuple):
 class OutputLayer:
     """The products with the output layer's true rows, in float32, or in 16 bits with float32 sums where a GPU can."""
 
-    def __init__(self, states: Tensor, weight: Tensor, columns: int, chunk: int) -> None:
+    def __init__(self, states: Tensor, weight: Tensor, task: Task, chunk: int) -> None:
+        columns = task.plan.columns
         self.factor = HiddenStates(states, weight).factor[:columns]
         self.narrow = self.factor.dtype != torch.float32
         # One buffer for all chunks: fresh pages would cost more than what is written to them.
         self._buffer = states.new_empty((chunk, columns), dtype=torch.float32)
+        self.teacher_memory = None  # for the teacher's logits, where they are made here
+        if not isinstance(task.form, DenseBlocks):
+            self.teacher_memory = states.new_empty(chunk * padded_columns(columns), dtype=torch.float32)
 
     def states(self, states: Tensor) -> Tensor:
         return states if self.narrow else states.float()
@@ -112,7 +116,7 @@ class FusedHead(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, mask, expected, task, *teacher):
         rows = hidden.shape[0]
         chunks, chunk_mask = chunks_of(mask, rows, task.chunk)
-        layer = OutputLayer(hidden, weight, task.plan.columns, _largest(chunks))
+        layer = OutputLayer(hidden, weight, task, _largest(chunks))
         need_hidden, need_weight = (task.in_forward and need for need in ctx.needs_input_grad[:2])
         hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
@@ -131,7 +135,7 @@ class FusedHead(torch.autograd.Function):
             label, counted = part_of(labels, chunk), part_of(chunk_mask, chunk)
             blocks = teacher_part(task.form, teacher, chunk)
             blocks = task.form.prepare(blocks, logits, counted, task.group)
-            dense = task.form.logits(blocks, logits, 0, len(logits))
+            dense = task.form.logits(blocks, logits, 0, len(logits), layer.teacher_memory)
             fields, (constants, sums, _, counted) = statistics_pass(
                 logits, label, counted, task.plan, DenseBlocks(), task.group, dense
             )
@@ -220,12 +224,12 @@ class FusedHead(torch.autograd.Function):
 def _again(ctx, hidden, weight, teacher, upstream, wanted, hidden_gradient, weight_gradient) -> None:
     """Adds the wanted gradients for this upstream gradient of (divergence, cross-entropy), from new logits."""
     task: Task = ctx.task
-    layer = OutputLayer(hidden, weight, task.plan.columns, _largest([chunk for chunk, *_ in ctx.kept]))
+    layer = OutputLayer(hidden, weight, task, _largest([chunk for chunk, *_ in ctx.kept]))
     for chunk, measured, blocks in ctx.kept:
         states = layer.states(hidden[chunk])
         logits = layer.logits(states, task.scale, task.softcap)
         blocks = teacher_part(task.form, teacher, chunk) if blocks is None else blocks
-        dense = task.form.logits(blocks, logits, 0, len(logits))
+        dense = task.form.logits(blocks, logits, 0, len(logits), layer.teacher_memory)
         here = tuple(part_of(tensor, chunk) for tensor in upstream)
         gradient = _gradient(task, layer, logits, dense, measured, here)
         if wanted[0]:

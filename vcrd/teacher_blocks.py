@@ -35,9 +35,13 @@ class TeacherBlocks(Protocol):
         """Before the first pass, the tensors that `logits` takes, with what had to be computed once."""
 
     def logits(
-        self, tensors: Tensors, student: Tensor, first: int, last: int
+        self, tensors: Tensors, student: Tensor, first: int, last: int, memory: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [last - first, columns or more], and what is to be added to each row; `student` is these rows."""
+        """Logits [last - first, columns or more], and what is to be added to each row; `student` is these rows.
+
+        memory: float32, flat, for logits that are made here and valid until it is used again: fresh pages cost more
+            than what is written to them. At least `padded_columns` for each row; None for memory of their own.
+        """
 
 
 class DenseBlocks(NamedTuple):
@@ -50,7 +54,7 @@ class DenseBlocks(NamedTuple):
         return tensors
 
     def logits(
-        self, tensors: Tensors, student: Tensor, first: int, last: int
+        self, tensors: Tensors, student: Tensor, first: int, last: int, memory: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         return tensors
 
@@ -70,16 +74,17 @@ class HiddenBlocks(NamedTuple):
         return tensors
 
     def logits(
-        self, tensors: Tensors, student: Tensor, first: int, last: int
+        self, tensors: Tensors, student: Tensor, first: int, last: int, memory: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         states, weight = tensors
         states, weight = states[first:last], weight[: self.columns].t()
         # Autocast would round the product to 16 bits, and differently in a backward outside of it.
         with torch.autocast(states.device.type, enabled=False):
+            logits = _matrix(memory, len(states), self.columns, states)
             if weight.dtype == torch.float32:
-                logits = torch.mm(states.float(), weight)
+                torch.mm(states.float(), weight, out=logits)
             else:
-                logits = torch.mm(states, weight, out_dtype=torch.float32)
+                torch.mm(states, weight, out_dtype=torch.float32, out=logits)
         if self.scale != 1:
             logits.mul_(self.scale)
         if self.softcap is not None:
@@ -130,19 +135,19 @@ class TopKBlocks(NamedTuple):
         return logprobs + lost[:, None], ids, subtracted
 
     def logits(
-        self, tensors: Tensors, student: Tensor, first: int, last: int
+        self, tensors: Tensors, student: Tensor, first: int, last: int, memory: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         logprobs, ids, subtracted = (tensor[first:last] for tensor in tensors)
-        block = self._block(student)
+        block = self._block(student, memory)
         torch.sub(student[:, : self.columns], subtracted[:, None], out=block[:, : self.columns])
         # The largest of an id's entries, in any order of theirs: the same block in backward.
         places = self._places(logprobs, ids)
         block.scatter_reduce_(1, places, logprobs, "amax", include_self=False)
         return block, None
 
-    def _block(self, student: Tensor) -> Tensor:
+    def _block(self, student: Tensor, memory: Tensor | None = None) -> Tensor:
         """Uninitialised float32 [rows, columns and 1 to 4 more], the first of which takes what lies elsewhere."""
-        return student.new_empty((len(student), self.columns // 4 * 4 + 4), dtype=torch.float32)
+        return _matrix(memory, len(student), padded_columns(self.columns), student)
 
     def _places(self, logprobs: Tensor, ids: Tensor) -> Tensor:
         """Where in a block each entry belongs, int64 [rows, k]: safe for any ids, since masked rows may hold any."""
@@ -174,6 +179,18 @@ def blocks_of(
         form = HiddenBlocks(columns, float(teacher.scale), softcap, block_bytes)
         return form, (teacher.states.reshape(rows, teacher.states.shape[-1]), teacher.factor)
     return DenseBlocks(), (as_rows(teacher, rows), teacher_max)
+
+
+def padded_columns(columns: int) -> int:
+    """Columns of the widest block that is made of so many."""
+    return columns // 4 * 4 + 4
+
+
+def _matrix(memory: Tensor | None, rows: int, columns: int, like: Tensor) -> Tensor:
+    """Uninitialised float32 [rows, columns] in `memory`, or on the device of `like`."""
+    if memory is None:
+        return like.new_empty((rows, columns), dtype=torch.float32)
+    return memory[: rows * columns].view(rows, columns)
 
 
 def as_rows(logits: Tensor, rows: int) -> Tensor:
