@@ -57,6 +57,9 @@ class LocalTeacher:
         forward_step = vcrd.megatron.distill(forward_step, teacher=lambda: teachers)
         pretrain(container, datasets, model_type, forward_step, model_provider)   # with container.model None
 
+    A function is called at each stage's first forward step, to which stages come one after another: it must do nothing
+    that waits for other stages, such as loading. `examples/local_teacher.py` does it where the student is built.
+
     With the payload "hidden" the teacher's logits are never built: the loss makes them by blocks, in float32, from the
     last hidden states, which takes a second product with the output layer in backward. With "float16", the default, or
     "float32" they are built and read as they are: faster, and one more tensor [s, b, v/tp] while the loss is computed.
