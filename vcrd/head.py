@@ -15,7 +15,8 @@ from vcrd.teacher_blocks import blocks_of
 from vcrd.teacher_forms import HiddenStates, TopKLogits
 from vcrd.validity import Estimator, check_weighting, validity_weights
 
-# Of float32 logits: [256, 131072]. Each chunk reads the weight and its gradient once, so it should be of many tokens.
+# Of float32 logits: [256, 131072]. Each chunk reads the weight, and reads and writes its float32 gradient, so it should
+# be of many tokens: docs/performance.md has what smaller ones cost on CPU.
 CHUNK_BYTES = 128 << 20
 
 
@@ -81,7 +82,8 @@ def fused_validity_calibrated_kl(
             it is not even, the gradient of `weight` is NaN. Without effect where backward makes the logits again.
         found_uneven: one float32 on the device of `hidden`, to which backward adds 1 where it looked at the upstream
             gradient of `loss`, or was promised an even one, and it was not. It does not wait for it.
-        chunk_bytes: of float32 logits at a time, of the teacher's as well where they are made here.
+        chunk_bytes: of float32 logits at a time, of the teacher's as well where they are made here. The same on every
+            rank. A chunk costs one pass over `weight` and two over its float32 gradient.
         teacher_logits, and all arguments from `divergence` on: see `validity_calibrated_kl`. Tokens whose mask is 0 are
             not computed on CPU. A mask must be the same on every rank of `group`.
 
