@@ -181,6 +181,10 @@ def test_wrong_arguments_are_named_and_leave_the_link_usable():
     ]:
         with pytest.raises(ValueError, match=f"boundaries {reason}"):
             student.request(torch.zeros(rows, 4, dtype=torch.long), edges)
+    with pytest.raises(
+        ValueError, match="boundaries must be of sequences of at most 16 tokens, got one of 17"
+    ):
+        student.request(torch.zeros(1, 20, dtype=torch.long), [0, 17, 20])
     with pytest.raises(ValueError, match="number must have been asked for"):
         student.receive(0)
     with pytest.raises(ValueError, match="number must be the next one, 0, got 1"):
@@ -194,7 +198,12 @@ def test_wrong_arguments_are_named_and_leave_the_link_usable():
             teacher.respond(request, logits)
     teacher.respond(request, torch.zeros(4, 2, 50))
     assert student.receive(0).shape == (4, 2, 50)
-    exchange(student, teacher, 1)
+    # Of packed sequences each is as long as a sequence may be, not the row.
+    student.request(torch.zeros(1, 32, dtype=torch.long), [0, 16, 32])
+    (request,) = teacher.next_batch(1)
+    teacher.respond(request, torch.zeros(32, 1, 50))
+    assert student.receive(1).shape == (32, 1, 50)
+    exchange(student, teacher, 2)
     part(student, teacher)
     rendezvous.close()
 

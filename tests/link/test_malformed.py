@@ -212,6 +212,16 @@ def test_a_part_of_the_output_layer_that_is_not_what_was_announced_is_refused(he
             torch.tensor([0, 0, 0, 0, 2, 4]),
             "its boundaries must ascend from 0 to 4, got [2, 4]",
         ),
+        (
+            changed(GOOD_REQUEST, batch=1, sequence=20, boundaries=2),
+            torch.tensor([0] * 20 + [0, 20]),
+            "its boundaries must be of sequences of at most 16 tokens, got one of 20",
+        ),
+        (
+            changed(GOOD_REQUEST, batch=1, sequence=65, boundaries=2),
+            None,
+            "its sequence length 65 is not from 1 to 64",
+        ),
     ],
 )
 def test_a_malformed_request_is_refused(sent, tokens, reason, monkeypatch):

@@ -36,8 +36,9 @@ class Header:
     """What follows on the wire.
 
     number: of the micro-batch within its student replica, or of the epoch. sequence, batch: the shape of the
-    whole micro-batch. boundaries: how many packed sequences' edges follow the tokens. start, stop: the
-    vocabulary columns of this piece. payload: the code of its encoding. length: bytes of text that follow.
+    whole micro-batch. boundaries: how many edges of packed sequences it has; in a request they follow the tokens.
+    start, stop: the vocabulary columns of this piece. payload: the code of its encoding. length: bytes of text that
+    follow.
     Fields without meaning are 0.
     """
 
@@ -79,9 +80,13 @@ def parse(raw: bytes) -> Header:
 
 
 def check_shape(header: Header, sequence_length: int, max_tokens: int) -> None:
-    """LinkError if the micro-batch is empty or larger than agreed, or has more boundaries than tokens."""
-    if not 1 <= header.sequence <= sequence_length:
-        raise LinkError(f"its sequence length {header.sequence} is not from 1 to {sequence_length}")
+    """LinkError if the micro-batch is empty or larger than agreed, or has more boundaries than tokens.
+
+    A row of packed sequences may be as long as a micro-batch; how long each of them is, its boundaries say.
+    """
+    longest = max_tokens if header.boundaries else sequence_length
+    if not 1 <= header.sequence <= longest:
+        raise LinkError(f"its sequence length {header.sequence} is not from 1 to {longest}")
     if not 1 <= header.batch or header.tokens > max_tokens:
         raise LinkError(
             f"its batch of {header.batch} x {header.sequence} tokens is not from 1 to {max_tokens} tokens"

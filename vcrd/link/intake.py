@@ -124,7 +124,8 @@ class Intake:
         if low < 0 or high >= self._student.vocab_size:
             raise LinkError(f"its tokens reach from {low} to {high}, outside [0, {self._student.vocab_size})")
         try:
-            check_boundaries(header.sequence, boundaries.tolist(), self._student.context_size)
+            longest = self._student.sequence_length
+            check_boundaries(header.sequence, boundaries.tolist(), self._student.context_size, longest)
         except ValueError as error:
             raise LinkError(f"its {error}") from None
         with self._changed:

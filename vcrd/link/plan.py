@@ -171,11 +171,19 @@ def context_rows(
     return tuple(spans)
 
 
-def check_boundaries(sequence: int, boundaries: Sequence[int], context_size: int) -> None:
-    """ValueError if these are not the ascending edges of packed sequences that context_size can cut."""
+def check_boundaries(
+    sequence: int, boundaries: Sequence[int], context_size: int, longest: int | None = None
+) -> None:
+    """ValueError if these are not the ascending edges of packed sequences that context_size can cut.
+
+    longest: of each packed sequence; None where that was settled before.
+    """
     edges = list(boundaries) or [0, sequence]
     if edges[0] != 0 or edges[-1] != sequence or any(a > b for a, b in zip(edges, edges[1:], strict=False)):
         raise ValueError(f"boundaries must ascend from 0 to {sequence}, got {list(boundaries)[:16]}")
+    widest = max((b - a for a, b in zip(edges, edges[1:], strict=False)), default=0)
+    if longest is not None and widest > longest:
+        raise ValueError(f"boundaries must be of sequences of at most {longest} tokens, got one of {widest}")
     if context_size == 1:
         return
     for start, stop in zip(edges, edges[1:], strict=False):

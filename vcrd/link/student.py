@@ -146,7 +146,8 @@ class StudentLink:
         up, and then for `timeout` seconds at most.
 
         tokens: the whole sequences, before any split over context ranks. boundaries: of sequences that are packed into
-        one row (b = 1), their edges from 0 to s, as Megatron's cu_seqlens; no token then sees another sequence's.
+        one row (b = 1), their edges from 0 to s, as Megatron's cu_seqlens; no token then sees another sequence's. Then
+        `sequence_length` bounds each of them and `max_tokens` the row.
         Returns the micro-batch's number, 0, 1, 2 .. It goes out at once if a credit is free, else as soon as
         `receive` frees one, and again to a teacher that comes after one that was lost.
         """
@@ -334,7 +335,8 @@ class StudentLink:
                 f"tokens must be a non-empty integer tensor [b, s], got {tokens.dtype} {list(tokens.shape)}"
             )
         batch, sequence = tokens.shape
-        if sequence > self._facts.sequence_length or batch * sequence > self._settings.max_tokens:
+        too_long = sequence > self._facts.sequence_length and not len(boundaries)
+        if too_long or batch * sequence > self._settings.max_tokens:
             raise ValueError(
                 f"tokens must be at most {self._facts.sequence_length} long and {self._settings.max_tokens} "
                 f"in all, got {list(tokens.shape)}"
@@ -350,7 +352,8 @@ class StudentLink:
             raise ValueError(
                 f"boundaries must be at most {sequence + 1} edges for {sequence} tokens, got {len(boundaries)}"
             )
-        check_boundaries(sequence, boundaries.tolist(), self._facts.context_size)
+        longest = self._facts.sequence_length
+        check_boundaries(sequence, boundaries.tolist(), self._facts.context_size, longest)
 
     def _send_what_credits_allow(self) -> None:
         """Sends what the credits let out: asked for, and not yet complete on every rank and given out here."""

@@ -214,6 +214,7 @@ class TeacherLink:
                 number=request.number,
                 sequence=sequence,
                 batch=batch,
+                boundaries=len(boundaries),
                 start=piece.start,
                 stop=piece.stop,
                 payload=self._payload.code,
