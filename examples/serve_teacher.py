@@ -60,7 +60,13 @@ def main() -> None:
     model = builder.build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
-    load_checkpoint(model, None, None, strict=True)
+    try:
+        load_checkpoint(model, None, None, strict=True)
+    except SystemExit:  # Megatron has printed why, and would end as if all were well
+        raise SystemExit(
+            f"--load: expected a checkpoint in {args.load} that fits these arguments, got none; one in the legacy "
+            "format (--ckpt-format torch) keeps the tensor and pipeline parallelism it was saved with"
+        ) from None
     served = vcrd.megatron.serve(model, settings_from_args(args))
     if args.rank == 0:
         print(f"served {served} micro-batches", flush=True)
