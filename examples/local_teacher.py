@@ -13,17 +13,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import checkpointing
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
-# Megatron takes these from a checkpoint's arguments only where they are None.
+# Megatron takes these from a checkpoint's arguments only where they are None, or leaves them where they are None there.
 _ARCHITECTURE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "kv_channels",
-    "max_position_embeddings",
-    "hybrid_layer_pattern",
-    "padded_vocab_size",
-)
+    "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels num_query_groups padded_vocab_size spec "
+    "max_position_embeddings hybrid_layer_pattern mtp_num_layers mtp_hybrid_override_pattern "
+    "num_experts moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_latent_size "
+    "heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json"
+).split()
 # How the student's own layers are spread over the stages.
 _SPREAD = (
     "pipeline_model_parallel_layout",
@@ -37,9 +33,10 @@ def local_teacher(
 ) -> Callable[[], list[torch.nn.Module]]:
     """For `distill(teacher=...)`: returns this rank's chunks, built and loaded beside the student's.
 
-    The parallelism is the student's, whatever the checkpoint was saved with. args: the student's, validated. student:
-    its model configuration for `pretrain`, to which this adds what it needs. checkpoint: a folder of the format
-    torch_dist. ValueError for any other, or where its vocabulary does not fit.
+    The parallelism is the student's, whatever the checkpoint was saved with; so is all that Megatron's
+    --use-checkpoint-args does not take from a checkpoint. args: the student's, validated. student: its model
+    configuration for `pretrain`, to which this adds what it needs. checkpoint: a folder of the format torch_dist.
+    ValueError for any other, or where its vocabulary does not fit.
     """
     theirs = copy.copy(args)
     for name in (*_ARCHITECTURE, *_SPREAD, "ckpt_step"):
@@ -61,6 +58,8 @@ def local_teacher(
         )
     # A distributed checkpoint is cut anew for each layout: the shards of the vocabulary line up with the student's.
     theirs.padded_vocab_size = args.padded_vocab_size
+    if theirs.num_experts is None:
+        theirs.expert_model_parallel_size = 1
     # So that the random state is what it would be without a teacher, in a resumed run too.
     theirs.perform_initialization = False
     chunks: list[torch.nn.Module] = []

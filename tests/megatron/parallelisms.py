@@ -32,6 +32,8 @@ LAYOUTS = {
     "per-token": Run(2, "", shared=PER_TOKEN),
     "accumulation": Run(1, "--micro-batch-size 1", 2, f"{PIPELINE} 2"),
     "pp2": Run(2, f"{PIPELINE} 2"),
+    "same-ranks": Run(2, f"{PIPELINE} 2 --num-layers-per-virtual-pipeline-stage 1", 0),
+    "same-ranks-experts": Run(2, "--expert-model-parallel-size 2", 0, experts=True),
 }
 PAYLOADS = ("float32", "float16", "logits_8bit", "topk", "hidden")
 # The log has six digits; a quantile is the middle of a bin 4.4 % wide, and a token may stand at its edge.
