@@ -21,17 +21,20 @@ CPU = (
     "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-dropout-fusion --no-bias-gelu-fusion "
     "--no-rope-fusion"
 )
-MODEL = (
+SHAPE = (
     "--num-layers 4 --hidden-size 16 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "
-    "--position-embedding-type rope --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
+    "--position-embedding-type rope --untie-embeddings-and-output-weights"
+)
+DATA = (
+    "--attention-dropout 0 --hidden-dropout 0 "
     "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 8 --mock-data "
     "--init-method-std 0.3 --num-workers 0"
 )
+MODEL = f"{SHAPE} {DATA}"
 # 127 true columns: without the true vocabulary, tensor ranks would pad and count differently.
 TEACHER = f"{CPU} {MODEL} --hidden-size 24 --num-attention-heads 6 --seed 7 --micro-batch-size 1"
-STUDENT = (
-    f"{CPU} {MODEL} --micro-batch-size 2 --global-batch-size 8 --eval-iters 0 --lr 3e-3 --log-interval 1"
-)
+TRAINING = "--micro-batch-size 2 --global-batch-size 8 --eval-iters 0 --lr 3e-3 --log-interval 1"
+STUDENT = f"{CPU} {MODEL} {TRAINING}"
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allgather --disable-bias-linear"
 
 
@@ -53,10 +56,10 @@ class Failed(AssertionError):
     """The last lines of both jobs' outputs."""
 
 
-def save_weights(folder: Path, arguments: str, seconds: float) -> None:
-    """Saves a model of Megatron's own initial weights in the distributed format."""
+def save_weights(folder: Path, arguments: str, seconds: float, form: str = "torch_dist") -> None:
+    """Saves a model of Megatron's own initial weights, in the distributed format or the legacy one ("torch")."""
     if not (folder / "latest_checkpointed_iteration.txt").exists():
-        text = f"{arguments} --save {folder} --save-interval 1 --ckpt-format torch_dist --micro-batch-size 2"
+        text = f"{arguments} --save {folder} --save-interval 1 --ckpt-format {form} --micro-batch-size 2"
         _finish([_start(1, str(Path(__file__)), text, folder.with_suffix(".log"), 0)], seconds)
 
 
@@ -68,21 +71,37 @@ def curve(folder: Path, run: Run, steps: int, seconds: float = 120, more: str = 
     weights = folder / ("experts" if run.experts else "student")
     save_weights(weights, student, seconds)
     save_weights(folder / "teacher", TEACHER, seconds)
-    port, logs = free_port(), tempfile.mkdtemp(dir=folder)
     from_weights = f"--load {weights} --finetune --no-load-optim --no-load-rng"
     student += (
         f" {run.shared} {run.student} {from_weights} --train-iters {steps} --eval-interval {steps} {more}"
     )
-    jobs = []
     if run.teacher_processes:
         teacher += f" --global-batch-size 1 {run.teacher} --load {folder / 'teacher'}"
-        log = Path(logs) / "teacher.log"
-        jobs += [_start(run.teacher_processes, "examples/serve_teacher.py", teacher, log, port)]
     else:
         student += f" --vcrd-local-teacher {folder / 'teacher'}"
-    jobs += [_start(run.processes, "examples/pretrain_vcrd.py", student, Path(logs) / "student.log", port)]
-    _finish(jobs, seconds)
-    text = (Path(logs) / "student.log").read_text()
+    return losses(train(folder, student, teacher, run.processes, run.teacher_processes, seconds), steps)
+
+
+def train(
+    folder: Path,
+    student: str,
+    teacher: str,
+    processes: int = 1,
+    teacher_processes: int = 1,
+    seconds: float = 120,
+    script: str = "examples/pretrain_vcrd.py",
+) -> str:
+    """What the student's job printed. student, teacher: all their arguments; no job for a teacher of 0 processes."""
+    port, logs = free_port(), Path(tempfile.mkdtemp(dir=folder))
+    jobs = []
+    if teacher_processes:
+        jobs += [_start(teacher_processes, "examples/serve_teacher.py", teacher, logs / "teacher.log", port)]
+    _finish([*jobs, _start(processes, script, student, logs / "student.log", port)], seconds)
+    return (logs / "student.log").read_text()
+
+
+def losses(text: str, steps: int) -> list[float]:
+    """Of each step, in what a student's job printed."""
     found = re.findall(r" iteration +\d+/.*? lm loss: ([0-9.E+-]+)", text)
     if len(found) != steps:
         raise Failed(f"expected {steps} losses, got {len(found)}\n{text[-3000:]}")
