@@ -49,6 +49,11 @@ def test_a_clash_is_one_sentence_that_names_the_argument(config, args, model, na
         check(config, args, **model)
 
 
+def test_a_teacher_in_the_same_ranks_is_given_what_the_dataset_made():
+    chunk, args = SimpleNamespace(config=SimpleNamespace(**CLEAN)), SimpleNamespace(reset_position_ids=True)
+    refuse_clashes(chunk, DistillSettings(), args, linked=False)
+
+
 @pytest.mark.parametrize(("parts", "replicas", "refused"), [(1, 1, False), (2, 1, True), (1, 2, True)])
 def test_a_mean_over_more_than_one_micro_batch_is_refused(monkeypatch, parts, replicas, refused):
     from megatron.core import num_microbatches_calculator, parallel_state

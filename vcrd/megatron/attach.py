@@ -110,7 +110,7 @@ class Distillation:
         if not (chunk.training or self._measuring):
             return self._forward_step(data_iterator, model, *args, **kwargs)
         if not self._checked:
-            refuse_clashes(chunk, self.settings)
+            refuse_clashes(chunk, self.settings, linked=isinstance(self._teacher, LinkedTeacher))
             self._checked = True
         if chunk.training:
             self._step_end.watch(chunk.config)

@@ -11,10 +11,13 @@ import torch
 from vcrd.megatron.settings import DistillSettings
 
 
-def refuse_clashes(chunk: torch.nn.Module, settings: DistillSettings, args: Any = None) -> None:
+def refuse_clashes(
+    chunk: torch.nn.Module, settings: DistillSettings, args: Any = None, linked: bool = True
+) -> None:
     """ValueError that names the argument, where the model's or the job's settings clash with the plug. No collectives.
 
     chunk: the unwrapped last stage. args: Megatron's arguments (default: those of megatron.training, where it runs).
+    linked: whether the teacher runs elsewhere; one in the same ranks is given the student's own positions and mask.
 
     Not clashes: cross_entropy_loss_fusion, which evaluation and the heads of multi-token prediction go on using on
     logits of their own; tp_comm_overlap, which leaves the output layer alone; CUDA graphs of layers.
@@ -42,7 +45,8 @@ def refuse_clashes(chunk: torch.nn.Module, settings: DistillSettings, args: Any 
             "parallel_output", "True", "False", "each tensor rank must have its own columns of the logits"
         )
     _refuse_other_losses(args)
-    _refuse_half_resets(args)
+    if linked:
+        _refuse_half_resets(args)
     _refuse_mean_of_parts(settings, args)
 
 
