@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from link_jobs import Layout, exchange, part
+from listening import link_threads
 from ports import free_port
 
 from vcrd.link import Head, LinkError, LinkSettings, StudentLink, StudentLost, TeacherLink, host_rendezvous
@@ -59,6 +59,19 @@ def raw(kind: int, *fields: int, magic: bytes = headers.MAGIC, protocol: int = h
     return headers._FORMAT.pack(magic, protocol, kind, *fields)
 
 
+def let_in(address: list, hello: dict) -> Connection:
+    """Asks until the student is no longer busy: it may not yet have noticed that the last one is gone, or, for
+    a sender, not yet have taken in the first rank that it has welcomed."""
+    deadline = time.monotonic() + LONG
+    while True:
+        connection, said = dial(tuple(address), "", hello)
+        if said["state"] == "welcome":
+            return connection
+        connection.close()
+        assert said == {"state": "busy"} and time.monotonic() < deadline, said
+        time.sleep(0.01)
+
+
 class FalseTeacher:
     """A teacher of one rank up to where it says it is ready; what it sends then is the test's to choose."""
 
@@ -69,14 +82,8 @@ class FalseTeacher:
         reply, _ = ask_until(settings, {"role": "teacher", **own}, lambda r: r["state"] == "ready", LONG)
         (address,) = reply["addresses"]
         hello = {**own, "epoch": reply["epoch"]}
-        while True:
-            self.intake, said = dial(tuple(address), "", {**hello, "role": "intake"})
-            if said["state"] == "welcome":
-                break
-            self.intake.close()
-            assert said == {"state": "busy"}  # it has not noticed yet that the last one is gone
-        self.sender, said = dial(tuple(address), "", {**hello, "role": "sender"})
-        assert said["state"] == "welcome"
+        self.intake = let_in(address, {**hello, "role": "intake"})
+        self.sender = let_in(address, {**hello, "role": "sender"})
         self.intake.send(Header(Kind.READY), seconds=LONG)
 
     def await_request(self) -> Header:
@@ -321,7 +328,7 @@ def test_a_rank_of_the_student_that_talks_nonsense_ends_the_other(speaker, sent)
     for link in (*students, teacher):
         link.close()
     rendezvous.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("vcrd")]
+    assert link_threads() == []
 
 
 def test_progress_in_the_wrong_order_is_no_step_back():

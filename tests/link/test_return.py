@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from link_jobs import Layout, connected, exchange, part
+from listening import link_threads
 from ports import free_port
 from rejoin_jobs import settings_for
 
@@ -117,8 +118,7 @@ def test_closing_while_a_teacher_is_waited_for_leaves_nothing_behind(comes_back)
                 waiting.result()
             if coming is not None:
                 end(coming)
-        left = [thread.name for thread in threading.enumerate() if thread.name.startswith("vcrd")]
-        assert left == []
+        assert link_threads() == []
 
 
 def end(coming) -> None:
