@@ -99,10 +99,20 @@ def answer_hidden(student: StudentLink, teacher: TeacherLink, number: int, weigh
 
 
 @pytest.mark.parametrize("comes_back", [False, True])
-def test_closing_while_a_teacher_is_waited_for_leaves_nothing_behind(comes_back):
-    """Also when one comes back in that very moment."""
+def test_closing_while_a_teacher_is_waited_for_leaves_nothing_behind(comes_back, monkeypatch):
+    """Also when one comes back in that very moment, on a machine that is slow to begin threads."""
+    start = threading.Thread.start
+
+    def start_late(thread: threading.Thread) -> None:
+        if thread.name == "vcrd-link-reader":
+            time.sleep(0.02)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_late)
     for delay in (0.0, 0.005, 0.01, 0.02, 0.03):
-        settings = settings_for(free_port(), payload="float16", connect_timeout=20, rejoin_timeout=20)
+        settings = settings_for(
+            free_port(), payload="float16", timeout=20, connect_timeout=20, rejoin_timeout=20
+        )
         rendezvous = host_rendezvous(settings)
         student, teacher = connected(settings)
         teacher.close()

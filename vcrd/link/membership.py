@@ -292,10 +292,11 @@ class Membership:
                 connection.close()
 
         thread = threading.Thread(target=run, name="vcrd-link-reader", daemon=True)
+        # Started in here: whoever finds it in the list may join it, which a thread that never began does not allow.
         with self._changed:
             self._threads = [other for other in self._threads if other.is_alive()]
             self._threads.append(thread)
-        thread.start()
+            thread.start()
 
     def _join(self, deadline: float) -> None:
         for thread in list(self._threads):
