@@ -154,6 +154,9 @@ def refusals(settings) -> list[str]:
     short = build(TEACHER, fitting.config, jobs.SEQUENCE - 1)
     sequence_parallel = jobs.model(TEACHER, seed=2)
     sequence_parallel.config.sequence_parallel = True
+    delayed, multiplying_in_fp8 = jobs.model(TEACHER, seed=2), jobs.model(TEACHER, seed=2)
+    delayed.config.fp8, delayed.config.fp8_recipe = "hybrid", "delayed"
+    multiplying_in_fp8.config.fp8, multiplying_in_fp8.config.fp8_recipe = "hybrid", "tensorwise"
     tail = build(TEACHER, fitting.config, jobs.SEQUENCE, pre_process=False)
 
     def embedded(data_iterator: Any, model: torch.nn.Module) -> tuple:
@@ -180,6 +183,8 @@ def refusals(settings) -> list[str]:
     refuse(lambda: "a path")
     refuse(torch.nn.Linear(2, 2))
     refuse(sequence_parallel)
+    refuse(delayed)
+    refuse(multiplying_in_fp8)
     refuse(tail)
     refuse(other, settings.replaced(vocab_size=None))
     refuse(short)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +12,8 @@ import pytest
 from vcrd.megatron import DistillSettings
 from vcrd.megatron.clashes import refuse_clashes
 
+ROOT = Path(__file__).resolve().parents[2]
+NAME = re.compile(r"`(--[a-z0-9-]+)")
 CLEAN = {
     "cross_entropy_loss_fusion": True,
     "tp_comm_overlap": True,
@@ -25,7 +30,12 @@ def check(config=None, args=None, settings=None, **model):
 
 def test_what_does_not_clash_passes():
     check(
-        args={"logits_load_dir": None, "reset_position_ids": False, "export_kd_teacher_load": None},
+        args={
+            "logits_load_dir": None,
+            "reset_position_ids": False,
+            "export_kd_teacher_load": None,
+            "inprocess_restart": False,
+        },
         parallel_output=True,
     )
 
@@ -38,6 +48,8 @@ def test_what_does_not_clash_passes():
         ({"cuda_graph_scope": "full_iteration"}, {}, {}, "cuda_graph_impl"),
         ({"cuda_graph_scope": [SimpleNamespace(name="full_iteration")]}, {}, {}, "cuda_graph_impl"),
         ({}, {}, {"parallel_output": False}, "parallel_output"),
+        ({"hybrid_context_parallel": True}, {}, {}, "hybrid_context_parallel"),
+        ({}, {"inprocess_restart": True}, {}, "inprocess_restart"),
         ({}, {"logits_load_dir": "cache"}, {}, "logits_load_dir"),
         ({}, {"export_kd_teacher_load": "teacher"}, {}, "export_kd_teacher_load"),
         ({}, {"reset_position_ids": True}, {}, "reset_position_ids"),
@@ -68,3 +80,29 @@ def test_a_mean_over_more_than_one_micro_batch_is_refused(monkeypatch, parts, re
         ValueError, match=f"normalization: .* got 'mean' with {parts} micro-batches on {replicas} "
     ):
         check(settings=settings)
+
+
+def test_the_documentation_lists_what_is_refused_and_nothing_else():
+    text = (ROOT / "docs" / "pretraining.md").read_text()
+    table = text.split("## What is refused")[1].split("\n\n")[1]
+    documented = {
+        name.removeprefix("--").replace("-", "_") for row in table.splitlines() for name in NAME.findall(row)
+    }
+    refused = {
+        node.args[0].value
+        for node in ast.walk(ast.parse((ROOT / "vcrd" / "megatron" / "clashes.py").read_text()))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") == "_refuse"
+        and isinstance(node.args[0], ast.Constant)
+    }
+    # Checked by the parts that they clash with, or names of the settings and of what else is said.
+    elsewhere = {
+        "cuda_graph_scope", "vcrd_fused_head", "mtp_num_layers", "defer_embedding_wgrad_compute", "fp8_output_proj",
+        "fp8_recipe", "vcrd_normalization", "reset_position_ids", "reset_attention_mask",
+        "dataloader_inter_document_masking",
+    }  # fmt: skip
+    assert refused - documented - {"parallel_output", "normalization"} == set()
+    assert "`parallel_output`" in table and documented - elsewhere == refused - {
+        "parallel_output",
+        "normalization",
+    }

@@ -148,9 +148,13 @@ def test_gradients_are_accumulated_into_main_grad():
 class Finisher(torch.nn.Module):
     """A model that is nothing but an output layer, and what it does to logits afterwards."""
 
-    def __init__(self, finish=lambda logits: logits, *, bias: bool = False, **config) -> None:
+    def __init__(
+        self, finish=lambda logits: logits, *, bias: bool = False, cut_with: str = "", **config
+    ) -> None:
         super().__init__()
         layer = torch.nn.Linear(8, 20, bias=bias)
+        if cut_with:
+            setattr(layer.weight, cut_with, True)
         layer.forward = lambda states, weight=None, plain=layer.forward: (plain(states), None)
         self.output_layer, self.finish, self.config = layer, finish, SimpleNamespace(**config)
 
@@ -203,6 +207,12 @@ def test_a_model_whose_logits_are_made_otherwise_is_found_out():
         (Finisher(bias=True), "an output layer without a bias"),
         (Finisher(defer_embedding_wgrad_compute=True), "defer_embedding_wgrad_compute False, got True"),
         (Finisher(cross_entropy_fusion_impl="linear"), "another cross_entropy_fusion_impl"),
+        (Finisher(fp8_output_proj=True), "fp8_output_proj False, .*, got True"),
+        (
+            Finisher(cut_with="__fsdp_param__"),
+            "Megatron's own data parallelism, got a weight that FSDP has cut",
+        ),
+        (Finisher(cut_with="device_mesh"), "Megatron's own data parallelism, got a weight that FSDP has cut"),
     ],
 )
 def test_what_clashes_is_one_sentence(model, sentence):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import jobs
 import pytest
@@ -10,7 +11,7 @@ import torch
 from ports import free_port
 from worlds import World, run_worlds
 
-from vcrd.link.errors import HandshakeRefused, LinkError, StudentLost
+from vcrd.link.errors import HandshakeRefused, LinkError, StudentLost, TeacherLost
 from vcrd.link.rendezvous import host_rendezvous
 from vcrd.megatron.settings import DistillSettings
 
@@ -131,6 +132,35 @@ def test_another_vocabulary_is_refused_with_the_same_sentence_on_both_sides():
     )
     assert "vocab_size is 44 for the student and 45 for the teacher" in student
     assert teachers == [student] * 2
+
+
+def ask_and_be_left(settings: DistillSettings) -> None:
+    rendezvous = host_rendezvous(settings.link)
+    link = connect(settings, jobs.TRUE_VOCAB)
+    with pytest.raises(TeacherLost):
+        link.receive(link.request(requests()[0]))
+    link.close()
+    rendezvous.close()
+
+
+def serve_in_fp8(settings: DistillSettings) -> str:
+    from vcrd.megatron import serve
+
+    # Without Transformer Engine Megatron's layers multiply as ever, whatever this says.
+    teacher = jobs.model(jobs.TEACHER, seed=2)
+    teacher.config.fp8, teacher.config.fp8_recipe = "hybrid", "tensorwise"
+    with pytest.raises(ValueError) as error:
+        serve(teacher, settings)
+    return str(error.value)
+
+
+def test_tokens_that_fp8_does_not_take_are_one_sentence_on_every_rank_of_the_teacher():
+    chosen = settings(rejoin_timeout=1.0)
+    _, sentences = run_worlds(
+        World(ask_and_be_left, arguments=(chosen,)), World(serve_in_fp8, 2, pipeline=2, arguments=(chosen,))
+    )
+    expected = "tokens: expected micro-batches of a multiple of 16 tokens, .* FP8 .*, got \\[2, 12\\]"
+    assert all(re.match(expected, sentence) for sentence in sentences), sentences
 
 
 def refuse_what_cannot_be_served(settings: DistillSettings) -> list[str]:

@@ -28,6 +28,13 @@ def refuse_clashes(
         _refuse(
             "overlap_moe_expert_parallel_comm", "False", "True", "its schedule never calls the model's loss"
         )
+    if getattr(config, "hybrid_context_parallel", False):
+        _refuse(
+            "hybrid_context_parallel",
+            "False",
+            "True",
+            "each sample may be cut over other ranks, and the teacher's answer is cut one way",
+        )
     # Up to 0.16 the graph of a whole iteration was a scope, later it is an implementation.
     scopes = getattr(config, "cuda_graph_scope", None) or ()
     scopes = [scopes] if isinstance(scopes, str) or not hasattr(scopes, "__iter__") else scopes
@@ -43,6 +50,13 @@ def refuse_clashes(
     if not parallel and getattr(config, "tensor_model_parallel_size", 1) > 1:
         _refuse(
             "parallel_output", "True", "False", "each tensor rank must have its own columns of the logits"
+        )
+    if getattr(args, "inprocess_restart", False):
+        _refuse(
+            "inprocess_restart",
+            "False",
+            "True",
+            "the plug holds the model of the process's first life; let the launcher restart the process",
         )
     _refuse_other_losses(args)
     if linked:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vcrd.head import fused_validity_calibrated_kl
 from vcrd.loss import CalibratedLoss
+from vcrd.megatron.fp8 import refuse_other_output_layer
 from vcrd.megatron.output_layer import TOLERANCES, scale_and_softcap
 from vcrd.teacher_forms import HiddenStates, TopKLogits
 
@@ -169,6 +170,7 @@ def _refuse_what_clashes(chunk: torch.nn.Module, tensor_group: dist.ProcessGroup
             "fused_head: expected a model without multi-token prediction, whose heads run the output layer themselves, "
             f"got mtp_num_layers {config.mtp_num_layers}"
         )
+    refuse_other_output_layer(config, "fused_head")
     if getattr(layer, "bias", None) is not None:
         raise ValueError("fused_head: expected an output layer without a bias, got one with a bias")
     if tensor_group is not None and getattr(layer, "gather_output", False):
@@ -180,5 +182,8 @@ def _refuse_what_clashes(chunk: torch.nn.Module, tensor_group: dist.ProcessGroup
     weight = layer.weight
     if weight is not None and weight.dtype not in TOLERANCES:
         raise ValueError(f"fused_head: expected a weight of float32, bfloat16 or float16, got {weight.dtype}")
-    if weight is not None and hasattr(weight, "__fsdp_param__"):
-        raise ValueError("fused_head: expected Megatron's own data parallelism, got Megatron-FSDP")
+    # torch's FSDP makes it a DTensor, which has a mesh.
+    if weight is not None and (hasattr(weight, "__fsdp_param__") or hasattr(weight, "device_mesh")):
+        raise ValueError(
+            "fused_head: expected Megatron's own data parallelism, got a weight that FSDP has cut"
+        )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vcrd.megatron.fp8 import refuse_delayed_scaling, refuse_uneven_tokens
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.linked import TeacherForm
 from vcrd.megatron.output_layer import OutputLayer
@@ -175,6 +176,8 @@ class _Part:
             )
         given = {k: v for k, v in given.items() if k in self._takes and k not in _STUDENTS_OWN}
         teacher = self._teacher
+        if self._first:
+            refuse_uneven_tokens(teacher.config, *given["input_ids"].shape)
         if teacher.training:
             teacher.eval()
         with torch.no_grad():
@@ -235,6 +238,7 @@ def _check(student: nn.Module, teacher: nn.Module, settings: DistillSettings) ->
     mine, theirs = student.config, getattr(teacher, "config", None)
     if not hasattr(theirs, "hidden_size") or not hasattr(teacher, "set_input_tensor"):
         raise ValueError(f"teacher: expected a Megatron language model, got {type(teacher).__name__}")
+    refuse_delayed_scaling(theirs)
     for name in _EQUAL:
         expected, got = getattr(mine, name, None), getattr(theirs, name, None)
         if expected != got:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.link.facts import Head
+from vcrd.megatron.fp8 import refuse_other_output_layer
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Of the largest logit: what rounding to the model's dtype may do to a sum of some thousand products.
@@ -32,6 +33,7 @@ class OutputLayer:
             raise ValueError(
                 f"model: expected an output_layer for the payload 'hidden', got {type(chunk).__name__}"
             )
+        refuse_other_output_layer(chunk.config, "payload 'hidden'")
         weight = layer.weight
         if getattr(chunk, "share_embeddings_and_output_weights", False):
             weight = chunk.shared_embedding_or_output_weight()

@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from vcrd.link.teacher import Request, TeacherLink
+from vcrd.megatron.fp8 import refuse_delayed_scaling, refuse_uneven_tokens
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.output_layer import OutputLayer
 from vcrd.megatron.packing import PackedInputs
@@ -47,6 +48,7 @@ def serve(model: Any, settings: DistillSettings | None = None, *, microbatches: 
         raise ValueError(f"microbatches: expected at least 1, got {microbatches}")
     chunk = unwrap(chunks[0])
     layout = Layout.of(chunk, settings)
+    refuse_delayed_scaling(chunk.config)
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     is_last_stage = parallel_state.is_pipeline_last_stage()
     output_layer = None
@@ -91,6 +93,7 @@ def _answer(
 ) -> None:
     """One pass through the pipeline, forward only, with a micro-batch per request of equal shape."""
     batch, sequence = requests[0].tokens.shape
+    refuse_uneven_tokens(unwrap(model).config, batch, sequence)
     inputs = PackedInputs(unwrap(model), device)
 
     def forward_step(data_iterator: Iterator[Request], model: Any) -> tuple[Tensor, Any]:
