@@ -18,7 +18,6 @@ from ports import free_port
 
 from vcrd.link import HandshakeRefused, Head, LinkSettings, StudentLink, TeacherLink, host_rendezvous, service
 from vcrd.link import header as headers
-from vcrd.link.intake import Request
 
 SHAPES = [Batch(2, 12), Batch(1, 12, (0, 4, 4, 12)), Batch(3, 4), Batch(1, 8, (0, 8)), Batch(1, 4)]
 # Shards of padding only, on either side; a vocabulary of one token; more ranks than columns.
@@ -164,57 +163,44 @@ def test_a_teacher_that_comes_back_in_another_layout_sends_nothing_of_the_same_o
         assert not failed, "\n".join(failed.values())
 
 
-def hidden_pair(
-    settings: LinkSettings, head: Head, weight: torch.Tensor, asked: torch.Tensor
-) -> tuple[StudentLink, TeacherLink, Request]:
-    """A link of one rank with one rank in this process, with an output layer, and the first request, for `asked`.
-
-    The teacher waits for that request from the moment it has joined, as any teacher does: an epoch that is lost before
-    the student has seen it stand begins anew only in there.
-    """
-    layout = Layout(vocab=len(weight))
-
-    def teach() -> tuple[TeacherLink, Request]:
-        place = layout.teacher(0, 0) | dict(group=None, tensor_group=None)
-        teacher = TeacherLink.connect(settings, **place, head=head, head_weight=weight)
-        (request,) = teacher.next_batch(1)
-        return teacher, request
-
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(teach)
-        student = StudentLink.connect(settings, **layout.student(0))
-        student.request(asked)
-        return student, *coming.result()
-
-
 def test_a_damaged_output_layer_is_refused_and_sent_again(monkeypatch, caplog):
     settings = LinkSettings(
         address=f"127.0.0.1:{free_port()}", payload="hidden", timeout=30, rejoin_timeout=30
     )
-    head, weight = Head(8, "float32"), torch.randn(50, 8)
+    head, weight, states = Head(8, "float32"), torch.randn(50, 8), torch.randn(4, 1, 8)
+    layout = Layout(vocab=len(weight))
     real, digests = service.digest_of, []
 
     def wrong_at_first(rows: torch.Tensor) -> str:
         digests.append(real(rows))
         return "0" * 64 if len(digests) == 1 else digests[-1]
 
+    def teach() -> None:
+        """As any teacher does: an epoch that is lost begins anew while the next request is waited for, so the first
+        request may come twice, in the epoch that is about to be lost and in the next."""
+        place = layout.teacher(0, 0) | dict(group=None, tensor_group=None)
+        teacher = TeacherLink.connect(settings, **place, head=head, head_weight=weight)
+        while (requests := teacher.next_batch(1)) is not None:
+            teacher.respond(requests[0], states)
+        teacher.close()
+
     monkeypatch.setattr(service, "digest_of", wrong_at_first)
     rendezvous = host_rendezvous(settings)
-    with caplog.at_level(logging.WARNING, "vcrd"):
-        asked = torch.zeros(1, 4, dtype=torch.long)
-        student, teacher, request = hidden_pair(settings, head, weight, asked)
-        states = torch.randn(4, 1, 8)
-        teacher.respond(request, states)
+    with caplog.at_level(logging.WARNING, "vcrd"), ThreadPoolExecutor(1) as pool:
+        teaching = pool.submit(teach)
+        student = StudentLink.connect(settings, **layout.student(0))
+        student.request(torch.zeros(1, 4, dtype=torch.long))
         got = student.receive(0)
+        received = student.bytes_received
+        student.close()
+        teaching.result()
     assert "a part of the output layer arrived damaged: its SHA-256 differs" in caplog.text
     assert len(digests) == 2
     assert torch.equal(got.weight, weight) and torch.equal(got.states, states)
-    received = 2 * (50 * 8 * 4 + headers.BYTES) + headers.BYTES + headers.BYTES + 4 * 8 * 4
-    # The first epoch's word that all connections stand may come before it ends, or not.
-    assert student.bytes_received - received in (0, headers.BYTES)
-    student.close()
-    assert teacher.next_batch(1) is None
-    teacher.close()
+    answer = headers.BYTES + 4 * 8 * 4
+    at_least = 2 * (50 * 8 * 4 + headers.BYTES) + headers.BYTES + answer
+    # Of the first epoch, the word that all connections stand and an answer may come before it ends, or not.
+    assert received - at_least in (0, headers.BYTES, answer, headers.BYTES + answer)
     rendezvous.close()
 
 
