@@ -156,7 +156,7 @@ def refusals(settings) -> list[str]:
     sequence_parallel.config.sequence_parallel = True
     delayed, multiplying_in_fp8 = jobs.model(TEACHER, seed=2), jobs.model(TEACHER, seed=2)
     delayed.config.fp8, delayed.config.fp8_recipe = "hybrid", "delayed"
-    multiplying_in_fp8.config.fp8, multiplying_in_fp8.config.fp8_recipe = "hybrid", "tensorwise"
+    multiplying_in_fp8.config.fp8, multiplying_in_fp8.config.fp8_recipe = "hybrid", "mxfp8"
     tail = build(TEACHER, fitting.config, jobs.SEQUENCE, pre_process=False)
 
     def embedded(data_iterator: Any, model: torch.nn.Module) -> tuple:

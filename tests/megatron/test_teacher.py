@@ -148,7 +148,7 @@ def serve_in_fp8(settings: DistillSettings) -> str:
 
     # Without Transformer Engine Megatron's layers multiply as ever, whatever this says.
     teacher = jobs.model(jobs.TEACHER, seed=2)
-    teacher.config.fp8, teacher.config.fp8_recipe = "hybrid", "tensorwise"
+    teacher.config.fp8, teacher.config.fp8_recipe = "hybrid", "mxfp8"
     with pytest.raises(ValueError) as error:
         serve(teacher, settings)
     return str(error.value)
@@ -159,7 +159,7 @@ def test_tokens_that_fp8_does_not_take_are_one_sentence_on_every_rank_of_the_tea
     _, sentences = run_worlds(
         World(ask_and_be_left, arguments=(chosen,)), World(serve_in_fp8, 2, pipeline=2, arguments=(chosen,))
     )
-    expected = "tokens: expected micro-batches of a multiple of 16 tokens, .* FP8 .*, got \\[2, 12\\]"
+    expected = "tokens: expected micro-batches of a multiple of 32 tokens, .* FP8 .*, got \\[2, 12\\]"
     assert all(re.match(expected, sentence) for sentence in sentences), sentences
 
 

@@ -9,7 +9,7 @@ def refuse_delayed_scaling(config: Any) -> None:
     """ValueError for a teacher's configuration with the recipe "delayed".
 
     Transformer Engine renews the scales of delayed scaling at the end of a forward that records a graph, and in
-    backward (`FP8GlobalStateManager.autocast_exit`, Transformer Engine 2.9). A teacher has neither: served, its scales
+    backward (`FP8GlobalStateManager.autocast_exit`, Transformer Engine 2.20.0.dev0). A teacher has neither: served, its scales
     would stay where the checkpoint left them, at 1 if it was trained in bfloat16; in the student's ranks they would
     be renewed at the student's forward, and would not be saved, so that a resumed run gave another curve.
     """
@@ -33,11 +33,12 @@ def refuse_other_output_layer(config: Any, argument: str) -> None:
 def refuse_uneven_tokens(config: Any, batch: int, sequence: int) -> None:
     """ValueError, before any collective, for tokens [batch, sequence] that a product in FP8 does not take.
 
-    16 rows a rank, and 32 with MXFP8, as Megatron's `get_fp8_align_size`.
+    Multiples of 8 rows on each rank (Transformer Engine 2.20.0.dev0, `assert_dim_for_fp8_exec`), of a whole block of 32 with
+    MXFP8. Megatron's `get_fp8_align_size` says 16 in place of 8, for the gradients of weights, which a teacher lacks.
     """
     if not getattr(config, "fp8", None):
         return
-    multiple = 32 if getattr(config, "fp8_recipe", None) == "mxfp8" else 16
+    multiple = 32 if getattr(config, "fp8_recipe", None) == "mxfp8" else 8
     parts = config.tensor_model_parallel_size if getattr(config, "sequence_parallel", False) else 1
     if batch * sequence % (multiple * parts):
         raise ValueError(

@@ -176,8 +176,8 @@ class _Part:
             )
         given = {k: v for k, v in given.items() if k in self._takes and k not in _STUDENTS_OWN}
         teacher = self._teacher
-        if self._first:
-            refuse_uneven_tokens(teacher.config, *given["input_ids"].shape)
+        if self._first and (tokens := given.get("input_ids")) is not None:
+            refuse_uneven_tokens(teacher.config, *tokens.shape)
         if teacher.training:
             teacher.eval()
         with torch.no_grad():
