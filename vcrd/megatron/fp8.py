@@ -8,10 +8,10 @@ from typing import Any
 def refuse_delayed_scaling(config: Any) -> None:
     """ValueError for a teacher's configuration with the recipe "delayed".
 
-    Transformer Engine renews the scales of delayed scaling at the end of a forward that records a graph, and in
-    backward (`FP8GlobalStateManager.autocast_exit`, Transformer Engine 2.20.0.dev0). A teacher has neither: served, its scales
-    would stay where the checkpoint left them, at 1 if it was trained in bfloat16; in the student's ranks they would
-    be renewed at the student's forward, and would not be saved, so that a resumed run gave another curve.
+    Transformer Engine (2.20.0.dev0, `FP8GlobalStateManager.autocast_exit`) renews the scales of delayed scaling at the
+    end of a forward that records a graph, and in backward. A teacher has neither: served, its scales would stay where
+    the checkpoint left them, at 1 if it was trained in bfloat16; in the student's ranks they would be renewed at the
+    student's forward, and would not be saved, so that a resumed run gave another curve.
     """
     # Up to 0.16 and later alike: a string, or an enumeration that is a string.
     if getattr(config, "fp8", None) and getattr(config, "fp8_recipe", None) == "delayed":
@@ -33,8 +33,8 @@ def refuse_other_output_layer(config: Any, argument: str) -> None:
 def refuse_uneven_tokens(config: Any, batch: int, sequence: int) -> None:
     """ValueError, before any collective, for tokens [batch, sequence] that a product in FP8 does not take.
 
-    Multiples of 8 rows on each rank (Transformer Engine 2.20.0.dev0, `assert_dim_for_fp8_exec`), of a whole block of 32 with
-    MXFP8. Megatron's `get_fp8_align_size` says 16 in place of 8, for the gradients of weights, which a teacher lacks.
+    Multiples of 8 rows on each rank, of a whole block of 32 with MXFP8 (Transformer Engine 2.20.0.dev0,
+    `assert_dim_for_fp8_exec` and its MXFP8 quantizer).
     """
     if not getattr(config, "fp8", None):
         return
