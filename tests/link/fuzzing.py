@@ -181,6 +181,7 @@ class Peers:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        self.port = port
         self.settings = LinkSettings(address=f"127.0.0.1:{port}", timeout=LONG, max_tokens=64)
         self.rendezvous = Rendezvous(self.settings)
 
@@ -205,7 +206,7 @@ class Peers:
     def ask_rendezvous(self, hello: dict) -> None:
         """Anything from who knows the secret gets an answer, or is cut off."""
         with within_memory(64 << 20), suppress(LinkError, ConnectionError):
-            connection, reply = dial(("127.0.0.1", self.settings.port), "", hello, LONG)
+            connection, reply = dial(("127.0.0.1", self.port), "", hello, LONG)
             connection.close()
             assert reply["state"] in ("waiting", "ready", "refused"), reply
 

@@ -286,9 +286,10 @@ def register(settings: LinkSettings, address: tuple[str, int]) -> None:
 
 
 def test_a_rendezvous_that_talks_nonsense_ends_every_rank_of_the_teacher(tmp_path):
-    settings = link_settings(free_port())
+    port = free_port()
+    settings = link_settings(port)
     rendezvous = Listener(
-        listen("127.0.0.1", settings.port),
+        listen("127.0.0.1", port),
         "",
         lambda hello: ({"state": "ready", "facts": {}, "addresses": []}, None),
     )

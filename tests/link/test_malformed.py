@@ -11,6 +11,7 @@ import torch
 from link_jobs import Layout, exchange, part
 from listening import link_threads
 from ports import free_port
+from waiting import wait_until
 
 from vcrd.link import Head, LinkError, LinkSettings, StudentLink, StudentLost, TeacherLink, host_rendezvous
 from vcrd.link import header as headers
@@ -41,13 +42,6 @@ def pair() -> tuple[Connection, Connection]:
         near = socket.create_connection(listener.getsockname())
         far, _ = listener.accept()
         return Connection(near), Connection(far)
-
-
-def wait_until(true, what) -> None:
-    deadline = time.monotonic() + LONG
-    while not true():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.01)
 
 
 def changed(header: Header, **changes) -> bytes:
@@ -145,6 +139,8 @@ def test_what_a_false_teacher_sends_is_refused_and_a_true_one_is_served():
             expected = f"{who} of teacher replica 0 sent what is refused: {reason}"
             wait_until(
                 lambda text=expected: student._members.lost_because == text,
+                LONG,
+                expected,
                 lambda: student._members.lost_because,
             )
             assert student._inbox._responses == {}  # nothing was allocated
@@ -155,12 +151,14 @@ def test_what_a_false_teacher_sends_is_refused_and_a_true_one_is_served():
         false.sender.send(GOOD_RESPONSE, torch.zeros(4, 2, 50, dtype=torch.float16), seconds=LONG)
         assert student.receive(0).shape == (4, 2, 50)
         false.sender.send(Raw(changed(GOOD_RESPONSE, number=1)), seconds=LONG)
-        wait_until(lambda: "number 1 has not been asked for" in student._members.lost_because, lambda: "")
+        wait_until(
+            lambda: "number 1 has not been asked for" in student._members.lost_because, LONG, "it is refused"
+        )
         assert student._inbox._responses == {}
         false.close()
         false = FalseTeacher(settings)
         false.sender.send(Header(Kind.GOODBYE), seconds=LONG)
-        wait_until(lambda: "said goodbye unasked" in student._members.lost_because, lambda: "")
+        wait_until(lambda: "said goodbye unasked" in student._members.lost_because, LONG, "it is refused")
         false.close()
     true = TeacherLink.connect(settings, **Layout().teacher(0, 0), group=None, tensor_group=None)
     exchange(student, true, 1)
@@ -198,7 +196,12 @@ def test_a_part_of_the_output_layer_that_is_not_what_was_announced_is_refused(he
         false = FalseTeacher(settings, Head(size=8, dtype="float32"))
         student = coming.result()
         false.sender.send(header, *([torch.ones(rows)] if rows else []), seconds=LONG)
-        wait_until(lambda: reason in student._members.lost_because, lambda: student._members.lost_because)
+        wait_until(
+            lambda: reason in student._members.lost_because,
+            LONG,
+            reason,
+            lambda: student._members.lost_because,
+        )
         false.close()
     student.close()
     rendezvous.close()
@@ -254,7 +257,7 @@ def test_more_requests_than_credits_are_refused():
     intake = Intake(STUDENT, {0: far})
     for number in range(3):
         near.send(Header(Kind.REQUEST, number, 4, 2), torch.zeros(2, 4, dtype=torch.int32), seconds=LONG)
-    wait_until(lambda: intake.failure, lambda: "it took them all")
+    wait_until(lambda: intake.failure, LONG, "they are refused")
     assert "more requests than its 2 credits are waiting" in str(intake.failure)
     intake.end(LONG)
     near.close()
@@ -268,7 +271,7 @@ def test_what_a_student_says_to_a_sender_is_refused_unless_it_is_goodbye(sent, r
     place = Place(0, 0, 0)
     delivery = Delivery({place: far}, {place: 0}, LONG)
     near.send(Raw(sent), seconds=LONG)
-    wait_until(lambda: delivery.failure, lambda: "it took that")
+    wait_until(lambda: delivery.failure, LONG, "that is refused")
     assert str(delivery.failure) == f"{place} sent a header that is refused: {reason}"
     delivery.end(LONG)
     near.close()
@@ -320,7 +323,7 @@ def test_a_rank_of_the_student_that_talks_nonsense_ends_the_other(speaker, sent)
         sent = changed(Header(Kind.PROGRESS if speaker == 0 else Kind.JOIN, 1))
     other = students[1 - speaker]
     students[speaker]._members._siblings.connections[0].send(Raw(sent), seconds=LONG)
-    wait_until(lambda: other._members.failure, lambda: "it took that")
+    wait_until(lambda: other._members.failure, LONG, "that is refused")
     if speaker == 1:
         other._asked = 1  # request() would raise already
     with pytest.raises(LinkError, match=f"student data rank 0, tensor rank {speaker} is gone: .*"):
@@ -343,7 +346,7 @@ def test_progress_in_the_wrong_order_is_no_step_back():
     asker._members._on_advance = lambda: seen.append(asker._members._siblings.settled)
     for number in (2, 1):
         sibling._members._siblings.tell(Header(Kind.PROGRESS, number))
-    wait_until(lambda: len(seen) == 2, lambda: seen)
+    wait_until(lambda: len(seen) == 2, LONG, "both are seen", lambda: seen)
     assert seen == [[2], [2]]
     for link in (teacher, asker, sibling):
         link.close()

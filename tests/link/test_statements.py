@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcrd.link import HandshakeRefused, Head, LinkError, LinkSettings, facts, header
+from vcrd.link import HandshakeRefused, Head, LinkError, LinkSettings, facts, header, meeting
 from vcrd.link.facts import Facts
 from vcrd.link.header import Header, Kind
 
@@ -214,5 +214,5 @@ def test_wrong_settings_are_named(change, message):
 
 
 def test_addresses_are_taken_apart():
-    assert (LinkSettings().host, LinkSettings().port) == ("127.0.0.1", 29600)
-    assert (LinkSettings(address="[::1]:80").host, LinkSettings(address="[::1]:80").port) == ("::1", 80)
+    assert meeting.candidates(LinkSettings().address) == [("127.0.0.1", 29600)]
+    assert meeting.candidates(LinkSettings(address="[::1]:80").address) == [("::1", 80)]

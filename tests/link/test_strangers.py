@@ -8,19 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from listening import link_threads, listening
+from waiting import wait_until
 
 from vcrd.link import HandshakeRefused, wire
 from vcrd.link import header as headers
 from vcrd.link.wire import dial
 
 LONG = 60.0  # seconds that no test here may reach
-
-
-def wait_until(true, what: str) -> None:
-    deadline = time.monotonic() + LONG
-    while not true():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 # Strangers.
@@ -53,7 +47,7 @@ def test_a_stranger_is_cut_off_in_time_and_others_are_served_meanwhile(stranger,
                 pass
         except (ConnectionResetError, BrokenPipeError):
             pass
-        wait_until(lambda: "vcrd-link-greeting" not in link_threads(), "a greeting is under way for ever")
+        wait_until(lambda: "vcrd-link-greeting" not in link_threads(), LONG, "no greeting is under way")
 
 
 def test_one_byte_at_a_time_gains_no_time(monkeypatch):
@@ -100,7 +94,7 @@ def test_close_ends_greetings_that_are_under_way(monkeypatch):
     monkeypatch.setattr(wire, "GREETING_SECONDS", 3600.0)
     with listening() as listener:  # which says at its end that no thread is left
         silent = [socket.create_connection(listener.address) for _ in range(5)]
-        wait_until(lambda: link_threads().count("vcrd-link-greeting") == 5, "they are not greeted")
+        wait_until(lambda: link_threads().count("vcrd-link-greeting") == 5, LONG, "they are greeted")
         listener.close()
         listener.close()
         for sock in silent:

@@ -24,6 +24,7 @@ from vcrd.link import (
 )
 from vcrd.link import header as headers
 from vcrd.link.connection import memory
+from vcrd.link.meeting import candidates
 from vcrd.link.rendezvous import local_host
 from vcrd.link.wire import dial
 from vcrd.megatron.settings import DistillSettings
@@ -87,7 +88,7 @@ def test_a_stranger_cannot_end_a_student_that_is_linked():
     settings = settings_for(secret=SECRET)
     rendezvous = host_rendezvous(settings)
     student, teacher = connected(settings)
-    for address in (("127.0.0.1", settings.port), student._members.address):
+    for address in (*candidates(settings.address), student._members.address):
         for role in ("student", "sibling", "teacher", "intake", "sender"):
             hello = {
                 "run": "vcrd",

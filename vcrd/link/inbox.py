@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -56,6 +58,9 @@ class Inbox:
         self._pieces: dict[int, Piece] = {}
         self._next: dict[int, int] = {}  # by sender: the number that must come next
         self.complete = 0  # responses below this number are complete here
+        self._arriving = 0  # threads in the middle of something that arrives
+        self._arriving_since = 0.0
+        self._arrived_seconds = 0.0
 
     def begin(self, epoch: int, pieces: dict[int, Piece]) -> None:
         """A new epoch, whose sender i sends pieces[i]: what an earlier one left unfinished is forgotten."""
@@ -79,6 +84,28 @@ class Inbox:
             self._expected.pop(number, None)
             return self._responses.pop(number).upload
 
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """Around whatever arrives from the teacher: what `seconds_arriving` counts."""
+        with self._changed:
+            if not self._arriving:
+                self._arriving_since = time.perf_counter()
+            self._arriving += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._arriving -= 1
+                if not self._arriving:
+                    self._arrived_seconds += time.perf_counter() - self._arriving_since
+
+    @property
+    def seconds_arriving(self) -> float:
+        """How long, up to now, anything was on its way in: from a header to the last byte that belongs to it."""
+        with self._changed:
+            under_way = time.perf_counter() - self._arriving_since if self._arriving else 0.0
+            return self._arrived_seconds + under_way
+
     def place(
         self, epoch: int, sender: int, header: Header, payload: Payload, receive: Callable[..., None]
     ) -> bool:
@@ -92,7 +119,7 @@ class Inbox:
             piece = self._checked(sender, header, payload)
             response = self._response(header, payload)
         if payload.whole or piece.width:
-            with span("receive", header.number):
+            with span("receive", header.number), self.arriving():
                 self._fill(response.tensors, piece, payload, receive)
         with self._changed:
             self._check_epoch(epoch)

@@ -332,7 +332,8 @@ class Membership:
     ) -> None:
         if header.kind == Kind.HEAD and sender in session.head_pieces:
             piece = session.head_pieces[sender]
-            self.head.receive(piece, header, digest, session, connection)
+            with self._inbox.arriving():
+                self.head.receive(piece, header, digest, session, connection)
             with self._changed:
                 self.head.arrived(piece, digest, session)
                 self._changed.notify_all()

@@ -20,6 +20,8 @@ from contextlib import suppress
 
 from . import facts as stated
 from . import header as headers
+from . import meeting
+from .connection import Connection
 from .errors import HandshakeRefused, LinkError
 from .facts import Facts
 from .plan import Place, places, replica_of
@@ -34,10 +36,10 @@ _MOST_RUNS = 1024  # that one address book holds
 
 
 def host_rendezvous(settings: LinkSettings) -> Rendezvous:
-    """Opens the rendezvous at `settings.address`, an address of this machine. Never blocks.
+    """Opens the rendezvous at `settings.address`, an address of this machine, or writes its file. Never blocks.
 
     Called on rank 0 of the student's world, which keeps the result and closes it when the run ends. LinkError when the
-    address is taken or is not of this machine.
+    address is taken or is not of this machine, or when the file cannot be written.
     """
     return Rendezvous(settings)
 
@@ -49,10 +51,17 @@ class Rendezvous:
         self._lock = threading.Lock()
         self._runs: dict[str, _Run] = {}
         secret = settings.shared_secret()
-        self._listener = Listener(listen(settings.host, settings.port), secret, self._answer)
+        self._settings = settings
+        self._listener = Listener(_listening(settings), secret, self._answer)
+        try:
+            meeting.publish(settings.address, self._listener.address)
+        except LinkError:
+            self._listener.close()
+            raise
 
     def close(self) -> None:
         """Idempotent. Links that stand do not notice; a lost teacher could not come back."""
+        meeting.withdraw(self._settings.address, self._listener.address)
         self._listener.close()
 
     def _answer(self, hello: dict) -> tuple[Reply, None]:
@@ -155,8 +164,7 @@ class _Run:
 
 def ask(settings: LinkSettings, hello: dict) -> Reply:
     """One question to the rendezvous. ConnectionError if it is not there, HandshakeRefused with its reason."""
-    address = (settings.host, settings.port)
-    connection, reply = dial(address, settings.shared_secret(), {"run": settings.name, **hello})
+    connection, reply = _dial_first(settings, {"run": settings.name, **hello})
     connection.close()
     if reply.get("state") == "refused":
         raise HandshakeRefused(str(reply.get("reason")))
@@ -169,6 +177,15 @@ def ask(settings: LinkSettings, hello: dict) -> Reply:
     except UNREADABLE:
         raise LinkError(f"{settings.address} answers what cannot be read: {str(reply):.200}") from None
     return reply
+
+
+def _dial_first(settings: LinkSettings, hello: dict) -> tuple[Connection, Reply]:
+    """Of the students' files that a pattern finds, some may be left over from runs that were killed."""
+    *others, last = meeting.candidates(settings.address)
+    for address in others:
+        with suppress(ConnectionError):
+            return dial(address, settings.shared_secret(), hello)
+    return dial(last, settings.shared_secret(), hello)
 
 
 def ask_until(
@@ -199,6 +216,18 @@ def ask_until(
         pause = min(2 * pause, 0.25)
 
 
+def _listening(settings: LinkSettings) -> socket.socket:
+    if settings.address.startswith(meeting.SCHEME):
+        own = (
+            meeting.outward_address()
+            if settings.interface is None
+            else _interface_address(settings.interface)
+        )
+        return listen(own, 0)
+    ((host, port),) = meeting.candidates(settings.address)
+    return listen(host, port)
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens on the host's interface; LinkError with the reason if that cannot be."""
     family, kind, _, _, address = _resolved(host, port)
@@ -219,10 +248,24 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def local_host(settings: LinkSettings) -> str:
-    """The IP address that this rank listens on: of `settings.interface`, or of the one that routes to the address."""
+    """The IP address that this rank listens on: of `settings.interface`, or of the one that routes to the address.
+
+    LinkError where a file is to say the address, and does not within `connect_timeout`.
+    """
     if settings.interface is not None:
         return _interface_address(settings.interface)
-    family, _, _, _, address = _resolved(settings.host, settings.port)
+    deadline = time.monotonic() + settings.connect_timeout
+    while True:
+        try:
+            host, port = meeting.candidates(settings.address)[0]
+            break
+        except ConnectionError as error:
+            if time.monotonic() > deadline:
+                raise LinkError(
+                    f"{error}, within {settings.connect_timeout:g} seconds (connect_timeout)"
+                ) from None
+        time.sleep(0.1)
+    family, _, _, _, address = _resolved(host, port)
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # of a datagram socket: picks a route, sends nothing
         return probe.getsockname()[0]

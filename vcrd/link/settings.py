@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
+from . import meeting
 from .payload import payload_named
 
 TRANSPORTS = ("tcp", "nccl")
@@ -16,9 +17,12 @@ class LinkSettings:
     """How a teacher job and a student job find each other, and what travels between them.
 
     address: "host:port" where rank 0 of the student's world hosts the rendezvous ("[::1]:port" for IPv6). It
-        listens on that host's interface only.
+        listens on that host's interface only. Or "file:/path" on a file system that both jobs share: rank 0 listens at
+        a free port of `interface` and writes it there. A teacher that serves one student after another may have a
+        pattern, "file:/path/*".
     interface: the name ("ib0") or the IP address of the interface that each student rank listens on. None: the one
-        that routes to `address`. May differ by rank; the teacher's is not read.
+        that routes to `address`; with a file, on rank 0, the one that leads outward. May differ by rank; the teacher's
+        is not read.
     payload: what travels, with its bytes per position and the error of each; `payload` has the bounds. The logits:
         "float16" (of the distance from the row's maximum; 2 per column of the vocabulary) or "float32" (bit-exact; 4).
         "logits_8bit": one byte per column, the square root of that distance. "topk": the most probable tokens and the
@@ -56,9 +60,7 @@ class LinkSettings:
 
     def __post_init__(self) -> None:
         _check_texts(self)
-        host, _, port = self.address.rpartition(":")
-        if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-            raise ValueError(f"address must be 'host:port' with a port from 1 to 65535, got {self.address!r}")
+        meeting.check(self.address)
         payload_named(self.payload)
         if self.transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
@@ -75,14 +77,6 @@ class LinkSettings:
             raise ValueError(f"name must be a non-empty text without '/', got {self.name!r}")
         if self.secret and self.secret_file:
             raise ValueError("secret_file must be None where secret is given, got both")
-
-    @property
-    def host(self) -> str:
-        return self.address.rpartition(":")[0].strip("[]")
-
-    @property
-    def port(self) -> int:
-        return int(self.address.rpartition(":")[2])
 
     def shared_secret(self) -> str:
         """The secret, from its file where one is named; ValueError if that cannot be read or is empty."""

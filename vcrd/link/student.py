@@ -24,6 +24,7 @@ from .rendezvous import ask, ask_until, listen, local_host
 from .settings import LinkSettings
 from .staging import OnDevice, Pinned, Pool, Upload
 from .tracing import span
+from .waits import Waits
 from .wire import GREETING_SECONDS, dial
 
 _log = logging.getLogger("vcrd")
@@ -36,12 +37,12 @@ _LINGER = 4 * _LOOK  # seconds for the others to ask for a refusal too: rank 0 t
 class StudentLink:
     """One rank of the student's last pipeline stage, linked to the teacher replica that serves its data rank.
 
-    columns: the true vocabulary columns that `receive` returns. waited: seconds spent waiting in `receive`.
+    columns: the true vocabulary columns that `receive` returns. waits: how long `receive` waited, and for what.
     """
 
     def __init__(self, settings: LinkSettings, facts: Facts, place: Place, device: torch.device) -> None:
         self.columns = facts.shards()[place.tensor]
-        self.waited = 0.0
+        self.waits = Waits()
         self._settings = settings
         self._facts = facts
         self._place = place
@@ -136,6 +137,17 @@ class StudentLink:
         return link
 
     @property
+    def waited(self) -> float:
+        """Seconds spent waiting in `receive`."""
+        return self.waits.seconds
+
+    @property
+    def served_by(self) -> tuple[int | None, int]:
+        """The teacher replica that serves this rank, None before one came, and how many replicas there are."""
+        session = self._members.session
+        return self._members.replica, session.teacher.copies if session else 0
+
+    @property
     def bytes_received(self) -> int:
         """Bytes that have arrived from the teacher so far: payloads, headers, and its output layer if it sent that."""
         return self._members.bytes_received
@@ -182,12 +194,8 @@ class StudentLink:
             raise ValueError(f"number must be the next one, {self._given}, got {number}")
         if self._place.asks and number >= self._asked:
             raise ValueError(f"number must have been asked for, below {self._asked}, got {number}")
-        begun = time.perf_counter()
-        try:
-            with span("wait", number):
-                upload = self._wait_for(number)
-        finally:
-            self.waited += time.perf_counter() - begun
+        with self.waits.counted(lambda: self._inbox.seconds_arriving), span("wait", number):
+            upload = self._wait_for(number)
         with self._asking:
             self._given += 1
         self._send_what_credits_allow()
@@ -289,7 +297,8 @@ class StudentLink:
                 else:
                     left = max(begun, session.heard) + self._settings.timeout - now
                 if left > 0:
-                    self._changed.wait(min(left, 1.0))
+                    with self.waits.lost(session is None):
+                        self._changed.wait(min(left, 1.0))
             if left <= 0:
                 self._give_up(session, number)
             elif session is None and now > said:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,6 +38,8 @@ class TeacherLink:
 
     A lost student is waited for, inside `next_batch`, and its requests are forgotten: it asks again. A replica that
     loses one of its own ranks is lost as a whole and raises LinkError, on every rank alike.
+
+    blocked: seconds in which `respond` waited for earlier answers to be sent.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class TeacherLink:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._memory = Pool()  # holds no more than was ever under way at once
         self._done = False  # every student has said goodbye
+        self.blocked = 0.0
         self._services: list[Service] = []  # the one that stands, if any: what a forgotten link has to end
         # A forgotten link must not leave threads behind that would run into the interpreter's end.
         self._finalizer = weakref.finalize(self, _end_all, self._services)
@@ -161,15 +165,23 @@ class TeacherLink:
             tensors, top = self._whole_rows(output.detach())
         if service.failure:
             return
+        begun = time.perf_counter()
         service.delivery.wait_for_room()
+        self.blocked += time.perf_counter() - begun
         with span("encode", request.number):
             response = self._pieces(service, request, tensors, top)
         service.delivery.post(response)
 
     @property
+    def leads(self) -> bool:
+        """Whether this rank takes in its replica's requests."""
+        return self._crew.leads
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes of responses that this rank has handed to the network since the student last joined."""
-        delivery = self._services[0].delivery if self._services else None
+        # Another thread may read this while the service is replaced.
+        delivery = next((service.delivery for service in list(self._services)), None)
         return delivery.bytes_sent if delivery else 0
 
     def close(self) -> None:
