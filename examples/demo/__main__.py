@@ -13,6 +13,8 @@ from pathlib import Path
 from rich.console import Console
 
 from examples import demo
+from vcrd.run_report import page as run_report
+from vcrd.run_report import records
 
 from . import launch, page, plots, show
 from .settings import CACHE, KEPT_LAYERS, DemoSettings
@@ -20,7 +22,9 @@ from .settings import CACHE, KEPT_LAYERS, DemoSettings
 _FILES = {
     "page.html": "held-out solutions, every token coloured by relative validity",
     "curves.png": "curves of the run and the histogram of weights",
+    "report.html": "the run itself: curves, weights, where the time went",
     "results.json": "all figures",
+    "records/": "what python -m vcrd report reads",
     "logs/": "what both jobs said",
 }
 
@@ -72,6 +76,8 @@ def run(console: Console, settings: DemoSettings) -> None:
     solutions = json.loads((folder / "logs" / "held_out.json").read_text())
     plots.draw(folder / "curves.png", results, solutions)
     page.write(folder / "page.html", results, solutions, Path(settings.cache), folder / "curves.png")
+    page.write_tokens(folder / "records" / records.TOKENS, results, solutions, Path(settings.cache))
+    (folder / "report.html").write_text(run_report.text_of(records.load(folder / "records"), "demo"))
     console.print()
     console.print(show.table(follower.measured))
     show.where(console, folder, _FILES)
@@ -116,9 +122,10 @@ def _fresh_folder(settings: DemoSettings) -> Path:
     folder = settings.folder
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        for name in ("page.html", "curves.png", "results.json"):
+        for name in ("page.html", "curves.png", "report.html", "results.json"):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "logs")
+        shutil.rmtree(folder / "records", ignore_errors=True)
         (folder / "logs").mkdir()
         (folder / ".gitignore").write_text("*\n")
     except OSError as error:

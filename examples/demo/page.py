@@ -16,22 +16,8 @@ _FIRST_LENGTH = range(110, 220)  # tokens of the solution that is shown first: i
 
 def write(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache: Path, picture: Path) -> None:
     """results: as in results.json. solutions: as in logs/held_out.json. cache: the demo's, for text and tokenizer."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(cache / "tokenizer.json"))
-    known = {problem["name"]: problem for problem in json.loads((cache / "problems.json").read_text())}
-    fields = solutions["fields"]
-    problems = [
-        {
-            "name": name.removeprefix("P_").replace("_", " "),
-            "text": _question(tokenizer, known[name]),
-            "written": _as_written(
-                tokenizer, [int(row[fields.index("label")]) for row in solutions["after"][name]]
-            ),
-            **{stage: _rounded(solutions[stage][name]) for stage in ("before", "after")},
-        }
-        for name in sorted(solutions["after"])
-    ]
+    tokenizer, fields = _tokenizer(cache), solutions["fields"]
+    problems = _problems(tokenizer, solutions, cache)
     used = {
         int(row[fields.index(column)])
         for stage in ("before", "after")
@@ -52,6 +38,56 @@ def write(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache:
     text = _TEMPLATE.read_text().replace("@DATA@", json.dumps(data).replace("</", "<\\/"))
     text = text.replace("@PICTURE@", base64.b64encode(picture.read_bytes()).decode())
     path.write_text(text.replace("@FOOTER@", _footer(results)))
+
+
+def write_tokens(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache: Path) -> None:
+    """Solutions with the weight of every token, for the page of `python -m vcrd report`: what shows most first."""
+    tokenizer, fields = _tokenizer(cache), solutions["fields"]
+    problems = _problems(tokenizer, solutions, cache)
+    first = problems.pop(_first(problems, fields.index("relative_validity")))
+    samples = [
+        {
+            "name": problem["name"],
+            "text": problem["text"],
+            "stages": {
+                f"{stage} training": [
+                    [_shown(text), row[fields.index("weight")]]
+                    for text, row in zip(problem["written"], problem[stage], strict=True)
+                ]
+                for stage in ("before", "after")
+            },
+        }
+        for problem in [first, *problems]
+    ]
+    content = {name: results["method"][name] for name in ("floor", "ceiling")}
+    path.write_text(json.dumps({**content, "samples": samples}))
+
+
+def _shown(text: str) -> str:
+    return "\N{RETURN SYMBOL}\n" if text == "\n" else " end" if text == "<|im_end|>" else text
+
+
+def _tokenizer(cache: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(cache / "tokenizer.json"))
+
+
+def _problems(tokenizer: Any, solutions: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
+    """By name: the question, the solution's tokens as they were written, and their rows before and after training."""
+    known = {problem["name"]: problem for problem in json.loads((cache / "problems.json").read_text())}
+    fields = solutions["fields"]
+    return [
+        {
+            "name": name.removeprefix("P_").replace("_", " "),
+            "text": _question(tokenizer, known[name]),
+            "written": _as_written(
+                tokenizer, [int(row[fields.index("label")]) for row in solutions["after"][name]]
+            ),
+            **{stage: _rounded(solutions[stage][name]) for stage in ("before", "after")},
+        }
+        for name in sorted(solutions["after"])
+    ]
 
 
 def _question(tokenizer: Any, problem: dict[str, Any]) -> str:

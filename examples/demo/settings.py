@@ -40,11 +40,16 @@ class DemoSettings:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     def distill(self):
-        """The method's own defaults; only the link's address and its time-outs are the demo's."""
+        """The method's own defaults; only the link's address, its time-outs and where records go are the demo's."""
         from vcrd.megatron import DistillSettings
 
         return DistillSettings().replaced(
-            address=f"127.0.0.1:{self.port}", credits=4, timeout=120.0, connect_timeout=240.0
+            address=f"127.0.0.1:{self.port}",
+            credits=4,
+            timeout=120.0,
+            connect_timeout=240.0,
+            telemetry_dir=str(self.folder / "records"),
+            telemetry_interval=1.0,
         )
 
     @classmethod

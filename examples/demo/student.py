@@ -61,7 +61,10 @@ def run(settings: DemoSettings) -> None:
         train_step(plug, model, optimizer, schedule, micro_batches, step)
         seconds = time.perf_counter() - begun
         tokens = sum(batch["tokens"].numel() for batch in step)
-        tell("step", number=number, seconds=seconds, fed=tokens, figures=asdict(plug.report.take()))
+        figures = plug.report.take()
+        if dist.get_rank() == 0:
+            plug.record(number + 1, figures)
+        tell("step", number=number, seconds=seconds, fed=tokens, figures=asdict(figures))
     tell("measuring", stage="after")
     after = held_out.measure(plug, model, evaluation, run_schedule)
     tell("measured", stage="after", figures=asdict(after.figures))

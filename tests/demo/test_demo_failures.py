@@ -7,12 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ports import free_port
+from waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,13 +31,6 @@ def processes_of(output: Path) -> Iterator[tuple[int, str]]:
             continue  # it ended meanwhile
         if str(output) in line and int(path.parent.name) != os.getpid():
             yield int(path.parent.name), line
-
-
-def wait_until(condition, seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.1)
 
 
 @pytest.fixture

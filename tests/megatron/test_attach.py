@@ -12,6 +12,7 @@ from worlds import World, run_worlds
 
 from examples.demo.convert import to_hugging_face
 from vcrd.link import header as headers
+from vcrd.link import meeting
 from vcrd.link.errors import LinkError
 from vcrd.link.settings import LinkSettings
 from vcrd.megatron.ahead import AskAhead
@@ -251,7 +252,8 @@ def refuse_what_cannot_be_distilled(settings: DistillSettings) -> list[str]:
     part = jobs.model(jobs.STUDENT, seed=1).train()
     batches = jobs.batches(8)
     step = jobs.plain_forward_step([])
-    with socket.create_server(("127.0.0.1", settings.link.port)):
+    (taken,) = meeting.candidates(settings.link.address)
+    with socket.create_server(taken):
         expect(LinkError, distill(step, settings), iter(batches), part)
     plug = distill(lambda iterator, model: (next(iterator), None), settings)
     expect(ValueError, plug, iter(batches), part)

@@ -51,6 +51,14 @@ def test_a_legacy_checkpoint_of_another_layout_is_a_failure_with_a_sentence(fold
         )
 
 
+def test_a_teacher_without_a_checkpoint_does_not_serve_random_weights(folder):
+    teacher = f"{jobs.TEACHER} --global-batch-size 1 --load {folder / 'nowhere'}"
+    with pytest.raises(
+        jobs.Failed, match="--load: expected the folder of a Megatron checkpoint, got .*nowhere"
+    ):
+        jobs.train(folder, teacher, "", 1, 0, script="examples/serve_teacher.py")
+
+
 def test_heads_that_predict_further_tokens_keep_their_own_loss(folder):
     """The main head's first loss is that of the same weights without them; stages change no curve."""
     jobs.save_weights(folder / "heads", f"{jobs.STUDENT} {HEADS}", 120)

@@ -109,6 +109,40 @@ def test_a_student_that_vanishes_is_one_sentence_on_every_rank_of_the_teacher():
         )
 
 
+def ask_one_after_the_other(folder: str) -> list[int]:
+    """Two jobs that fit, and between them one that does not."""
+    lengths = []
+    for name, vocab in (("a", jobs.TRUE_VOCAB), ("b", jobs.TRUE_VOCAB - 1), ("c", jobs.TRUE_VOCAB)):
+        chosen = settings(address=f"file:{folder}/{name}", interface="127.0.0.1")
+        rendezvous = host_rendezvous(chosen.link)
+        try:
+            link = connect(chosen, vocab)
+        except HandshakeRefused:
+            rendezvous.close()
+            continue
+        lengths += [link.receive(link.request(tokens)).shape[0] for tokens in requests()[:2]]
+        link.close()
+        rendezvous.close()
+    return lengths
+
+
+def stay(folder: str) -> int:
+    from vcrd.megatron import serve, teacher
+
+    teacher._AFTER_REFUSAL = 0.1
+    chosen = settings(address=f"file:{folder}/*", connect_timeout=15)
+    return serve(jobs.model(jobs.TEACHER, seed=2), chosen, stay=True)
+
+
+def test_a_teacher_that_stays_serves_one_job_after_another_until_none_comes(tmp_path):
+    (lengths,), served = run_worlds(
+        World(ask_one_after_the_other, arguments=(str(tmp_path),)),
+        World(stay, 2, pipeline=2, arguments=(str(tmp_path),)),
+    )
+    assert lengths == [12] * 4 and served == [4, 4]
+    assert list(tmp_path.iterdir()) == []
+
+
 def join_with_another_vocabulary(settings: DistillSettings) -> str:
     with pytest.raises(HandshakeRefused) as refused:
         host_rendezvous(settings.link)

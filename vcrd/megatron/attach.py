@@ -21,10 +21,11 @@ from vcrd.megatron.linked import LinkedTeacher
 from vcrd.megatron.local import LocalTeacher, TeacherModel
 from vcrd.megatron.metrics import STEP_KEYS, IntervalLog, megatron_globals, with_step_sums
 from vcrd.megatron.outside import Outside, Verifier
-from vcrd.megatron.report import Report
+from vcrd.megatron.report import Figures, Report
 from vcrd.megatron.rerun import running_again
 from vcrd.megatron.settings import DistillSettings
 from vcrd.megatron.step_end import StepEnd, raise_if_bad
+from vcrd.megatron.watching import telemetry_of
 
 
 class Observation(NamedTuple):
@@ -98,7 +99,7 @@ class Distillation:
         self._step_end = StepEnd(self._end_step, self._end_backward)
         # In each micro-batch of the step, where the run is to stop for them.
         self._bad_rows: list[Tensor] = []
-        self._log = IntervalLog()
+        self._log = IntervalLog(settings, self._teacher)
         self._checked = False  # for clashes, on every rank alike
         self._measuring = False
         self._observer: Observer | None = None
@@ -114,12 +115,17 @@ class Distillation:
             self._checked = True
         if chunk.training:
             self._step_end.watch(chunk.config)
+            self._watch(chunk)
         self._teacher.host()
         alongside = self._teacher.alongside(chunk)
         if not getattr(chunk, "post_process", True):
+            if chunk.training:
+                self._log.begin(None)
             with alongside:
                 return self._forward_step(data_iterator, model, *args, **kwargs)
         attachment = self._attach(chunk)
+        if chunk.training:
+            self._log.begin(self._layout)
         iterator = self._outside.watched(self._teacher.watched(data_iterator))
         before = self._done
         captured = contextlib.nullcontext() if self._fused_head is None else self._fused_head.captured()
@@ -145,8 +151,14 @@ class Distillation:
         if self.settings.bad_rows == "stop":
             counts, self._bad_rows = self._bad_rows, []
             raise_if_bad(counts, 0 if self._layout is None else self._layout.data_rank)
-        if self._attached is not None and not repeated:
-            self._log.write(self.report)
+        if not repeated:
+            self._log.end_step(None if self._attached is None else self.report)
+
+    def record(self, iteration: int, figures: Figures) -> None:
+        """For scripts without `megatron.training`: adds figures that this rank took to its records, where
+        `telemetry_dir` names a folder, and says in the log what was waited for. Not a collective.
+        """
+        self._log.record(iteration, figures)
 
     @contextlib.contextmanager
     def measure(self, observer: Observer | None = None) -> Iterator[Report]:
@@ -169,8 +181,14 @@ class Distillation:
             self._attached.detach()
             self._attached = None
         self._step_end.undo()
+        if self._log.telemetry is not None:
+            self._log.telemetry.close()
         self._teacher.close()
         self._outside.check()
+
+    def _watch(self, chunk: torch.nn.Module) -> None:
+        if self._log.telemetry is None:
+            self._log.telemetry = telemetry_of(chunk, self.settings, "student", self._teacher)
 
     def _attach(self, chunk: torch.nn.Module) -> Attachment:
         if self._attached is None:

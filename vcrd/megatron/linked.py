@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from vcrd.link.answers import Hidden, TopK
 from vcrd.link.rendezvous import Rendezvous, host_rendezvous
 from vcrd.link.student import StudentLink
+from vcrd.link.waits import Waits
 from vcrd.megatron.ahead import AskAhead, TokensOf
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.rerun import AskAgain, keeps_micro_batches, running_again
@@ -25,7 +27,7 @@ TeacherForm = Tensor | TopKLogits | HiddenStates
 class LinkedTeacher:
     """On every rank `host`, then on ranks of the last stage `connect`, and for each micro-batch `watched` and `answer`.
 
-    waited: seconds that this rank stood still for answers. bytes_received: of payload.
+    waited: seconds that this rank stood still for answers. waits: for what. bytes_received: of payload.
 
     A step that Megatron runs again, rewinding its micro-batches, asks for them again. The answers to what was asked
     ahead come first; every rank keeps them for later. It has `ahead` of them, so ranks need not tell each other.
@@ -50,6 +52,15 @@ class LinkedTeacher:
     @property
     def waited(self) -> float:
         return 0.0 if self._link is None else self._link.waited
+
+    @property
+    def waits(self) -> Waits:
+        return Waits() if self._link is None else replace(self._link.waits)
+
+    @property
+    def served_by(self) -> tuple[int | None, int]:
+        """The replica that serves this rank, None where there is none, and how many there are."""
+        return (None, 0) if self._link is None else self._link.served_by
 
     @property
     def bytes_received(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vcrd.link.waits import Waits
 from vcrd.megatron.fp8 import refuse_delayed_scaling, refuse_uneven_tokens
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.linked import TeacherForm
@@ -70,6 +71,8 @@ class LocalTeacher:
     """
 
     waited = 0.0
+    waits = Waits()
+    served_by = (None, 0)
     bytes_received = 0
 
     def __init__(self, settings: DistillSettings, model: TeacherModel) -> None:

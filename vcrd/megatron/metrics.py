@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from vcrd.link.waits import Waits
+from vcrd.megatron.layout import Layout
+from vcrd.megatron.ranks import Row, by_replica, gathered, over_ranks
 from vcrd.megatron.report import Figures, Report
+from vcrd.megatron.settings import DistillSettings
+from vcrd.starvation import Setup, cause, sentence
+from vcrd.telemetry import Telemetry
 
 _log = logging.getLogger("vcrd")
 QUANTILES = (10, 50, 90)
@@ -48,26 +55,92 @@ def with_step_sums(loss_func: Callable[..., Any], sums: dict[str, Tensor]) -> Ca
 
 
 class IntervalLog:
-    """Every --log-interval iterations the figures of all of them, on ranks of the last stage.
+    """Every --log-interval iterations the figures of all of them, written by the last rank; of each step its waits.
 
-    Does nothing without `megatron.training`. Collectives, once per interval: `Report.take` over the data-parallel group
-    with context parallelism, and two all-reduces of one number over this group and over the tensor group.
+    teacher: `LinkedTeacher` or `LocalTeacher`, what it counts. Collectives, with `megatron.training` only, once per
+    interval: `Report.take` over the data-parallel group with context parallelism on ranks of the last stage, and one
+    all-gather of one `Row` over the world.
     """
 
-    def write(self, report: Report) -> None:
-        """At the end of a step, on every rank of the last stage; takes the report where the interval ends here."""
+    def __init__(self, settings: DistillSettings, teacher: Any) -> None:
+        self._settings = settings
+        self._teacher = teacher
+        self._layout: Layout | None = None
+        self._begun: float | None = None  # the interval
+        self._steps = 0  # in it
+        self._of_step, self._of_interval = Waits(), Waits()  # of the sums, what earlier ones have
+        self._bytes_of_interval = 0
+        self.telemetry: Telemetry | None = None
+
+    def begin(self, layout: Layout | None) -> None:
+        """Before the first step, when the teacher is there. layout: on ranks of the last stage."""
+        if self._begun is None or (self._layout is None and layout is not None):
+            self._layout = layout
+            self._start_anew()
+
+    def end_step(self, report: Report | None) -> None:
+        """At the end of a step, on every rank; report: on ranks of the last stage, taken where the interval ends."""
+        self._steps += 1
         found = megatron_globals()
-        if found is None:
+        iteration = None if found is None else found.get_args().curr_iteration + 1
+        self._tell_step(iteration)
+        if found is None or iteration % found.get_args().log_interval:
             return
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        figures = report.take(group) if report is not None else None
+        rows = gathered(self._row())
+        if (
+            dist.get_rank() == dist.get_world_size() - 1
+        ):  # Megatron's writers, and its log line, are this rank's
+            self._write(found, iteration, figures, rows)
+        self._start_anew()
+
+    def record(self, iteration: int, figures: Figures) -> None:
+        """Figures that a script took itself, to this rank's records. Not a collective."""
+        if self.telemetry is not None:
+            self.telemetry.at(iteration)
+        rows = [self._row()]
+        self._say_starved(iteration, rows)
+        self._record(scalars(figures, rows[0].waited, rows[0].received), figures, rows)
+        self._start_anew()
+
+    def _tell_step(self, iteration: int | None) -> None:
+        if self.telemetry is None:
+            return
+        if iteration is not None:
+            self.telemetry.at(iteration)
+        waits = self._teacher.waits
+        added = waits.since(self._of_step)
+        self.telemetry.add(
+            steps=1,
+            teacher_wait=added.seconds,
+            arriving=added.arriving,
+            while_lost=added.while_lost,
+        )
+        self._of_step = waits
+
+    def _row(self) -> Row:
+        waits = self._teacher.waits.since(self._of_interval)
+        replica, replicas = self._teacher.served_by
+        return Row(
+            waited=waits.seconds,
+            arriving=waits.arriving,
+            while_lost=waits.while_lost,
+            answers=waits.answers,
+            late=waits.late,
+            received=self._teacher.bytes_received - self._bytes_of_interval,
+            replica=math.nan if replica is None else replica,
+            replicas=replicas,
+            **({} if self.telemetry is None else self.telemetry.latest),
+        )
+
+    def _start_anew(self) -> None:
+        self._begun, self._steps = time.perf_counter(), 0
+        self._of_interval, self._bytes_of_interval = self._teacher.waits, self._teacher.bytes_received
+
+    def _write(self, found: Any, iteration: int, figures: Figures, rows: list[Row]) -> None:
         args = found.get_args()
-        iteration = args.curr_iteration + 1
-        if iteration % args.log_interval:
-            return
-        data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        figures = report.take(data_group)
-        values = scalars(figures, *_over_last_stage(figures, data_group))
-        if dist.get_rank() != dist.get_world_size() - 1:
-            return  # Megatron's writers, and its log line, are the last rank's
+        values = scalars(figures, max(row.waited for row in rows), sum(row.received for row in rows))
         if figures.bad_rows:
             _log.warning(
                 "%d tokens up to iteration %d were skipped, for their teacher was no distribution",
@@ -76,13 +149,64 @@ class IntervalLog:
             )
         text = " | ".join(f"{name.replace('_', ' ')}: {value:.6g}" for name, value in values.items())
         print(f" [vcrd] iteration {iteration:8d}/{args.train_iters:8d} | {text} |", flush=True)
+        self._say_starved(iteration, rows)
+        self._record(values, figures, rows)
         writer, wandb = found.get_tensorboard_writer(), found.get_wandb_writer()
-        tagged = {f"vcrd/{name}": value for name, value in values.items()}
+        share = values["teacher_wait"] / self._seconds()
+        tagged = {**values, "teacher_wait_share": share, **over_ranks(rows)}
+        tagged = {f"vcrd/{name}": value for name, value in tagged.items()}
         if writer is not None:
             for name, value in tagged.items():
                 writer.add_scalar(name, value, iteration)
         if wandb is not None:
             wandb.log(tagged, iteration)
+
+    def _seconds(self) -> float:
+        """Of the interval, up to now."""
+        return max(1e-9, time.perf_counter() - self._begun)
+
+    def _record(self, values: dict[str, float], figures: Figures, rows: list[Row]) -> None:
+        if self.telemetry is None:
+            return
+        self.telemetry.write(
+            "figures",
+            **values,
+            steps=self._steps,
+            seconds=self._seconds(),
+            teacher_wait_by_replica={
+                wait.replica: wait.share * self._seconds() for wait in self._waits(rows)
+            },
+            weight_histogram=_trimmed(figures.weight_histogram),
+            validity_histogram=figures.validity_histogram,
+        )
+
+    def _waits(self, rows: list[Row]) -> list:
+        return by_replica(rows, self._seconds())
+
+    def _say_starved(self, iteration: int, rows: list[Row]) -> None:
+        """One line at most: of the replica that was waited for the longest."""
+        worst = max(self._waits(rows), key=lambda wait: wait.share, default=None)
+        said = None if worst is None else sentence(worst, self._setup(rows))
+        if said is None:
+            return
+        _log.warning("iteration %d: %s", iteration, said)
+        if self.telemetry is not None:
+            self.telemetry.write(
+                "starved", replica=worst.replica, share=worst.share, cause=cause(worst), sentence=said
+            )
+
+    def _setup(self, rows: list[Row]) -> Setup:
+        link = self._settings.link
+        return Setup(
+            payload=link.payload,
+            columns=self._layout.padded_vocab_size // self._layout.tensor_size,
+            top_k=link.top_k,
+            temperature=self._settings.temperature,
+            credits=link.credits,
+            ahead=self._settings.ahead,
+            replicas=int(max(row.replicas for row in rows)),
+            data_ranks=self._layout.data_size,
+        )
 
 
 def scalars(figures: Figures, wait: float, received: float) -> dict[str, float]:
@@ -96,13 +220,7 @@ def scalars(figures: Figures, wait: float, received: float) -> dict[str, float]:
     return {**values, "teacher_wait": wait, "link_bytes": received}
 
 
-def _over_last_stage(figures: Figures, data_group: dist.ProcessGroup) -> tuple[float, float]:
-    """The longest wait of a rank, in seconds, and the payload bytes that reached all of them."""
-    tensor_group = parallel_state.get_tensor_model_parallel_group()
-    device = "cuda" if "nccl" in dist.get_backend(data_group) else "cpu"
-    wait = torch.tensor([figures.teacher_wait], dtype=torch.float64, device=device)
-    received = torch.tensor([figures.link_bytes], dtype=torch.float64, device=device)
-    for group in (data_group, tensor_group):
-        dist.all_reduce(wait, dist.ReduceOp.MAX, group=group)
-        dist.all_reduce(received, group=group)
-    return float(wait), float(received)
+def _trimmed(counts: tuple[int, ...]) -> list:
+    """[number of the first bin, counts from there on], without the empty bins at either end."""
+    full = [number for number, count in enumerate(counts) if count]
+    return [full[0], counts[full[0] : full[-1] + 1]] if full else [0, []]

@@ -32,6 +32,9 @@ class DistillSettings:
     sequence_length: the longest sequence, a number both jobs must agree on. None: the model's maximum.
     ahead: micro-batches drawn from the data iterator and asked of the teacher before the script draws them.
         None: as many as the link's `credits`. 0: nothing is drawn early, and the teacher never works ahead.
+    telemetry_dir: folder for each rank's file of records: GPU, waits and figures (docs/metrics.md). None: no records.
+        `python -m vcrd report` makes a page of it. Student and teacher may share one.
+    telemetry_interval: seconds between two records of a rank's GPU, memory and time.
     link: `LinkSettings`, equal in the teacher's job.
 
     Each field, and each field of `link`, can come from the environment: VCRD_SHARPNESS=2, VCRD_ADDRESS=host:port.
@@ -54,6 +57,8 @@ class DistillSettings:
     vocab_size: int | None = None
     sequence_length: int | None = None
     ahead: int | None = None
+    telemetry_dir: str | os.PathLike | None = None
+    telemetry_interval: float = 10.0
     link: LinkSettings = field(default_factory=LinkSettings)
 
     def __post_init__(self) -> None:
@@ -65,6 +70,14 @@ class DistillSettings:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}: expected an integer of at least {least} or None, got {value!r}")
+        interval = self.telemetry_interval
+        number = isinstance(interval, (int, float)) and not isinstance(interval, bool)
+        if not number or not 0 < interval < float("inf"):
+            raise ValueError(f"telemetry_interval: expected a positive number of seconds, got {interval!r}")
+        if self.telemetry_dir is not None and not isinstance(self.telemetry_dir, (str, os.PathLike)):
+            raise TypeError(
+                f"telemetry_dir: expected a folder or None, got {type(self.telemetry_dir).__name__}"
+            )
         if self.bad_rows not in ("skip", "stop"):
             raise ValueError(f"bad_rows: expected 'skip' or 'stop', got {self.bad_rows!r}")
         for name in ("steps", "fused_head", "fused_head_recompute"):

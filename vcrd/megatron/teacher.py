@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,17 +14,26 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from vcrd.link.errors import HandshakeRefused, StudentLost
 from vcrd.link.teacher import Request, TeacherLink
 from vcrd.megatron.fp8 import refuse_delayed_scaling, refuse_uneven_tokens
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.output_layer import OutputLayer
 from vcrd.megatron.packing import PackedInputs
 from vcrd.megatron.settings import DistillSettings
+from vcrd.megatron.watching import Serving, telemetry_of
 
 _log = logging.getLogger("vcrd")
+_AFTER_REFUSAL = 5.0  # seconds, in which a job that was refused ends and withdraws its address
 
 
-def serve(model: Any, settings: DistillSettings | None = None, *, microbatches: int | None = None) -> int:
+def serve(
+    model: Any,
+    settings: DistillSettings | None = None,
+    *,
+    microbatches: int | None = None,
+    stay: bool = False,
+) -> int:
     """Answers requests with the model's logits until every student has said goodbye; returns how many.
 
     model: this rank's part of the teacher (in a list or not, wrapped or not), with positions 0 .. s-1 and a
@@ -33,10 +43,13 @@ def serve(model: Any, settings: DistillSettings | None = None, *, microbatches: 
     settings: default `DistillSettings.from_environment()`; the loss fields are not read.
     microbatches: queued requests that go through the pipeline together, so that its stages overlap; fewer when
         fewer are queued. Default: twice the pipeline's stages.
+    stay: after a student job's goodbye, or its end without one, wait for the next, until none has come for
+        `connect_timeout` seconds. Jobs that do not fit are turned away and do not end it.
 
     Every rank of the job calls it. Each data-parallel rank is a replica of its own. Tensor and pipeline
     parallelism of any size; the students' may differ. No logits are gathered: each rank sends its own columns.
-    Raises LinkError, alike on every rank of a replica, when a student is lost or the jobs do not fit.
+    Raises LinkError, alike on every rank of a replica, when a student is lost or the jobs do not fit, and ValueError
+    for a model or micro-batches that cannot be served.
     """
     settings = DistillSettings.from_environment() if settings is None else settings
     chunks = model if isinstance(model, (list, tuple)) else [model]
@@ -49,12 +62,53 @@ def serve(model: Any, settings: DistillSettings | None = None, *, microbatches: 
     chunk = unwrap(chunks[0])
     layout = Layout.of(chunk, settings)
     refuse_delayed_scaling(chunk.config)
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    is_last_stage = parallel_state.is_pipeline_last_stage()
     output_layer = None
-    if settings.link.payload == "hidden" and is_last_stage:
+    if settings.link.payload == "hidden" and parallel_state.is_pipeline_last_stage():
         output_layer = OutputLayer(chunk, layout.tensor_group)
-    link = TeacherLink.connect(
+    limit = microbatches or 2 * parallel_state.get_pipeline_model_parallel_world_size()
+    served = 0
+    training = chunk.training
+    serving = Serving(telemetry_of(chunk, settings, "teacher"), layout.data_rank)
+    chunk.eval()
+    try:
+        for link in _links(settings, layout, output_layer, stay):
+            try:
+                served += _serve_job(chunks[0], link, limit, output_layer, layout.device, serving)
+            except StudentLost as error:
+                if not stay:
+                    raise
+                _log.warning("%s", error)
+        return served
+    finally:
+        serving.close()
+        chunk.train(training)
+
+
+def _links(
+    settings: DistillSettings, layout: Layout, output_layer: OutputLayer | None, stay: bool
+) -> Iterator[TeacherLink]:
+    """One to each student job, of which there is one unless the teacher is to stay."""
+    came = False
+    while stay or not came:
+        try:
+            link = _connect(settings, layout, output_layer)
+        except HandshakeRefused as error:
+            if not stay:
+                raise
+            _log.warning("%s", error)
+            time.sleep(_AFTER_REFUSAL)
+            continue
+        except StudentLost as error:
+            if not came:
+                raise
+            _log.info("%s", error)
+            return
+        came = True
+        yield link
+
+
+def _connect(settings: DistillSettings, layout: Layout, output_layer: OutputLayer | None) -> TeacherLink:
+    return TeacherLink.connect(
         settings.link,
         vocab_size=layout.vocab_size,
         padded_vocab_size=layout.padded_vocab_size,
@@ -63,23 +117,36 @@ def serve(model: Any, settings: DistillSettings | None = None, *, microbatches: 
         tensor_size=layout.tensor_size,
         replica=layout.data_rank,
         replicas=layout.data_size,
-        is_last_stage=is_last_stage,
+        is_last_stage=parallel_state.is_pipeline_last_stage(),
         group=parallel_state.get_model_parallel_group(),
         tensor_group=layout.tensor_group,
         head=output_layer.head if output_layer else None,
         head_weight=output_layer.weight if output_layer else None,
     )
+
+
+def _serve_job(
+    model: Any,
+    link: TeacherLink,
+    limit: int,
+    output_layer: OutputLayer | None,
+    device: torch.device,
+    serving: Serving,
+) -> int:
+    """Answers one student job until its goodbye; returns how many micro-batches."""
     served = 0
-    training = chunk.training
-    chunk.eval()
     try:
-        while (requests := link.next_batch(microbatches or 2 * stages)) is not None:
-            _answer(chunks[0], requests, link, output_layer, layout.device)
+        serving.begin(link)
+        while (requests := link.next_batch(limit)) is not None:
+            serving.idled()
+            _answer(model, requests, link, output_layer, device)
             served += len(requests)
+            serving.answered(len(requests), link)
     finally:
-        chunk.train(training)
+        serving.end()
         link.close()
     _log.info("served %d micro-batches", served)
+    serving.say_how_idle(leads=link.leads)
     return served
 
 

@@ -1,0 +1,155 @@
+"""The page of a run: what it says, what it refuses, how a real browser shows it."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+
+import made_run
+import pytest
+from browser import Browser, chromium
+
+from vcrd.__main__ import main
+
+numpy = pytest.importorskip("numpy")
+pytest.importorskip("matplotlib")
+BROWSER = pytest.mark.skipif(
+    chromium() is None, reason="there is no Chromium here (on Debian: apt-get install chromium)"
+)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = made_run.write(tmp_path_factory.mktemp("runs") / "a run")
+    assert main(["report", str(folder)]) == 0
+    return folder / "report.html"
+
+
+def refusal(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", *arguments])
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") == 1
+    return said.err.removeprefix("python -m vcrd report: ").strip()
+
+
+def test_every_section_is_there(page):
+    text = page.read_text()
+    for part in (
+        *("What stood out", "Training", "Time", "Machines", "Teacher", "Where the teacher pulls"),
+        *("Weights of the tokens", "GPU memory", "GPU utilisation", "GPU power", "NVLink", "Host memory"),
+        *("4 ranks: tensor 2 x data 2", "<dd>once</dd>", "payload float16", "79 times, iterations 10 to 790"),
+        *("Circles &amp; &lt;lines&gt;", "waiting for teacher replica 1", "Teacher replica 1"),
+    ):
+        assert part in text, part
+    assert re.search(r"Of 0\.8 s a step in the mean: 8\d % computing and all else", text)
+    assert "Idle 60 % of the time in which a student" in text and "Idle 30 % of the time" in text
+    assert "@" not in re.sub(r"base64,[^\"]*", "", text).split("</style>", 1)[1]
+    assert not re.search(r"""(src|href)=["']?(http|//|file)""", text), "the page must stand alone"
+
+
+@BROWSER
+@pytest.mark.parametrize("width", [1400, 400])
+def test_a_browser_shows_it_whole(page, width):
+    sizes = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    drawn = "[...document.querySelectorAll('figure')].map(f => [...f.querySelectorAll('svg')]"
+    drawn += ".filter(s => s.getBoundingClientRect().width > 100).length)"
+    smallest = (
+        "Math.min(...[...document.querySelectorAll('svg text')].filter(t => t.getBoundingClientRect().width)"
+    )
+    smallest += ".map(t => t.getBoundingClientRect().height))"
+    with Browser() as browser:
+        seen = browser.look(page, width, sizes, drawn, smallest)
+    assert not seen.complaints and not seen.requests
+    (scrolled, shown), charts, text = seen.values
+    assert scrolled <= shown <= width, "no horizontal scrolling"
+    assert len(charts) >= 13 and set(charts) == {1}, "each figure shows one chart"
+    assert text >= 9, "pixels; what is smaller cannot be read"
+    assert_a_picture(seen.picture)
+
+
+def assert_a_picture(png: bytes) -> None:
+    """Not blank: light, with both jobs' colours and dark ink in it."""
+    from PIL import Image
+
+    pixels = numpy.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=int).reshape(-1, 3)
+    assert 0.5 < (pixels.min(1) > 230).mean() < 0.98
+    for colour in ((59, 111, 182), (194, 97, 26), (34, 38, 43), (77, 106, 140)):
+        near = (abs(pixels - colour) < 12).all(1).mean()
+        assert near > 1e-4, colour
+
+
+@BROWSER
+def test_a_complaint_and_a_request_would_be_seen(tmp_path):
+    path = tmp_path / "bad.html"
+    path.write_text(
+        '<img src="http://127.0.0.1:9/x.png"><script>console.error("oh"); throw Error("no")</script>'
+    )
+    with Browser() as browser:
+        seen = browser.look(path, 400)
+    assert seen.requests == ["http://127.0.0.1:9/x.png"] and len(seen.complaints) >= 2
+
+
+def test_many_ranks_and_iterations_make_a_small_page(tmp_path, capsys):
+    folder = made_run.write(tmp_path / "long", intervals=20_000, every=5, ranks=64, teachers=16, records=400)
+    assert main(["report", str(folder), "--output", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert len(text) < 3e6 and "5 to 100,000" in text and "64 ranks" in text
+    assert "mean of 8 replicas" in text
+
+
+@pytest.mark.parametrize(
+    "made", [{"intervals": 1, "records": 1}, {"intervals": 2, "gpus": False}, {"intervals": 0}]
+)
+def test_short_runs_have_a_page_too(tmp_path, made):
+    folder = made_run.write(tmp_path / "short", **made)
+    assert main(["report", str(folder)]) == 0
+    text = (folder / "report.html").read_text()
+    assert ("No figures of training" in text) == (made["intervals"] == 0)
+    assert ("No GPU was measured" in text) == ("gpus" in made)
+
+
+def test_records_of_one_job_alone_are_enough(tmp_path):
+    folder = made_run.write(tmp_path / "run", intervals=5)
+    for path in folder.glob("student-*"):
+        path.unlink()
+    assert main(["report", str(folder)]) == 0
+
+
+def test_an_iteration_that_was_trained_again_counts_once(tmp_path):
+    from vcrd.run_report.records import load
+
+    folder = made_run.write(tmp_path / "run", intervals=10)
+    path = folder / "student-00003.jsonl"
+    again = [line for line in path.read_text().splitlines() if '"figures"' in line][6:9]
+    with open(path, "a") as file:
+        file.write("\n".join(line.replace('"loss": ', '"loss": 1000') for line in again) + "\n")
+    figures = load(folder).figures
+    assert figures["iteration"].tolist() == [10 * n for n in range(1, 11)]
+    assert [loss > 999 for loss in figures["loss"]] == [False] * 6 + [True] * 3 + [False]
+
+
+def test_what_cannot_be_drawn_is_one_sentence(tmp_path, capsys):
+    assert "RUN_DIR: expected the folder of a run (telemetry_dir), got " in refusal(
+        capsys, str(tmp_path / "no")
+    )
+    empty = refusal(capsys, str(tmp_path))
+    assert empty.startswith("RUN_DIR: expected records of a run in ") and empty.endswith("found none")
+    (tmp_path / "student-00000.jsonl").write_text("{}\nnonsense\n")
+    assert refusal(capsys, str(tmp_path)) == empty
+    folder = made_run.write(tmp_path / "run", intervals=2)
+    said = refusal(capsys, str(folder), "--output", "/proc/nowhere/page.html")
+    assert said == "--output: /proc/nowhere/page.html cannot be written (No such file or directory)"
+    assert "RUN_DIR" in refusal(capsys)
+
+
+def test_without_matplotlib_it_is_one_sentence(tmp_path):
+    script = (
+        "import sys; sys.modules['matplotlib'] = None; from vcrd.__main__ import main; main(['report', '.'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "the package matplotlib is needed to draw the page (pip install vcrd[report])" in done.stderr

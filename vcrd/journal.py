@@ -1,0 +1,78 @@
+"""A run's records: one JSON object a line, one file for each rank. Written without ever stopping the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger("vcrd")
+
+
+class Journal:
+    """Appends to `path`, one write for each record, so that what was written is there after a crash.
+
+    A file that cannot be written to is told once, in a warning, and tried again with the next record. Not for several
+    threads at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: int | None = None
+        self._torn = False  # the last line has no end
+        self._told = False
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Never raises OSError. What JSON has no number for (NaN, infinities) is written as null."""
+        line = json.dumps(_plain(record), separators=(",", ":")) + "\n"
+        try:
+            if self._file is None:
+                self._open()
+            data = ("\n" * self._torn + line).encode()
+            self._torn = True
+            self._torn = os.write(self._file, data) < len(data)
+        except OSError as error:
+            self.close()
+            if not self._told:
+                self._told = True
+                _log.warning("telemetry_dir: %s cannot be written (%s); the run goes on", self._path, error)
+
+    def close(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            try:
+                os.close(file)
+            except OSError:  # a network's file system may say only now what it lost
+                pass
+
+    def _open(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(self._file).st_size
+        self._torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file, in order. Lines that are half written, or hold no record, are passed over."""
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and "kind" in record:
+                yield record
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,231 @@
+"""The charts of the page, each an inline SVG whose text stays text."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+TEACHER, STUDENT, INK, SOFT, FAINT = "#3b6fb6", "#c2611a", "#22262b", "#5f6a76", "#9aa3ad"
+# Told apart without colours by their lightness, from dark to light.
+REPLICAS = ("#8f3d0a", "#d9772a", "#f0ac68", "#f7d3ab")
+COMPUTE, VERIFIER, IDLE = "#4d6a8c", "#6b4c86", "#dfe4ea"
+_STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: a name that is missing would be warned of
+    "font.size": 10,
+    "svg.fonttype": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": SOFT,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e6e9ed",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "axes.formatter.limits": (-4, 6),
+}
+# Inches. A wide chart is drawn a second time for narrow screens, where its text would be too small to read.
+_NARROW, _WIDE = (4.0, 2.5), (11.6, 3.1)
+_EACH = 8  # ranks that have a line each; more are a band
+_FEW = 60  # points that are marked one by one
+_HEAT = LinearSegmentedColormap.from_list("weights", ["#eaf1fa", "#9dbfe6", TEACHER, "#16325c"])
+
+
+def chart(title: str, unit: str, draw: Callable[[Any], str | None], wide: bool = False) -> str:
+    """A figure of the page. draw: on matplotlib axes; what it returns is said under the chart."""
+    pictures = []
+    for size in (_WIDE, _NARROW) if wide else (_NARROW,):
+        with mpl.rc_context({**_STYLE, "svg.hashsalt": f"{title} {size}"}):
+            figure = Figure(figsize=size, layout="constrained")
+            said = draw(figure.subplots())
+            out = io.StringIO()
+            figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True, dpi=96)
+        pictures.append(_cleaned(out.getvalue(), f"{title}, {unit}"))
+    under = f'<p class="soft">{html.escape(said)}</p>' if said else ""
+    heading = f"<h3>{html.escape(title)} <span>{html.escape(unit)}</span></h3>"
+    return f'<figure class="{"wide" if wide else ""}">{heading}{"".join(pictures)}{under}</figure>'
+
+
+def lines(
+    title: str,
+    unit: str,
+    x: np.ndarray,
+    curves: Sequence[tuple[str, str, np.ndarray]],
+    band: tuple[str, np.ndarray, np.ndarray] | None = None,
+    least: float | None = None,
+) -> str:
+    """curves: (name, colour, values over iterations x). band: (name, lower, upper) behind the first of them."""
+
+    def draw(axes: Any) -> None:
+        if band:
+            axes.fill_between(x, band[1], band[2], color=curves[0][1], alpha=0.18, linewidth=0, label=band[0])
+        for name, colour, values in curves:
+            marks = {"marker": "o", "markersize": 3} if len(x) < _FEW else {}
+            axes.plot(x, values, color=colour, linewidth=1.8, label=name, **marks)
+        _iterations(axes)
+        if least is not None:
+            axes.set_ylim(bottom=least)
+        if len(curves) > 1 or band:
+            _legend(axes)
+
+    return chart(title, unit, draw)
+
+
+def bands(
+    title: str,
+    unit: str,
+    groups: Sequence[tuple[str, str, np.ndarray, np.ndarray]],
+    said: str = "",
+    most: float | None = None,
+) -> str:
+    """groups: (name, colour, hours, [ranks, hours]): a line for the mean over ranks, one each or a band for them."""
+    end = max(float(hours[-1]) for _, _, hours, _ in groups)
+    factor, word = (60, "minutes") if end < 2 else (1, "hours")
+    factor, word = (3600, "seconds") if end < 1 / 20 else (factor, word)
+
+    def draw(axes: Any) -> str:
+        for name, colour, hours, rows in groups:
+            x = hours * factor
+            if len(rows) > _EACH:
+                axes.fill_between(
+                    x, np.nanmin(rows, 0), np.nanmax(rows, 0), color=colour, alpha=0.2, linewidth=0
+                )
+            elif len(rows) > 1:
+                axes.plot(x, rows.T, color=colour, linewidth=0.7, alpha=0.45)
+            marks = {"marker": "o", "markersize": 3} if len(x) < _FEW else {}
+            axes.plot(x, np.nanmean(rows, 0), color=colour, linewidth=1.8, label=name, **marks)
+        axes.set_xlabel(f"{word} since the start")
+        axes.set_ylim(0, most)
+        axes.margins(x=0.02)
+        _legend(axes)
+        return said
+
+    return chart(title, unit, draw)
+
+
+def stacked(
+    title: str,
+    unit: str,
+    x: np.ndarray,
+    parts: Sequence[tuple[str, str, np.ndarray]],
+    label: str,
+    said: str | None = None,
+    wide: bool = False,
+    most: float | None = None,
+) -> str:
+    """parts: (name, colour, values over x), from the bottom to the top."""
+
+    def draw(axes: Any) -> str | None:
+        edges = _edges(x)
+        bottom = np.zeros(len(x))
+        for name, colour, values in parts:
+            top = bottom + np.nan_to_num(values)
+            axes.stairs(top, edges, baseline=bottom, fill=True, color=colour, label=name)
+            bottom = top
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_ylim(0, most)
+        axes.set_xlabel(label)
+        if label == "iteration":
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        _legend(axes)
+        return said
+
+    return chart(title, unit, draw, wide)
+
+
+def heat(
+    title: str, unit: str, x: np.ndarray, counts: np.ndarray, low: float, per_octave: int, mean: np.ndarray
+) -> str:
+    """counts: [bins, len(x)] tokens, the bins each 1 / per_octave of an octave wide from 2^low on. mean: a line."""
+
+    def draw(axes: Any) -> str:
+        share = 100 * counts / np.maximum(1.0, counts.sum(axis=0))
+        full = np.flatnonzero(counts.any(axis=1))
+        first, last = max(0, full[0] - 2), min(len(counts), full[-1] + 3)
+        edges = _edges(x)
+        extent = (edges[0], edges[-1], low + first / per_octave, low + last / per_octave)
+        found = np.ma.masked_equal(share[first:last], 0.0)
+        least = max(1e-3, float(found.min()))
+        norm = LogNorm(least, max(float(found.max()), 1.01 * least))
+        image = axes.imshow(
+            found,
+            origin="lower",
+            extent=extent,
+            aspect="auto",
+            cmap=_HEAT,
+            norm=norm,
+            interpolation="nearest",
+        )
+        with np.errstate(divide="ignore"):
+            axes.plot(x, np.log2(mean), color=STUDENT, linewidth=1.8, label="mean weight")
+        octaves = np.arange(np.ceil(extent[2]), np.floor(extent[3]) + 1)
+        axes.yaxis.set_major_locator(FixedLocator(octaves))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda octave, _: f"{2.0**octave:g}"))
+        axes.set_ylim(extent[2:])
+        axes.set_ylabel("weight")
+        axes.grid(False)
+        _iterations(axes)
+        axes.set_xlim(edges[0], edges[-1])
+        _legend(axes)
+        bar = axes.figure.colorbar(image, ax=axes, pad=0.015, aspect=16)
+        bar.outline.set_visible(False)
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        bar.ax.minorticks_off()
+
+    return chart(title, unit, draw, wide=True)
+
+
+def _iterations(axes: Any) -> None:
+    axes.set_xlabel("iteration")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.margins(x=0.02)
+
+
+def _legend(axes: Any) -> None:
+    """Above the chart, where it hides nothing."""
+    handles, names = axes.get_legend_handles_labels()
+    inches = axes.figure.get_size_inches()[0] - 0.6
+    columns = len(handles)
+    while columns > 1 and columns * (0.35 + 0.075 * max(map(len, names))) > inches:
+        columns -= 1
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=columns,
+        borderaxespad=0.2,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
+
+
+def _edges(x: np.ndarray) -> np.ndarray:
+    """Each point's stretch: from the point before it to itself."""
+    first = x[0] - (x[1] - x[0] if len(x) > 1 else 1.0)
+    return np.concatenate([[first], x])
+
+
+def _cleaned(svg: str, label: str) -> str:
+    """Only the element, without what an inline image does not need, and with a name for those who do not see it."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    # Coordinates, and not what is written.
+    svg = re.sub(r'"[^"]*"', lambda quoted: re.sub(r"(\d+\.\d\d)\d+", r"\1", quoted[0]), svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page's own
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)

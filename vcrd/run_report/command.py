@@ -1,0 +1,45 @@
+"""`python -m vcrd report`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from vcrd.planning.options import OptionError
+
+SUMMARY = "one page of what a run did: curves, weights, time, machines"
+DESCRIPTION = """\
+Reads the records that the ranks of student and teacher wrote (telemetry_dir; docs/metrics.md) and draws one HTML page
+that needs nothing else: curves, the histogram of the weights, where the time of a step goes, memory, utilisation and
+power of the GPUs, what the link carries, and what the log said of waiting.
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of the records")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="where the page goes (default: RUN_DIR/report.html)"
+    )
+
+
+def run(options: argparse.Namespace) -> tuple[str, int]:
+    """Writes the page; where it is, and the exit status. OptionError of one sentence where it cannot be made."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise OptionError(
+            "the package matplotlib is needed to draw the page (pip install vcrd[report]), got none"
+        )
+    # Here, for they import matplotlib, and nothing else should have to wait for that.
+    from vcrd.run_report import page, records
+
+    try:
+        found = records.load(options.run_dir)
+    except records.NoRecords as error:
+        raise OptionError(f"RUN_DIR: {error}") from None
+    output = options.output or options.run_dir / "report.html"
+    text = page.text_of(found)
+    try:
+        output.write_text(text)
+    except OSError as error:
+        raise OptionError(f"--output: {output} cannot be written ({error.strerror})") from None
+    return f"{output}: {len(text) / 1e6:.2g} MB", 0

@@ -1,0 +1,149 @@
+"""Reads the records of all ranks of a run into columns that can be drawn: a long run in seconds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vcrd import journal
+
+TOKENS = "tokens.json"
+_AT_ONCE = 4096  # records that are held as Python objects
+FIGURES = (
+    *("iteration", "time", "steps", "seconds", "tokens", "loss", "divergence", "cross_entropy"),
+    *("weight", "weight_p10", "weight_p90", "student_more_valid", "agreement", "bad_rows", "verifier_time"),
+)
+OF_RANK = (
+    *("time", "seconds", "gpu_memory_bytes", "gpu_utilization", "gpu_power_watts", "host_memory_bytes"),
+    *("nvlink_sent_bytes_per_second", "nvlink_received_bytes_per_second", "link_bytes", "bytes_sent"),
+    *("answering", "sending", "idle", "answers"),
+)
+
+
+class NoRecords(ValueError):
+    """One sentence: why there is nothing to draw."""
+
+
+@dataclass
+class Run:
+    """figures: FIGURES by name, one entry an interval, in the order of iterations; of an interval that a resumed run
+    trained again, the later one. waits: of these, {replica: seconds}. weights: of these, the weights' histogram as
+    (first bin, counts). ranks: OF_RANK by name, for each (role, rank). starts, starved, idle: the records of that kind.
+    tokens: what tokens.json holds, or None.
+    """
+
+    folder: Path
+    figures: dict[str, np.ndarray] = field(default_factory=dict)
+    waits: list[dict[int, float]] = field(default_factory=list)
+    weights: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    ranks: dict[tuple[str, int], dict[str, np.ndarray]] = field(default_factory=dict)
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    starved: list[dict[str, Any]] = field(default_factory=list)
+    idle: list[dict[str, Any]] = field(default_factory=list)
+    tokens: dict[str, Any] | None = None
+
+
+def load(folder: Path) -> Run:
+    """NoRecords where there are none."""
+    if not folder.is_dir():
+        raise NoRecords(f"expected the folder of a run (telemetry_dir), got {folder}, which is no folder")
+    paths = sorted([*folder.glob("student-*.jsonl"), *folder.glob("teacher-*.jsonl")])
+    run = Run(folder)
+    drawn = _Figures()
+    try:
+        for path in paths:
+            _read(path, run, drawn)
+    except OSError as error:
+        raise NoRecords(f"{error.filename} cannot be read: {error.strerror}") from None
+    run.figures, run.waits, run.weights = drawn.in_order()
+    if not run.starts and not run.ranks and not run.waits:
+        raise NoRecords(
+            f"expected records of a run in {folder} (student-*.jsonl, teacher-*.jsonl), found none"
+        )
+    run.starts.sort(key=lambda record: record["time"])
+    # Every rank that took figures itself has said it.
+    once = {(record["iteration"], record.get("replica")): record for record in run.starved}
+    run.starved = sorted(once.values(), key=lambda record: record["iteration"])
+    run.tokens = _tokens(folder / TOKENS)
+    return run
+
+
+def _read(path: Path, run: Run, drawn: _Figures) -> None:
+    table = _Table(OF_RANK)
+    who = None
+    for record in journal.read(path):
+        kind = record["kind"]
+        if kind == "rank":
+            who = (record["role"], record["rank"])
+            table.add(record)
+        elif kind == "figures":
+            drawn.add(record)
+        elif kind == "start":
+            run.starts.append(record)
+        elif kind in ("starved", "idle"):
+            getattr(run, kind).append(record)
+    if who is not None:
+        run.ranks[who] = table.columns()
+
+
+class _Table:
+    """Some fields of many records, as columns; NaN for what a record lacks."""
+
+    def __init__(self, fields: tuple[str, ...]) -> None:
+        self._fields = fields
+        self._rows: list[tuple] = []
+        self._done: list[np.ndarray] = []
+
+    def add(self, record: dict[str, Any]) -> None:
+        self._rows.append(tuple(map(record.get, self._fields)))
+        if len(self._rows) == _AT_ONCE:
+            self._pack()
+
+    def columns(self) -> dict[str, np.ndarray]:
+        self._pack()
+        whole = np.concatenate(self._done)
+        return {name: np.ascontiguousarray(whole[:, place]) for place, name in enumerate(self._fields)}
+
+    def _pack(self) -> None:
+        # numpy reads None as NaN.
+        rows = np.array(self._rows, dtype=np.float64).reshape(-1, len(self._fields))
+        self._done.append(rows)
+        self._rows = []
+
+
+class _Figures:
+    """The intervals' records as they are read."""
+
+    def __init__(self) -> None:
+        self._table = _Table(FIGURES)
+        self._waits: list[dict[int, float]] = []
+        self._weights: list[tuple[int, np.ndarray]] = []
+
+    def add(self, record: dict[str, Any]) -> None:
+        self._table.add(record)
+        waits = record.get("teacher_wait_by_replica") or {}
+        self._waits.append({int(replica): seconds for replica, seconds in waits.items()})
+        first, counts = record.get("weight_histogram") or (0, [])
+        self._weights.append((first, np.asarray(counts, dtype=np.float64)))
+
+    def in_order(self) -> tuple[dict[str, np.ndarray], list, list]:
+        columns = self._table.columns()
+        last_of = {iteration: place for place, iteration in enumerate(columns["iteration"])}
+        order = [last_of[iteration] for iteration in sorted(last_of)]
+        return (
+            {name: column[order] for name, column in columns.items()},
+            [self._waits[place] for place in order],
+            [self._weights[place] for place in order],
+        )
+
+
+def _tokens(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("samples") else None
