@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pybind11
 import torch
-from setuptools import setup
+from setuptools import find_packages, setup
 
 
 def find_toolkit() -> None:
@@ -70,6 +70,15 @@ def sources() -> tuple[list[str], bool]:
     return cpu + (cuda if with_cuda else []), with_cuda
 
 
+def architectures() -> str:
+    """Those that torch will compile for, as it writes them: "8.0;9.0a"."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if listed:
+        return listed.replace(" ", ";")
+    found = {torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+
+
 def extension():
     files, with_cuda = sources()
     flags = [*CXX_FLAGS, f'-DVCRD_TORCH_VERSION="{torch.__version__}"']
@@ -78,11 +87,12 @@ def extension():
         return CppExtension("vcrd._C", files, include_dirs=include_dirs, extra_compile_args={"cxx": flags})
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+    flags += ["-DVCRD_CUDA", f'-DVCRD_CUDA_ARCHITECTURES="{architectures()}"']
     return CUDAExtension(
         "vcrd._C",
         files,
         include_dirs=include_dirs,
-        extra_compile_args={"cxx": [*flags, "-DVCRD_CUDA"], "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
     )
 
 
@@ -112,9 +122,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["vcrd", "vcrd.link", "vcrd.megatron", "vcrd.planning"],
+    packages=find_packages(include=["vcrd", "vcrd.*"]),
+    package_data={"vcrd.run_report": ["page.html"]},
     install_requires=["torch>=2.6"],
-    extras_require={"megatron": ["megatron-core>=0.16"]},
+    extras_require={
+        "megatron": ["megatron-core>=0.16"],
+        "doctor": ["nvidia-ml-py>=12.535", "rich>=13"],
+        "telemetry": ["nvidia-ml-py>=12.535"],
+        "report": ["matplotlib>=3.8"],
+    },
     ext_modules=[extension()],
     cmdclass={"build_ext": SummarisedBuild.with_options(use_ninja=True)},
 )

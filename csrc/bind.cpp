@@ -27,6 +27,9 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+#ifndef VCRD_CUDA_ARCHITECTURES  // of a build without CUDA, or not by setup.py
+#define VCRD_CUDA_ARCHITECTURES ""
+#endif
 #ifdef VCRD_CUDA
 constexpr bool kWithCuda = true;
 #else
@@ -327,6 +330,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("threaded") = false;  // at::parallel_for is then a plain loop
 #endif
   module.attr("with_cuda") = kWithCuda;
+  module.attr("cuda_architectures") = std::string(VCRD_CUDA_ARCHITECTURES);  // "8.0;9.0a"
   module.attr("torch_version") = std::string(VCRD_TORCH_VERSION);
   module.attr("partial_floats") = kPartialFloats;
   module.attr("constant_floats") = kConstantFloats;

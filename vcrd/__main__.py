@@ -7,8 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from vcrd.doctor import command as doctor
+from vcrd.doctor.options import add_options as add_doctor_options
 from vcrd.planning import command as plan
 from vcrd.planning.options import OptionError, add_options
+from vcrd.run_report import command as report
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,21 +23,28 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m vcrd", description="Validity-calibrated reasoning distillation.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
-    planner = commands.add_parser(
-        "plan",
-        help=plan.SUMMARY,
-        description=plan.DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_options(planner)
-    planner.set_defaults(run=plan.run, parser=planner)
+    for name, command, add in (
+        ("plan", plan, add_options),
+        ("doctor", doctor, add_doctor_options),
+        ("report", report, report.add_options),
+    ):
+        one = commands.add_parser(
+            name,
+            help=command.SUMMARY,
+            description=command.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        add(one)
+        one.set_defaults(run=command.run, parser=one)
     options = parser.parse_args(arguments)
     try:
-        print(options.run(options))
+        text, status = options.run(options)
     except OptionError as error:
         options.parser.error(str(error))
-    return 0
+    if text:
+        print(text)
+    return status
 
 
 if __name__ == "__main__":

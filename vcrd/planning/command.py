@@ -19,8 +19,8 @@ for their error. Of equals, the one that costs the student the least time.
 """
 
 
-def run(options: argparse.Namespace) -> str:
-    """What is to be printed; OptionError of one sentence for a wrong option."""
+def run(options: argparse.Namespace) -> tuple[str, int]:
+    """What is to be printed, and the exit status; OptionError of one sentence for a wrong option."""
     scenario = scenario_of(options)
     # Here, for they import torch, and a wrong option should not have to wait for that.
     from vcrd.planning.choice import choose
@@ -30,5 +30,5 @@ def run(options: argparse.Namespace) -> str:
     found = costs(scenario)
     choice = choose(found, scenario.student_gpu.memory)
     if options.json:
-        return json.dumps(plain(scenario, found, choice), indent=1)
-    return text_of(scenario, found, choice)
+        return json.dumps(plain(scenario, found, choice), indent=1), 0
+    return text_of(scenario, found, choice), 0

@@ -31,15 +31,23 @@ class OptionError(ValueError):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Values stay text here, so that each mistake is reported by `scenario_of` in the same way."""
+    """Of `plan`. Values stay text here, so that each mistake is reported by `scenario_of` in the same way."""
+    add_run_options(parser)
+    add = parser.add_argument
+    add("--network", default="5", help="GB/s of one rank in each direction (5; a NIC of 400 Gb/s carries 50)")
+    add("--json", action="store_true", help="everything as JSON instead")
+
+
+def add_run_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, required: bool = True) -> None:
+    """What describes a run. required: both sides must be given."""
     add = parser.add_argument
     teacher, student = "Qwen3-32B,tp=8,replicas=2", "Qwen3-4B,tp=2,dp=8"
     add(
         "--teacher",
-        required=True,
+        required=required,
         help=_SIDE.format(example=teacher, keys="tp, pp (1), replicas (as many as needed)"),
     )
-    add("--student", required=True, help=_SIDE.format(example=student, keys="tp, pp, cp, dp, ep (1)"))
+    add("--student", required=required, help=_SIDE.format(example=student, keys="tp, pp, cp, dp, ep (1)"))
     add("--sequence", default="4096", help="tokens of a sequence (4096)")
     add("--micro-batch", default="1", help="sequences of a micro-batch (1)")
     add("--micro-batches", default="8", help="micro-batches of a step on each data rank (8)")
@@ -52,7 +60,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "bf16=989,fp8=1979,memory=80,bandwidth=3350,host=64: dense TFLOP/s, GB, GB/s (h100)",
     )
     add("--teacher-gpu", default=None, help="where the teacher's differ")
-    add("--network", default="5", help="GB/s of one rank in each direction (5; a NIC of 400 Gb/s carries 50)")
     add("--student-mfu", default="0.4", help="share of the peak that the student reaches (0.4)")
     add("--teacher-mfu", default="0.4", help="share of the peak that the teacher reaches, forward only (0.4)")
     add("--recompute", action="store_true", help="the student recomputes its activations (4 forwards, not 3)")
@@ -63,7 +70,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="128",
         help="times tp: to what Megatron pads the vocabulary (128)",
     )
-    add("--json", action="store_true", help="everything as JSON instead")
 
 
 def scenario_of(options: argparse.Namespace) -> Scenario:
@@ -85,18 +91,18 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
         student_context=at_student["cp"],
         student_data=at_student["dp"],
         student_expert=at_student["ep"],
-        sequence=_whole("--sequence", options.sequence),
-        batch=_whole("--micro-batch", options.micro_batch),
-        micro_batches=_whole("--micro-batches", options.micro_batches),
-        credits=_whole("--credits", options.credits),
-        top_k=_whole("--top-k", options.top_k),
+        sequence=whole("--sequence", options.sequence),
+        batch=whole("--micro-batch", options.micro_batch),
+        micro_batches=whole("--micro-batches", options.micro_batches),
+        credits=whole("--credits", options.credits),
+        top_k=whole("--top-k", options.top_k),
         network=_positive("--network", options.network) * 1e9,
         student_mfu=_share("--student-mfu", options.student_mfu),
         teacher_mfu=_share("--teacher-mfu", options.teacher_mfu),
         recompute=options.recompute,
         student_fp8=options.student_fp8,
         teacher_fp8=options.teacher_fp8,
-        vocab_multiple=_whole("--make-vocab-size-divisible-by", options.make_vocab_size_divisible_by),
+        vocab_multiple=whole("--make-vocab-size-divisible-by", options.make_vocab_size_divisible_by),
     )
     _check(scenario)
     return scenario
@@ -149,7 +155,7 @@ def _side(option: str, text: str, layout: tuple[str, ...]) -> tuple[Model, dict[
         if key not in layout and key not in own:
             known = ", ".join((*own, *layout))
             raise OptionError(f"{option}: expected keys among {known}, got {key!r}")
-    places = {key: _whole(f"{option}: {key}", pairs.get(key, "1")) for key in layout}
+    places = {key: whole(f"{option}: {key}", pairs.get(key, "1")) for key in layout}
     if "replicas" not in pairs:
         places["replicas"] = None
     model = _described(option, pairs) if name is None else _named(option, name)
@@ -171,9 +177,9 @@ def _described(option: str, pairs: Mapping[str, str]) -> Model:
     missing = [key for key in _MODEL_KEYS if key not in pairs]
     if missing:
         raise OptionError(f"{option}: a model without a known name needs {', '.join(missing)} too")
-    numbers = {key: _whole(f"{option}: {key}", pairs[key]) for key in _MODEL_KEYS}
+    numbers = {key: whole(f"{option}: {key}", pairs[key]) for key in _MODEL_KEYS}
     params, hidden = numbers["params"], numbers["hidden"]
-    active = _whole(f"{option}: active", pairs.get("active", pairs["params"]))
+    active = whole(f"{option}: active", pairs.get("active", pairs["params"]))
     tied = pairs.get("tied", "0")
     if tied not in ("0", "1"):
         raise OptionError(f"{option}: tied must be 0 or 1, got {tied!r}")
@@ -184,7 +190,7 @@ def _described(option: str, pairs: Mapping[str, str]) -> Model:
         raise OptionError(
             f"{option}: {active} active parameters are fewer than the {matrices} of embedding and output layer"
         )
-    attention = _whole(f"{option}: attention", pairs.get("attention", pairs["hidden"]))
+    attention = whole(f"{option}: attention", pairs.get("attention", pairs["hidden"]))
     return Model("", params, active, hidden, numbers["layers"], numbers["vocab"], attention, tied == "1")
 
 
@@ -219,7 +225,7 @@ def _pairs(option: str, text: str) -> dict[str, str]:
     return pairs
 
 
-def _number(option: str, text: str, expected: str, meets: Callable[[float], bool]) -> float:
+def number(option: str, text: str, expected: str, meets: Callable[[float], bool]) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -231,14 +237,14 @@ def _number(option: str, text: str, expected: str, meets: Callable[[float], bool
     return value
 
 
-def _whole(option: str, text: str) -> int:
+def whole(option: str, text: str) -> int:
     """Of at least 1; also as 8e9."""
-    return int(_number(option, text, "an integer of at least 1", lambda v: v >= 1 and v == int(v)))
+    return int(number(option, text, "an integer of at least 1", lambda v: v >= 1 and v == int(v)))
 
 
 def _positive(option: str, text: str) -> float:
-    return _number(option, text, "a positive number", lambda v: v > 0)
+    return number(option, text, "a positive number", lambda v: v > 0)
 
 
 def _share(option: str, text: str) -> float:
-    return _number(option, text, "a number above 0 and at most 1", lambda v: 0 < v <= 1)
+    return number(option, text, "a number above 0 and at most 1", lambda v: 0 < v <= 1)

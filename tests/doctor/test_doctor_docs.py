@@ -1,0 +1,74 @@
+"""docs/troubleshooting.md lists the lines that can be red, and messages that the link really gives."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
+
+
+def calls() -> Iterator[tuple[str, ast.Call]]:
+    """Every call of what makes a line, by its function."""
+    for path in (ROOT / "vcrd" / "doctor").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("ok", "fact", "fault"):
+                yield node.func.id, node
+
+
+def rows(section: str) -> list[str]:
+    """The first cells of its table."""
+    table = PAGE.split(f"\n## {section}\n")[1].split("\n|---|---|\n")[1].split("\n\n")[0]
+    return [row.split("|")[1] for row in table.splitlines()]
+
+
+def test_the_table_has_every_line_that_can_be_red_and_no_other():
+    made = [call for kind, call in calls() if kind == "fault"]
+    for call in made:
+        name, _, mend = call.args
+        assert isinstance(name, ast.Constant), ast.dump(name)
+        assert not (isinstance(mend, ast.Constant) and not mend.value.endswith((".", "`."))), mend.value
+    documented = [name for row in rows("Red lines") for name in re.findall("`(.+?)`", row)]
+    assert documented == sorted({call.args[0].value for call in made})
+
+
+def test_the_lines_that_must_be_alike_are_named():
+    alike = {
+        call.args[0].value
+        for kind, call in calls()
+        if kind != "fault" and (len(call.args) > 2 or any(each.arg == "alike" for each in call.keywords))
+    }
+    (paragraph,) = re.findall(r"\n\n([^\n]+\n[^\n]+) are red as well where processes differ", PAGE)
+    assert re.findall("`(.+?)`", paragraph) == sorted(alike)
+
+
+def test_the_messages_of_the_link_are_its_own():
+    sources = "".join(path.read_text() for path in (ROOT / "vcrd" / "link").glob("*.py"))
+    messages = [text for row in rows("When the link fails") for text in re.findall("`(.+?)`", row)]
+    assert len(messages) > 15
+    for message in messages:
+        # A sentence may be put together of several pieces.
+        pieces = message.removesuffix(" at").removesuffix(" to")
+        assert pieces in sources, message
+
+
+def test_variables_and_options_exist():
+    from vcrd.megatron.settings import DistillSettings
+
+    settings = {
+        "VCRD_" + name.upper()
+        for name in (*DistillSettings.__dataclass_fields__, *dir(DistillSettings().link))
+    }
+    assert set(re.findall(r"VCRD_[A-Z_]*[A-Z]", PAGE)) <= settings
+    options = (ROOT / "vcrd" / "doctor" / "options.py").read_text() + (
+        ROOT / "vcrd" / "planning" / "options.py"
+    ).read_text()
+    ours = [line for line in PAGE.splitlines() if "vcrd doctor" in line]
+    for option in {option for line in ours for option in re.findall(r" (--[a-z-]+)", line)} - {
+        "--ntasks",
+        "--het-group",
+    }:
+        assert f'"{option}"' in options, option

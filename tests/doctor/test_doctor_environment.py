@@ -1,0 +1,241 @@
+"""Settings, variables, limits, names, ports and folders: each fault planted by itself, in this process."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import stat
+from contextlib import closing, contextmanager
+
+import pytest
+import torch
+from ports import free_port
+
+from vcrd.doctor import environment, files, network
+from vcrd.doctor.findings import FACT, FAULT, OK, UNCHECKED
+from vcrd.doctor.job import Job
+from vcrd.doctor.world import World
+from vcrd.planning.catalogue import GPUS, MODELS
+from vcrd.planning.scenario import Scenario
+
+HERE = World(node="b1")
+
+
+def job(variables: dict[str, str] | None = None, world: World = HERE, **more) -> Job:
+    variables = variables or {}
+    return Job(world, variables, environment.link_settings(variables), **more)
+
+
+def line(findings, name: str):
+    (found,) = [finding for finding in findings if finding.name == name]
+    return found
+
+
+TWO_NODES = World(size=2, local_size=1, node="b1", expected=("b1", "b2"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "found", "mend"),
+    [
+        ({"VCRD_SHARPNES": "2"}, "VCRD_SHARPNES is no setting of vcrd", "Write VCRD_SHARPNESS"),
+        ({"VCRD_XYZZY": "2"}, "VCRD_XYZZY is no setting of vcrd", "Unset it."),
+        (
+            {"VCRD_SHARPNESS": "much"},
+            "VCRD_SHARPNESS: expected a number, got 'much'",
+            "Correct that variable",
+        ),
+        ({"VCRD_PAYLOAD": "float8"}, "payload must be one of float16", "Correct that variable"),
+    ],
+)
+def test_a_setting_that_is_none_or_wrong(variables, found, mend):
+    got = line(environment.check(job(variables)), "settings")
+    assert got.status == FAULT and got.found.startswith(found) and got.mend.startswith(mend)
+
+
+def test_settings_that_are_right_count_beside_wrong_ones():
+    variables = {"VCRD_ADDRESS": "127.0.0.1:29999", "VCRD_SHARPNES": "2", "VCRD_TOP_K": "none"}
+    assert environment.link_settings(variables).address == "127.0.0.1:29999"
+
+
+def test_the_secret_is_never_shown():
+    got = line(environment.check(job({"VCRD_SECRET": "sesame", "VCRD_SHARPNESS": "2"})), "settings")
+    assert got.found == "VCRD_SHARPNESS=2"
+
+
+def test_a_secret_that_others_may_read(tmp_path):
+    path = tmp_path / "secret"
+    path.write_text("sesame")
+    path.chmod(0o644)
+    variables = {"VCRD_SECRET_FILE": str(path)}
+    got = line(environment.check(job(variables)), "secret")
+    assert got.status == FAULT and got.mend == f"Run `chmod 600 {path}`."
+    path.chmod(stat.S_IRUSR | stat.S_IWUSR)
+    assert line(environment.check(job(variables)), "secret").status == OK
+    path.write_text("")
+    assert "must hold a secret" in line(environment.check(job(variables)), "secret").found
+
+
+@pytest.mark.parametrize("name", ["NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "CUDA_LAUNCH_BLOCKING"])
+def test_a_switch_that_was_left_over(name):
+    got = line(environment.check(job({name: "1"})), "left over")
+    assert got.status == FAULT and got.found.startswith(f"{name}=1") and got.mend == f"Unset {name}."
+    assert not [finding for finding in environment.check(job({name: "0"})) if finding.name == "left over"]
+
+
+@pytest.fixture
+def infiniband(tmp_path, monkeypatch):
+    for name in ("mlx5_0", "mlx5_1"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(environment, "_INFINIBAND", tmp_path)
+
+
+def test_infiniband_that_is_switched_off(infiniband, monkeypatch):
+    got = line(environment.check(job({"NCCL_IB_DISABLE": "1"})), "left over")
+    assert got.status == FAULT and "mlx5_0, mlx5_1" in got.found
+    monkeypatch.setattr(environment, "_INFINIBAND", environment.Path("/nowhere"))
+    assert not [f for f in environment.check(job({"NCCL_IB_DISABLE": "1"})) if f.name == "left over"]
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [("mlx5", OK), ("=mlx5_1:1", OK), ("mlx5_7", FAULT), ("=mlx5", FAULT), ("^mlx5_0", OK)],
+)
+def test_adapters_that_nccl_is_told_to_use(infiniband, text, status):
+    assert line(environment.check(job({"NCCL_IB_HCA": text})), "adapters").status == status
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "status"),
+    [
+        ("NCCL_SOCKET_IFNAME", "lo", OK),
+        ("NCCL_SOCKET_IFNAME", "l", OK),  # the beginning of a name
+        ("NCCL_SOCKET_IFNAME", "=l", FAULT),
+        ("NCCL_SOCKET_IFNAME", "ib7", FAULT),
+        ("NCCL_SOCKET_IFNAME", "ib7,lo", OK),
+        ("NCCL_SOCKET_IFNAME", "^ib7", OK),
+        ("GLOO_SOCKET_IFNAME", "l", FAULT),
+        ("GLOO_SOCKET_IFNAME", "lo", OK),
+    ],
+)
+def test_interfaces_that_nccl_and_gloo_are_told_to_use(name, text, status):
+    got = line(environment.check(job({name: text})), "interfaces")
+    assert got.status == status and f"{name}={text}" in got.found
+
+
+def test_locked_memory_is_of_interest_with_infiniband_only(infiniband, monkeypatch):
+    monkeypatch.setattr(environment.resource, "getrlimit", lambda what: (65536, 65536))
+    findings = environment.check(job())
+    assert "0.0655 MB" in line(findings, "locked memory").found
+    monkeypatch.setattr(environment, "_INFINIBAND", environment.Path("/nowhere"))
+    assert not [finding for finding in environment.check(job()) if finding.name == "locked memory"]
+
+
+def test_too_few_open_files(monkeypatch):
+    limits = {resource.RLIMIT_NOFILE: (1024, 4096), resource.RLIMIT_MEMLOCK: (-1, -1)}
+    monkeypatch.setattr(environment.resource, "getrlimit", limits.get)
+    assert line(environment.check(job()), "open files").status == OK
+    got = line(environment.check(job(world=World(size=512, node="b1"))), "open files")
+    assert got.status == FAULT and got.found == "1024 of a process, and a run of 512 needs 4096"
+
+
+def test_shared_memory_of_a_container(monkeypatch):
+    space = os.statvfs_result((4096, 4096, 16384, 16384, 16384, 1, 1, 1, 0, 255))  # 64 MiB
+    monkeypatch.setattr(environment.os, "statvfs", lambda path: space)
+    got = line(environment.check(job()), "shared memory")
+    assert got.status == FAULT and "0.0671 of 0.0671 GB" in got.found and "--shm-size" in got.mend
+
+
+@pytest.mark.parametrize(
+    ("value", "gpu", "status"),
+    [("1", True, OK), ("8", True, FAULT), (None, True, FAULT), (None, False, FACT)],
+)
+def test_connections_of_tensor_parallelism(monkeypatch, value, gpu, status):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    models = {"teacher": MODELS["Qwen3-32B"], "student": MODELS["Qwen3-4B"]}
+    run = Scenario(**models, teacher_gpu=GPUS["h100"], student_gpu=GPUS["h100"], student_tensor=2)
+    variables = {} if value is None else {"CUDA_DEVICE_MAX_CONNECTIONS": value}
+    findings = environment.check(job(variables, scenario=run))
+    assert line(findings, "connections").status == status
+
+
+@contextmanager
+def listening(port: int):
+    with closing(socket.socket()) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+        sock.listen()
+        yield
+
+
+def test_a_port_in_use():
+    port = free_port()
+    variables = {"VCRD_ADDRESS": f"127.0.0.1:{port}"}
+    assert line(network.check(job(variables, ports=(port,))), "address").status == OK
+    with listening(port):
+        findings = network.check(job(variables, ports=(port,)))
+        for name in ("address", "ports"):
+            got = line(findings, name)
+            assert got.status == FAULT and str(port) in got.found and f"sport = :{port}" in got.mend
+        assert line(network.check(job(variables, during_run=True)), "address").status == UNCHECKED
+        alone = network.check(job({"MASTER_PORT": str(port)}))
+        assert line(alone, "ports").found == f"port {port} is taken"
+    assert line(network.check(job(variables, ports=(port,))), "ports").found == f"{port} free"
+
+
+def test_an_address_that_no_other_node_finds():
+    got = line(network.check(job({"VCRD_ADDRESS": "localhost:29600"}, TWO_NODES)), "address")
+    assert got.status == FAULT and "where no other node finds it" in got.found
+    one_node = World(size=2, local_size=2, node="b1")
+    assert (
+        line(network.check(job({"VCRD_ADDRESS": f"localhost:{free_port()}"}, one_node)), "address").status
+        == OK
+    )
+
+
+def test_an_address_of_another_machine_or_of_none():
+    got = line(network.check(job({"VCRD_ADDRESS": "198.51.100.7:29600"})), "address")
+    assert got.status == UNCHECKED and "another machine" in got.found
+    got = line(network.check(job({"VCRD_ADDRESS": "no-such-host.invalid:29600"})), "address")
+    assert got.status == FAULT and "cannot be resolved" in got.found
+
+
+def test_an_interface_that_is_not_there():
+    got = line(network.check(job({"VCRD_INTERFACE": "ib7"})), "link interface")
+    assert got.status == FAULT and "VCRD_INTERFACE=ib7" in got.found and "lo" in got.mend
+    got = line(network.check(job({"VCRD_INTERFACE": "lo"})), "link interface")
+    assert got.status == OK and "127.0.0.1" in got.found
+
+
+def test_a_host_name_that_only_this_node_finds(monkeypatch):
+    monkeypatch.setattr(network.socket, "gethostname", lambda: "localhost")
+    got = line(network.check(job(world=TWO_NODES)), "host name")
+    assert got.status == FAULT and "GLOO_SOCKET_IFNAME" in got.mend
+    assert line(network.check(job({"GLOO_SOCKET_IFNAME": "lo"}, TWO_NODES)), "host name").status == OK
+    assert line(network.check(job()), "host name").status == OK
+
+
+def test_a_folder_that_can_be_written(tmp_path):
+    findings = files.check(job(run_dir=str(tmp_path / "run")))
+    assert [finding.status for finding in findings] == [OK, OK]
+    assert os.listdir(tmp_path / "run") == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    (got,) = files.check(job(run_dir=str(tmp_path / "file" / "run")))
+    assert got.status == FAULT and got.found.endswith("cannot be written: Not a directory")
+    (got,) = files.check(job({"VCRD_ADDRESS": "file:/proc/vcrd/address"}))
+    assert got.status == FAULT and got.found.startswith("/proc/vcrd cannot be written")
+
+
+def test_no_folder_is_not_checked():
+    (got,) = files.check(job())
+    assert got.status == UNCHECKED and "--run-dir" in got.found
+
+
+def test_too_little_space(tmp_path, monkeypatch):
+    space = os.statvfs_result((4096, 4096, 10**6, 10**5, 10**5, 1, 1, 1, 0, 255))  # 0.41 GB
+    monkeypatch.setattr(files.os, "statvfs", lambda path: space)
+    got = line(files.check(job(run_dir=str(tmp_path))), "space")
+    assert got.status == FAULT and "0.41 GB free" in got.found

@@ -1,0 +1,240 @@
+"""Many processes, one table: real processes that believe they are tasks of srun on several nodes."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from doctor_runs import ROOT, SECONDS, Step, ended, environment, slurm, start
+from ports import free_port
+
+from vcrd.doctor import examination
+from vcrd.doctor.findings import Finding, fact, fault, ok
+from vcrd.doctor.job import Job
+from vcrd.doctor.merge import merged
+from vcrd.doctor.world import World, expand, world_of
+
+NODES = ("b1", "b2", "b3")
+
+
+def older_package(folder: Path, name: str, number: str) -> Path:
+    metadata = folder / f"{name}-{number}.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
+    return folder
+
+
+def test_differences_between_nodes_are_red_lines_that_name_them(tmp_path):
+    """b3 has another megatron-core, another setting and a folder of its own under the shared one's name."""
+    for node in ("common", "own"):
+        (tmp_path / node).mkdir()
+    each = {rank: {"cwd": tmp_path / "common"} for rank in (0, 1)}
+    each[2] = {
+        "cwd": tmp_path / "own",
+        "path": [older_package(tmp_path / "packages", "megatron_core", "0.17.0")],
+        "variables": {"VCRD_SHARPNESS": "2"},
+    }
+    outcomes = Step(NODES, "--run-dir", "run", each=each).ended()
+    assert [outcomes[rank].status for rank in range(3)] == [1, 0, 0], outcomes
+    assert not outcomes[1].out and not outcomes[2].out and not outcomes[0].err
+    got = outcomes[0]
+    assert got.line("processes")["found"] == "all 3 came, from 3 nodes"
+    found = {finding["name"]: finding for finding in got.faults if finding["name"] != "shared folder"}
+    assert set(found) == {"megatron-core", "settings"}
+    assert re.match(r"b3: 0\.17\.0, .*; others: 0\.", found["megatron-core"]["found"])
+    assert "b3: " in found["settings"]["found"] and "VCRD_SHARPNESS=2" in found["settings"]["found"]
+    shared = {
+        finding["where"]: finding["found"] for finding in got.faults if finding["name"] == "shared folder"
+    }
+    assert set(shared) == {"b1, b2", "b3"} or set(shared) == {"b1", "b2", "b3"}
+    assert any("is not the folder of b3 (rank 2)" in text for text in shared.values())
+    assert any("is not the folder of b1 (rank 0), b2 (rank 1)" in text for text in shared.values())
+    # What was written for the test is gone, but for the folder.
+    assert [list((tmp_path / node / "run").iterdir()) for node in ("common", "own")] == [[], []]
+
+
+LEAVES = """
+import os
+from vcrd.doctor.meeting import Meeting
+from vcrd.doctor.world import world_of
+Meeting(world_of(os.environ), 60).gather({"node": "b3", "token": ""})
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_rank_that_never_comes_and_one_that_is_killed_are_named(tmp_path):
+    nodes = (*NODES, "b4")
+    step = Step(nodes, "--run-dir", str(tmp_path), "--timeout", "20", absent=[2, 3])
+    variables = environment(**slurm(2, nodes, step.port))
+    lost = subprocess.run([sys.executable, "-c", LEAVES], env=variables, cwd=ROOT, timeout=SECONDS)
+    got = step.ended()[0]
+    assert lost.returncode == -signal.SIGKILL and got.status == 1
+    found = [finding["found"] for finding in got.faults if finding["name"] == "processes"]
+    assert found == [
+        "rank 3 did not come, b4 with all of its own",
+        "rank 2 on b3 came and was lost, or took too long",
+    ]
+    assert got.line("shared folder")["status"] == "ok"  # the two that are left are looked at
+
+
+def test_without_rank_0_a_process_says_so_and_ends():
+    variables = environment(**slurm(1, ("b1", "b2"), free_port()))
+    got = ended(start(["--timeout", "2"], variables))
+    assert got.status == 1 and not got.out
+    assert re.match(
+        r"python -m vcrd doctor: rank 0 is not reached at 127\.0\.0\.1:\d+ from b2 within 2 seconds", got.err
+    )
+    assert got.err.count("\n") == 1
+
+
+def test_where_rank_0_cannot_listen_it_says_so_and_looks_at_its_own_node():
+    import socket
+    from contextlib import closing
+
+    with closing(socket.socket()) as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        variables = environment(**slurm(0, ("b1", "b2"), taken.getsockname()[1]), GLOO_SOCKET_IFNAME="lo")
+        got = ended(start(["--timeout", "60", "--json"], variables))
+    line = got.line("processes")
+    assert got.status == 1 and "the other 1 could not be asked: rank 0 cannot listen at" in line["found"]
+    assert got.line("kernels")["status"] == "ok"
+
+
+def test_under_torchrun_there_is_one_table():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "vcrd", "doctor", "--student", "tp=1", "--teacher", "tp=1", "--seconds", "0.3"]
+    variables = environment(VCRD_ADDRESS=f"127.0.0.1:{free_port()}")
+    outcome = subprocess.run(
+        command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert outcome.returncode == 0, outcome
+    assert outcome.stdout.count("vcrd doctor: 2 processes on ") == 1
+    assert re.search(
+        r"ok +link +\d\S* GB/s from rank 1 \(\S+\) to rank 0 \(\S+\); give both models", outcome.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank", "size"),
+    [
+        ({}, 0, 1),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "ENVIRONMENT": "BATCH"}, 0, 1),  # the batch script itself
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "ENVIRONMENT": "BATCH"}, 3, 4),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, 1, 2),
+        (
+            {
+                "RANK": "1",
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "b1",
+                "MASTER_PORT": "29500",
+                "SLURM_PROCID": "0",
+            },
+            1,
+            2,
+        ),
+    ],
+)
+def test_where_a_process_stands(variables, rank, size):
+    world = world_of(variables)
+    assert (world.rank, world.size) == (rank, size)
+
+
+def test_without_a_master_the_first_node_and_a_port_of_the_job_are_taken():
+    variables = {
+        "SLURM_PROCID": "1",
+        "SLURM_NTASKS": "4",
+        "SLURM_JOB_NODELIST": "gpu[07-08]",
+        "SLURM_JOB_ID": "5001",
+    }
+    world = world_of(variables | {"SLURM_NNODES": "2", "SLURM_LOCALID": "1"})
+    assert (world.host, world.port, world.local_rank, world.local_size) == ("gpu07", 10007, 1, 2)
+    assert world.expected == ("gpu07", "gpu08")
+
+
+def test_a_step_over_both_components_of_a_heterogeneous_job_is_one_world():
+    """What srun --het-group=0,1 of Slurm 22.05 set, two tasks on each node."""
+    step = {"SLURM_PROCID": "4", "SLURM_LOCALID": "0", "SLURM_NTASKS": "6", "SLURM_STEP_NUM_TASKS": "6"}
+    step |= {
+        "SLURM_STEP_NODELIST": "b[1-3]",
+        "SLURM_NNODES": "3",
+        "SLURM_JOB_ID": "3",
+        "SLURM_HET_JOB_ID": "2",
+    }
+    world = world_of(
+        {**step, "SLURM_HET_SIZE": "2", "ENVIRONMENT": "BATCH", "SLURM_JOB_NODELIST_HET_GROUP_1": "b3"}
+    )
+    assert (world.rank, world.size, world.local_rank, world.local_size) == (4, 6, 0, 2)
+    assert (world.host, world.port, world.expected) == ("b1", 10011, ("b1", "b2", "b3"))
+
+
+def test_short_forms_of_node_lists():
+    assert expand("b[1-3,07-09],c2") == ("b1", "b2", "b3", "b07", "b08", "b09", "c2")
+    assert expand("r[1-2]n[3-4]") == ("r1n3", "r1n4", "r2n3", "r2n4")
+    assert expand("") == ()
+
+
+def of_nodes(*findings: Finding) -> list[Finding]:
+    """One finding from each of the nodes b0, b1, ..., two ranks on each, of which the second says the same."""
+    found = {2 * i + j: [finding] for i, finding in enumerate(findings) for j in range(2)}
+    return merged(found, {rank: f"b{rank // 2}" for rank in found})
+
+
+def test_what_all_say_is_said_once():
+    assert of_nodes(ok("torch", "2.11"), ok("torch", "2.11")) == [ok("torch", "2.11")]
+
+
+def test_a_fault_of_one_node_names_it_and_the_others_are_green():
+    wrong = fault("gpu memory", "taken", "End it.")
+    lines = of_nodes(ok("gpu memory", "free"), wrong, ok("gpu memory", "free"))
+    assert [(line.status, line.where) for line in lines] == [("fault", "b1"), ("ok", "b0, b2")]
+
+
+def test_versions_must_be_alike_and_figures_need_not():
+    (line,) = of_nodes(*(ok("driver", number, alike="Install one.") for number in ("580", "550", "580")))
+    assert (line.status, line.found, line.mend) == ("fault", "b1: 550; others: 580", "Install one.")
+    (line,) = of_nodes(fact("space", "5 GB"), fact("space", "6 GB"))
+    assert line.status == "fact" and line.found == "5 GB (so on b0; other figures elsewhere)"
+
+
+def test_a_rank_among_others_of_its_node_is_named_as_such():
+    found = {rank: [fact("x", "y")] for rank in range(4)}
+    found[3] = [fault("x", "z", "Mend it.")]
+    lines = merged(found, {rank: f"b{rank // 2}" for rank in found})
+    assert lines[0].where == "rank 3 on b1" and lines[1].where == "b0, rank 2 on b1"
+
+
+def test_many_nodes_are_counted():
+    findings = [fault("x", "z", "Mend it.")] * 9 + [ok("x", "y")]
+    assert of_nodes(*findings)[0].where == "b0, b1, b2, b3 and 5 others"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"), [(0.5, None), (42.0, "42 seconds ahead of"), (-42.0, "42 seconds behind")]
+)
+def test_a_clock_that_is_wrong(seconds, says):
+    line = examination._clock(Job(World(rank=1, size=2), {}), {0: 1000.0, 1: 1000.0 + seconds})
+    assert line.status == ("ok" if says is None else "fault") and (says or "within") in line.found
+
+
+def test_a_check_that_hangs_or_fails_is_a_line_of_its_own():
+    held = threading.Event()
+
+    def hangs(job):
+        held.wait(60)
+
+    def fails(job):
+        raise LookupError("what no one foresaw")
+
+    try:
+        (line,) = examination.limited(hangs, Job(World(), {}), 0.2)
+        assert line.status == "fault" and "no answer within 0.2 seconds" in line.found
+    finally:
+        held.set()
+    (line,) = examination.limited(fails, Job(World(), {}), 10)
+    assert line.status == "fault" and "LookupError('what no one foresaw')" in line.found

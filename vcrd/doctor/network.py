@@ -1,0 +1,138 @@
+"""What the processes of a run find each other by: names, addresses, interfaces, ports."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import closing
+
+from vcrd.doctor.findings import Finding, fact, fault, first_line, ok, unchecked
+from vcrd.doctor.job import Job
+from vcrd.link import meeting
+from vcrd.link.errors import LinkError
+from vcrd.link.rendezvous import listen, local_host
+
+
+def check(job: Job) -> list[Finding]:
+    found = [_interface(job)] if job.link.interface is not None else []
+    if not job.first_on_node:
+        return found
+    return [_host_name(job), *found, _address(job), *_ports(job)]
+
+
+def own_address(job: Job) -> str:
+    """The IP address that a student rank would listen on; LinkError where it has none."""
+    if job.link.interface is not None:
+        return local_host(job.link)
+    if not job.link.address.startswith(meeting.SCHEME):
+        (place,) = meeting.candidates(job.link.address)
+        if not _loopback(place[0]):
+            return local_host(job.link)
+    return meeting.outward_address() if job.world.size > 1 and not _alone(job) else "127.0.0.1"
+
+
+def _alone(job: Job) -> bool:
+    """Whether all processes are on one node, as far as the launcher says."""
+    return len(job.world.expected) == 1 or job.world.local_size == job.world.size
+
+
+def _host_name(job: Job) -> Finding:
+    name = socket.gethostname()
+    try:
+        address = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError as error:
+        text, mend = f"{name} cannot be resolved: {first_line(error)}", f"Add {name} to DNS or to /etc/hosts."
+        return fault("host name", text, mend) if job.world.size > 1 else fact("host name", text)
+    chosen = job.environment.get("GLOO_SOCKET_IFNAME")
+    if _loopback(address) and not _alone(job) and not chosen:
+        return fault(
+            "host name",
+            f"{name} is {address}, where no other node finds it",
+            "Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface of the network, or correct /etc/hosts.",
+        )
+    return ok("host name", f"{name} is {address}")
+
+
+def _interface(job: Job) -> Finding:
+    name = job.link.interface
+    try:
+        address = local_host(job.link)
+        with closing(listen(address, 0)):
+            pass
+    except LinkError as error:
+        known = ", ".join(known for _, known in socket.if_nameindex())
+        return fault(
+            "link interface",
+            f"VCRD_INTERFACE={name}: {error}",
+            f"Name one of {known} in VCRD_INTERFACE, or unset it.",
+        )
+    return ok("link interface", f"VCRD_INTERFACE={name} is {address} here")
+
+
+def _address(job: Job) -> Finding:
+    """Where the student's rank 0 will listen: free here, if it is here."""
+    address = job.link.address
+    if address.startswith(meeting.SCHEME):
+        return ok("address", f"VCRD_ADDRESS={address}, written by the student when it runs")
+    ((host, port),) = meeting.candidates(address)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError as error:
+        text = f"VCRD_ADDRESS={address}: {host} cannot be resolved ({first_line(error)})"
+        return fault(
+            "address", text, "Name in VCRD_ADDRESS a host that all nodes resolve, or its IP address."
+        )
+    if _loopback(found) and not _alone(job):
+        return fault(
+            "address",
+            f"VCRD_ADDRESS={address} is {found}, where no other node finds it",
+            "Set VCRD_ADDRESS to host:port of the student's first node, or to file:/path on a shared file system.",
+        )
+    if not _is_ours(found):
+        return unchecked("address", f"VCRD_ADDRESS={address} is of another machine")
+    if job.during_run:
+        return unchecked("address", f"a run has VCRD_ADDRESS={address}")
+    try:
+        with closing(listen(host, port)):
+            return ok("address", f"VCRD_ADDRESS={address} is free")
+    except LinkError as error:
+        return fault(
+            "address",
+            str(error),
+            f"End what listens there (`ss -ltnp 'sport = :{port}'` names it), or choose another port in VCRD_ADDRESS.",
+        )
+
+
+def _ports(job: Job) -> list[Finding]:
+    wanted = list(job.ports)
+    # Alone, because otherwise the doctor itself listens there.
+    given = job.environment.get("MASTER_PORT", "")
+    if job.world.size == 1 and given.isascii() and given.isdigit() and 0 < int(given) < 65536:
+        wanted.append(int(given))
+    taken, free = [], []
+    for port in dict.fromkeys(wanted):
+        try:
+            with closing(listen("0.0.0.0", port)):
+                free.append(str(port))
+        except LinkError:
+            taken.append(
+                fault(
+                    "ports",
+                    f"port {port} is taken",
+                    f"End what listens there (`ss -ltnp 'sport = :{port}'` names it), or choose another.",
+                )
+            )
+    return [*taken, *([ok("ports", f"{', '.join(free)} free")] if free else [])]
+
+
+def _is_ours(address: str) -> bool:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def _loopback(host: str) -> bool:
+    return host.startswith("127.") or host in ("localhost", "::1", "[::1]")
