@@ -8,6 +8,13 @@ or --vcrd-local-teacher CHECKPOINT inside the same processes.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__mp_main__":
+    # A helper process that Megatron spawned to write checkpoints. Slurm signals every process of a job, and the last
+    # checkpoint is written after that.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
 import argparse
 import sys
 from dataclasses import fields

@@ -9,6 +9,7 @@ torch_dist; a legacy one (torch) keeps its own. Needs Python 3.12 and megatron-c
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -24,7 +25,11 @@ if not torch.cuda.is_available():
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args  # noqa: E402
 from megatron.training.arguments import parse_args, validate_args  # noqa: E402
-from megatron.training.checkpointing import load_args_from_checkpoint, load_checkpoint  # noqa: E402
+from megatron.training.checkpointing import (  # noqa: E402
+    checkpoint_exists,
+    load_args_from_checkpoint,
+    load_checkpoint,
+)
 from megatron.training.global_vars import set_global_variables  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 
@@ -33,21 +38,29 @@ from examples.megatron_wheel import keep_compiled_helpers  # noqa: E402
 from vcrd.megatron.arguments import add_vcrd_args, settings_from_args  # noqa: E402
 
 # What training needs and a teacher does not: Megatron asks for them all the same.
-DEFAULTS = {
-    "no_load_optim": True,
-    "no_load_rng": True,
-    "exit_on_missing_checkpoint": True,
-    "micro_batch_size": 1,
-    "tokenizer_type": "NullTokenizer",
-}
+DEFAULTS = {"micro_batch_size": 1, "tokenizer_type": "NullTokenizer"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    add_vcrd_args(parser)
+    group = parser.add_argument_group("vcrd teacher")
+    group.add_argument(
+        "--vcrd-stay",
+        action="store_true",
+        help="serve one student job after another, until none has come for --vcrd-connect-timeout seconds",
+    )
+    return parser
 
 
 def main() -> None:
     """Loads this rank's part of the teacher and serves it until every student has said goodbye."""
     keep_compiled_helpers()
-    args = parse_args(extra_args_provider=add_vcrd_args)
-    if args.load is None:
-        raise SystemExit("--load: expected the folder of a Megatron checkpoint, got none")
+    args = parse_args(extra_args_provider=add_arguments)
+    # Megatron itself would serve random weights then.
+    if args.load is None or not checkpoint_exists(args.load):
+        raise SystemExit(f"--load: expected the folder of a Megatron checkpoint, got {args.load}")
+    # Not among the defaults: Megatron takes those for arguments that are None, and these are False.
+    args.exit_on_missing_checkpoint = args.no_load_optim = args.no_load_rng = True
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args)
     validate_args(args, DEFAULTS)
@@ -67,7 +80,7 @@ def main() -> None:
             f"--load: expected a checkpoint in {args.load} that fits these arguments, got none; one in the legacy "
             "format (--ckpt-format torch) keeps the tensor and pipeline parallelism it was saved with"
         ) from None
-    served = vcrd.megatron.serve(model, settings_from_args(args))
+    served = vcrd.megatron.serve(model, settings_from_args(args), stay=args.vcrd_stay)
     if args.rank == 0:
         print(f"served {served} micro-batches", flush=True)
     torch.distributed.destroy_process_group()

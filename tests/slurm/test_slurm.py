@@ -1,0 +1,252 @@
+"""The batch scripts of examples/slurm, submitted to a real Slurm as a user would."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pretrain_jobs as pretrain
+import pytest
+from cluster import Cluster, why_not
+from waiting import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+MISSING = why_not() or (
+    None
+    if importlib.util.find_spec("megatron.training")
+    else "this megatron-core has no megatron.training, which the scripts are written with"
+)
+pytestmark = [pytest.mark.skipif(MISSING is not None, reason=MISSING or ""), pytest.mark.timeout(400)]
+ITERATIONS = 40
+# Losses are compared where the log shows them: seven digits.
+LOSS = re.compile(r" iteration +(\d+)/ +\d+ .*? lm loss: ([0-9.E+-]+)")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if MISSING:
+        pytest.skip(MISSING)
+    # Sockets have short paths.
+    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=4) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The folder of a teacher's checkpoint."""
+    folder = tmp_path_factory.mktemp("weights") / "teacher"
+    pretrain.save_weights(folder, pretrain.TEACHER, 120)
+    return folder
+
+
+class Submitted:
+    """A batch script of the repository with what a CPU needs, in a run directory of its own."""
+
+    def __init__(self, cluster: Cluster, run_dir: Path, teacher: Path, **settings: str) -> None:
+        self.cluster = cluster
+        self.run_dir = run_dir
+        self.settings = {
+            "GPUS_PER_NODE": "0",
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT),
+            "RUN_DIR": str(run_dir),
+            "TEACHER_CHECKPOINT": str(teacher),
+            "STUDENT_ARGS": f"{pretrain.STUDENT} --tensor-model-parallel-size 2 --train-iters {ITERATIONS} "
+            f"--eval-interval 1000 --save-interval 10",
+            "TEACHER_ARGS": f"{pretrain.TEACHER} --global-batch-size 1 --pipeline-model-parallel-size 2",
+            "RESTART_PAUSE": "1",
+            "DOCTOR": "no",
+            "VCRD_VOCAB_SIZE": "127",
+            "VCRD_PAYLOAD": "float32",
+            **settings,
+        }
+        self.number = ""
+
+    def submit(self, *words: str) -> Submitted:
+        """sbatch with these words, from the checkout; the log lies in the run directory."""
+        self.run_dir.mkdir(exist_ok=True)
+        line = f"source examples/slurm/env.sh && sbatch --parsable --output={self.run_dir}/%j.log {' '.join(words)}"
+        self.number = self.cluster.run("bash", "-c", line, cwd=ROOT, **self.settings)
+        return self
+
+    @property
+    def log(self) -> str:
+        path = self.run_dir / f"{self.number}.log"
+        return path.read_text() if path.exists() else ""
+
+    def reach(self, iteration: int) -> None:
+        """Waits until the student's log shows this iteration."""
+        self.wait_for(rf" iteration +{iteration}/")
+
+    def wait_for(self, words: str, seconds: float = 150) -> None:
+        """Waits until the log has a match of `words`, or the job has ended."""
+
+        def found() -> bool:
+            return bool(re.search(words, self.log)) or self.state in ENDED
+
+        wait_until(found, seconds, f"the log of job {self.number} has {words!r}", lambda: self.log[-3000:])
+        assert re.search(words, self.log), self.log[-3000:]
+
+    @property
+    def state(self) -> str:
+        return self.cluster.job(self.number)
+
+    def finish(self, seconds: float = 200) -> dict[int, str]:
+        """Waits for the end, which must be a good one; the loss of each iteration."""
+        wait_until(
+            lambda: self.state in ENDED,
+            seconds,
+            f"job {self.number} has ended",
+            lambda: f"{self.state}\n{self.log[-3000:]}",
+        )
+        assert self.state == "COMPLETED", self.log[-5000:]
+        return self.losses()
+
+    @property
+    def saved(self) -> int:
+        """The iteration of the last checkpoint."""
+        return int((self.run_dir / "student" / "latest_checkpointed_iteration.txt").read_text())
+
+    @property
+    def resumed(self) -> int:
+        """The iteration that the last start went on from."""
+        found = re.findall(r"successfully loaded checkpoint from .* at iteration (\d+)", self.log)
+        return int(found[-1])
+
+    def losses(self) -> dict[int, str]:
+        """Of each iteration, the last time that it ran."""
+        return {int(iteration): loss for iteration, loss in LOSS.findall(self.log)}
+
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY")
+DISTILL = ("--nodes=2", ":", "--nodes=2", "examples/slurm/distill.sbatch")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, teacher, tmp_path_factory):
+    """A run that nothing happened to, and that the doctor had looked at."""
+    doctor = {"DOCTOR": "look", "DOCTOR_ARGS": "--student tp=2 --teacher pp=2 --seconds 0.5"}
+    job = Submitted(cluster, tmp_path_factory.mktemp("undisturbed") / "run", teacher, **doctor).submit(
+        *DISTILL
+    )
+    job.reach(1)
+    assert len(set(cluster.nodes_of(job.number))) == 4  # two for the student and two others for the teacher
+    job.finish()
+    return job
+
+
+@pytest.fixture(scope="module")
+def whole(undisturbed):
+    """Its losses."""
+    return undisturbed.losses()
+
+
+def test_a_student_and_a_teacher_on_nodes_of_their_own(whole):
+    assert list(whole) == list(range(1, ITERATIONS + 1))
+    assert float(whole[ITERATIONS]) < float(whole[1])
+
+
+def test_the_doctor_looks_at_every_node_and_measures_the_link_between_the_jobs(undisturbed):
+    assert "all 4 came, from 4 nodes" in undisturbed.log
+    assert re.search(r"link +[0-9.]+ GB/s from rank [23] .* to rank [01] ", undisturbed.log)
+
+
+def test_a_job_that_is_told_to_stop_saves_and_runs_again(cluster, teacher, whole, tmp_path):
+    """What `--signal=B:TERM@300` does near the end of a job's time."""
+    job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
+    job.reach(13)
+    cluster.run("scancel", "--batch", "--signal=TERM", job.number)
+    job.wait_for("stopped and saved with status 0")
+    saved = job.saved
+    assert saved >= 13
+    assert max(job.losses()) == saved  # nothing is trained twice
+    assert_same(job.finish(), whole, saved)
+
+
+def test_a_killed_teacher_and_then_a_lost_node(cluster, teacher, whole, tmp_path):
+    job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
+    job.reach(3)
+    subprocess.run(["pkill", "-KILL", "-f", f"serve_teacher.py --load {teacher}"], check=True)
+    job.wait_for("it starts again in 1 seconds")
+    job.reach(12)
+    lost = cluster.nodes_of(job.number)[-1]  # of the teacher
+    cluster.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
+    wait_until(lambda: job.state != "RUNNING", 60, "the job has lost a node")
+    assert job.state in ("PENDING", "COMPLETING", "REQUEUED")
+    assert ITERATIONS not in job.losses()
+    if cluster.states()[lost].startswith("down"):  # not if its daemon has reported already
+        cluster.run("scontrol", "update", f"nodename={lost}", "state=resume")
+    assert_same(job.finish(), whole, job.resumed)
+
+
+def test_a_job_makes_room_for_an_urgent_one(cluster, teacher, whole, tmp_path):
+    job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
+    job.reach(13)
+    urgent = cluster.run(
+        "sbatch",
+        "--parsable",
+        "--partition=urgent",
+        "--nodes=3",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 5",
+    )
+    wait_until(
+        lambda: cluster.job(urgent) == "COMPLETED", 120, "the urgent job has run", lambda: job.log[-3000:]
+    )
+    assert job.saved >= 13
+    assert_same(job.finish(), whole, job.resumed)
+
+
+def test_one_teacher_job_serves_student_jobs(cluster, teacher, whole, tmp_path):
+    students = {"STUDENTS_DIR": str(tmp_path / "students"), "VCRD_CONNECT_TIMEOUT": "60"}
+    first = Submitted(cluster, tmp_path / "one", teacher, **students)
+    first.submit("--nodes=2", "examples/slurm/student.sbatch")
+    serving = Submitted(cluster, tmp_path / "teacher", teacher, **students)
+    serving.submit("--nodes=2", "examples/slurm/teacher.sbatch")
+    assert first.finish() == whole
+    second = Submitted(cluster, tmp_path / "two", teacher, **students)
+    second.submit("--nodes=2", "examples/slurm/student.sbatch")
+    assert second.finish() == whole
+    assert not list((tmp_path / "students").iterdir())
+    serving.finish()  # as nobody came any more
+    served = int(re.search(r"^served (\d+) micro-batches$", serving.log, re.MULTILINE)[1])
+    assert (
+        served >= 2 * 4 * ITERATIONS
+    )  # two students, four micro-batches a step, and some that were asked ahead
+
+
+def test_a_cancelled_job_stays_cancelled_and_leaves_nothing(cluster, teacher, tmp_path):
+    job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
+    job.reach(2)
+    cluster.run("scancel", job.number)
+    wait_until(lambda: not cluster.run("squeue", "--noheader"), 60, "no job is left")
+    assert job.state == "CANCELLED"
+    wait_until(
+        lambda: not _processes(str(job.run_dir)),
+        30,
+        "no process of it is left",
+        lambda: _processes(str(job.run_dir)),
+    )
+
+
+def test_a_teacher_that_cannot_start_ends_the_job_with_its_own_words(cluster, tmp_path):
+    settings = {"TEACHER_RESTARTS": "1", "VCRD_CONNECT_TIMEOUT": "3600"}
+    job = Submitted(cluster, tmp_path / "run", tmp_path / "nowhere", **settings).submit(*DISTILL)
+    wait_until(lambda: job.state in ENDED, 240, "the job has ended", lambda: job.log[-3000:])
+    assert job.state == "FAILED"
+    assert "2 times in a row; it is not started again" in job.log
+    assert f"--load: expected the folder of a Megatron checkpoint, got {tmp_path / 'nowhere'}" in job.log
+
+
+def assert_same(losses: dict[int, str], whole: dict[int, str], resumed: int) -> None:
+    """Digit by digit, but for the second step after a start, which Megatron logs as the mean of the first two."""
+    different = {number for number in whole if losses.get(number) != whole[number]}
+    assert different <= {resumed + 2}, (different, losses, whole)
+
+
+def _processes(word: str) -> str:
+    return subprocess.run(["pgrep", "-af", word], capture_output=True, text=True).stdout
