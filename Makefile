@@ -9,6 +9,7 @@ VENV := .venv/$(TAG)
 DONE := $(VENV)/.done
 LINT := .venv/lint-$(TAG)
 CUDA := .venv/cuda-$(TAG)
+CONTAINER := .venv/container-$(TAG)
 
 # Known-good versions of what the pins bring along; a Python that is not tested gets the newest that fit.
 CONSTRAINTS := $(patsubst %,-c %,$(wildcard requirements/constraints-py$(VERSION).txt))
@@ -19,6 +20,7 @@ RUN = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python
 
 EXTENSION_SOURCES := setup.py $(wildcard pyproject.toml) $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+SCRIPTS := .ci/run $(shell find docker examples -name '*.sh' -o -name '*.sbatch' 2>/dev/null)
 # A stamp alone would not notice that the built file is gone.
 BUILT := $(wildcard vcrd/_C*$(patsubst cp%,%,$(TAG))*.so)
 
@@ -26,7 +28,7 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench bench-link build lint format cuda-check cuda-home gpu-check clean always
+.PHONY: help demo test bench bench-link build lint format cuda-check cuda-home container-check gpu-check clean always
 
 help:
 	@echo "make demo     distil a real model in front of you; the first run installs and builds"
@@ -36,6 +38,7 @@ help:
 	@echo "make build    build the extension vcrd._C"
 	@echo "make lint     check style        make format   correct it"
 	@echo "make cuda-check  compile the CUDA kernels and look at their machine code; needs no GPU"
+	@echo "make container-check  run the steps of docker/install.sh in a clean environment; needs no container engine"
 	@echo "make gpu-check   on a machine with a GPU: build with PYTHON, test and time there, write gpu-check.json"
 	@echo "make clean    remove environments, builds and caches; results stay"
 	@echo "PYTHON=...    the interpreter (default python3; 3.10 or newer). ARGS=... goes to what is run."
@@ -91,13 +94,15 @@ $(DONE)/extension: $(DONE)/core $(EXTENSION_SOURCES) $(if $(BUILT),,always)
 
 $(LINT)/.done: requirements/lint.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "vcrd: $(PYTHON) cannot create environments (on Debian: apt-get install python3-venv)"; exit 1; }
-	@echo "==> creating $(LINT) with ruff and clang-format"
+	@echo "==> creating $(LINT) with ruff, clang-format, shellcheck and hadolint"
 	@$(PYTHON) -m venv $(LINT) && $(LINT)/bin/python -m pip $(PIP_FLAGS) install -r requirements/lint.txt && touch $@
 
 lint: $(LINT)/.done
 	$(LINT)/bin/ruff check .
 	$(LINT)/bin/ruff format --check .
 	$(if $(FORMATTED),$(LINT)/bin/clang-format --dry-run -Werror $(FORMATTED))
+	$(LINT)/bin/shellcheck $(SCRIPTS)
+	$(LINT)/bin/hadolint --failure-threshold style docker/Dockerfile
 
 format: $(LINT)/.done
 	$(LINT)/bin/ruff check --fix .
@@ -120,6 +125,19 @@ cuda-check: $(CUDA)/.done
 # For a build: CUDA_HOME="$$(make -s cuda-home)" make build
 cuda-home: $(CUDA)/.done
 	@$(CUDA)/bin/python $(CUDA_CHECK) --home
+
+# torch stands for the base image. Where it has CUDA, the extension is built for the architecture of the image.
+container-check:
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "vcrd: $(PYTHON) cannot create environments (on Debian: apt-get install python3-venv)"; exit 1; }
+	@echo "==> creating $(CONTAINER) with torch alone, then the steps of docker/install.sh"
+	@rm -rf $(CONTAINER) && $(PYTHON) -m venv $(CONTAINER)
+	@grep '^torch==' requirements/core.txt > $(CONTAINER)/torch.txt
+	@$(CONTAINER)/bin/python -m pip $(PIP_FLAGS) install $(CONSTRAINTS) -r $(CONTAINER)/torch.txt
+	@export CUDA_ARCHITECTURES=none PYTHON="$(CURDIR)/$(CONTAINER)/bin/python" PATH="$(CURDIR)/$(CONTAINER)/bin:$$PATH"; \
+	if "$$PYTHON" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
+	    CUDA_HOME="$$($(MAKE) -s cuda-home PYTHON=$(PYTHON))" && export CUDA_HOME CUDA_ARCHITECTURES=9.0a && \
+	    PATH="$$(echo $(CURDIR)/$(CUDA)/lib/python*/site-packages/nvidia/cu13/bin):$$PATH"; \
+	fi; docker/install.sh dependencies extension check
 
 # On its own PYTHON and without network: what builds and runs here must be there already.
 gpu-check:
