@@ -21,9 +21,10 @@ fail() {
     exit 1
 }
 
-# Isolated (-I): neither the folder that this is started in nor PYTHONPATH decides what is imported. -B leaves no caches.
+# What is installed decides, neither PYTHONPATH nor (-I) the folder that this is started in. -B leaves no caches.
+unset PYTHONPATH
 python() { "$PYTHON" -I -B "$@"; }
-pip() { "$PYTHON" -m pip --disable-pip-version-check --no-input -q "$@"; }
+pip() { "$PYTHON" -I -m pip --disable-pip-version-check --no-input -q "$@"; }
 
 # Version, place and contents of torch, without importing it.
 torch_identity() {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 import traceback
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from fork_server import start_server
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ class Worlds:
     def __init__(self) -> None:
         # Forked from a server that has imported torch and Megatron once and started no thread.
         self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["worlds_preload"])
-        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # all that the server knows of where modules are
+        start_server(["worlds_preload"])
         self._started: list[Started] = []
 
     def __enter__(self) -> Worlds:

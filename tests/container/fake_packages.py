@@ -86,8 +86,15 @@ class Base:
         command = [self.python, "-m", "pip", "install", "-q", "--no-deps", *wheels]
         subprocess.run(command, env=self.environment(), check=True)
 
+    def unpacked(self, file: Path) -> Path:
+        """A folder with a package that PYTHONPATH may name."""
+        folder = self.folder.parent / "elsewhere"
+        with zipfile.ZipFile(file) as archive:
+            archive.extractall(folder)
+        return folder
+
     def run(self, *steps: str, script: Path = INSTALL, **variables: str) -> subprocess.CompletedProcess[str]:
-        return run(*steps, script=script, **self.environment(**variables))
+        return _run(script, steps, self.environment(**variables))
 
     def versions(self) -> dict[str, str]:
         program = (
@@ -99,7 +106,12 @@ class Base:
         return dict(line.split("==") for line in listed.stdout.split())
 
 
-def run(*steps: str, script: Path = INSTALL, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [script, *steps], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
-    )
+def run(*steps: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """On this process's own environment."""
+    return _run(INSTALL, steps, {**os.environ, **variables})
+
+
+def _run(
+    script: Path, steps: Iterable[str], environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([script, *steps], env=environment, capture_output=True, text=True, timeout=120)

@@ -33,7 +33,9 @@ def test_an_nvidia_image_keeps_what_it_has_and_gets_what_it_lacks(base, pins, tm
     constraint.write_text(
         "numpy==1.26.4\nmegatron-core==0.12.0\n"
     )  # as the image's own, which pip would read
-    done = base.run("dependencies", PIP_CONSTRAINT=str(constraint))
+    # What pip would take for installed, in a folder that is not the environment's.
+    elsewhere = base.unpacked(wheel(tmp_path, "megatron-core", offered["megatron-core"], ["numpy<2"]))
+    done = base.run("dependencies", PIP_CONSTRAINT=str(constraint), PYTHONPATH=str(elsewhere))
     assert done.returncode == 0, done.stderr
     assert f"unchanged: torch {NVIDIA_TORCH}" in done.stdout
     assert "rich stays at 14.0.0" in done.stdout

@@ -5,10 +5,7 @@ On CUDA the ranks share one GPU: gloo gathers CUDA tensors too.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
@@ -19,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import Case, assert_stats, backward, call, coded, decoded, on_cpu, product_of_cases
+from fork_server import start_server
 from torch import Tensor
 
 import vcrd
@@ -28,9 +26,7 @@ from vcrd import reference
 def spawn(job, size: int, folder: Path, device: torch.device) -> None:
     """Runs job(rank, device) on `size` ranks of one gloo group; any rank's failure fails the caller."""
     # Forked from a server that has imported torch once: each process of a plain spawn would import it anew.
-    preload = ["torch", "kernels_under_test", "vcrd.loss"]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # all that the server knows of where modules are
+    start_server(["torch", "kernels_under_test", "vcrd.loss"])
     arguments = (job, size, str(folder / "store"), str(device))
     mp.start_processes(_rank, arguments, nprocs=size, start_method="forkserver")
 
