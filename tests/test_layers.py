@@ -47,14 +47,15 @@ LAYERS = (
     Layer("vcrd/doctor/merge.py", ("vcrd.doctor.findings",), packages=()),
     Layer("vcrd/doctor/options.py", ("vcrd.planning.options", "vcrd.planning.scenario"), packages=()),
     Layer("vcrd/doctor/world.py", ("vcrd.planning.options",), packages=()),
-    Layer("vcrd/doctor/command.py", ("vcrd.doctor",), packages=()),
+    Layer("vcrd/doctor/command.py", ("vcrd.doctor",), packages=("torch",)),
     Layer("vcrd/doctor/loading.py", packages=()),
     Layer("vcrd/doctor/nvlink.py", ("vcrd.doctor.findings",), packages=()),
     Layer("vcrd/doctor/device.py", ("vcrd.doctor",), packages=("torch", "pynvml")),
+    Layer("vcrd/doctor/packages.py", ("vcrd.doctor",), packages=("torch", "megatron", "transformer_engine")),
     Layer(
         "vcrd/doctor/software.py",
         ("vcrd", "vcrd.doctor", "vcrd.ops"),
-        packages=("torch", "pynvml", "megatron", "transformer_engine"),
+        packages=("torch", "pynvml"),
     ),
     Layer(
         "vcrd/doctor/kernels.py",

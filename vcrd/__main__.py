@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text, status = options.run(options)
     except OptionError as error:
         options.parser.error(str(error))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     if text:
         print(text)
     return status

@@ -8,9 +8,11 @@ import pty
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import closing
 
 import pytest
@@ -88,6 +90,49 @@ def test_five_other_faults(tmp_path):
     assert got.line("kernels")["status"] == "not checked"
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "raise ImportError('libcudnn.so.9: cannot open shared object file')",
+            "cannot be imported: libcudnn.so.9",
+        ),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+            "whoever imports it is killed by SIGSEGV",
+        ),
+    ],
+)
+def test_a_torch_that_does_not_load_is_one_red_line(tmp_path, text, says):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(text)
+    got = run("--json", variables=environment([tmp_path]))
+    (line,) = got.findings
+    assert got.status == 1 and not got.err
+    assert line["name"] == "torch" and line["status"] == "fault" and line["found"].startswith(says)
+
+
+def test_what_hangs_takes_no_other_line_with_it_and_is_named(tmp_path):
+    os.mkfifo(tmp_path / "secret")  # as a file of a server that does not answer
+    variables = environment(
+        VCRD_SECRET_FILE=str(tmp_path / "secret"), VCRD_SHARPNES="1", NCCL_SOCKET_IFNAME="ib9"
+    )
+    got = run("--json", "--timeout", "8", "--student", "tp=1", "--teacher", "tp=1", variables=variables)
+    assert got.status == 1 and not got.err
+    found = {finding["name"]: finding["found"] for finding in got.faults}
+    assert set(found) == {"check", "settings", "interfaces"}
+    assert found["check"] == "secret: no answer within 8 seconds"
+    assert got.line("link")["found"] == "not measured, because the secret could not be read"
+
+
+def test_an_interrupted_command_says_no_more(tmp_path):
+    process = start(["--run-dir", str(tmp_path)], environment())
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    got = ended(process)
+    assert got.status in (0, 130) and "Traceback" not in got.err
+
+
 def test_a_good_machine_exits_with_0_and_says_what_it_could_not_check(tmp_path):
     variables = environment(VCRD_ADDRESS=f"127.0.0.1:{free_port()}")
     got = run("--run-dir", str(tmp_path), variables=variables)
@@ -135,7 +180,7 @@ def test_on_a_terminal_lines_are_broken_and_no_word_is_lost(tmp_path, columns):
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert max(map(len, plain.splitlines())) <= columns
     words = " ".join(plain.split())
-    for expected in ("cannot be written: Not a directory", "folder that this user may write on every node."):
+    for expected in ("cannot be written: Not a directory", "since a file is in its way."):
         assert expected in words.replace(folder, "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -101,6 +102,20 @@ def test_a_fault_of_one_gpu_is_one_red_line_that_names_it(monkeypatch, name, cha
     assert sum(finding.status == OK for finding in findings) >= 6 - (name == "gpus")
 
 
+def test_a_fault_that_several_gpus_have_is_one_line(monkeypatch):
+    gpus = [FakeGpu() for _ in range(8)]
+    for index in (1, 2, 5):
+        gpus[index] = replace(gpus[index], application_clock=1200)
+    text = only_fault(found(monkeypatch, FakeNvml(*gpus)), "gpu clocks")
+    assert text.startswith("GPU 1, GPU 2, GPU 5 is held at 1200 MHz")
+
+
+def test_another_package_of_its_name_is_told_from_nvidias(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", types.ModuleType("pynvml"))
+    (line,) = device.check(Job(World(), {}))
+    assert line.status == FAULT and "pip uninstall pynvml" in line.mend
+
+
 def test_a_driver_that_is_too_old_for_torch_names_the_one_that_is_needed(monkeypatch):
     nvml = node()
     nvml.cuda, nvml.driver = 12040, "550.54.15"
@@ -180,7 +195,7 @@ def test_gpus_that_torch_does_not_reach_are_a_fault(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", node())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    (line,) = software._torch_gpus(Job(World(), {}))
+    (line,) = software.torch_gpus(Job(World(), {}))
     assert line.status == FAULT and "built without CUDA" in line.found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -27,6 +28,10 @@ def job(variables: dict[str, str] | None = None, world: World = HERE, **more) ->
     return Job(world, variables, environment.link_settings(variables), **more)
 
 
+def checked(module, job: Job) -> list:
+    return [finding for check in module.CHECKS for finding in check(job)]
+
+
 def line(findings, name: str):
     (found,) = [finding for finding in findings if finding.name == name]
     return found
@@ -45,12 +50,23 @@ TWO_NODES = World(size=2, local_size=1, node="b1", expected=("b1", "b2"))
             "VCRD_SHARPNESS: expected a number, got 'much'",
             "Correct that variable",
         ),
-        ({"VCRD_PAYLOAD": "float8"}, "payload must be one of float16", "Correct that variable"),
+        ({"VCRD_PAYLOAD": "float8"}, "VCRD_PAYLOAD: must be one of float16", "Correct that variable"),
+        (
+            {"VCRD_VOCAB_SIZE": "0"},
+            "VCRD_VOCAB_SIZE: expected an integer of at least 1",
+            "Correct that variable",
+        ),
     ],
 )
 def test_a_setting_that_is_none_or_wrong(variables, found, mend):
-    got = line(environment.check(job(variables)), "settings")
+    got = line(checked(environment, job(variables)), "settings")
     assert got.status == FAULT and got.found.startswith(found) and got.mend.startswith(mend)
+
+
+def test_every_setting_that_is_wrong_has_a_line():
+    variables = {"VCRD_SHARPNES": "3", "VCRD_FLOOR": "abc", "VCRD_PAYLOAD": "flot16", "VCRD_CEILING": "2"}
+    texts = [f.found for f in checked(environment, job(variables)) if f.name == "settings" and f.mend]
+    assert [text.split()[0].strip(":") for text in texts] == ["VCRD_FLOOR", "VCRD_PAYLOAD", "VCRD_SHARPNES"]
 
 
 def test_settings_that_are_right_count_beside_wrong_ones():
@@ -59,7 +75,7 @@ def test_settings_that_are_right_count_beside_wrong_ones():
 
 
 def test_the_secret_is_never_shown():
-    got = line(environment.check(job({"VCRD_SECRET": "sesame", "VCRD_SHARPNESS": "2"})), "settings")
+    got = line(checked(environment, job({"VCRD_SECRET": "sesame", "VCRD_SHARPNESS": "2"})), "settings")
     assert got.found == "VCRD_SHARPNESS=2"
 
 
@@ -68,19 +84,19 @@ def test_a_secret_that_others_may_read(tmp_path):
     path.write_text("sesame")
     path.chmod(0o644)
     variables = {"VCRD_SECRET_FILE": str(path)}
-    got = line(environment.check(job(variables)), "secret")
+    got = line(checked(environment, job(variables)), "secret")
     assert got.status == FAULT and got.mend == f"Run `chmod 600 {path}`."
     path.chmod(stat.S_IRUSR | stat.S_IWUSR)
-    assert line(environment.check(job(variables)), "secret").status == OK
+    assert line(checked(environment, job(variables)), "secret").status == OK
     path.write_text("")
-    assert "must hold a secret" in line(environment.check(job(variables)), "secret").found
+    assert "must hold a secret" in line(checked(environment, job(variables)), "secret").found
 
 
 @pytest.mark.parametrize("name", ["NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "CUDA_LAUNCH_BLOCKING"])
 def test_a_switch_that_was_left_over(name):
-    got = line(environment.check(job({name: "1"})), "left over")
+    got = line(checked(environment, job({name: "1"})), "left over")
     assert got.status == FAULT and got.found.startswith(f"{name}=1") and got.mend == f"Unset {name}."
-    assert not [finding for finding in environment.check(job({name: "0"})) if finding.name == "left over"]
+    assert not [finding for finding in checked(environment, job({name: "0"})) if finding.name == "left over"]
 
 
 @pytest.fixture
@@ -91,10 +107,10 @@ def infiniband(tmp_path, monkeypatch):
 
 
 def test_infiniband_that_is_switched_off(infiniband, monkeypatch):
-    got = line(environment.check(job({"NCCL_IB_DISABLE": "1"})), "left over")
+    got = line(checked(environment, job({"NCCL_IB_DISABLE": "1"})), "left over")
     assert got.status == FAULT and "mlx5_0, mlx5_1" in got.found
     monkeypatch.setattr(environment, "_INFINIBAND", environment.Path("/nowhere"))
-    assert not [f for f in environment.check(job({"NCCL_IB_DISABLE": "1"})) if f.name == "left over"]
+    assert not [f for f in checked(environment, job({"NCCL_IB_DISABLE": "1"})) if f.name == "left over"]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +118,7 @@ def test_infiniband_that_is_switched_off(infiniband, monkeypatch):
     [("mlx5", OK), ("=mlx5_1:1", OK), ("mlx5_7", FAULT), ("=mlx5", FAULT), ("^mlx5_0", OK)],
 )
 def test_adapters_that_nccl_is_told_to_use(infiniband, text, status):
-    assert line(environment.check(job({"NCCL_IB_HCA": text})), "adapters").status == status
+    assert line(checked(environment, job({"NCCL_IB_HCA": text})), "adapters").status == status
 
 
 @pytest.mark.parametrize(
@@ -119,30 +135,40 @@ def test_adapters_that_nccl_is_told_to_use(infiniband, text, status):
     ],
 )
 def test_interfaces_that_nccl_and_gloo_are_told_to_use(name, text, status):
-    got = line(environment.check(job({name: text})), "interfaces")
+    got = line(checked(environment, job({name: text})), "interfaces")
     assert got.status == status and f"{name}={text}" in got.found
 
 
 def test_locked_memory_is_of_interest_with_infiniband_only(infiniband, monkeypatch):
     monkeypatch.setattr(environment.resource, "getrlimit", lambda what: (65536, 65536))
-    findings = environment.check(job())
+    findings = checked(environment, job())
     assert "0.0655 MB" in line(findings, "locked memory").found
     monkeypatch.setattr(environment, "_INFINIBAND", environment.Path("/nowhere"))
-    assert not [finding for finding in environment.check(job()) if finding.name == "locked memory"]
+    assert not [finding for finding in checked(environment, job()) if finding.name == "locked memory"]
 
 
 def test_too_few_open_files(monkeypatch):
     limits = {resource.RLIMIT_NOFILE: (1024, 4096), resource.RLIMIT_MEMLOCK: (-1, -1)}
     monkeypatch.setattr(environment.resource, "getrlimit", limits.get)
-    assert line(environment.check(job()), "open files").status == OK
-    got = line(environment.check(job(world=World(size=512, node="b1"))), "open files")
+    assert line(checked(environment, job()), "open files").status == OK
+    got = line(checked(environment, job(world=World(size=512, node="b1"))), "open files")
     assert got.status == FAULT and got.found == "1024 of a process, and a run of 512 needs 4096"
+
+
+def test_the_mend_of_open_files_heeds_the_hard_limit(monkeypatch):
+    for hard, mend in (
+        (1 << 20, "ulimit -n 65536"),
+        (4096, "ulimit -n 4096"),
+        (512, "LimitNOFILE of slurmd"),
+    ):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (256, hard))
+        assert mend in line(environment.open_files(job()), "open files").mend
 
 
 def test_shared_memory_of_a_container(monkeypatch):
     space = os.statvfs_result((4096, 4096, 16384, 16384, 16384, 1, 1, 1, 0, 255))  # 64 MiB
     monkeypatch.setattr(environment.os, "statvfs", lambda path: space)
-    got = line(environment.check(job()), "shared memory")
+    got = line(checked(environment, job()), "shared memory")
     assert got.status == FAULT and "0.0671 of 0.0671 GB" in got.found and "--shm-size" in got.mend
 
 
@@ -155,7 +181,7 @@ def test_connections_of_tensor_parallelism(monkeypatch, value, gpu, status):
     models = {"teacher": MODELS["Qwen3-32B"], "student": MODELS["Qwen3-4B"]}
     run = Scenario(**models, teacher_gpu=GPUS["h100"], student_gpu=GPUS["h100"], student_tensor=2)
     variables = {} if value is None else {"CUDA_DEVICE_MAX_CONNECTIONS": value}
-    findings = environment.check(job(variables, scenario=run))
+    findings = checked(environment, job(variables, scenario=run))
     assert line(findings, "connections").status == status
 
 
@@ -171,48 +197,52 @@ def listening(port: int):
 def test_a_port_in_use():
     port = free_port()
     variables = {"VCRD_ADDRESS": f"127.0.0.1:{port}"}
-    assert line(network.check(job(variables, ports=(port,))), "address").status == OK
+    assert line(checked(network, job(variables, ports=(port,))), "address").status == OK
     with listening(port):
-        findings = network.check(job(variables, ports=(port,)))
+        findings = checked(network, job(variables, ports=(port,)))
         for name in ("address", "ports"):
             got = line(findings, name)
             assert got.status == FAULT and str(port) in got.found and f"sport = :{port}" in got.mend
-        assert line(network.check(job(variables, during_run=True)), "address").status == UNCHECKED
-        alone = network.check(job({"MASTER_PORT": str(port)}))
+        assert line(checked(network, job(variables, during_run=True)), "address").status == UNCHECKED
+        alone = checked(network, job({"MASTER_PORT": str(port)}))
         assert line(alone, "ports").found == f"port {port} is taken"
-    assert line(network.check(job(variables, ports=(port,))), "ports").found == f"{port} free"
+    assert line(checked(network, job(variables, ports=(port,))), "ports").found == f"{port} free"
 
 
 def test_an_address_that_no_other_node_finds():
-    got = line(network.check(job({"VCRD_ADDRESS": "localhost:29600"}, TWO_NODES)), "address")
+    got = line(checked(network, job({"VCRD_ADDRESS": "localhost:29600"}, TWO_NODES)), "address")
     assert got.status == FAULT and "where no other node finds it" in got.found
     one_node = World(size=2, local_size=2, node="b1")
     assert (
-        line(network.check(job({"VCRD_ADDRESS": f"localhost:{free_port()}"}, one_node)), "address").status
+        line(checked(network, job({"VCRD_ADDRESS": f"localhost:{free_port()}"}, one_node)), "address").status
         == OK
     )
 
 
+def test_an_address_that_nobody_gave_is_no_fault_of_several_nodes():
+    assert line(checked(network, job({}, TWO_NODES)), "address").status == UNCHECKED
+
+
 def test_an_address_of_another_machine_or_of_none():
-    got = line(network.check(job({"VCRD_ADDRESS": "198.51.100.7:29600"})), "address")
+    got = line(checked(network, job({"VCRD_ADDRESS": "198.51.100.7:29600"})), "address")
     assert got.status == UNCHECKED and "another machine" in got.found
-    got = line(network.check(job({"VCRD_ADDRESS": "no-such-host.invalid:29600"})), "address")
+    got = line(checked(network, job({"VCRD_ADDRESS": "no-such-host.invalid:29600"})), "address")
     assert got.status == FAULT and "cannot be resolved" in got.found
 
 
 def test_an_interface_that_is_not_there():
-    got = line(network.check(job({"VCRD_INTERFACE": "ib7"})), "link interface")
-    assert got.status == FAULT and "VCRD_INTERFACE=ib7" in got.found and "lo" in got.mend
-    got = line(network.check(job({"VCRD_INTERFACE": "lo"})), "link interface")
+    got = line(checked(network, job({"VCRD_INTERFACE": "ib7"})), "link interface")
+    assert got.status == FAULT and "VCRD_INTERFACE=ib7" in got.found and "one of lo, " in got.found
+    got = line(checked(network, job({"VCRD_INTERFACE": "lo"})), "link interface")
     assert got.status == OK and "127.0.0.1" in got.found
 
 
 def test_a_host_name_that_only_this_node_finds(monkeypatch):
     monkeypatch.setattr(network.socket, "gethostname", lambda: "localhost")
-    got = line(network.check(job(world=TWO_NODES)), "host name")
+    got = line(checked(network, job(world=TWO_NODES)), "host name")
     assert got.status == FAULT and "GLOO_SOCKET_IFNAME" in got.mend
-    assert line(network.check(job({"GLOO_SOCKET_IFNAME": "lo"}, TWO_NODES)), "host name").status == OK
-    assert line(network.check(job()), "host name").status == OK
+    assert line(checked(network, job({"GLOO_SOCKET_IFNAME": "lo"}, TWO_NODES)), "host name").status == OK
+    assert line(checked(network, job()), "host name").status == OK
 
 
 def test_a_folder_that_can_be_written(tmp_path):
@@ -239,3 +269,23 @@ def test_too_little_space(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "statvfs", lambda path: space)
     got = line(files.check(job(run_dir=str(tmp_path))), "space")
     assert got.status == FAULT and "0.41 GB free" in got.found
+
+
+def test_the_folder_of_telemetry(tmp_path):
+    (tmp_path / "file").touch()
+    assert files.telemetry(job()) == []
+    (got,) = files.telemetry(job({"VCRD_TELEMETRY_DIR": str(tmp_path / "records")}))
+    assert got.status == OK and not list((tmp_path / "records").iterdir())
+    (got,) = files.telemetry(job({"VCRD_TELEMETRY_DIR": str(tmp_path / "file")}))
+    assert got.status == FAULT and "since a file is in its way" in got.mend
+    (got,) = files.telemetry(job({"VCRD_TELEMETRY_DIR": "/proc/records"}))
+    assert got.status == FAULT and "may write on every node" in got.mend
+
+
+def test_a_full_folder_is_not_taken_for_one_without_permission(tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "_write", full)
+    (got,) = files.check(job(run_dir=str(tmp_path)))
+    assert "No space left" in got.found and got.mend.startswith("Remove old checkpoints")

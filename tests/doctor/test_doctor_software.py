@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 
@@ -10,14 +11,21 @@ import torch
 import wrong_apex
 
 from vcrd import ops
-from vcrd.doctor import software
+from vcrd.doctor import loading, packages, software
 from vcrd.doctor.findings import FACT, FAULT, OK, UNCHECKED
 from vcrd.doctor.job import Job
 from vcrd.doctor.world import World
 
+ALONE = Job(World(), {})
+
+
+def only(findings):
+    (line,) = findings
+    return line
+
 
 def test_what_is_here_has_no_fault():
-    findings = software.check(Job(World(), {}))
+    findings = [f for check in (*software.CHECKS, *packages.CHECKS) for f in check(ALONE)]
     assert not [finding for finding in findings if finding.mend]
     texts = {finding.name: finding.found for finding in findings}
     assert texts["torch"].startswith(torch.__version__)
@@ -33,7 +41,7 @@ def on_path(tmp_path, monkeypatch):
 
 def test_apex_from_pypi_is_recognised_by_what_it_is(on_path):
     wrong_apex.install(on_path)
-    line = software._apex()
+    line = only(packages.apex(ALONE))
     assert (
         line.status == FAULT
         and "apex 0.9.10.dev0 from PyPI is another project (Pyramid toolkit" in line.found
@@ -44,14 +52,14 @@ def test_apex_from_pypi_is_recognised_by_what_it_is(on_path):
 def test_nvidias_apex_is_not_taken_for_it(on_path):
     (on_path / "apex" / "optimizers").mkdir(parents=True)
     (on_path / "apex" / "__init__.py").touch()
-    line = software._apex()
+    line = only(packages.apex(ALONE))
     assert line.status == FAULT and "without its CUDA extensions" in line.found
     (on_path / "amp_C.py").touch()
-    assert software._apex().status == OK
+    assert only(packages.apex(ALONE)).status == OK
 
 
 def test_no_apex_is_no_fault():
-    assert software._apex().status == FACT
+    assert only(packages.apex(ALONE)).status == FACT
 
 
 def test_the_extension_says_for_which_gpus_it_was_built():
@@ -85,13 +93,13 @@ def test_an_extension_for_other_gpus_is_a_fault_that_names_both(gpu):
 
 def test_torch_for_other_gpus_is_a_fault(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_100", "sm_120"])
-    (line,) = software._torch_gpus(Job(World(), {}))
+    (line,) = software.torch_gpus(Job(World(), {}))
     assert line.status == FAULT and "9.0; torch is built for sm_100, sm_120" in line.found
 
 
 def test_fewer_gpus_than_processes_is_a_fault(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    (line,) = software._torch_gpus(Job(World(size=8, local_size=8), {}))
+    (line,) = software.torch_gpus(Job(World(size=8, local_size=8), {}))
     assert line.status == FAULT and line.found == "4 for 8 processes on this node"
 
 
@@ -118,7 +126,7 @@ def test_an_extension_that_does_not_load_says_why_in_words(monkeypatch, said, fo
         return real(name, *rest)
 
     monkeypatch.setattr(software.importlib, "import_module", broken)
-    (line,) = software._extension()
+    (line,) = software.extension(ALONE)
     assert line.status == FAULT and re.search(found, line.found), line
     assert "pip install --no-build-isolation" in line.mend
 
@@ -126,32 +134,105 @@ def test_an_extension_that_does_not_load_says_why_in_words(monkeypatch, said, fo
 def test_an_extension_that_was_built_with_another_torch_names_both(monkeypatch):
     stub = types.SimpleNamespace(torch_version="2.6.0", **vars(built("9.0a")))
     monkeypatch.setattr(ops, "_C", stub)
-    line = software._extension()[0]
+    line = software.extension(ALONE)[0]
     assert line.status == FAULT and line.found == f"built with torch 2.6.0, and this is {torch.__version__}"
 
 
 @pytest.mark.parametrize(("number", "status"), [("0.15.3", FAULT), ("0.16.0", OK)])
 def test_a_megatron_that_is_too_old_is_a_fault(monkeypatch, number, status):
-    monkeypatch.setattr(software, "version", lambda name: number)
-    assert software._megatron().status == status
+    monkeypatch.setattr(packages, "version", lambda name: number)
+    assert only(packages.megatron_core(ALONE)).status == status
 
 
-def test_a_package_that_does_not_load_is_a_fault(on_path, monkeypatch):
-    folder = on_path / "transformer_engine"
-    folder.mkdir()
-    (folder / "__init__.py").touch()
-    (folder / "pytorch.py").write_text("raise OSError('libtransformer_engine.so: undefined symbol: x')\n")
+@pytest.fixture
+def engine(on_path, monkeypatch):
+    """A function that puts a Transformer Engine there, of files and their text, which is forgotten in the end."""
+
+    def install(**files: str) -> None:
+        folder = on_path / "transformer_engine"
+        folder.mkdir()
+        for name in ("__init__", "pytorch"):
+            (folder / f"{name}.py").write_text(files.get(name, ""))
+
     monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
-    assert software._transformer_engine().status == UNCHECKED  # no GPU here, on which alone it would load
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    line = software._transformer_engine()
-    assert line.status == FAULT and "undefined symbol: x" in line.found
+    yield install
     for name in ("transformer_engine", "transformer_engine.pytorch"):
         sys.modules.pop(name, None)
 
 
+BROKEN = "raise OSError('libtransformer_engine.so: undefined symbol: x')\n"
+
+
+def test_a_package_that_does_not_load_is_a_fault(engine, monkeypatch):
+    engine(pytorch=BROKEN)
+    # No GPU here, on which alone it would load.
+    assert only(packages.transformer_engine(ALONE)).status == UNCHECKED
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    line = only(packages.transformer_engine(ALONE))
+    assert line.status == FAULT and "undefined symbol: x" in line.found
+
+
+def test_a_transformer_engine_that_breaks_megatron_core_is_named_and_not_megatron_core(engine, monkeypatch):
+    engine(__init__=BROKEN)
+    # As megatron.core, whose own import tries it; here that has been imported long ago.
+    (importer := types.ModuleType("imports_engine")).__path__ = []
+    monkeypatch.setitem(sys.modules, "imports_engine", importer)
+    real = packages.importlib.import_module
+    monkeypatch.setattr(
+        packages.importlib,
+        "import_module",
+        lambda name: real("transformer_engine" if name == "megatron.core" else name),
+    )
+    line = only(packages.megatron_core(ALONE))
+    assert line.status == UNCHECKED and "before transformer_engine can" in line.found
+    line = only(packages.transformer_engine(ALONE))
+    assert (
+        line.status == FAULT and "undefined symbol: x" in line.found and "--no-build-isolation" in line.mend
+    )
+
+
+def test_an_old_megatron_core_is_told_before_it_is_imported(monkeypatch):
+    monkeypatch.setattr(packages, "version", lambda name: "0.12.0")
+    monkeypatch.setattr(packages, "failure_of", lambda name: pytest.fail("imported"))
+    assert only(packages.megatron_core(ALONE)).found == "0.12.0, and vcrd is for 0.16 and newer"
+
+
+def test_a_mend_of_megatron_core_leaves_torch_alone(monkeypatch):
+    monkeypatch.setattr(packages, "failure_of", lambda name: packages.Failure("no module named x", ""))
+    assert "--no-deps" in only(packages.megatron_core(ALONE)).mend
+
+
+def test_a_folder_that_is_taken_for_apex_is_named(on_path):
+    (on_path / "apex" / "apex").mkdir(parents=True)
+    line = only(packages.apex(ALONE))
+    assert line.status == FAULT and f"{on_path}/apex is taken for it" in line.found
+    assert "uninstall" not in line.mend
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "is killed by SIGSEGV"),
+        ("import time; time.sleep(60)", "has not finished within 0.5 seconds"),
+        ("raise ImportError", ""),
+    ],
+)
+def test_what_becomes_of_who_imports_it_is_found_out_once_and_leaves_no_process(on_path, text, says):
+    module = f"bad_module_{len(says)}"
+    (on_path / f"{module}.py").write_text(text)
+    assert [loading.cannot_bear(module, 0.5) for _ in range(2)] == [says] * 2
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_an_extension_that_hangs_is_not_loaded_here(monkeypatch):
+    monkeypatch.setattr(loading, "cannot_bear", lambda module, seconds: "has not finished within 30 seconds")
+    line = only(software.extension(ALONE))
+    assert line.status == FAULT and "whoever loads it has not finished" in line.found
+
+
 def test_without_rich_one_line_says_so(monkeypatch):
-    real = software.find_spec
-    monkeypatch.setattr(software, "find_spec", lambda name: None if name == "rich" else real(name))
-    (line,) = software._rich()
+    real = packages.find_spec
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "rich" else real(name))
+    (line,) = packages.rich(ALONE)
     assert line.status == FACT and "pip install rich" in line.found

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from doctor_runs import ROOT, SECONDS, Step, ended, environment, slurm, start
 from ports import free_port
+from waiting import wait_until
 
 from vcrd.doctor import examination
 from vcrd.doctor.findings import Finding, fact, fault, ok
@@ -69,7 +70,8 @@ os.kill(os.getpid(), 9)
 
 def test_a_rank_that_never_comes_and_one_that_is_killed_are_named(tmp_path):
     nodes = (*NODES, "b4")
-    step = Step(nodes, "--run-dir", str(tmp_path), "--timeout", "20", absent=[2, 3])
+    options = ("--run-dir", str(tmp_path), "--student", "tp=2", "--teacher", "tp=2", "--seconds", "0.5")
+    step = Step(nodes, *options, "--timeout", "20", absent=[2, 3])
     variables = environment(**slurm(2, nodes, step.port))
     lost = subprocess.run([sys.executable, "-c", LEAVES], env=variables, cwd=ROOT, timeout=SECONDS)
     got = step.ended()[0]
@@ -80,6 +82,24 @@ def test_a_rank_that_never_comes_and_one_that_is_killed_are_named(tmp_path):
         "rank 2 on b3 came and was lost, or took too long",
     ]
     assert got.line("shared folder")["status"] == "ok"  # the two that are left are looked at
+    # The teacher's ranks are not there, of which there are lines: no cable is blamed for it.
+    line = got.line("link")
+    assert line["status"] == "not checked" and line["found"].startswith(
+        "0 of 2 pairs were measured, without ranks 2, 3"
+    )
+
+
+def test_where_rank_0_is_lost_nothing_stays_in_the_shared_folder(tmp_path):
+    options = ("--run-dir", str(tmp_path), "--timeout", "20")
+    (hangs := tmp_path.parent / "hangs").mkdir()
+    text = "import time\nfrom vcrd.doctor.files import Shared\nShared.look = lambda *_: time.sleep(600)\n"
+    (hangs / "sitecustomize.py").write_text(text)
+    step = Step(("b1", "b2"), *options, each={0: {"path": [hangs]}})
+    wait_until(lambda: len(list(tmp_path.glob(".vcrd-doctor-*-*"))) == 2, 120, "both have written")
+    step.processes[0].kill()
+    got = step.ended()[1]
+    assert got.status == 1 and "rank 0 does not answer b2" in got.err
+    assert not list(tmp_path.glob(".vcrd-doctor-*-1"))
 
 
 def test_without_rank_0_a_process_says_so_and_ends():

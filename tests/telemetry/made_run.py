@@ -106,6 +106,8 @@ def _figures(rank: int, intervals: int, every: int):
             **{"divergence": 0.9 * loss, "cross_entropy": 1.4 + loss, "weight": 1 - 0.1 * part},
             **{"weight_p10": 0.6 - 0.2 * part, "weight_p90": 1.4, "agreement": 0.5 + 0.3 * part},
             **{"student_more_valid": 0.2 + 0.25 * part, "verifier_time": 0.0, "teacher_wait": wait},
+            **{"forward": 0.25 * seconds + wait, "backward": 0.3 * seconds, "gradients": 0.03 * seconds},
+            "between": 0.1 * seconds,
             "teacher_wait_by_replica": {"0": 0.4 * wait, "1": wait}
             if number % 3
             else {"0": wait, "1": 0.2 * wait},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
 import subprocess
 import sys
@@ -45,7 +47,10 @@ def test_every_section_is_there(page):
         *("Circles &amp; &lt;lines&gt;", "waiting for teacher replica 1", "Teacher replica 1"),
     ):
         assert part in text, part
-    assert re.search(r"Of 0\.8 s a step in the mean: 8\d % computing and all else", text)
+    assert re.search(
+        r"Of 0\.8 s a step in the mean: 25 % forward, 30 % backward, with the pipeline, 3 % adding up gradients",
+        text,
+    )
     assert "Idle 60 % of the time in which a student" in text and "Idle 30 % of the time" in text
     assert "@" not in re.sub(r"base64,[^\"]*", "", text).split("</style>", 1)[1]
     assert not re.search(r"""(src|href)=["']?(http|//|file)""", text), "the page must stand alone"
@@ -77,7 +82,7 @@ def assert_a_picture(png: bytes) -> None:
 
     pixels = numpy.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=int).reshape(-1, 3)
     assert 0.5 < (pixels.min(1) > 230).mean() < 0.98
-    for colour in ((59, 111, 182), (194, 97, 26), (34, 38, 43), (77, 106, 140)):
+    for colour in ((59, 111, 182), (194, 97, 26), (34, 38, 43), (47, 74, 107)):
         near = (abs(pixels - colour) < 12).all(1).mean()
         assert near > 1e-4, colour
 
@@ -132,6 +137,77 @@ def test_an_iteration_that_was_trained_again_counts_once(tmp_path):
     assert [loss > 999 for loss in figures["loss"]] == [False] * 6 + [True] * 3 + [False]
 
 
+def page_of(folder) -> str:
+    assert main(["report", str(folder)]) == 0
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def edited(folder, change):
+    """The last student rank's records, those that `change` has worked on; what it returns takes their place."""
+    path = folder / "student-00003.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(change(record)) + "\n" for record in records))
+    return folder
+
+
+def test_a_loss_that_is_no_number_stands_out(tmp_path):
+    def change(record, last):
+        iteration = record["iteration"]
+        return {**record, "loss": None} if record["kind"] == "figures" and 50 <= iteration <= last else record
+
+    folder = made_run.write(tmp_path / "run", intervals=20)
+    text = page_of(edited(folder, lambda record: change(record, 90)))
+    assert "The loss was no number (NaN or infinite).<small>5 times, iterations 50 to 90" in text
+    folder = made_run.write(tmp_path / "all", intervals=2)
+    text = page_of(edited(folder, lambda record: {**record, "loss": None}))
+    assert "twice, iterations 10 and 20" in text and "no value is a number" in text
+
+
+def test_a_run_without_parts_of_its_steps_has_its_waits(tmp_path):
+    def change(record):
+        return {
+            name: value for name, value in record.items() if name not in ("forward", "backward", "gradients")
+        }
+
+    text = page_of(edited(made_run.write(tmp_path / "run", intervals=5), change))
+    assert re.search(r"\d+ % computing and all else", text) and "% forward" not in text
+
+
+def test_records_of_another_shape_are_passed_over(tmp_path):
+    folder = made_run.write(tmp_path / "run", intervals=3, records=10)
+    for content in ('{"samples": [{"name": "x"}]}', "[1]", '{"samples": [{"stages": {"a": [["b"]]}}]}', "{"):
+        (folder / "tokens.json").write_text(content)
+        assert "Where the teacher pulls" not in page_of(folder)
+    with open(folder / "student-00003.jsonl", "a") as file:
+        for odd in (
+            {"kind": "rank"},
+            {"seconds": "long"},
+            {"kind": "figures", "loss": "low"},
+            {"kind": "figures", "weight_histogram": "none"},
+            {"kind": "figures", "teacher_wait_by_replica": {"first": 1}},
+        ):
+            whole = {"time": made_run.BEGIN, "role": "student", "rank": 3, "iteration": 1, "kind": "rank"}
+            file.write(json.dumps(odd if odd == {"kind": "rank"} else {**whole, **odd}) + "\n")
+    assert "10 to 30" in page_of(folder) or "1 to 30" in page_of(folder)
+
+
+def test_a_folder_above_the_records_names_theirs(tmp_path, capsys):
+    folder = made_run.write(tmp_path / "records", intervals=1)
+    assert refusal(capsys, str(tmp_path)).endswith(f"found none; {folder} has some")
+
+
+def test_a_page_is_utf_8_whatever_the_locale(tmp_path):
+    folder = made_run.write(tmp_path / "run", intervals=2)
+    (folder / "tokens.json").write_text(
+        '{"samples": [{"name": "\u03c0", "stages": {"a": [["\u2265", 1.0]]}}]}'
+    )
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "vcrd", "report", str(folder)]
+    done = subprocess.run(command, env={**os.environ, **plain}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "≥" in (folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_what_cannot_be_drawn_is_one_sentence(tmp_path, capsys):
     assert "RUN_DIR: expected the folder of a run (telemetry_dir), got " in refusal(
         capsys, str(tmp_path / "no")
@@ -152,4 +228,4 @@ def test_without_matplotlib_it_is_one_sentence(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "the package matplotlib is needed to draw the page (pip install vcrd[report])" in done.stderr
+    assert "the package matplotlib is needed to draw the page (pip install matplotlib)" in done.stderr

@@ -59,6 +59,11 @@ def test_every_rank_leaves_its_records(trained):
     for record in figures:
         first, counts = record["weight_histogram"]
         assert sum(counts) == record["tokens"] == sum(record["validity_histogram"]) and 0 < first < 256
+        parts = [record[name] for name in ("forward", "backward", "gradients", "between")]
+        assert all(part >= 0 for part in parts) and record["forward"] > 0 and record["backward"] > 0
+        # The first step's begins with its first forward step.
+        assert sum(parts) <= record["seconds"] + 0.05 and sum(parts) > 0.5 * record["seconds"]
+        assert record["forward"] >= record["teacher_wait_by_replica"]["0"]
         assert record["steps"] == 1 and 0 < record["teacher_wait_by_replica"]["0"] <= record["seconds"]
 
 
@@ -85,6 +90,7 @@ def test_a_page_is_made_of_it(trained, capsys):
     for text in (
         "2 ranks: tensor 2",
         "waiting for teacher replica 0",
+        "% forward, ",
         "Weights of the tokens",
         "No GPU was measured",
     ):

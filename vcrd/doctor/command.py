@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import importlib
 import json
 import logging
 import os
@@ -10,8 +12,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 
+from vcrd.doctor import loading
+from vcrd.doctor.findings import fault, first_line
 from vcrd.doctor.options import Asked, asked_of
 from vcrd.doctor.world import World, world_of
+
+_MOST_PATIENCE = 300.0  # seconds, beside what --timeout allows each of the parts
 
 SUMMARY = "whether a run will work on this machine, or under srun or torchrun on all of its nodes"
 DESCRIPTION = """\
@@ -32,14 +38,19 @@ def run(options: argparse.Namespace) -> tuple[str, int]:
     asked, world = asked_of(options), world_of(os.environ)
     # torch writes of every attempt to reach a store that is not there yet, and of the last one too.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    if why := _no_torch(asked.timeout):
+        return _without_torch(asked, world, why)
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    # What holds the interpreter itself cannot be waited for with patience.
+    faulthandler.dump_traceback_later(_MOST_PATIENCE + 8 * asked.timeout + asked.seconds, exit=True)
     try:
         # Here, for it imports torch, and a wrong option should not have to wait for that.
         from vcrd.doctor.examination import examine
 
         outcome = examine(asked, world)
     finally:
+        faulthandler.cancel_dump_traceback_later()
         logging.disable(before)
     if outcome.excuse:
         print(f"python -m vcrd doctor: {outcome.excuse}", file=sys.stderr)
@@ -47,6 +58,25 @@ def run(options: argparse.Namespace) -> tuple[str, int]:
     if world.rank:
         return "", 0  # rank 0 prints, and its status is that of all
     return _shown(asked, world, outcome.findings, outcome.nodes), int(any(f.mend for f in outcome.findings))
+
+
+def _no_torch(seconds: float) -> str:
+    """Why torch cannot be imported here; empty where it can."""
+    if why := loading.cannot_bear("torch", seconds):
+        return f"whoever imports it {why}"
+    try:
+        importlib.import_module("torch")
+    except Exception as error:  # whatever it raises is what the run would see
+        return f"cannot be imported: {first_line(error)}"
+    return ""
+
+
+def _without_torch(asked: Asked, world: World, why: str) -> tuple[str, int]:
+    if world.rank:  # rank 0 will say that this one did not come
+        print(f"python -m vcrd doctor: torch on {world.node}: {why}", file=sys.stderr)
+        return "", 1
+    mend = "Install torch anew in this environment (pytorch.org has the command), or use another container image."
+    return _shown(asked, world, [fault("torch", f"{why}; nothing else was looked at", mend)], [world.node]), 1
 
 
 def _shown(asked: Asked, world: World, findings: Sequence, nodes: Sequence[str]) -> str:

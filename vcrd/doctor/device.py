@@ -8,11 +8,11 @@ from __future__ import annotations
 import glob
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vcrd.doctor import nvlink
-from vcrd.doctor.findings import Finding, fact, fault, ok, unchecked
+from vcrd.doctor.findings import Finding, fact, fault, first_line, ok, unchecked
 from vcrd.doctor.job import Job
 
 # CUDA release notes: the driver from which on every minor version of a CUDA runs.
@@ -21,6 +21,7 @@ _ALIKE = (
     "Give every node the same number and kind of GPUs, or say with --teacher-gpu that they are to differ."
 )
 _TAKEN = 1 << 30  # bytes in use that nobody answers for: more than a driver keeps for itself
+_SOME = "\0"  # stands for the names of GPUs
 _SLOW = {
     "nvmlClocksEventReasonHwThermalSlowdown": "it is too hot",
     "nvmlClocksEventReasonSwThermalSlowdown": "it is too hot",
@@ -48,13 +49,15 @@ def check(job: Job) -> list[Finding]:
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
-        return [
-            fault(
-                "nvidia-ml-py",
-                "not installed, so that driver and GPUs cannot be looked at",
-                "Run `pip install nvidia-ml-py`.",
-            )
-        ]
+        text = "not installed, so that driver and GPUs cannot be looked at"
+        return [fault("nvidia-ml-py", text, "Run `pip install nvidia-ml-py`.")]
+    except Exception as error:  # of another package of this name
+        nvml, text = None, f"the package pynvml cannot be imported: {first_line(error)}"
+    else:
+        text = "the package pynvml here is another one"
+    if not hasattr(nvml, "nvmlInit"):
+        mend = "Run `pip uninstall pynvml`, and `pip install --force-reinstall nvidia-ml-py`."
+        return [fault("nvidia-ml-py", text, mend)]
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
@@ -165,10 +168,15 @@ def _kinds(gpus: list[Gpu], job: Job) -> Finding:
 
 
 def _summed(each: Callable[[Gpu, Job], Finding | None], gpus: list[Gpu], job: Job) -> list[Finding]:
-    """Faults one by one; one line for all GPUs that have none."""
-    found = [finding for gpu in gpus if (finding := each(gpu, job))]
-    good = [finding for finding in found if not finding.mend]
-    wrong = [finding for finding in found if finding.mend]
+    """One line for all GPUs that have the same fault, and one for all that have none."""
+    found = [(gpu, finding) for gpu in gpus if (finding := each(gpu, job))]
+    good = [finding for _, finding in found if not finding.mend]
+    alike: dict[Finding, list[str]] = {}
+    for gpu, finding in found:
+        if finding.mend:
+            without = replace(finding, found=finding.found.replace(gpu.name, _SOME, 1))
+            alike.setdefault(without, []).append(gpu.name)
+    wrong = [replace(f, found=f.found.replace(_SOME, ", ".join(names))) for f, names in alike.items()]
     if good:
         texts = dict.fromkeys(finding.found for finding in good)
         first = good[0]

@@ -31,55 +31,54 @@ _LEFT_OVER = {
 }
 
 
-def check(job: Job) -> list[Finding]:
-    found = [_settings(job.environment), *_secret(job.link), *_left_over(job.environment), _connections(job)]
-    found += _interfaces(job.environment) + _adapters(job.environment)
-    if job.first_on_node:
-        found += [_shared_memory(), _open_files(job), *_locked_memory()]
-    return found
-
-
 def link_settings(environment: Mapping[str, str]) -> LinkSettings:
-    """Those of the run, without the variables that are wrong: `check` has a line for these."""
+    """Those of the run, without the variables that are wrong: `settings` has lines for these."""
+    return DistillSettings.from_environment(_sorted_out(environment)[0]).link
+
+
+def _sorted_out(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The settings of vcrd that are right, and what is wrong with the others, by name."""
     good: dict[str, str] = {}
-    for name in environment:
+    wrong: dict[str, str] = {}
+    for name in sorted(environment):
         if name.startswith("VCRD_"):
             try:
                 DistillSettings.from_environment({**good, name: environment[name]})
-            except (TypeError, ValueError):
+            except (TypeError, ValueError) as error:
+                wrong[name] = first_line(error)
                 continue
             good[name] = environment[name]
-    return DistillSettings.from_environment(good).link
+    return good, wrong
 
 
-def _settings(environment: Mapping[str, str]) -> Finding:
-    given = sorted(name for name in environment if name.startswith("VCRD_"))
-    try:
-        DistillSettings.from_environment(environment)
-    except (TypeError, ValueError) as error:
-        known = ["VCRD_" + f.name.upper() for kind in (DistillSettings, LinkSettings) for f in fields(kind)]
-        name = first_line(error).partition(":")[0]
-        if name in given and name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            mend = f"Write {close[0]}, if that was meant, or unset it." if close else "Unset it."
-            return fault("settings", f"{name} is no setting of vcrd", mend)
-        return fault(
-            "settings",
-            first_line(error),
-            "Correct that variable (VCRD_ and its name in capitals), or unset it.",
-        )
+def settings(job: Job) -> list[Finding]:
+    good, wrong = _sorted_out(job.environment)
+    if wrong:
+        return [_wrong_setting(name, text) for name, text in wrong.items()]
     # Of these one must not be shown, and the other may differ from process to process.
-    shown = [name for name in given if name not in ("VCRD_SECRET", "VCRD_INTERFACE")]
-    text = ", ".join(f"{name}={environment[name]}" for name in shown) or "none set, so the defaults hold"
-    return ok("settings", text, alike="Set the VCRD_ variables alike in all processes.")
+    shown = [name for name in good if name not in ("VCRD_SECRET", "VCRD_INTERFACE")]
+    text = ", ".join(f"{name}={good[name]}" for name in shown) or "none set, so the defaults hold"
+    return [ok("settings", text, alike="Set the VCRD_ variables alike in all processes.")]
 
 
-def _secret(link: LinkSettings) -> list[Finding]:
-    if link.secret_file is None:
+def _wrong_setting(name: str, text: str) -> Finding:
+    known = ["VCRD_" + f.name.upper() for kind in (DistillSettings, LinkSettings) for f in fields(kind)]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        mend = f"Write {close[0]}, if that was meant, or unset it." if close else "Unset it."
+        return fault("settings", f"{name} is no setting of vcrd", mend)
+    # Settings name themselves, some as a field and some as the variable.
+    own = "|".join(map(re.escape, (name, name.removeprefix("VCRD_").lower())))
+    text = re.sub(f"^({own}):? ", "", text)
+    return fault("settings", f"{name}: {text}", "Correct that variable, or unset it.")
+
+
+def secret(job: Job) -> list[Finding]:
+    if job.link.secret_file is None:
         return []
-    path = os.fspath(link.secret_file)
+    path = os.fspath(job.link.secret_file)
     try:
-        link.shared_secret()
+        job.link.shared_secret()
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         return [
@@ -94,7 +93,8 @@ def _secret(link: LinkSettings) -> list[Finding]:
     return [ok("secret", f"in {path}")]
 
 
-def _left_over(environment: Mapping[str, str]) -> list[Finding]:
+def left_over(job: Job) -> list[Finding]:
+    environment = job.environment
     found = [
         fault("left over", f"{name}=1: {what}", f"Unset {name}.")
         for name, what in _LEFT_OVER.items()
@@ -110,25 +110,27 @@ def _on(text: str | None) -> bool:
     return text is not None and text.strip() not in ("", "0")
 
 
-def _connections(job: Job) -> Finding:
+def connections(job: Job) -> list[Finding]:
     name = "CUDA_DEVICE_MAX_CONNECTIONS"
     value = job.environment.get(name)
     if job.tensor_size > 1 and value != "1" and torch.cuda.is_available():
-        return fault(
-            "connections",
-            f"{name} is {value or 'not set'} with tensor parallelism {job.tensor_size}",
-            f"Set {name}=1, as Megatron asks for (with FSDP, or on Blackwell, it may stay otherwise).",
-        )
+        return [
+            fault(
+                "connections",
+                f"{name} is {value or 'not set'} with tensor parallelism {job.tensor_size}",
+                f"Set {name}=1, as Megatron asks for (with FSDP, or on Blackwell, it may stay otherwise).",
+            )
+        ]
     text = f"{name}={value}" if value else f"{name} is not set; Megatron wants 1 with tensor parallelism"
-    return (fact if value != "1" else ok)("connections", text)
+    return [(fact if value != "1" else ok)("connections", text)]
 
 
-def _interfaces(environment: Mapping[str, str]) -> list[Finding]:
+def interfaces(job: Job) -> list[Finding]:
     """What NCCL and gloo are told to use: names or beginnings of names, "^" for all but these, "=" for no more."""
     here = [name for _, name in socket.if_nameindex()]
     found = []
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-        text = environment.get(variable)
+        text = job.environment.get(variable)
         if not text:
             continue
         but, exact, names = re.fullmatch(r"(\^?)(=?)(.*)", text).groups()
@@ -147,8 +149,8 @@ def _interfaces(environment: Mapping[str, str]) -> list[Finding]:
     return found
 
 
-def _adapters(environment: Mapping[str, str]) -> list[Finding]:
-    text, here = environment.get("NCCL_IB_HCA"), _names(_INFINIBAND)
+def adapters(job: Job) -> list[Finding]:
+    text, here = job.environment.get("NCCL_IB_HCA"), _names(_INFINIBAND)
     if not text:
         return []
     but, exact, names = re.fullmatch(r"(\^?)(=?)(.*)", text).groups()
@@ -173,37 +175,54 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _shared_memory() -> Finding:
+def shared_memory(job: Job) -> list[Finding]:
+    if not job.first_on_node:
+        return []
     try:
         space = os.statvfs(_SHARED_MEMORY)
     except OSError as error:
-        return unchecked("shared memory", f"{_SHARED_MEMORY}: {error.strerror}")
+        return [unchecked("shared memory", f"{_SHARED_MEMORY}: {error.strerror}")]
     total, free = space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize
     text = f"{free / 1e9:.3g} of {total / 1e9:.3g} GB of {_SHARED_MEMORY} are free"
     if free < _LEAST_SHARED:
         mend = "Start the container with --shm-size=8g or --ipc=host, or remove what fills /dev/shm."
-        return fault("shared memory", f"{text}; NCCL and the data loaders need more", mend)
-    return ok("shared memory", text)
+        return [fault("shared memory", f"{text}; NCCL and the data loaders need more", mend)]
+    return [ok("shared memory", text)]
 
 
-def _open_files(job: Job) -> Finding:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+def open_files(job: Job) -> list[Finding]:
+    if not job.first_on_node:
+        return []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = max(_LEAST_FILES, 8 * job.world.size)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        mend = f"Run `ulimit -n {max(65536, needed)}` before the job, or raise the limit of the container."
-        return fault("open files", f"{soft} of a process, and a run of {job.world.size} needs {needed}", mend)
-    return ok(
-        "open files",
-        "as many as a process likes" if soft == resource.RLIM_INFINITY else f"{soft} of a process",
-    )
+    if soft == resource.RLIM_INFINITY:
+        return [ok("open files", "as many as a process likes")]
+    if soft >= needed:
+        return [ok("open files", f"{soft} of a process")]
+    mend = f"Run `ulimit -n {max(65536, needed)}` before the job, or raise the limit of the container."
+    if hard != resource.RLIM_INFINITY and hard < max(65536, needed):
+        mend = (
+            f"Run `ulimit -n {hard}` before the job."
+            if hard >= needed
+            else (
+                "Raise the limit of what starts the job (LimitNOFILE of slurmd, --ulimit nofile of the container)."
+            )
+        )
+    return [fault("open files", f"{soft} of a process, and a run of {job.world.size} needs {needed}", mend)]
 
 
-def _locked_memory() -> list[Finding]:
+def locked_memory(job: Job) -> list[Finding]:
     """What RDMA pins; nothing else here needs it."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if not _names(_INFINIBAND):
+    if not job.first_on_node or not _names(_INFINIBAND):
         return []
     if soft != resource.RLIM_INFINITY:
         mend = "Run `ulimit -l unlimited` before the job, or start the container with --ulimit memlock=-1."
         return [fault("locked memory", f"{soft / 1e6:.3g} MB of a process, too little for InfiniBand", mend)]
     return [ok("locked memory", "as much as a process likes")]
+
+
+CHECKS = (
+    *(settings, secret, left_over, connections, interfaces, adapters),
+    *(shared_memory, open_files, locked_memory),
+)

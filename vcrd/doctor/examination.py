@@ -7,11 +7,11 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
-from vcrd.doctor import device, environment, files, kernels, network, software
-from vcrd.doctor.findings import Finding, fault, ok
+from vcrd.doctor import device, environment, files, kernels, network, packages, software
+from vcrd.doctor.findings import Finding, fault, ok, unchecked
 from vcrd.doctor.job import Job
 from vcrd.doctor.linked import try_link
 from vcrd.doctor.meeting import Meeting, Unreachable
@@ -21,8 +21,13 @@ from vcrd.doctor.world import World
 
 # Before any process opens a CUDA context, which another one would take for a stranger's.
 _FIRST = (device.check,)
-_THEN = (software.check, kernels.check, environment.check, network.check, files.check)
+_THEN = (
+    *(*software.CHECKS, *packages.CHECKS, kernels.check, *environment.CHECKS, *network.CHECKS),
+    *(files.check, files.telemetry),
+)
 _MOST_SKEW = 2.0  # seconds
+_LEAST = 2.0  # seconds that a check has, whatever those before it have taken
+_LINK = 120.0  # seconds for the whole measurement of the link, beside what is asked for
 
 
 class Outcome(NamedTuple):
@@ -45,11 +50,11 @@ def examine(asked: Asked, world: World) -> Outcome:
         scenario=asked.scenario,
         models_known=asked.models_known,
         seconds=asked.seconds,
+        patience=asked.timeout,
         during_run=asked.during_run,
     )
     if world.size == 1:
-        found = [finding for check in (*_FIRST, *_THEN) for finding in limited(check, job, asked.timeout)]
-        return Outcome([*found, *limited(_link_alone, job, asked.timeout)], [world.node])
+        return Outcome([*looked(job, *_FIRST, *_THEN), *_linked(job, None, {0: world.node})], [world.node])
     try:
         meeting = Meeting(world, asked.timeout)
     except Unreachable as error:
@@ -62,9 +67,20 @@ def examine(asked: Asked, world: World) -> Outcome:
         return Outcome([], [], str(error))
 
 
+def looked(job: Job, *checks: Callable[[Job], list[Finding]]) -> list[Finding]:
+    """What they find, none of them longer than `job.patience`, and all of them half as long again."""
+    deadline = time.monotonic() + 1.5 * job.patience
+    found: list[Finding] = []
+    for check in checks:
+        left = max(_LEAST, deadline - time.monotonic())
+        found += limited(check, job, min(job.patience, left))
+    return found
+
+
 def limited(check: Callable[[Job], list[Finding]], job: Job, seconds: float) -> list[Finding]:
     """A check's findings; a line of its own where it takes longer, or fails itself."""
-    name = check.__module__.rpartition(".")[2]
+    name = check.__module__.rpartition(".")[2] if check.__name__ == "check" else check.__name__
+    name = name.replace("_", " ")
     try:
         found = within(seconds, lambda: check(job), None)
     except Exception as error:  # the table must come out whatever a machine has in store
@@ -72,7 +88,7 @@ def limited(check: Callable[[Job], list[Finding]], job: Job, seconds: float) -> 
         return [fault("check", f"{name}: the check itself failed: {error!r:.200}", mend)]
     if found is None:
         mend = "Look at that node: a hanging file system, driver or GPU is the usual cause; --timeout gives it longer."
-        return [fault("check", f"{name}: no answer within {seconds:g} seconds", mend)]
+        return [fault("check", f"{name}: no answer within {seconds:.3g} seconds", mend)]
     return found
 
 
@@ -97,13 +113,23 @@ def within(seconds: float, call: Callable[[], Any], otherwise: Any) -> Any:
     return value
 
 
-def _link_alone(job: Job) -> list[Finding]:
-    return try_link(job, None, {0: job.world.node})
+def _linked(job: Job, meeting: Meeting | None, nodes: dict[int, str]) -> list[Finding]:
+    if job.scenario is not None:
+        job = replace(job, secret=within(job.patience / 2, lambda: _secret(job), None))
+    late = [unchecked("link", f"its measurement did not end within {job.seconds + _LINK:g} seconds")]
+    return within(job.seconds + _LINK, lambda: try_link(job, meeting, nodes), late)
+
+
+def _secret(job: Job) -> str:
+    try:
+        return job.link.shared_secret()
+    except ValueError:  # `environment` has a line for it
+        return ""
 
 
 def _without_others(job: Job, asked: Asked, why: str) -> Outcome:
     mend = "Choose a free port in MASTER_PORT, and in MASTER_ADDR the address of the first node."
-    alone = [finding for check in (*_FIRST, *_THEN) for finding in limited(check, job, asked.timeout)]
+    alone = looked(job, *_FIRST, *_THEN)
     line = fault("processes", f"the other {job.world.size - 1} could not be asked: {why}", mend)
     return Outcome([line, *alone], [job.world.node])
 
@@ -114,18 +140,20 @@ def _together(job: Job, asked: Asked, meeting: Meeting) -> Outcome:
     came = meeting.gather({"node": job.world.node, "token": secrets.token_hex(8)})
     nodes = {rank: given["node"] for rank, given in came.items()}
     clocks = meeting.gather(time.time())
-    first = [finding for check in _FIRST for finding in limited(check, job, patience)]
+    first = looked(job, *_FIRST)
     meeting.gather(None, longest)
-    then = [finding for check in _THEN for finding in limited(check, job, patience)]
+    then = looked(job, *_THEN)
     shared = files.Shared(job, came[0]["token"])
-    wrote = meeting.gather(within(patience, shared.write, False), longest)
-    writers = {rank: nodes[rank] for rank, could in wrote.items() if could}
-    missing = within(patience, lambda: shared.look(list(writers)), list(writers))
-    meeting.gather(None, longest)
-    within(patience, shared.remove, None)
+    try:
+        wrote = meeting.gather(within(patience, shared.write, False), longest)
+        writers = {rank: nodes[rank] for rank, could in wrote.items() if could}
+        missing = within(patience, lambda: shared.look(list(writers)), list(writers))
+        meeting.gather(None, longest)
+    finally:
+        within(patience, shared.remove, None)
     mine = [*first, *then, _clock(job, clocks), shared.finding(job, missing, writers)]
     gathered = meeting.gather([asdict(finding) for finding in mine], longest)
-    linked = try_link(job, meeting, nodes)
+    linked = _linked(job, meeting, nodes)
     meeting.leave()
     if job.world.rank:
         return Outcome([], [])

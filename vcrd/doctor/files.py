@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -38,17 +39,33 @@ def check(job: Job) -> list[Finding]:
         os.makedirs(folder, exist_ok=True)
         _write(folder)
     except OSError as error:
-        return [
-            fault(
-                "run directory",
-                f"{folder} cannot be written: {error.strerror or first_line(error)}",
-                "Give in --run-dir (and in the run's own arguments) a folder that this user may write on every node.",
-            )
-        ]
+        text = f"{folder} cannot be written: {error.strerror or first_line(error)}"
+        return [fault("run directory", text, _mend(error, "--run-dir (and in the run's own arguments)"))]
     return [
         ok("run directory", f"{folder} can be written, and a file there replaced in one step"),
         _space(job, folder),
     ]
+
+
+def telemetry(job: Job) -> list[Finding]:
+    folder = job.environment.get("VCRD_TELEMETRY_DIR")
+    if not folder or not job.first_on_node:
+        return []
+    try:
+        os.makedirs(folder, exist_ok=True)
+        _write(folder)
+    except OSError as error:
+        text = f"{folder} cannot be written: {error.strerror or first_line(error)}"
+        return [fault("telemetry", text, _mend(error, "VCRD_TELEMETRY_DIR"))]
+    return [ok("telemetry", f"VCRD_TELEMETRY_DIR={folder} can be written")]
+
+
+def _mend(error: OSError, where: str) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Remove old checkpoints there, or have the quota raised."
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return f"Name a folder in {where}, since a file is in its way."
+    return f"Name in {where} a folder that this user may write on every node."
 
 
 def _write(folder: str) -> None:

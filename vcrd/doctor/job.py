@@ -15,7 +15,8 @@ class Job:
     """run_dir: what all nodes are to share; None where nothing was said. ports: to be free on every node. gpus: that
     every node must have at least; 0 where nothing was said. link: the settings of the link, defaults where they cannot
     be read. scenario: both layouts, None without; models_known: whether it has the models' sizes too. seconds: that
-    the link is measured. during_run: whether a run has the GPUs and the ports already.
+    the link is measured. patience: seconds that one check may take. during_run: whether a run has the GPUs and the
+    ports already. secret: of the link, once it is read; None where that cannot be done in time.
     """
 
     world: World
@@ -27,6 +28,8 @@ class Job:
     scenario: Scenario | None = None
     models_known: bool = False
     seconds: float = 2.0
+    patience: float = 60.0
+    secret: str | None = None
     during_run: bool = False
 
     @property

@@ -33,7 +33,9 @@ class _Case:
 def check(job: Job) -> list[Finding]:
     """On the CPU once a node, and on this process's GPU, or on every GPU where it is alone. No collectives."""
     try:
-        loadable = not loading.killed_by("vcrd.ops") and importlib.import_module("vcrd.ops")
+        loadable = not loading.cannot_bear("vcrd.ops", job.patience / 2) and importlib.import_module(
+            "vcrd.ops"
+        )
     except ImportError:
         loadable = False
     if not loadable:

@@ -13,6 +13,7 @@ from vcrd.doctor.meeting import Meeting
 from vcrd.doctor.network import own_address
 from vcrd.link.errors import LinkError
 
+_MOST = 8  # ranks that are named
 _BEYOND = 15.0  # seconds for greetings and what is still under way
 
 
@@ -55,18 +56,14 @@ def _pairs(job: Job) -> list[Pair]:
     return pairs_of(job.scenario, job.link.payload)
 
 
-def _secret(job: Job) -> str:
-    try:
-        return job.link.shared_secret()
-    except ValueError:  # `environment` has a line for it
-        return ""
-
-
 def _measured(job: Job, meeting: Meeting, nodes: dict[int, str]) -> list[Finding]:
-    pairs, rank = _pairs(job), job.world.rank
-    names = {r: f"rank {r} ({nodes.get(r, '?')})" for r in range(job.world.size)}
-    token = meeting.gather(secrets.token_hex(8))[0]
-    measurement = Measurement(pairs, rank, _secret(job), token)
+    rank = job.world.rank
+    names = {r: f"rank {r} ({node})" for r, node in nodes.items()}
+    came = meeting.gather([secrets.token_hex(8), job.secret is not None])
+    able = {r for r, (_, has_secret) in came.items() if has_secret}
+    # Of a rank that is not there, or cannot join any link, there are lines already.
+    pairs = [pair for pair in _pairs(job) if {pair.sender, pair.receiver} <= able]
+    measurement = Measurement(pairs, rank, job.secret or "", came[0][0])
     try:
         try:
             place = measurement.listen(own_address(job))
@@ -83,20 +80,35 @@ def _measured(job: Job, meeting: Meeting, nodes: dict[int, str]) -> list[Finding
         )
     finally:
         measurement.close()
+    found = _left_out(job, len(pairs), able)
+    if not pairs:
+        return found
     reasons = {
         (sender, to): silent.get(to, why) for sender, failures in refusals.items() for to, why in failures
     }
     if reasons:
-        return link.unreached(reasons, names)
+        return [*found, *link.unreached(reasons, names)]
     speeds = {(sender, to): rate for to, those in rates.items() for sender, rate in those}
-    return [link.measured(job, pairs, speeds, names)]
+    return [*found, link.measured(job, pairs, speeds, names)]
+
+
+def _left_out(job: Job, measured: int, able: set[int]) -> list[Finding]:
+    ranks = sorted(set(range(job.world.size)) - able)
+    if not ranks:
+        return []
+    who = f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks[:_MOST]))}"
+    who += f" and {len(ranks) - _MOST} others" if len(ranks) > _MOST else ""
+    text = f"{measured} of {len(_pairs(job))} pairs were measured, without {who}: not there, or without the secret"
+    return [unchecked("link", text)]
 
 
 def _alone(job: Job) -> Finding:
     """The largest of the pairs, from this process to itself."""
     largest = max(_pairs(job), key=lambda pair: pair.bytes)
     pair = Pair(0, 0, largest.bytes)
-    measurement = Measurement([pair], 0, _secret(job), secrets.token_hex(8))
+    if job.secret is None:
+        return unchecked("link", "not measured, because the secret could not be read")
+    measurement = Measurement([pair], 0, job.secret, secrets.token_hex(8))
     try:
         place = measurement.listen("127.0.0.1")
         failed = measurement.connect({0: place})

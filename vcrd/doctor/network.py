@@ -12,13 +12,6 @@ from vcrd.link.errors import LinkError
 from vcrd.link.rendezvous import listen, local_host
 
 
-def check(job: Job) -> list[Finding]:
-    found = [_interface(job)] if job.link.interface is not None else []
-    if not job.first_on_node:
-        return found
-    return [_host_name(job), *found, _address(job), *_ports(job)]
-
-
 def own_address(job: Job) -> str:
     """The IP address that a student rank would listen on; LinkError where it has none."""
     if job.link.interface is not None:
@@ -35,65 +28,78 @@ def _alone(job: Job) -> bool:
     return len(job.world.expected) == 1 or job.world.local_size == job.world.size
 
 
-def _host_name(job: Job) -> Finding:
+def host_name(job: Job) -> list[Finding]:
+    if not job.first_on_node:
+        return []
     name = socket.gethostname()
     try:
         address = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
         text, mend = f"{name} cannot be resolved: {first_line(error)}", f"Add {name} to DNS or to /etc/hosts."
-        return fault("host name", text, mend) if job.world.size > 1 else fact("host name", text)
+        return [fault("host name", text, mend) if job.world.size > 1 else fact("host name", text)]
     chosen = job.environment.get("GLOO_SOCKET_IFNAME")
     if _loopback(address) and not _alone(job) and not chosen:
-        return fault(
-            "host name",
-            f"{name} is {address}, where no other node finds it",
-            "Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface of the network, or correct /etc/hosts.",
-        )
-    return ok("host name", f"{name} is {address}")
+        return [
+            fault(
+                "host name",
+                f"{name} is {address}, where no other node finds it",
+                "Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface of the network, or correct /etc/hosts.",
+            )
+        ]
+    return [ok("host name", f"{name} is {address}")]
 
 
-def _interface(job: Job) -> Finding:
+def link_interface(job: Job) -> list[Finding]:
     name = job.link.interface
+    if name is None:
+        return []
     try:
         address = local_host(job.link)
         with closing(listen(address, 0)):
             pass
     except LinkError as error:
-        known = ", ".join(known for _, known in socket.if_nameindex())
-        return fault(
-            "link interface",
-            f"VCRD_INTERFACE={name}: {error}",
-            f"Name one of {known} in VCRD_INTERFACE, or unset it.",
-        )
-    return ok("link interface", f"VCRD_INTERFACE={name} is {address} here")
+        # Which names those of the interfaces that have an address.
+        mend = "Name one of these in VCRD_INTERFACE, or unset it."
+        return [fault("link interface", f"VCRD_INTERFACE={name}: {error}", mend)]
+    return [ok("link interface", f"VCRD_INTERFACE={name} is {address} here")]
+
+
+def address(job: Job) -> list[Finding]:
+    """Where the student's rank 0 will listen: free here, if it is here."""
+    if not job.first_on_node:
+        return []
+    if "VCRD_ADDRESS" not in job.environment and not _alone(job):
+        text = f"VCRD_ADDRESS is not set; the default, {job.link.address}, is for jobs on one machine"
+        return [unchecked("address", text)]
+    return [_address(job)]
 
 
 def _address(job: Job) -> Finding:
-    """Where the student's rank 0 will listen: free here, if it is here."""
-    address = job.link.address
-    if address.startswith(meeting.SCHEME):
-        return ok("address", f"VCRD_ADDRESS={address}, written by the student when it runs")
-    ((host, port),) = meeting.candidates(address)
+    given = job.link.address
+    label = f"VCRD_ADDRESS={given}" if "VCRD_ADDRESS" in job.environment else f"the default, {given},"
+    if given.startswith(meeting.SCHEME):
+        return ok("address", f"{label}, written by the student when it runs")
+    ((host, port),) = meeting.candidates(given)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
-        text = f"VCRD_ADDRESS={address}: {host} cannot be resolved ({first_line(error)})"
+        text = f"{label}: {host} cannot be resolved ({first_line(error)})"
         return fault(
             "address", text, "Name in VCRD_ADDRESS a host that all nodes resolve, or its IP address."
         )
     if _loopback(found) and not _alone(job):
         return fault(
             "address",
-            f"VCRD_ADDRESS={address} is {found}, where no other node finds it",
+            f"{label} is {found}, where no other node finds it",
             "Set VCRD_ADDRESS to host:port of the student's first node, or to file:/path on a shared file system.",
         )
     if not _is_ours(found):
-        return unchecked("address", f"VCRD_ADDRESS={address} is of another machine")
+        return unchecked("address", f"{label} is of another machine")
     if job.during_run:
-        return unchecked("address", f"a run has VCRD_ADDRESS={address}")
+        return unchecked("address", f"a run has {label}")
     try:
         with closing(listen(host, port)):
-            return ok("address", f"VCRD_ADDRESS={address} is free")
+            return ok("address", f"{label} is free")
     except LinkError as error:
         return fault(
             "address",
@@ -102,7 +108,9 @@ def _address(job: Job) -> Finding:
         )
 
 
-def _ports(job: Job) -> list[Finding]:
+def ports(job: Job) -> list[Finding]:
+    if not job.first_on_node:
+        return []
     wanted = list(job.ports)
     # Alone, because otherwise the doctor itself listens there.
     given = job.environment.get("MASTER_PORT", "")
@@ -136,3 +144,6 @@ def _is_ours(address: str) -> bool:
 
 def _loopback(host: str) -> bool:
     return host.startswith("127.") or host in ("localhost", "::1", "[::1]")
+
+
+CHECKS = (host_name, link_interface, address, ports)

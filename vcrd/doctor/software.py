@@ -1,4 +1,4 @@
-"""What is installed here, whether it fits together, and whether it can be loaded at all."""
+"""torch and the extension: whether they fit together, and whether they can be loaded at all."""
 
 from __future__ import annotations
 
@@ -7,62 +7,50 @@ import platform
 import re
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, distribution, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import vcrd
 from vcrd.doctor import loading
 from vcrd.doctor.findings import Finding, fact, fault, first_line, ok, unchecked
 from vcrd.doctor.job import Job
+from vcrd.doctor.packages import ALIKE
 
-_ALIKE = "Install one version on all nodes, best as one container image."
 _BUILD = "Build it with `pip install --no-build-isolation .` in the checkout"
 _ARCHITECTURE = re.compile(r"(?:sm_|compute_)?(\d+)\.?(\d)([af]?)(\+PTX)?")
-_LEAST_MEGATRON = (0, 16)
 
 
-def check(job: Job) -> list[Finding]:
-    loading.killed_by("vcrd.ops")  # before anything here asks CUDA
-    return [
-        fact("python", platform.python_version(), alike="Use one version of Python on all nodes."),
-        ok("vcrd", vcrd.__version__, alike=_ALIKE),
-        *_torch(job),
-        *_extension(),
-        _megatron(),
-        _transformer_engine(),
-        _apex(),
-        *_rich(),
-    ]
-
-
-def _torch(job: Job) -> list[Finding]:
+def versions(job: Job) -> list[Finding]:
     import torch
 
-    found = [ok("torch", f"{torch.__version__}, {_cuda_of(torch.version.cuda)}", alike=_ALIKE)]
+    found = [
+        fact("python", platform.python_version(), alike="Use one version of Python on all nodes."),
+        ok("vcrd", vcrd.__version__, alike=ALIKE),
+        ok("torch", f"{torch.__version__}, {_cuda_of(torch.version.cuda)}", alike=ALIKE),
+    ]
     if torch.version.cuda is not None:
         try:
-            found.append(ok("nccl", ".".join(map(str, torch.cuda.nccl.version())), alike=_ALIKE))
+            found.append(ok("nccl", ".".join(map(str, torch.cuda.nccl.version())), alike=ALIKE))
         except (AttributeError, RuntimeError, TypeError) as error:
             found.append(fact("nccl", f"torch does not say its version: {first_line(error)}"))
-    return [*found, *_torch_gpus(job)]
+    return found
 
 
 def _cuda_of(built: str | None) -> str:
     return "without CUDA" if built is None else f"built with CUDA {built}"
 
 
-def _torch_gpus(job: Job) -> list[Finding]:
+def torch_gpus(job: Job) -> list[Finding]:
     """Whether torch reaches the GPUs that the driver has."""
     import torch
 
+    loading.cannot_bear("vcrd.ops", job.patience / 2)  # before anything here asks CUDA
     present = _driver_is_here()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a driver that is too old, for which there is a line
         reached = torch.cuda.is_available()
     if not reached:
         if not present:
-            return [unchecked("torch gpus", "no NVIDIA driver here")]
+            return [unchecked("torch gpus", "NVIDIA's driver shows none, see the line `driver`")]
         if torch.version.cuda is None:
             mend = "Install a torch with CUDA (pytorch.org has the command)."
             return [fault("torch gpus", "none: this torch is built without CUDA", mend)]
@@ -107,12 +95,12 @@ def _why_none() -> str:
     return "torch.cuda.is_available() is False"
 
 
-def _extension() -> list[Finding]:
+def extension(job: Job) -> list[Finding]:
     """vcrd._C: whether it loads, what it was built against, and for which GPUs."""
     import torch
 
-    if signal := loading.killed_by("vcrd.ops"):
-        text = f"whoever loads it is killed by {signal}: its file is damaged, or made for another machine"
+    if what := loading.cannot_bear("vcrd.ops", job.patience / 2):
+        text = f"whoever loads it {what}: its file is damaged, or made for another machine"
         return [fault("extension", text, f"{_BUILD} on this machine.")]
     try:
         built = importlib.import_module("vcrd.ops")._C
@@ -190,100 +178,4 @@ def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-def _megatron() -> Finding:
-    try:
-        number = version("megatron-core")
-    except PackageNotFoundError:
-        if find_spec("megatron") is None:
-            return fact(
-                "megatron-core", "not installed; the loss works without it, the plug does not", alike=_ALIKE
-            )
-        number = "a checkout"
-    if error := _import_error("megatron.core"):
-        mend = "Install it anew into this environment: `pip install --force-reinstall megatron-core`."
-        return fault("megatron-core", f"{number} cannot be imported: {error}", mend)
-    numbers = tuple(int(part) for part in re.findall(r"\d+", number)[:2])
-    if numbers and numbers < _LEAST_MEGATRON:
-        return fault(
-            "megatron-core",
-            f"{number}, and vcrd is for 0.16 and newer",
-            "Run `pip install -U megatron-core`.",
-        )
-    training = "with" if _importable("megatron.training") else "without"
-    return ok("megatron-core", f"{number}, {training} megatron.training", alike=_ALIKE)
-
-
-def _transformer_engine() -> Finding:
-    found = find_spec("transformer_engine")
-    if found is None:
-        text = "not installed: no FP8, context parallelism or sequence parallelism"
-        return fact("transformer engine", text, alike=_ALIKE)
-    number = _version_of("transformer_engine", "transformer-engine") or "a checkout"
-    import torch
-
-    if not torch.cuda.is_available():
-        return unchecked("transformer engine", f"{number}; whether it loads shows on a GPU alone")
-    if error := _import_error("transformer_engine.pytorch"):
-        mend = "Install it for this torch: `pip install --no-build-isolation transformer_engine[pytorch]`."
-        return fault("transformer engine", f"{number} cannot be imported: {error}", mend)
-    return ok("transformer engine", number, alike=_ALIKE)
-
-
-def _apex() -> Finding:
-    """PyPI's package of this name is a toolkit for web sites made with Pyramid. NVIDIA's is not on PyPI."""
-    here = find_spec("apex")
-    try:
-        known = distribution("apex").metadata
-    except PackageNotFoundError:
-        known = None
-    if here is None and known is None:
-        return fact("apex", "not installed; Megatron takes torch's norms and optimizers", alike=_ALIKE)
-    folders = [Path(folder) for folder in (here.submodule_search_locations if here else None) or ()]
-    if not any((folder / "optimizers").is_dir() for folder in folders):
-        what = (known.get("Summary") if known else None) or "it has no apex.optimizers"
-        number = f" {known['Version']}" if known else ""
-        return fault(
-            "apex",
-            f"apex{number} from PyPI is another project ({what})",
-            "Run `pip uninstall apex`: Megatron works without it, and NVIDIA's is built from github.com/NVIDIA/apex.",
-        )
-    if find_spec("amp_C") is None:
-        return fault(
-            "apex",
-            "NVIDIA's, but without its CUDA extensions, so that its optimizers fail",
-            "Build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 as its README says, or run `pip uninstall apex`.",
-        )
-    return ok("apex", f"NVIDIA's {known['Version'] if known else ''}".strip(), alike=_ALIKE)
-
-
-def _rich() -> list[Finding]:
-    if find_spec("rich") is not None:
-        return []
-    return [fact("rich", "not installed, so this table has no colours: `pip install rich`")]
-
-
-def _version_of(*names: str) -> str | None:
-    for name in names:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
-
-
-def _import_error(module: str) -> str:
-    """Why it cannot be imported; empty where it can."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            importlib.import_module(module)
-    except Exception as error:  # whatever a package raises while it loads is what the run would see
-        return first_line(error)
-    return ""
-
-
-def _importable(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ImportError:
-        return False
+CHECKS = (versions, torch_gpus, extension)

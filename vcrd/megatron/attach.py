@@ -121,7 +121,7 @@ class Distillation:
         if not getattr(chunk, "post_process", True):
             if chunk.training:
                 self._log.begin(None)
-            with alongside:
+            with self._timed(chunk), alongside:
                 return self._forward_step(data_iterator, model, *args, **kwargs)
         attachment = self._attach(chunk)
         if chunk.training:
@@ -129,7 +129,7 @@ class Distillation:
         iterator = self._outside.watched(self._teacher.watched(data_iterator))
         before = self._done
         captured = contextlib.nullcontext() if self._fused_head is None else self._fused_head.captured()
-        with alongside, attachment.active(), captured:
+        with self._timed(chunk), alongside, attachment.active(), captured:
             result = self._forward_step(iterator, model, *args, **kwargs)
         if self._done != before + 1:
             raise ValueError(
@@ -141,11 +141,16 @@ class Distillation:
             result = (*result[:-1], with_step_sums(result[-1], sums))
         return result
 
+    def _timed(self, chunk: torch.nn.Module) -> contextlib.AbstractContextManager:
+        return self._log.clock.forward() if chunk.training else contextlib.nullcontext()
+
     def _end_backward(self) -> None:
+        self._log.clock.end_backward()
         if self._fused_head is not None:
             self._fused_head.end_step()
 
     def _end_step(self) -> None:
+        self._log.clock.end_step()
         repeated = running_again()
         self.report.end_step(repeated)
         if self.settings.bad_rows == "stop":

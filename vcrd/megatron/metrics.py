@@ -18,6 +18,7 @@ from vcrd.megatron.layout import Layout
 from vcrd.megatron.ranks import Row, by_replica, gathered, over_ranks
 from vcrd.megatron.report import Figures, Report
 from vcrd.megatron.settings import DistillSettings
+from vcrd.megatron.step_clock import Parts, StepClock
 from vcrd.starvation import Setup, cause, sentence
 from vcrd.telemetry import Telemetry
 
@@ -70,6 +71,8 @@ class IntervalLog:
         self._steps = 0  # in it
         self._of_step, self._of_interval = Waits(), Waits()  # of the sums, what earlier ones have
         self._bytes_of_interval = 0
+        self.clock = StepClock()
+        self._parts_of_step, self._parts_of_interval = Parts(), Parts()  # likewise
         self.telemetry: Telemetry | None = None
 
     def begin(self, layout: Layout | None) -> None:
@@ -116,8 +119,9 @@ class IntervalLog:
             teacher_wait=added.seconds,
             arriving=added.arriving,
             while_lost=added.while_lost,
+            **vars(self.clock.parts.since(self._parts_of_step)),
         )
-        self._of_step = waits
+        self._of_step, self._parts_of_step = waits, self.clock.parts
 
     def _row(self) -> Row:
         waits = self._teacher.waits.since(self._of_interval)
@@ -137,6 +141,7 @@ class IntervalLog:
     def _start_anew(self) -> None:
         self._begun, self._steps = time.perf_counter(), 0
         self._of_interval, self._bytes_of_interval = self._teacher.waits, self._teacher.bytes_received
+        self._parts_of_interval = self.clock.parts
 
     def _write(self, found: Any, iteration: int, figures: Figures, rows: list[Row]) -> None:
         args = found.get_args()
@@ -173,6 +178,7 @@ class IntervalLog:
             **values,
             steps=self._steps,
             seconds=self._seconds(),
+            **vars(self.clock.parts.since(self._parts_of_interval)),
             teacher_wait_by_replica={
                 wait.replica: wait.share * self._seconds() for wait in self._waits(rows)
             },

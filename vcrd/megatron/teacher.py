@@ -146,7 +146,7 @@ def _serve_job(
         serving.end()
         link.close()
     _log.info("served %d micro-batches", served)
-    serving.say_how_idle(leads=link.leads)
+    serving.say_how_idle()
     return served
 
 

@@ -80,6 +80,9 @@ class Serving:
     def __init__(self, telemetry: Telemetry | None, replica: int) -> None:
         self._telemetry = telemetry
         self._replica = replica
+        self._speaks = (
+            parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
         self._mark = time.perf_counter()
         self._idle = self._busy = self._blocked = 0.0
 
@@ -111,10 +114,14 @@ class Serving:
             self._telemetry.enter(None)
             self._telemetry.unfollow("bytes_sent")
 
-    def say_how_idle(self, leads: bool) -> None:
-        """After a student job, in the log, where this replica was more idle than it should be."""
+    def say_how_idle(self) -> None:
+        """After a student job, in the log, where this replica was more idle than it should be.
+
+        Of its stages the last has the least time without a request: it has them from the moment that they come until
+        the answers have left, and the pipeline is no faster than that.
+        """
         said = idle_sentence(self._replica, self._idle / max(1e-9, self._idle + self._busy))
-        if said is None or not leads:
+        if said is None or not self._speaks:
             return
         _log.info("%s", said)
         if self._telemetry is not None:

@@ -17,7 +17,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 TEACHER, STUDENT, INK, SOFT, FAINT = "#3b6fb6", "#c2611a", "#22262b", "#5f6a76", "#9aa3ad"
 # Told apart without colours by their lightness, from dark to light.
 REPLICAS = ("#8f3d0a", "#d9772a", "#f0ac68", "#f7d3ab")
-COMPUTE, VERIFIER, IDLE = "#4d6a8c", "#6b4c86", "#dfe4ea"
+# Of what a step computes, likewise.
+COMPUTE = ("#2f4a6b", "#5f7fa6", "#93adcb", "#c9d6e6")
+VERIFIER, IDLE = "#6b4c86", "#dfe4ea"
 _STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: a name that is missing would be warned of
     "font.size": 10,
@@ -70,6 +72,10 @@ def lines(
     """curves: (name, colour, values over iterations x). band: (name, lower, upper) behind the first of them."""
 
     def draw(axes: Any) -> None:
+        if all(np.isnan(values).all() for _, _, values in curves):
+            axes.set_axis_off()
+            axes.text(0.5, 0.5, "no value is a number", ha="center", color=SOFT, transform=axes.transAxes)
+            return
         if band:
             axes.fill_between(x, band[1], band[2], color=curves[0][1], alpha=0.18, linewidth=0, label=band[0])
         for name, colour, values in curves:
@@ -190,6 +196,9 @@ def heat(
 
 def _iterations(axes: Any) -> None:
     axes.set_xlabel("iteration")
+    low, high = axes.get_xlim()
+    if high - low < 1:  # a single one, between two that are none
+        axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.margins(x=0.02)
 

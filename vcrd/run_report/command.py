@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> tuple[str, int]:
     """Writes the page; where it is, and the exit status. OptionError of one sentence where it cannot be made."""
     if importlib.util.find_spec("matplotlib") is None:
         raise OptionError(
-            "the package matplotlib is needed to draw the page (pip install vcrd[report]), got none"
+            "the package matplotlib is needed to draw the page (pip install matplotlib), got none"
         )
     # Here, for they import matplotlib, and nothing else should have to wait for that.
     from vcrd.run_report import page, records
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> tuple[str, int]:
     output = options.output or options.run_dir / "report.html"
     text = page.text_of(found)
     try:
-        output.write_text(text)
+        output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OptionError(f"--output: {output} cannot be written ({error.strerror})") from None
     return f"{output}: {len(text) / 1e6:.2g} MB", 0

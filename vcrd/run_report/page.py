@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vcrd.run_report import charts, tokens
+from vcrd.run_report import charts, time_spent, tokens
 from vcrd.run_report.bins import Bins, over_time
 from vcrd.run_report.records import Run
 
 # As in vcrd.megatron.report: the histogram's bins, which begin at 2^-8.
 _BINS, _PER_OCTAVE, _LOWEST = 256, 16, -8
 _COLUMNS = 200  # of the heat map
-_REPLICAS = 4  # that get a chart of their own
 _ROLES = (("student", charts.STUDENT), ("teacher", charts.TEACHER))
 
 
@@ -25,14 +24,14 @@ def text_of(run: Run, name: str = "") -> str:
     name = html.escape(name or run.folder.resolve().name)
     body = [_head(run, name), _said(run)]
     if len(run.figures["iteration"]):
-        body += [_curves(run), _weights(run), _steps(run)]
+        body += [_curves(run), _weights(run), time_spent.steps(run)]
     else:
         body.append('<p class="soft">No figures of training were recorded.</p>')
-    body += [_machines(run), _teachers(run)]
+    body += [_machines(run), time_spent.teachers(run, _times(run)[0])]
     if run.tokens is not None:
         body.append(tokens.section(run.tokens))
     body.append(_settings(run))
-    template = Path(__file__).with_name("page.html").read_text()
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     filled = {"@TITLE@": f"vcrd: {name}", "@SCALE@": tokens.scale()}
     for mark, text in filled.items():
         template = template.replace(mark, text)
@@ -43,7 +42,7 @@ def _head(run: Run, name: str) -> str:
     figures = run.figures
     begin, end = _times(run)
     when = datetime.fromtimestamp(begin, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    hosts = sorted({record["host"] for record in run.starts})
+    hosts = sorted({str(record.get("host")) for record in run.starts})
     facts = [("lasted", _duration(end - begin))]
     if len(figures["iteration"]):
         facts.append(("iterations", f"{figures['iteration'][0]:,.0f} to {figures['iteration'][-1]:,.0f}"))
@@ -51,10 +50,11 @@ def _head(run: Run, name: str) -> str:
     for role, _ in _ROLES:
         if (layout := _layout(run, role)) is not None:
             facts.append((role, layout))
-    facts.append(("hosts", hosts[0] if len(hosts) == 1 else str(len(hosts))))
-    devices = sorted({record.get("device") or "?" for record in run.starts})
-    facts.append(("devices", ", ".join(devices)))
-    facts.append(("started again", _times_said(_restarts(run))))
+    if run.starts:
+        facts.append(("hosts", hosts[0] if len(hosts) == 1 else str(len(hosts))))
+        devices = sorted({record.get("device") or "?" for record in run.starts})
+        facts.append(("devices", ", ".join(devices)))
+        facts.append(("started again", _times_said(_restarts(run))))
     rows = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts
     )
@@ -69,15 +69,25 @@ def _said(run: Run) -> str:
     items = []
     for records in sorted(found.values(), key=len, reverse=True):
         worst = max(records, key=lambda record: record.get("share") or 0.0)
-        often = (
-            f"{_times_said(len(records))}, iterations {records[0]['iteration']} to {records[-1]['iteration']}"
-        )
-        often = often if len(records) > 1 else f"iteration {worst['iteration']}"
+        often = _iterations_said([record["iteration"] for record in records])
         items.append(f"<li>{html.escape(_capital(worst['sentence']))}.<small>{often}</small></li>")
     items += [f'<li class="teacher">{html.escape(_capital(record["sentence"]))}.</li>' for record in run.idle]
+    if missing := _not_numbers(run):
+        items.insert(0, f"<li>The loss was no number (NaN or infinite).<small>{missing}</small></li>")
+    if not items and not len(run.figures["iteration"]):
+        return ""
     if not items:
         items = ['<li class="well">No interval in which the student waited for 5 % of its step or more.</li>']
     return f"<h2>What stood out</h2><ul class='said'>{''.join(items)}</ul>"
+
+
+def _not_numbers(run: Run) -> str:
+    """In which intervals, of those that had tokens; empty where in none."""
+    figures = run.figures
+    wrong = np.isnan(figures["loss"]) & (figures["tokens"] > 0)
+    return (
+        _iterations_said([int(iteration) for iteration in figures["iteration"][wrong]]) if wrong.any() else ""
+    )
 
 
 def _curves(run: Run) -> str:
@@ -86,7 +96,7 @@ def _curves(run: Run) -> str:
     x = bins.last(figures["iteration"])
     mean = {name: bins.mean(values) for name, values in figures.items()}
     step = Bins(figures["steps"])
-    rate = step.sum(figures["tokens"]) / step.sum(figures["seconds"])
+    rate = step.sum(figures["tokens"]) / np.maximum(1e-9, step.sum(figures["seconds"]))
     found = [
         charts.lines("Loss", "nats per token", x, [("loss", charts.INK, mean["loss"])], least=0),
         charts.lines(
@@ -145,40 +155,6 @@ def _weights(run: Run) -> str:
     return f'<div class="grid" style="margin-top:1rem">{drawn}</div>'
 
 
-def _steps(run: Run) -> str:
-    """Where a step's time goes. Replicas are waited for side by side, so the longest wait is the step's."""
-    figures = run.figures
-    bins = Bins(figures["steps"], _COLUMNS)
-    steps, seconds = bins.sum(figures["steps"]), bins.sum(figures["seconds"])
-    if not steps.all() or not seconds.any():
-        return ""
-    replicas = sorted({replica for waits in run.waits for replica in waits})
-    waited = np.zeros((len(replicas), len(run.waits)))
-    for place, waits in enumerate(run.waits):
-        if waits:
-            longest = max(waits, key=waits.__getitem__)
-            waited[replicas.index(longest), place] = waits[longest]
-    rows = [bins.sum(row) for row in waited]
-    verifier = bins.sum(figures["verifier_time"])
-    rest = np.maximum(0.0, seconds - sum(rows) - verifier)
-    parts = [("computing and all else", charts.COMPUTE, rest / steps)]
-    shown, others = rows[: len(charts.REPLICAS) - 1], rows[len(charts.REPLICAS) - 1 :]
-    for replica, colour, row in zip(replicas, charts.REPLICAS, shown, strict=False):
-        parts.append((f"waiting for teacher replica {replica}", colour, row / steps))
-    if others:
-        parts.append(("for the others", charts.REPLICAS[-1], sum(others) / steps))
-    if verifier.any():
-        parts.append(("verifier", charts.VERIFIER, verifier / steps))
-    whole = seconds.sum()
-    shares = [f"{100 * (part * steps).sum() / whole:.0f} % {name}" for name, _, part in parts]
-    said = f"Of {whole / steps.sum():.3g} s a step in the mean: {', '.join(shares)}."
-    if len(replicas) > 1:
-        said += " The replicas work side by side: of each interval the longest wait counts."
-    x = bins.last(figures["iteration"])
-    chart = charts.stacked("A step", "seconds", x, parts, "iteration", said, wide=True)
-    return f'<h2>Time</h2><div class="grid">{chart}</div>'
-
-
 def _machines(run: Run) -> str:
     """What each rank's machine did, as a mean and a band over the ranks of a job."""
     sent, received = "nvlink_sent_bytes_per_second", "nvlink_received_bytes_per_second"
@@ -223,48 +199,6 @@ def _outlier(role: str, ranks: Sequence[int], values: Sequence[np.ndarray]) -> s
     if len(ranks) < 2 or means[most] < 1.1 * np.nanmean(means):
         return ""
     return f"{_capital(role)} rank {ranks[most]} has the most, {means[most]:.3g} in the mean."
-
-
-def _teachers(run: Run) -> str:
-    """How each replica spent its time."""
-    replica_of = {
-        record["rank"]: record.get("data_rank", 0) for record in run.starts if record["role"] == "teacher"
-    }
-    replicas: dict[int, list[dict[str, np.ndarray]]] = {}
-    for (role, rank), columns in sorted(run.ranks.items()):
-        if role == "teacher" and np.nansum(columns["answering"]) > 0:
-            replicas.setdefault(replica_of.get(rank, 0), []).append(columns)
-    if not replicas:
-        return ""
-    begin, _ = _times(run)
-    named = [(f"Teacher replica {number}", ranks) for number, ranks in sorted(replicas.items())]
-    if len(named) > _REPLICAS:
-        named = [(f"Teacher, mean of {len(named)} replicas", [rank for _, ranks in named for rank in ranks])]
-    found = [_teacher(title, ranks, begin) for title, ranks in named]
-    return (
-        '<h2>Teacher</h2><p class="soft">Computing, waiting for answers to leave for the student, and idle: no request '
-        f'was there.</p><div class="grid">{"".join(found)}</div>'
-    )
-
-
-def _teacher(title: str, ranks: Sequence[dict[str, np.ndarray]], begin: float) -> str:
-    columns = {name: np.concatenate([rank[name] for rank in ranks]) for name in ranks[0]}
-    order = np.argsort(columns["time"], kind="stable")
-    columns = {name: values[order] for name, values in columns.items()}
-    bins = Bins(columns["seconds"], min(_COLUMNS, max(len(rank["time"]) for rank in ranks)))
-    whole = np.maximum(1e-9, bins.sum(columns["seconds"]))
-    answering, sending, idle = (bins.sum(columns[name]) / whole for name in ("answering", "sending", "idle"))
-    sending = np.minimum(sending, answering)
-    computing = answering - sending
-    parts = [
-        ("computing", charts.TEACHER, 100 * computing),
-        ("sending", charts.REPLICAS[2], 100 * sending),
-        ("idle", charts.IDLE, 100 * idle),
-    ]
-    x = (bins.last(columns["time"]) - begin) / 60
-    served = ((idle + answering) * whole).sum()
-    said = f"Idle {100 * (idle * whole).sum() / served:.0f} % of the time in which a student was there."
-    return charts.stacked(title, "% of the time", x, parts, "minutes since the start", said, most=100)
 
 
 def _settings(run: Run) -> str:
@@ -313,6 +247,13 @@ def _restarts(run: Run) -> int:
     begun = [record for record in run.starts if record["role"] == "student"]
     ranks = {record["rank"] for record in begun}
     return max((sum(record["rank"] == rank for record in begun) for rank in ranks), default=1) - 1
+
+
+def _iterations_said(iterations: Sequence[int]) -> str:
+    if len(iterations) == 1:
+        return f"iteration {iterations[0]}"
+    between = "and" if len(iterations) == 2 else "to"
+    return f"{_times_said(len(iterations))}, iterations {iterations[0]} {between} {iterations[-1]}"
 
 
 def _times_said(count: int) -> str:

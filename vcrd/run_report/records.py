@@ -13,9 +13,11 @@ from vcrd import journal
 
 TOKENS = "tokens.json"
 _AT_ONCE = 4096  # records that are held as Python objects
+_ALWAYS = ("time", "role", "rank", "iteration")  # what a run writes in each
 FIGURES = (
     *("iteration", "time", "steps", "seconds", "tokens", "loss", "divergence", "cross_entropy"),
     *("weight", "weight_p10", "weight_p90", "student_more_valid", "agreement", "bad_rows", "verifier_time"),
+    *("forward", "backward", "gradients", "between"),
 )
 OF_RANK = (
     *("time", "seconds", "gpu_memory_bytes", "gpu_utilization", "gpu_power_watts", "host_memory_bytes"),
@@ -61,9 +63,9 @@ def load(folder: Path) -> Run:
         raise NoRecords(f"{error.filename} cannot be read: {error.strerror}") from None
     run.figures, run.waits, run.weights = drawn.in_order()
     if not run.starts and not run.ranks and not run.waits:
-        raise NoRecords(
-            f"expected records of a run in {folder} (student-*.jsonl, teacher-*.jsonl), found none"
-        )
+        text = f"expected records of a run in {folder} (student-*.jsonl, teacher-*.jsonl), found none"
+        below = sorted({path.parent for path in folder.glob("*/*-[0-9]*.jsonl")})
+        raise NoRecords(text + (f"; {below[0]} has some" if below else ""))
     run.starts.sort(key=lambda record: record["time"])
     # Every rank that took figures itself has said it.
     once = {(record["iteration"], record.get("replica")): record for record in run.starved}
@@ -76,6 +78,8 @@ def _read(path: Path, run: Run, drawn: _Figures) -> None:
     table = _Table(OF_RANK)
     who = None
     for record in journal.read(path):
+        if not all(map(record.__contains__, _ALWAYS)):
+            continue
         kind = record["kind"]
         if kind == "rank":
             who = (record["role"], record["rank"])
@@ -109,10 +113,18 @@ class _Table:
         return {name: np.ascontiguousarray(whole[:, place]) for place, name in enumerate(self._fields)}
 
     def _pack(self) -> None:
-        # numpy reads None as NaN.
-        rows = np.array(self._rows, dtype=np.float64).reshape(-1, len(self._fields))
+        try:
+            # numpy reads None as NaN.
+            rows = np.array(self._rows, dtype=np.float64)
+        except (TypeError, ValueError):  # something else is where a number belongs
+            rows = np.array([[_number(value) for value in row] for row in self._rows])
+        rows = rows.reshape(-1, len(self._fields))
         self._done.append(rows)
         self._rows = []
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else np.nan
 
 
 class _Figures:
@@ -124,11 +136,18 @@ class _Figures:
         self._weights: list[tuple[int, np.ndarray]] = []
 
     def add(self, record: dict[str, Any]) -> None:
-        self._table.add(record)
-        waits = record.get("teacher_wait_by_replica") or {}
-        self._waits.append({int(replica): seconds for replica, seconds in waits.items()})
-        first, counts = record.get("weight_histogram") or (0, [])
-        self._weights.append((first, np.asarray(counts, dtype=np.float64)))
+        """A record whose parts have another shape is passed over."""
+        try:
+            waits = record.get("teacher_wait_by_replica") or {}
+            waits = {int(replica): float(seconds) for replica, seconds in waits.items()}
+            first, counts = record.get("weight_histogram") or (0, [])
+            weights = int(first), np.asarray(counts, dtype=np.float64).reshape(-1)
+            iteration = float(record["iteration"])
+        except (AttributeError, TypeError, ValueError):
+            return
+        self._table.add({**record, "iteration": iteration})
+        self._waits.append(waits)
+        self._weights.append(weights)
 
     def in_order(self) -> tuple[dict[str, np.ndarray], list, list]:
         columns = self._table.columns()
@@ -143,7 +162,19 @@ class _Figures:
 
 def _tokens(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        samples = [
+            {
+                "name": str(sample.get("name", "")),
+                "text": str(sample.get("text", "")),
+                "stages": {
+                    str(stage): [(str(text), float(weight)) for text, weight in rows]
+                    for stage, rows in sample["stages"].items()
+                },
+            }
+            for sample in content["samples"]
+        ]
+        ends = {name: float(content.get(name, usual)) for name, usual in (("floor", 0.1), ("ceiling", 1.9))}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or of another shape
         return None
-    return content if isinstance(content, dict) and content.get("samples") else None
+    return {**ends, "samples": samples} if samples else None

@@ -22,7 +22,7 @@ def scale() -> str:
 
 def section(content: dict[str, Any]) -> str:
     """content: floor, ceiling: weights; samples: [{name, text, stages: {stage: [[token's text, weight], ..]}}, ..]."""
-    low, high = float(content.get("floor", 0.1)), float(content.get("ceiling", 1.9))
+    low, high = content["floor"], content["ceiling"]
     parts = [
         "<h2>Where the teacher pulls</h2>",
         '<p class="soft">Solutions that were held out of the training, as they were written. Blue: a large weight, '
@@ -32,7 +32,7 @@ def section(content: dict[str, Any]) -> str:
         f"<span>weight {low:g}</span><span>{(low + high) / 2:g}</span><span>{high:g}</span></div>",
     ]
     for sample in content["samples"][:_SHOWN]:
-        name, text = html.escape(str(sample.get("name", ""))), html.escape(str(sample.get("text", "")))
+        name, text = html.escape(sample["name"]), html.escape(sample["text"])
         parts.append(f'<p class="question"><b>{name}</b>{text}</p>')
         for stage, rows in sample["stages"].items():
             mean = sum(weight for _, weight in rows) / max(1, len(rows))
