@@ -1,8 +1,21 @@
-"""What the wheel of megatron-core leaves out of megatron.training."""
+"""What the wheels of megatron-core leave out of megatron.training."""
 
 from __future__ import annotations
 
 import importlib.util
+
+
+def require_training() -> None:
+    """SystemExit of one sentence where this megatron-core has no megatron.training."""
+    try:
+        found = importlib.util.find_spec("megatron.training")
+    except ModuleNotFoundError:  # not even megatron
+        found = None
+    if found is None:
+        raise SystemExit(
+            "megatron.training is missing: it comes with megatron-core 0.19, which needs Python 3.12, and with a "
+            "checkout of Megatron-LM"
+        )
 
 
 def keep_compiled_helpers() -> None:

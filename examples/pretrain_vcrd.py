@@ -8,12 +8,21 @@ or --vcrd-local-teacher CHECKPOINT inside the same processes.
 
 from __future__ import annotations
 
-import signal
-
 if __name__ == "__mp_main__":
     # A helper process that Megatron spawned to write checkpoints. Slurm signals every process of a job, and the last
-    # checkpoint is written after that.
+    # checkpoint is written after that; so it ignores the signal, and ends when its parent is gone.
+    import os
+    import signal
+    import threading
+    import time
+
+    def _end_with_parent(parent: int = os.getppid()) -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 import argparse
 import sys
@@ -27,8 +36,10 @@ from torch import Tensor
 
 # As a script: the folder of examples is where Python looks first, not the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from examples.megatron_wheel import keep_compiled_helpers, require_training  # noqa: E402
 from vcrd.megatron import cpu  # noqa: E402
 
+require_training()
 if not torch.cuda.is_available():
     cpu.enable()  # before anything of Megatron is imported
 
@@ -61,7 +72,6 @@ from megatron.training.utils import (  # noqa: E402
 
 import vcrd.megatron  # noqa: E402
 from examples.local_teacher import local_teacher  # noqa: E402
-from examples.megatron_wheel import keep_compiled_helpers  # noqa: E402
 from examples.verified.dataset import provider  # noqa: E402
 from vcrd.megatron.arguments import add_vcrd_args, settings_from_args  # noqa: E402
 

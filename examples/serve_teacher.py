@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 # As a script: the folder of examples is where Python looks first, not the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from examples.megatron_wheel import keep_compiled_helpers, require_training  # noqa: E402
 from vcrd.megatron import cpu  # noqa: E402
 
+require_training()
 if not torch.cuda.is_available():
     cpu.enable()  # before anything of Megatron is imported
 
@@ -34,11 +37,19 @@ from megatron.training.global_vars import set_global_variables  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 
 import vcrd.megatron  # noqa: E402
-from examples.megatron_wheel import keep_compiled_helpers  # noqa: E402
 from vcrd.megatron.arguments import add_vcrd_args, settings_from_args  # noqa: E402
 
 # What training needs and a teacher does not: Megatron asks for them all the same.
 DEFAULTS = {"micro_batch_size": 1, "tokenizer_type": "NullTokenizer"}
+
+
+# EX_CONFIG of sysexits.h, for whoever would start it again (examples/slurm/launch.sh).
+WRONG_ARGUMENTS = 78
+
+
+def refuse(sentence: str) -> NoReturn:
+    print(f"{Path(__file__).name}: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(WRONG_ARGUMENTS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -58,7 +69,7 @@ def main() -> None:
     args = parse_args(extra_args_provider=add_arguments)
     # Megatron itself would serve random weights then.
     if args.load is None or not checkpoint_exists(args.load):
-        raise SystemExit(f"--load: expected the folder of a Megatron checkpoint, got {args.load}")
+        refuse(f"--load: expected the folder of a Megatron checkpoint, got {args.load}")
     # Not among the defaults: Megatron takes those for arguments that are None, and these are False.
     args.exit_on_missing_checkpoint = args.no_load_optim = args.no_load_rng = True
     if args.use_checkpoint_args:
@@ -76,10 +87,10 @@ def main() -> None:
     try:
         load_checkpoint(model, None, None, strict=True)
     except SystemExit:  # Megatron has printed why, and would end as if all were well
-        raise SystemExit(
+        refuse(
             f"--load: expected a checkpoint in {args.load} that fits these arguments, got none; one in the legacy "
             "format (--ckpt-format torch) keeps the tensor and pipeline parallelism it was saved with"
-        ) from None
+        )
     served = vcrd.megatron.serve(model, settings_from_args(args), stay=args.vcrd_stay)
     if args.rank == 0:
         print(f"served {served} micro-batches", flush=True)

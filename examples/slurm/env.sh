@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that differs from site to site and from run to run. What is already in the environment wins.
+# Everything that differs from site to site and from run to run. What is already in the environment wins, also over what
+# is changed here later: source it in a new shell then. It is for bash.
 # Before submitting: source examples/slurm/env.sh, so that sbatch itself sees the SBATCH_* lines; the jobs read it again.
 
 # --- the site
@@ -8,15 +9,15 @@
 : "${GPUS_PER_NODE=8}"           # one process each; 0: no GPUs, and CPU_PROCESSES_PER_NODE processes
 : "${CPU_PROCESSES_PER_NODE=1}"  # without GPUs only
 : "${PYTHON=python}"             # inside the container, or of an environment that every node sees
-: "${CONTAINER=}"                # an image for enroot/pyxis, such as vcrd.sqsh of docker/README.md; empty: no container
+: "${CONTAINER=}"                # an image for enroot/pyxis: the absolute path of vcrd.sqsh (docker/README.md); empty: none
 : "${CONTAINER_WORKDIR=/opt/vcrd}"  # where the container has examples/; $PWD for those of this checkout
-: "${CONTAINER_MOUNTS=$PWD}"     # host paths that the container sees, host:container,...
+: "${CONTAINER_MOUNTS=}"         # host paths that it sees, host:container,...; empty: this folder and those of the run
 
 # --- the run
 : "${RUN_DIR=$PWD/vcrd-run}"     # checkpoints, logs and addresses; on a file system that all nodes share
 : "${TEACHER_CHECKPOINT=$RUN_DIR/teacher}"      # Megatron, format torch_dist
 : "${STUDENT_SCRIPT=examples/pretrain_vcrd.py}" # or a script of your own with the plug in it
-: "${STUDENT_ARGS=}"             # Megatron's and vcrd's arguments of the student, without --load, --save
+: "${STUDENT_ARGS=}"             # Megatron's and vcrd's of the student, without --load, --save; quoted as in a shell
 : "${TEACHER_SCRIPT=examples/serve_teacher.py}"
 : "${TEACHER_ARGS=}"             # and of the teacher, such as --tensor-model-parallel-size 8
 : "${RESTART_PAUSE=10}"          # seconds between a teacher's end and its next start
@@ -30,6 +31,7 @@
 # --- the network
 : "${VCRD_INTERFACE=}"           # the interface that the link listens on, such as ib0; empty: the one that leads there
 : "${NCCL_SOCKET_IFNAME=}"       # NCCL finds its peers over it; needed where the default route is a management network
+: "${GLOO_SOCKET_IFNAME=}"       # the same for gloo, where a node's name leads to itself alone
 : "${NCCL_IB_HCA=}"              # which InfiniBand adapters carry data; needed where some of them are for storage
 : "${NCCL_DEBUG=WARN}"           # INFO says which transport NCCL chose: look once for NET/IB
 
@@ -39,7 +41,7 @@
 
 export RUN_DIR VCRD_CONNECT_TIMEOUT VCRD_REJOIN_TIMEOUT NCCL_DEBUG CUDA_DEVICE_MAX_CONNECTIONS OMP_NUM_THREADS
 # An empty value is not the same as none for these.
-for name in VCRD_INTERFACE NCCL_SOCKET_IFNAME NCCL_IB_HCA; do
+for name in VCRD_INTERFACE NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_IB_HCA; do
     if [[ -n ${!name} ]]; then export "${name?}"; else unset "$name"; fi
 done
 if ((GPUS_PER_NODE)); then export SBATCH_GPUS_PER_NODE=$GPUS_PER_NODE; fi

@@ -236,3 +236,10 @@ def test_without_rich_one_line_says_so(monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "rich" else real(name))
     (line,) = packages.rich(ALONE)
     assert line.status == FACT and "pip install rich" in line.found
+
+
+def test_without_psutil_no_checkpoint_is_saved(monkeypatch):
+    assert packages.psutil(ALONE) == []
+    real = packages.find_spec
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "psutil" else real(name))
+    assert only(packages.psutil(ALONE)).status == FAULT

@@ -110,7 +110,7 @@ class Cluster:
                     daemon.kill()
                     daemon.wait()
 
-    def run(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
+    def run(self, *command: str, cwd: Path | None = None, seconds: float = 60, **environment: str) -> str:
         """What a command printed that succeeded, as typed by a user of the cluster."""
         done = subprocess.run(
             command,
@@ -119,7 +119,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=seconds,
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr or done.stdout}"
         return done.stdout.strip()

@@ -54,7 +54,8 @@ class Submitted:
             "PYTHONPATH": str(ROOT),
             "RUN_DIR": str(run_dir),
             "TEACHER_CHECKPOINT": str(teacher),
-            "STUDENT_ARGS": f"{pretrain.STUDENT} --tensor-model-parallel-size 2 --train-iters {ITERATIONS} "
+            # On several lines, and with a quote, as one writes them.
+            "STUDENT_ARGS": f"{pretrain.STUDENT}\n --tensor-model-parallel-size '2'\n --train-iters {ITERATIONS} "
             f"--eval-interval 1000 --save-interval 10",
             "TEACHER_ARGS": f"{pretrain.TEACHER} --global-batch-size 1 --pipeline-model-parallel-size 2",
             "RESTART_PAUSE": "1",
@@ -94,14 +95,18 @@ class Submitted:
     def state(self) -> str:
         return self.cluster.job(self.number)
 
-    def finish(self, seconds: float = 200) -> dict[int, str]:
-        """Waits for the end, which must be a good one; the loss of each iteration."""
+    def end(self, seconds: float = 200) -> None:
+        """Waits for the end."""
         wait_until(
             lambda: self.state in ENDED,
             seconds,
             f"job {self.number} has ended",
             lambda: f"{self.state}\n{self.log[-3000:]}",
         )
+
+    def finish(self) -> dict[int, str]:
+        """Waits for the end, which must be a good one; the loss of each iteration."""
+        self.end()
         assert self.state == "COMPLETED", self.log[-5000:]
         return self.losses()
 
@@ -233,13 +238,89 @@ def test_a_cancelled_job_stays_cancelled_and_leaves_nothing(cluster, teacher, tm
     )
 
 
-def test_a_teacher_that_cannot_start_ends_the_job_with_its_own_words(cluster, tmp_path):
-    settings = {"TEACHER_RESTARTS": "1", "VCRD_CONNECT_TIMEOUT": "3600"}
-    job = Submitted(cluster, tmp_path / "run", tmp_path / "nowhere", **settings).submit(*DISTILL)
-    wait_until(lambda: job.state in ENDED, 240, "the job has ended", lambda: job.log[-3000:])
+def test_a_teacher_that_cannot_start_ends_the_job_with_its_own_words(cluster, teacher, tmp_path):
+    settings = {"TEACHER_RESTARTS": "1", "VCRD_CONNECT_TIMEOUT": "3600", "TEACHER_ARGS": "--no-such-argument"}
+    job = Submitted(cluster, tmp_path / "run", teacher, **settings).submit(*DISTILL)
+    job.end()
     assert job.state == "FAILED"
     assert "2 times in a row; it is not started again" in job.log
-    assert f"--load: expected the folder of a Megatron checkpoint, got {tmp_path / 'nowhere'}" in job.log
+    assert "unrecognized arguments: --no-such-argument" in job.log
+
+
+def test_a_teacher_of_wrong_arguments_is_not_started_again(cluster, teacher, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    settings = {"VCRD_CONNECT_TIMEOUT": "3600", "TEACHER_ARGS": f"{pretrain.TEACHER} --load {nowhere}"}
+    job = Submitted(cluster, tmp_path / "run", teacher, **settings).submit(*DISTILL)
+    job.end()
+    assert job.state == "FAILED"
+    assert "the teacher's arguments are wrong, see above; it is not started again" in job.log
+    assert f"--load: expected the folder of a Megatron checkpoint, got {nowhere}" in job.log
+    assert "it starts again" not in job.log
+
+
+def test_a_student_that_crashes_ends_the_job_and_is_not_started_again(cluster, teacher, tmp_path):
+    job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
+    job.reach(3)
+    rank = _processes(f"pretrain_vcrd.py .*--save {job.run_dir}/student").split()[0]
+    subprocess.run(["kill", "-KILL", rank], check=True)
+    job.end()
+    assert job.state == "FAILED"
+    assert "runs again" not in job.log and "Restarts=0" in cluster.run("scontrol", "show", "job", job.number)
+    assert not list(job.run_dir.glob(".stopped*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"STUDENT_ARGS": ""}, "STUDENT_ARGS must hold Megatron's arguments of the student, got none"),
+        ({"TEACHER_ARGS": "--seed '7"}, "TEACHER_ARGS has a quote that is not closed: --seed '7"),
+        (
+            {"TEACHER_CHECKPOINT": "/nowhere"},
+            "TEACHER_CHECKPOINT must be the folder of a Megatron checkpoint",
+        ),
+        ({"RUN_DIR": "/proc/nowhere"}, "RUN_DIR and STUDENTS_DIR must be folders that can be made"),
+    ],
+)
+def test_a_setting_that_is_wrong_ends_the_job_at_once_with_a_sentence(
+    cluster, teacher, tmp_path, settings, says
+):
+    job = Submitted(cluster, tmp_path / "run", teacher, **settings).submit(*DISTILL)
+    job.end()
+    assert job.state == "FAILED"
+    assert job.log.splitlines()[-1].startswith(f"vcrd: {says}") and job.log.count("\n") <= 3
+
+
+def test_a_job_that_is_submitted_from_elsewhere_says_so(cluster, tmp_path):
+    script = ROOT / "examples/slurm/distill.sbatch"
+    number = cluster.run("sbatch", "--parsable", "--output=log", ":", str(script), cwd=tmp_path)
+    wait_until(lambda: cluster.job(number) in ENDED, 60, "the job has ended")
+    assert cluster.job(number) == "FAILED"
+    assert (tmp_path / "log").read_text() == (
+        f"vcrd: there is no examples/slurm/env.sh in {tmp_path}: submit from the checkout\n"
+    )
+
+
+def test_the_example_of_the_page_runs(cluster, tmp_path):
+    """Word by word, but for the build and the places."""
+    page = (ROOT / "docs/cluster.md").read_text()
+    (text,) = re.findall(r"## Without GPUs\n.*?```bash\n(.*?)```", page, re.DOTALL)
+    for word, ours in (
+        ("make build PYTHON=python3.12\n", ""),
+        ("PYTHON=$PWD/.venv/cp312/bin/python", f"PYTHON={sys.executable}"),
+        ("RUN_DIR=$PWD/vcrd-run", f"RUN_DIR={tmp_path}"),
+        ("sbatch ", f"sbatch --parsable --output={tmp_path}/log "),
+    ):
+        assert text.count(word) == 1, word
+        text = text.replace(word, ours)
+    done = cluster.run("bash", "-c", text, cwd=ROOT, seconds=200, PYTHONPATH=str(ROOT))
+    number = done.splitlines()[-1]
+    log = tmp_path / "log"
+    wait_until(
+        lambda: cluster.job(number) in ENDED, 200, "the job has ended", lambda: log.read_text()[-3000:]
+    )
+    assert cluster.job(number) == "COMPLETED", log.read_text()[-3000:]
+    assert "vcrd doctor: 4 processes" in log.read_text()
+    assert [int(iteration) for iteration, _ in LOSS.findall(log.read_text())] == list(range(1, 21))
 
 
 def assert_same(losses: dict[int, str], whole: dict[int, str], resumed: int) -> None:

@@ -70,6 +70,14 @@ def megatron_core(job: Job) -> list[Finding]:
     return [ok("megatron-core", f"{number}, {training} megatron.training", alike=ALIKE)]
 
 
+def psutil(job: Job) -> list[Finding]:
+    """Megatron-Core does not ask for it, and notices at the first checkpoint."""
+    if find_spec("megatron") is None or find_spec("psutil") is not None:
+        return []
+    text = "not installed, and Megatron-Core saves no checkpoint of the format torch_dist without it"
+    return [fault("psutil", text, "Run `pip install psutil`.")]
+
+
 def transformer_engine(job: Job) -> list[Finding]:
     if find_spec(_ENGINE) is None:
         text = "not installed: no FP8, context parallelism or sequence parallelism"
@@ -154,4 +162,4 @@ def _importable(module: str) -> bool:
         return True
 
 
-CHECKS = (megatron_core, transformer_engine, apex, rich)
+CHECKS = (megatron_core, psutil, transformer_engine, apex, rich)
