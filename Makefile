@@ -28,13 +28,14 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench bench-link build lint format cuda-check cuda-home container-check gpu-check clean always
+.PHONY: help demo test bench bench-link evidence build lint format cuda-check cuda-home container-check gpu-check clean always
 
 help:
 	@echo "make demo     distil a real model in front of you; the first run installs and builds"
 	@echo "make test     run every test"
 	@echo "make bench    time the loss beside its peers"
 	@echo "make bench-link  time a student with the link beside one with ready answers; bytes per second"
+	@echo "make evidence    train students by every method and compare them, in evidence/"
 	@echo "make build    build the extension vcrd._C"
 	@echo "make lint     check style        make format   correct it"
 	@echo "make cuda-check  compile the CUDA kernels and look at their machine code; needs no GPU"
@@ -46,13 +47,18 @@ help:
 demo: $(DONE)/demo $(DONE)/extension
 	@$(RUN) -m examples.demo $(ARGS)
 
-test: $(DONE)/demo $(DONE)/test $(DONE)/extension
+test: $(DONE)/demo $(DONE)/test $(DONE)/evidence $(DONE)/extension
 	@echo "==> running the tests with $(VENV)"
 	@$(RUN) -m pytest $(ARGS)
 
 bench: $(DONE)/bench $(DONE)/extension
 	@echo "==> timing the loss and its peers with $(VENV)"
 	@$(RUN) benchmarks/loss.py $(ARGS)
+
+evidence: $(DONE)/evidence $(DONE)/extension
+	@echo "==> comparing the methods with $(VENV)"
+	@$(RUN) benchmarks/quality/run.py --out evidence $(ARGS)
+	@$(RUN) benchmarks/quality/tables.py evidence/results.json
 
 bench-link: $(DONE)/core $(DONE)/extension
 	@echo "==> timing the link with $(VENV)"
@@ -78,6 +84,10 @@ $(DONE)/demo: $(DONE)/core requirements/demo.txt requirements/demo-no-deps.txt
 $(DONE)/test: $(DONE)/core requirements/test.txt
 	@echo "==> installing what the tests need: pytest and hypothesis"
 	@$(PIP) -r requirements/test.txt && touch $@
+
+$(DONE)/evidence: $(DONE)/core requirements/evidence.txt
+	@echo "==> installing what the evidence is measured on: generated problems with verifiers"
+	@$(PIP) -r requirements/evidence.txt && touch $@
 
 $(DONE)/bench: $(DONE)/core requirements/bench.txt requirements/bench-no-deps.txt
 	@echo "==> installing the peers that the benchmark compares with"

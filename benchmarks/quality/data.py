@@ -1,0 +1,110 @@
+"""Problems and solutions as tensors of tokens, and what an exact verifier says of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from models import Stack, generate
+from problems import END, Family, Problem
+from torch import Tensor
+
+# One token a symbol; the first is padding.
+SYMBOLS = "\0" + END + "0123456789+-*/%=;,.:!?" + "abcdefghijklmnopqrstuvwxyz" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+STOP = SYMBOLS.index(END)
+_TOKEN = {symbol: token for token, symbol in enumerate(SYMBOLS)}
+
+
+def encode(text: str) -> list[int]:
+    return [_TOKEN[symbol] for symbol in text]
+
+
+def decode(tokens: Sequence[int]) -> str:
+    return "".join(SYMBOLS[token] for token in tokens)
+
+
+@dataclass
+class Batch:
+    """Rows of prompt and solution. tokens, labels: int64 [.., s], the label what follows a token, -1 where none counts;
+    counts: bool [.., s], where something of the solution follows. problems: of the rows, flat.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    counts: Tensor
+    problems: list[Problem]
+    solutions: list[str]
+
+
+def batch_of(problems: Sequence[Problem], solutions: Sequence[str], leading: tuple[int, ...] = ()) -> Batch:
+    """leading: shape of the rows; default [rows]."""
+    texts = [problem.prompt + solution for problem, solution in zip(problems, solutions, strict=True)]
+    length = max(map(len, texts)) - 1
+    tokens = torch.zeros(len(texts), length + 1, dtype=torch.int64)
+    counts = torch.zeros(len(texts), length, dtype=torch.bool)
+    for row, (text, problem) in enumerate(zip(texts, problems, strict=True)):
+        tokens[row, : len(text)] = torch.tensor(encode(text))
+        counts[row, len(problem.prompt) - 1 : len(text) - 1] = True
+    labels = torch.where(counts, tokens[:, 1:], -1)
+    shape = leading or (len(texts),)
+    return Batch(
+        *(each.view(*shape, length) for each in (tokens[:, :-1].contiguous(), labels, counts)),
+        list(problems),
+        list(solutions),
+    )
+
+
+def verdicts(batch: Batch, actions: Tensor) -> Tensor:
+    """Whether a correct continuation begins with each action, bool as `actions` [.., s]; false outside solutions."""
+    found = torch.zeros(actions.shape, dtype=torch.bool).view(len(batch.problems), -1)
+    flat = actions.reshape(len(batch.problems), -1).tolist()
+    for row, (problem, solution) in enumerate(zip(batch.problems, batch.solutions, strict=True)):
+        first = len(problem.prompt) - 1
+        good = [
+            SYMBOLS[flat[row][first + place]] in allowed
+            for place, allowed in enumerate(problem.allowed(solution))
+        ]
+        found[row, first : first + len(good)] = torch.tensor(good, dtype=torch.bool)
+    return found.view(actions.shape)
+
+
+def steps_of(batch: Batch) -> Tensor:
+    """The reasoning step of each position, int64, numbered over all rows; -1 outside solutions. A step ends at ';'."""
+    ends = batch.tokens == _TOKEN[";"]
+    # What follows a ';' begins the next step.
+    number = (ends & batch.counts).view(-1, batch.tokens.shape[-1]).cumsum(-1)
+    rows = torch.arange(len(batch.problems))[:, None] * batch.tokens.shape[-1]
+    return torch.where(batch.counts, (number + rows).view(batch.tokens.shape), -1)
+
+
+def draw(family: Family, rng: random.Random, count: int, longer: bool = False) -> list[Problem]:
+    return [family(rng, longer) for _ in range(count)]
+
+
+def solved(
+    models: Stack,
+    problems: Sequence[Sequence[Problem]],
+    length: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> list[list[str]]:
+    """Each model's solutions of its problems, in their order, greedy or sampled; up to END, or to `length`."""
+    found = [[""] * len(row) for row in problems]
+    lengths: dict[int, list[list[int]]] = {}  # of prompts: what is generated together has one
+    for model, row in enumerate(problems):
+        for place, problem in enumerate(row):
+            lengths.setdefault(len(problem.prompt), [[] for _ in problems])[model].append(place)
+    for prompt, places in lengths.items():
+        most = max(map(len, places))
+        tokens = torch.zeros(len(problems), most, prompt, dtype=torch.int64)
+        for model, mine in enumerate(places):
+            for slot, place in enumerate(mine):
+                tokens[model, slot] = torch.tensor(encode(problems[model][place].prompt))
+        texts = generate(models, tokens, length, STOP, temperature, generator)[..., prompt:].tolist()
+        for model, mine in enumerate(places):
+            for slot, place in enumerate(mine):
+                text = decode(texts[model][slot])
+                found[model][place] = text[: text.find(END) + 1] if END in text else text.rstrip("\0")
+    return found

@@ -1,0 +1,241 @@
+"""What is compared: each method says how much each token counts, by vcrd's own loss, and nothing else differs.
+
+A method is given what is seen at the tokens of its micro-batch, and returns weights of the divergence. One that asks a
+verifier has its verdicts on both models' proposals, right or wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+import vcrd
+from vcrd.divergence import DivergenceStats
+
+TRACES, OWN = "traces", "own"  # prefixes of the teacher's solutions, of the student's own
+
+
+@dataclass
+class Seen:
+    """At the tokens of one micro-batch, all [b, s]. counts: bool. labels: verified next tokens, -1 for none.
+    student_valid, teacher_valid: what the verifier says of the proposals, float 0 or 1. steps: as vcrd takes them.
+    first: statistics of the student as it was before training, where a method asks for them.
+    """
+
+    stats: DivergenceStats
+    teacher_logits: Tensor
+    labels: Tensor
+    counts: Tensor
+    student_valid: Tensor
+    teacher_valid: Tensor
+    steps: Tensor
+    generator: torch.Generator
+    first: DivergenceStats | None = None
+
+
+Weights = Callable[[Seen], Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """loss = weights x divergence + ce x cross-entropy with the verified token, the mean over the tokens that count.
+
+    group: "baseline", "vcrd", "control" or "idea". asks: what it needs beside logits, of "labels", "verifier". target:
+    teacher's logits in place of the teacher's, from what the first pass has seen. regimes: where it can be used.
+    """
+
+    name: str
+    group: str
+    weights: Weights
+    divergence: str = "forward_kl"
+    ce: float = 0.0
+    asks: frozenset[str] = frozenset()
+    target: Callable[[Seen], Tensor] | None = None
+    against_first: bool = False
+    regimes: frozenset[str] = field(default=frozenset((TRACES, OWN)))
+
+
+def plain(seen: Seen) -> Tensor:
+    return torch.ones_like(seen.stats.divergence)
+
+
+def none(seen: Seen) -> Tensor:
+    return torch.zeros_like(seen.stats.divergence)
+
+
+def calibrated(validity: str, by_step: bool = False, **more) -> Weights:
+    """vcrd's own weights. by_step: one for each step of reasoning."""
+
+    def weights(seen: Seen) -> Tensor:
+        stats = seen.first if more.get("first") else seen.stats
+        arguments = {key: value for key, value in more.items() if key != "first"}
+        if validity == "scores":
+            arguments |= {"student_validity": seen.student_valid, "teacher_validity": seen.teacher_valid}
+        if by_step:
+            arguments["steps"] = seen.steps
+        found, _ = vcrd.validity_weights(stats, validity, mask=seen.counts, **arguments)
+        # As the loss itself does, a token without a verified label has no verdict.
+        return torch.where(seen.labels < 0, 1.0, found) if validity == "label" else found
+
+    return weights
+
+
+def shuffled(inner: Weights) -> Weights:
+    """The same weights, each at another token of the micro-batch."""
+
+    def weights(seen: Seen) -> Tensor:
+        found = inner(seen)
+        those = found[seen.counts]
+        moved = torch.zeros_like(found)
+        moved[seen.counts] = those[torch.randperm(len(those), generator=seen.generator)]
+        return moved
+
+    return weights
+
+
+def entropy_gap(seen: Seen) -> Tensor:
+    """Sigmoid of the student's entropy minus the teacher's (TSD-KD)."""
+    return torch.sigmoid(seen.stats.student_entropy - seen.stats.teacher_entropy)
+
+
+def accepted(k: int) -> Weights:
+    """1 where the student's proposal is among the teacher's k most probable tokens, else 0 (SelecTKD)."""
+
+    def weights(seen: Seen) -> Tensor:
+        best = seen.teacher_logits.topk(k, -1).indices
+        return (best == seen.stats.student_action[..., None]).any(-1).float()
+
+    return weights
+
+
+def not_visibly_wrong(seen: Seen) -> Tensor:
+    """0 where the teacher gives its own proposal more than twice the probability of the verified token."""
+    stats = seen.stats
+    wrong = stats.teacher_logprob_of_teacher_action > stats.teacher_label_logprob + torch.log(
+        torch.tensor(2.0)
+    )
+    return (~(wrong & (seen.labels >= 0))).float()
+
+
+def capped(inner: Weights) -> Weights:
+    """Never more than plain distillation: min(1, 2 rho), of weights that reach from 0 to 2."""
+    return lambda seen: inner(seen).clamp(max=1.0)
+
+
+def teacher_absolute(seen: Seen) -> Tensor:
+    """The label's calibration times the teacher's absolute validity, p(y) / p_max."""
+    own = (seen.stats.teacher_label_logprob - seen.stats.teacher_logprob_of_teacher_action).exp()
+    return calibrated("label")(seen) * torch.where(seen.labels < 0, 1.0, own)
+
+
+def gate(seen: Seen) -> Tensor:
+    """Only where the verifier accepts the teacher's proposal."""
+    return seen.teacher_valid
+
+
+def without_rejected(seen: Seen) -> Tensor:
+    """The teacher, without its proposal where that is rejected; what it thinks of all others is kept."""
+    rejected = torch.nn.functional.one_hot(seen.stats.teacher_action, seen.teacher_logits.shape[-1]).bool()
+    return seen.teacher_logits.masked_fill(rejected & (seen.teacher_valid == 0)[..., None], -torch.inf)
+
+
+def methods() -> list[Method]:
+    verifier, labels = frozenset({"verifier"}), frozenset({"labels"})
+    traces = frozenset({TRACES})
+    label, scores = calibrated("label"), calibrated("scores")
+    zero_to_two = {"floor": 0.0, "ceiling": 2.0}
+    found = [
+        Method("hard labels", "baseline", none, ce=1.0, asks=labels),
+        Method("forward KL", "baseline", plain),
+        Method("reverse KL", "baseline", plain, "reverse_kl"),
+        Method("JSD", "baseline", plain, "jsd"),
+        Method("skewed KL", "baseline", plain, "skew_kl"),
+        Method("skewed reverse KL", "baseline", plain, "skew_reverse_kl"),
+        Method("entropy gap", "baseline", entropy_gap),
+        Method("top-5 accepted", "baseline", accepted(5)),
+        Method("KL + CE", "baseline", lambda seen: 0.5 * plain(seen), ce=0.5, asks=labels),
+        Method("visibly wrong dropped", "baseline", not_visibly_wrong, asks=labels, regimes=traces),
+        Method("label", "vcrd", label, asks=labels, regimes=traces),
+        Method("margin", "vcrd", calibrated("margin")),
+        Method("confidence", "vcrd", calibrated("confidence")),
+        Method("scores, tokens", "vcrd", scores, asks=verifier),
+        Method("scores, steps", "vcrd", calibrated("scores", by_step=True), asks=verifier),
+        Method("label, shuffled", "control", shuffled(label), asks=labels, regimes=traces),
+        Method(
+            "label, reversed",
+            "control",
+            calibrated("label", floor=1.9, ceiling=0.1),
+            asks=labels,
+            regimes=traces,
+        ),
+        Method("scores, shuffled", "control", shuffled(scores), asks=verifier),
+        Method("scores, reversed", "control", calibrated("scores", floor=1.9, ceiling=0.1), asks=verifier),
+        Method(
+            "label, capped", "idea", capped(calibrated("label", **zero_to_two)), asks=labels, regimes=traces
+        ),
+        Method("label x teacher's own", "idea", teacher_absolute, asks=labels, regimes=traces),
+        Method("scores, capped", "idea", capped(calibrated("scores", **zero_to_two)), asks=verifier),
+        Method("scores, gate", "idea", gate, asks=verifier),
+        Method("rejected token removed", "idea", plain, asks=verifier, target=without_rejected),
+        Method(
+            "label, first student",
+            "idea",
+            calibrated("label", first=True),
+            asks=labels,
+            against_first=True,
+            regimes=traces,
+        ),
+    ]
+    for name, validity in (("label", "label"), ("margin", "margin"), ("scores, tokens", "scores")):
+        (usual,) = [method for method in found if method.name == name]
+        found.append(replace(usual, name=f"{name}, mean", weights=calibrated(validity, normalization="mean")))
+    return found
+
+
+@dataclass
+class Place:
+    """Where the tokens of a micro-batch stand, all [b, s]. labels: None on the student's own prefixes, where those
+    proposals of the teacher's that the verifier accepts count as verified. judge: (student's action, teacher's action)
+    -> whether each is valid, float. first_logits: of the student before training, where a method asks for them.
+    """
+
+    counts: Tensor
+    steps: Tensor
+    labels: Tensor | None
+    judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    generator: torch.Generator
+    first_logits: Tensor | None = None
+
+
+def loss_of(method: Method, logits: Tensor, teacher_logits: Tensor, place: Place) -> Tensor:
+    """The loss of a micro-batch, a scalar. Both logits [b, s, vocabulary], the student's with a graph."""
+    with torch.no_grad():
+        labels, valid = place.labels, (torch.ones(logits.shape[:2]),) * 2
+        if "verifier" in method.asks or (labels is None and "labels" in method.asks):
+            teacher_action = teacher_logits.argmax(-1)
+            valid = place.judge(logits.argmax(-1), teacher_action)
+            if labels is None:
+                labels = torch.where(place.counts & (valid[1] > 0), teacher_action, -1)
+        if labels is None:
+            labels = torch.full(logits.shape[:2], -1)
+
+    def statistics(student: Tensor, teacher: Tensor, divergence: str = "forward_kl") -> DivergenceStats:
+        return vcrd.vocab_parallel_divergence(
+            student, teacher, labels, divergence=divergence, mask=place.counts
+        )
+
+    stats = statistics(logits, teacher_logits, method.divergence)
+    with torch.no_grad():
+        first = statistics(place.first_logits, teacher_logits) if method.against_first else None
+        seen = Seen(stats, teacher_logits, labels, place.counts, *valid, place.steps, place.generator, first)
+        weights = method.weights(seen)
+    divergence = stats.divergence
+    if method.target is not None:
+        divergence = statistics(logits, method.target(seen), method.divergence).divergence
+    loss = weights * divergence
+    if method.ce:
+        loss = loss + method.ce * torch.where(labels >= 0, stats.cross_entropy, 0.0)
+    return loss.sum() / place.counts.sum()

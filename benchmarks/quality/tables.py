@@ -1,0 +1,168 @@
+"""What results.json says, as tables: means, and differences with bootstrap intervals.
+
+    python benchmarks/quality/tables.py evidence/results.json
+
+A difference is paired: the same task, the same student before, the same problem. Its interval comes from drawing each
+task's seeds and problems anew, with replacement, a thousand times; it holds 95 % of the differences that were drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+LENGTHS = ("usual", "longer")
+_DRAWS = 1000
+
+
+class Results:
+    """solved(regime, method, length): float [tasks, seeds, problems], of one share of wrong verdicts."""
+
+    def __init__(self, content: dict) -> None:
+        self.content = content
+        self.tasks = list(dict.fromkeys(run["task"] for run in content["runs"]))
+        self.seeds = sorted({run["seed"] for run in content["runs"]})
+        self._bits: dict[tuple, np.ndarray] = {}
+        for run in content["runs"]:
+            for method, solved in run["solved"].items():
+                for length in LENGTHS:
+                    place = (run["regime"], run["wrong"], method, length, run["task"], run["seed"])
+                    self._bits[place] = np.frombuffer(solved[length].encode(), dtype=np.uint8) == ord("1")
+
+    def methods(self, regime: str, wrong: float = 0.0) -> list[str]:
+        return list(dict.fromkeys(m for r, w, m, *_ in self._bits if (r, w) == (regime, wrong)))
+
+    def solved(self, regime: str, method: str, length: str = "usual", wrong: float = 0.0) -> np.ndarray:
+        return np.array(
+            [
+                [self._bits[regime, wrong, method, length, task, seed] for seed in self.seeds]
+                for task in self.tasks
+            ],
+            dtype=np.float64,
+        )
+
+    def around(self, what: str, length: str = "usual") -> float:
+        """The mean of "before" (the student) or "teacher"."""
+        return float(np.mean([run[what][length] for run in self.content["runs"] if not run["wrong"]]))
+
+
+def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of a - b, [tasks, seeds, problems] each, and the ends of its interval."""
+    paired = a - b
+    rng = np.random.default_rng(seed)
+    tasks, seeds, problems = paired.shape
+    drawn = np.empty(_DRAWS)
+    for number in range(_DRAWS):
+        total = 0.0
+        for task in range(tasks):
+            rows = paired[task][rng.integers(seeds, size=seeds)]
+            total += rows[:, rng.integers(problems, size=problems)].mean()
+        drawn[number] = total / tasks
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return float(paired.mean()), float(low), float(high)
+
+
+def shown(found: tuple[float, float, float]) -> str:
+    """In points of accuracy; bold where zero is outside the interval."""
+    mean, low, high = (100 * value for value in found)
+    text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def by_task(results: Results, regime: str) -> str:
+    """Exact match of each method on each task, %, best first."""
+    means = {method: results.solved(regime, method).mean((1, 2)) for method in results.methods(regime)}
+    order = sorted(means, key=lambda method: -means[method].mean())
+    rows = [["method", *results.tasks, "mean"]]
+    rows += [
+        [name, *(f"{100 * share:.1f}" for share in means[name]), f"{100 * means[name].mean():.1f}"]
+        for name in order
+    ]
+    return table(rows)
+
+
+def against(results: Results, regime: str, others: Sequence[str]) -> str:
+    """Each method's difference from these, and from the same weights shuffled where there are such."""
+    methods = results.methods(regime)
+    others = [name for name in others if name in methods]
+    rows = [
+        [
+            "method",
+            *(f"against {name}" for name in others),
+            "against its weights shuffled",
+            "longer, against " + others[0],
+        ]
+    ]
+    for name in methods:
+        solved = results.solved(regime, name)
+        control = name.split(",")[0] + ", shuffled"
+        cells = [
+            shown(difference(solved, results.solved(regime, other))) if other != name else ""
+            for other in others
+        ]
+        cells.append(
+            shown(difference(solved, results.solved(regime, control)))
+            if control in methods and "shuffled" not in name
+            else ""
+        )
+        longer = [results.solved(regime, each, "longer") for each in (name, others[0])]
+        cells.append(shown(difference(*longer)) if name != others[0] else "")
+        rows.append([name, *cells])
+    return table(rows)
+
+
+def worse_verifiers(results: Results, baseline: str = "forward KL") -> str:
+    """On the student's own prefixes: difference from plain KL as verdicts become wrong."""
+    shares = sorted({run["wrong"] for run in results.content["runs"]})
+    names = results.methods("own", shares[-1])
+    plain = results.solved("own", baseline)
+    rows = [["verdicts that are wrong", *(f"{100 * share:.0f} %" for share in shares)]]
+    rows += [
+        [name, *(shown(difference(results.solved("own", name, wrong=share), plain)) for share in shares)]
+        for name in names
+    ]
+    return table(rows)
+
+
+def page(results: Results) -> str:
+    sizes = results.content["sizes"]
+    parts = [
+        f"Configuration `{results.content['config']}`: {len(results.tasks)} tasks, {len(results.seeds)} seeds, "
+        f"{sizes['problems']} held-out problems of each length, {sizes['steps']} steps of {sizes['batch']} solutions. "
+        f"The teachers solve {100 * results.around('teacher'):.1f} % of the problems, the students before the "
+        f"distillation {100 * results.around('before'):.1f} %. {results.content['seconds'] / 60:.0f} minutes.\n"
+    ]
+    for regime, title in (
+        ("traces", "Prefixes of the teacher's solutions"),
+        ("own", "Prefixes of the student's own"),
+    ):
+        if results.methods(regime):
+            parts += [
+                f"## {title}\n",
+                by_task(results, regime),
+                against(results, regime, ("forward KL", "KL + CE")),
+            ]
+    if len({run["wrong"] for run in results.content["runs"]}) > 1:
+        parts += ["## Verifiers that err\n", worse_verifiers(results)]
+    return "\n".join(parts)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    options = parser.parse_args(arguments)
+    print(page(Results(json.loads(options.results.read_text()))))
+
+
+if __name__ == "__main__":
+    main()

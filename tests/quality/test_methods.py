@@ -1,0 +1,198 @@
+"""The methods that are compared: their weights by hand, and vcrd's own loss where it has the same."""
+
+from __future__ import annotations
+
+import methods as how
+import pytest
+import torch
+from methods import OWN, TRACES, Place
+
+import vcrd
+from vcrd import reference
+
+ROWS, LENGTH, VOCAB = 3, 7, 11
+METHODS = {method.name: method for method in how.methods()}
+
+
+def place(labels: bool = True, judge=None) -> Place:
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.rand(ROWS, LENGTH, generator=generator) < 0.8
+    found = torch.randint(VOCAB, (ROWS, LENGTH), generator=generator)
+    found = torch.where(counts & (torch.rand(ROWS, LENGTH, generator=generator) < 0.8), found, -1)
+    steps = torch.where(counts, torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) // 3, -1)
+    return Place(
+        counts, steps, found if labels else None, judge or random_verdicts, torch.Generator().manual_seed(2)
+    )
+
+
+def random_verdicts(student_action, teacher_action):
+    generator = torch.Generator().manual_seed(3)
+    return tuple((torch.rand(2, ROWS, LENGTH, generator=generator) < 0.6).float())
+
+
+def logits() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    student, teacher = 2 * torch.randn(2, ROWS, LENGTH, VOCAB, generator=generator)
+    return student.requires_grad_(), teacher
+
+
+def loss(name: str, where: Place) -> torch.Tensor:
+    student, teacher = logits()
+    where.first_logits = student.detach().roll(1, -1)
+    return how.loss_of(METHODS[name], student, teacher, where)
+
+
+def exact(where: Place, divergence: str = "forward_kl") -> dict[str, torch.Tensor]:
+    student, teacher = (each.detach().double() for each in logits())
+    labels = torch.full((ROWS, LENGTH), 0) if where.labels is None else where.labels
+    return reference.statistics(student, teacher, labels.clamp(min=0), name=divergence)
+
+
+def mean(values: torch.Tensor, where: Place) -> float:
+    return float(values.detach()[where.counts].sum() / where.counts.sum())
+
+
+@pytest.mark.parametrize(
+    ("name", "divergence"),
+    [
+        ("forward KL", "forward_kl"),
+        ("reverse KL", "reverse_kl"),
+        ("JSD", "jsd"),
+        ("skewed KL", "skew_kl"),
+        ("skewed reverse KL", "skew_reverse_kl"),
+    ],
+)
+@pytest.mark.parametrize("labels", [True, False])
+def test_plain_divergences_are_those_of_the_reference(name, divergence, labels):
+    where = place(labels)
+    assert loss(name, where).item() == pytest.approx(
+        mean(exact(where, divergence)["divergence"], where), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("validity", ["label", "margin", "confidence"])
+def test_ours_is_the_loss_of_the_package(validity):
+    where = place()
+    student, teacher = logits()
+    out = vcrd.validity_calibrated_kl(student, teacher, where.labels, validity=validity, mask=where.counts)
+    if validity == "label":
+        assert (out.weight[where.counts & (where.labels < 0)] == 1).all()
+    assert loss(validity, where).item() == pytest.approx(mean(out.loss, where), rel=1e-6)
+
+
+def test_scores_by_token_and_by_step():
+    where = place()
+    student, teacher = logits()
+    valid = random_verdicts(None, None)
+    for name, steps in (("scores, tokens", None), ("scores, steps", where.steps)):
+        out = vcrd.validity_calibrated_kl(
+            student,
+            teacher,
+            validity="scores",
+            student_validity=valid[0],
+            teacher_validity=valid[1],
+            steps=steps,
+            mask=where.counts,
+        )
+        assert loss(name, where).item() == pytest.approx(mean(out.loss, where), rel=1e-6)
+
+
+def test_cross_entropy_counts_where_there_is_a_label():
+    where = place()
+    stats = exact(where)
+    ce = torch.where(where.labels >= 0, stats["cross_entropy"], 0.0)
+    assert loss("hard labels", where).item() == pytest.approx(mean(ce, where), rel=1e-5)
+    both = 0.5 * mean(stats["divergence"], where) + 0.5 * mean(ce, where)
+    assert loss("KL + CE", where).item() == pytest.approx(both, rel=1e-5)
+
+
+def test_on_own_prefixes_a_label_is_the_teachers_proposal_that_is_accepted():
+    where = place(labels=False)
+    student, teacher = (each.detach().double() for each in logits())
+    action = teacher.argmax(-1)
+    ce = -student.log_softmax(-1).gather(-1, action[..., None])[..., 0]
+    ce = torch.where(random_verdicts(None, None)[1] > 0, ce, 0.0)
+    assert loss("hard labels", where).item() == pytest.approx(mean(ce, where), rel=1e-5)
+
+
+def test_weights_of_the_others_by_hand():
+    where = place()
+    student, teacher = (each.detach().double() for each in logits())
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    stats = exact(where)
+    kl = stats["divergence"]
+    entropy = [-(each * each.log()).sum(-1) for each in (q, p)]
+    assert loss("entropy gap", where).item() == pytest.approx(
+        mean((entropy[0] - entropy[1]).sigmoid() * kl, where), rel=1e-5
+    )
+    best = teacher.topk(5, -1).indices
+    taken = (best == student.argmax(-1)[..., None]).any(-1)
+    assert 0 < taken.double().mean() < 1
+    assert loss("top-5 accepted", where).item() == pytest.approx(mean(taken * kl, where), rel=1e-5)
+    label = where.labels.clamp(min=0)[..., None]
+    wrong = (p.amax(-1) > 2 * p.gather(-1, label)[..., 0]) & (where.labels >= 0)
+    assert loss("visibly wrong dropped", where).item() == pytest.approx(mean(~wrong * kl, where), rel=1e-5)
+    valid = random_verdicts(None, None)
+    assert loss("scores, gate", where).item() == pytest.approx(mean(valid[1] * kl, where), rel=1e-5)
+    capped = torch.where(valid[0] > valid[1], 0.0, 1.0)
+    assert loss("scores, capped", where).item() == pytest.approx(mean(capped * kl, where), rel=1e-5)
+
+
+def test_a_rejected_token_is_taken_from_the_teacher():
+    where = place()
+    student, teacher = (each.detach().double() for each in logits())
+    rejected = random_verdicts(None, None)[1] == 0
+    changed = teacher.clone()
+    changed[rejected] = changed[rejected].scatter(-1, teacher[rejected].argmax(-1, keepdim=True), -torch.inf)
+    p, q = changed.softmax(-1), student.log_softmax(-1)
+    kl = torch.where(p > 0, p * (p.clamp(min=1e-300).log() - q), 0.0).sum(-1)
+    assert loss("rejected token removed", where).item() == pytest.approx(mean(kl, where), rel=1e-5)
+
+
+def test_shuffled_weights_are_the_same_at_other_tokens():
+    where = place()
+    student, teacher = logits()
+    stats = vcrd.vocab_parallel_divergence(student, teacher, where.labels, mask=where.counts)
+    seen = how.Seen(
+        stats, teacher, where.labels, where.counts, *random_verdicts(None, None), where.steps, where.generator
+    )
+    own, moved = METHODS["label"].weights(seen), METHODS["label, shuffled"].weights(seen)
+    assert torch.equal(own[where.counts].sort().values, moved[where.counts].sort().values)
+    assert not torch.equal(own, moved) and not moved[~where.counts].any()
+    turned = METHODS["label, reversed"].weights(seen)
+    assert torch.allclose((own + turned)[where.counts], torch.tensor(2.0))
+    normalised = METHODS["label, mean"].weights(seen)
+    with_verdict = where.counts & (where.labels >= 0)
+    ratio = (normalised / own)[with_verdict]
+    assert torch.allclose(ratio, ratio[0])
+
+
+def test_the_first_students_weights_stay():
+    where = place()
+    student, teacher = logits()
+    where.first_logits = student.detach().roll(1, -1)
+    found = how.loss_of(METHODS["label, first student"], student, teacher, where)
+    weight = vcrd.validity_calibrated_kl(where.first_logits, teacher, where.labels, mask=where.counts).weight
+    assert found.item() == pytest.approx(mean(weight * exact(where)["divergence"], where), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_finite_gradient_in_its_regimes(name):
+    for regime in METHODS[name].regimes:
+        where = place(labels=regime == TRACES)
+        student, teacher = logits()
+        where.first_logits = student.detach()
+        how.loss_of(METHODS[name], student, teacher, where).backward()
+        assert student.grad.isfinite().all() and student.grad.abs().sum() > 0
+        assert not student.grad[~where.counts].any()
+
+
+def test_a_verifier_is_asked_only_by_who_says_so():
+    def refuses(*_):
+        raise AssertionError("asked")
+
+    for name, method in METHODS.items():
+        if "verifier" not in method.asks:
+            loss(name, place(judge=refuses))
+            if OWN in method.regimes and "labels" not in method.asks:
+                loss(name, place(labels=False, judge=refuses))

@@ -1,0 +1,147 @@
+"""The tasks and their verifier, against every correct solution that there is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import data
+import gym
+import pytest
+import tasks
+import torch
+from problems import END, Problem, State
+
+FAMILIES = {
+    family.__name__: family
+    for family in (
+        tasks.arithmetic,
+        tasks.tracing,
+        tasks.formats,
+        gym.chain_sum,
+        gym.gcd,
+        gym.prime_factorization,
+    )
+}
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request):
+    return FAMILIES[request.param]
+
+
+def solutions(state: State | None) -> Iterator[str]:
+    if state is None:
+        yield ""
+        return
+    for step, left in state.steps().items():
+        for rest in solutions(left):
+            yield step + rest
+
+
+def problems(family, count: int, longer: bool = False) -> list[Problem]:
+    return data.draw(family, random.Random(11), count, longer)
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_what_is_drawn_is_correct_and_in_the_symbols(family, longer):
+    rng = random.Random(5)
+    for problem in problems(family, 100, longer):
+        solution = problem.solution(rng)
+        assert problem.is_correct(solution) and solution.count(END) == 1
+        assert data.decode(data.encode(problem.prompt + solution)) == problem.prompt + solution
+        assert len(solution) <= 110
+
+
+def test_longer_problems_are_longer(family):
+    def mean(longer: bool) -> float:
+        rng = random.Random(5)
+        return sum(len(p.prompt + p.solution(rng)) for p in problems(family, 200, longer)) / 200
+
+    assert mean(True) > 1.15 * mean(False)
+
+
+def test_the_verifier_knows_every_correct_continuation_and_no_other(family):
+    rng = random.Random(5)
+    for problem in problems(family, 25):
+        every = set(solutions(problem.start))
+        solution = list(problem.solution(rng))
+        place = rng.randrange(len(solution))
+        solution[place] = rng.choice("0123456789;=+-*?$abcXYZ")
+        text = "".join(solution)
+        expected = [
+            {whole[length] for whole in every if whole.startswith(text[:length]) and len(whole) > length}
+            for length in range(len(text))
+        ]
+        # Nothing is allowed after the end, nor after what is wrong.
+        assert [set(allowed) for allowed in problem.allowed(text)] == expected
+        assert problem.is_correct(text) == (text in every)
+        assert not problem.is_correct(text[:-1]) and not problem.is_correct("")
+
+
+def test_no_step_begins_another(family):
+    def check(state: State | None) -> None:
+        while state is not None:
+            steps = list(state.steps())
+            assert not any(a != b and b.startswith(a) for a in steps for b in steps)
+            state = state.steps()[steps[-1]]
+
+    for problem in problems(family, 50):
+        check(problem.start)
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "gcd", "prime_factorization"])
+def test_solutions_end_in_the_answer_of_reasoning_gym(name):
+    import reasoning_gym
+
+    rng = random.Random(3)
+    seen = 0
+    for problem in problems(FAMILIES[name], 40):
+        last = problem.solution(rng).rpartition("=")[2].removesuffix(END)
+        for entry in _entries(name, problem):
+            score = reasoning_gym.get_score_answer_fn(name)
+            assert score(last.replace("*", " × "), entry) == 1.0
+            seen += 1
+    assert seen == 40
+
+
+def _entries(name: str, problem: Problem) -> list[dict]:
+    """What reasoning-gym would say of this problem: an entry with its answer, reckoned here once more."""
+    import math
+    from functools import reduce
+
+    text = problem.prompt.removesuffix("?")
+    if name == "chain_sum":
+        return [{"answer": str(eval(text)), "metadata": {}}]
+    if name == "gcd":
+        return [{"answer": str(reduce(math.gcd, map(int, text.split(",")))), "metadata": {}}]
+    number, factors = int(text), []
+    for prime in range(2, number + 1):
+        while number % prime == 0:
+            factors.append(prime)
+            number //= prime
+    return [{"answer": " × ".join(map(str, factors)), "metadata": {"factors": factors}}]
+
+
+def test_verdicts_stand_where_the_next_symbol_is_judged(family):
+    rng = random.Random(5)
+    drawn = problems(family, 6)
+    texts = [problem.solution(rng) for problem in drawn]
+    batch = data.batch_of(drawn, texts, (2, 3))
+    assert batch.tokens.shape == batch.labels.shape and batch.tokens.shape[:2] == (2, 3)
+    right = data.verdicts(batch, batch.labels.clamp(min=0))
+    assert torch.equal(
+        right, batch.counts
+    )  # every symbol of a correct solution is correct, and nothing else is judged
+    wrong = data.verdicts(batch, torch.full_like(batch.tokens, data.encode("?")[0]))
+    assert not wrong.any()
+
+
+def test_steps_end_at_a_semicolon_and_are_numbered_apart():
+    drawn = [Problem("1+2?", tasks.Chain(1, (("+", 2),)))] * 2
+    batch = data.batch_of(drawn, ["1+2=3;=3$", "2+1=3;=3$"])
+    steps = data.steps_of(batch)
+    first, second = (row[row >= 0].tolist() for row in steps)
+    assert [step - first[0] for step in first] == [0] * 6 + [1] * 3
+    assert len(set(first) & set(second)) == 0
+    assert (steps >= 0).equal(batch.counts)

@@ -1,0 +1,147 @@
+"""The comparison from its command line to its tables, with models that learn nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import run
+import tables
+from methods import OWN, TRACES
+
+SCRIPT = Path(run.__file__)
+OWN_TASK = """
+import random
+from problems import END, Line, Problem
+
+def copying(draw, longer):
+    text = "".join(draw.choice("abc") for _ in range(6 if longer else 3))
+    return Problem(f"{text}?", Line((f"{text}{END}",)))
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> tuple[Path, str]:
+    """A folder of results of two tasks, one of them from outside, and what was printed."""
+    folder = tmp_path_factory.mktemp("evidence")
+    (folder / "outside.py").write_text(OWN_TASK)
+    command = [sys.executable, str(SCRIPT), "--config", "tiny", "--out", str(folder), "--jobs", "2"]
+    command += ["--tasks", "arithmetic,outside:copying"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_every_method_trains_a_student_of_each_seed_on_each_task(results):
+    folder, said = results
+    content = json.loads((folder / "results.json").read_text())
+    seen: dict[tuple, int] = {}
+    for each in content["runs"]:
+        for method, solved in each["solved"].items():
+            assert {length: len(bits) for length, bits in solved.items()} == {"usual": 8, "longer": 8}
+            key = (each["task"], each["regime"], each["wrong"], method)
+            seen[key] = seen.get(key, 0) + 1
+    assert set(seen.values()) == {2}  # seeds
+    for task in ("arithmetic", "outside:copying"):
+        for regime in (TRACES, OWN):
+            names = {method.name for method in run.methods() if regime in method.regimes}
+            assert {key[3] for key in seen if key[:3] == (task, regime, 0.0)} == names
+        for wrong in run.WRONG:
+            assert {key[3] for key in seen if key[:3] == (task, OWN, wrong)} == set(run.JUDGED) - {
+                "forward KL"
+            }
+    assert {each["rate"] for each in content["runs"]} <= {1e-3, 3e-3}
+    assert "runs in" in said
+
+
+def test_the_same_command_gives_the_same_results(results, tmp_path):
+    """Of some methods, which are then alone in their stacks."""
+    folder, _ = results
+    arguments = ["--config", "tiny", "--out", str(tmp_path), "--jobs", "1", "--tasks", "arithmetic"]
+    run.main([*arguments, "--methods", "forward KL;label, shuffled"])
+    whole, part = (json.loads((place / "results.json").read_text()) for place in (folder, tmp_path))
+
+    def of(content: dict, regime: str) -> dict:
+        return {
+            (each["seed"], method): (each["rate"], solved)
+            for each in content["runs"]
+            for method, solved in each["solved"].items()
+            if (each["task"], each["regime"], each["wrong"]) == ("arithmetic", regime, 0.0)
+        }
+
+    few = of(part, TRACES)
+    assert set(few) == {(seed, name) for seed in range(2) for name in ("forward KL", "label, shuffled")}
+    assert few == {key: value for key, value in of(whole, TRACES).items() if key in few}
+
+
+def test_the_tables_say_what_the_results_say(results):
+    folder, _ = results
+    command = [sys.executable, str(SCRIPT.with_name("tables.py")), str(folder / "results.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "Prefixes of the teacher's solutions",
+        "Prefixes of the student's own",
+        "Verifiers that err",
+    ):
+        assert f"## {part}\n" in done.stdout
+    assert re.search(r"^\| label, shuffled \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \|$", done.stdout, re.MULTILINE)
+    assert "| arithmetic | outside:copying | mean |" in done.stdout
+
+
+def test_a_difference_has_an_interval_that_holds_it():
+    rng = np.random.default_rng(1)
+    base = (rng.random((3, 5, 400)) < 0.4).astype(float)
+    better = np.maximum(base, rng.random((3, 5, 400)) < 0.1)
+    mean, low, high = tables.difference(better, base)
+    assert mean == pytest.approx((better - base).mean()) and low < mean < high
+    assert low > 0.03 and high < 0.1
+    assert tables.shown((mean, low, high)).startswith("**+")
+    same = tables.difference(base, base)
+    assert same == (0.0, 0.0, 0.0) and tables.shown(same) == "+0.0 (+0.0 to +0.0)"
+    # Seeds that disagree widen it.
+    unsure = base.copy()
+    unsure[:, 0] = 1.0
+    _, low, high = tables.difference(unsure, base)
+    assert high - low > 0.1
+
+
+def test_the_interval_covers_what_is_true():
+    """Of a hundred samples of a known difference about ninety-five hold it."""
+    rng = np.random.default_rng(2)
+    held = 0
+    for number in range(100):
+        skill = 0.5 + 0.1 * rng.standard_normal((2, 8, 1))  # of each seed's student
+        a = rng.random((2, 8, 60)) < skill + 0.05
+        b = rng.random((2, 8, 60)) < skill
+        _, low, high = tables.difference(a.astype(float), b.astype(float), seed=number)
+        held += low <= 0.05 <= high
+    assert 86 <= held <= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--tasks", "juggling"], "--tasks: expected names of"),
+        (["--tasks", "nowhere:sorting"], "got 'nowhere:sorting'"),
+        (["--methods", "magic"], "--methods: expected names among"),
+    ],
+)
+def test_a_wrong_name_is_a_sentence(arguments, says, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        run.main([*arguments, "--out", str(tmp_path / "none")])
+    assert stopped.value.code == 2 and says in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_best_rate_is_that_of_the_most_solved_and_of_equals_the_smallest():
+    def record(rate: float, **solved: float) -> dict:
+        return {"task": "t", "regime": "own", "rate": rate, "solved": solved}
+
+    tuned = [record(3.0, a=0.5, b=0.2), record(1.0, a=0.5, b=0.1), record(2.0, a=0.4, b=0.3)]
+    assert run.best_rates(tuned) == {("t", "own"): {"a": 1.0, "b": 2.0}}
