@@ -35,7 +35,6 @@ help:
 	@echo "make test     run every test"
 	@echo "make bench    time the loss beside its peers"
 	@echo "make bench-link  time a student with the link beside one with ready answers; bytes per second"
-	@echo "make evidence    train students by every method and compare them, in evidence/"
 	@echo "make build    build the extension vcrd._C"
 	@echo "make lint     check style        make format   correct it"
 	@echo "make cuda-check  compile the CUDA kernels and look at their machine code; needs no GPU"

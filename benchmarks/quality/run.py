@@ -9,6 +9,9 @@ Each task has a teacher, trained until it solves 90 to 97 % of its problems, and
 some correct solutions. The learning rate of each method is the one of a grid, the same for all, after which its student
 solves the most problems of a validation set; that run's seed counts nowhere else. Then each method trains one student
 for each seed. What is written: OUT/results.json, which tables.py reads; OUT/models keeps teachers and students.
+
+The sizes of `small` and `large` are not settled: in a first look at `small` the students of arithmetic solved 0.4 % of
+the problems before the distillation and 1 % after it, which compares nothing.
 """
 
 from __future__ import annotations
