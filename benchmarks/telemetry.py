@@ -12,6 +12,7 @@ import tempfile
 import time
 
 from vcrd.link.waits import Waits
+from vcrd.megatron.step_clock import Parts, StepClock
 from vcrd.telemetry import Telemetry
 
 
@@ -36,12 +37,24 @@ def main() -> None:
 FIGURES = {"loss": 1.0, "weight_histogram": [75, list(range(70))], "validity_histogram": list(range(40))}
 
 
+_CLOCK = StepClock()
+
+
 def a_step(telemetry: Telemetry) -> None:
-    """What `IntervalLog` does at the end of each."""
-    waits = Waits(1.0, 0.5, 0.0, 4, 2)
-    added = waits.since(Waits())
+    """The clock of one micro-batch, and what `IntervalLog` does at the end of each step."""
+    with _CLOCK.forward():
+        pass
+    _CLOCK.end_backward()
+    _CLOCK.end_step()
+    added = Waits(1.0, 0.5, 0.0, 4, 2).since(Waits())
     telemetry.at(3)
-    telemetry.add(steps=1, teacher_wait=added.seconds, arriving=added.arriving, while_lost=added.while_lost)
+    telemetry.add(
+        steps=1,
+        teacher_wait=added.seconds,
+        arriving=added.arriving,
+        while_lost=added.while_lost,
+        **vars(_CLOCK.parts.since(Parts())),
+    )
 
 
 _WAITS = Waits()

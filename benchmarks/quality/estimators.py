@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def page(results: dict) -> str:
-    """As tables of docs/evidence.md."""
+    """As tables."""
     parts = [f"{results['solutions']} solutions of {results['problems']} problems.\n"]
     for student, levels in results["students"].items():
         first = levels["steps"]

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from problems import END, Problem, State
+from tasks import Chain
 
 
 @cache
@@ -22,23 +23,6 @@ def _drawn(name: str, draw: random.Random, **settings: Any) -> dict[str, Any]:
     return _data_set(name, 0, **settings)[draw.randrange(1 << 30)]
 
 
-@dataclass(frozen=True)
-class RunningSum(State):
-    value: int
-    rest: tuple[tuple[str, int], ...]
-
-    def steps(self) -> Mapping[str, State | None]:
-        if not self.rest:
-            return {f"={self.value}{END}": None}
-        (sign, number), *rest = self.rest
-        value = self.value + number if sign == "+" else self.value - number
-        left = RunningSum(value, tuple(rest))
-        found = {f"{self.value}{sign}{number}={value};": left}
-        if sign == "+" and number != self.value:
-            found[f"{number}+{self.value}={value};"] = left
-        return found
-
-
 def chain_sum(draw: random.Random, longer: bool) -> Problem:
     """`4+8-5?`: numbers of one digit, summed from the left."""
     terms = (6, 7) if longer else (2, 5)
@@ -46,7 +30,7 @@ def chain_sum(draw: random.Random, longer: bool) -> Problem:
     first, *rest = entry["metadata"]["expression"].split()
     pairs = tuple((sign, int(number)) for sign, number in zip(rest[::2], rest[1::2], strict=True))
     return Problem(
-        f"{first}{''.join(f'{sign}{number}' for sign, number in pairs)}?", RunningSum(int(first), pairs)
+        f"{first}{''.join(f'{sign}{number}' for sign, number in pairs)}?", Chain(int(first), pairs)
     )
 
 

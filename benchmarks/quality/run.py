@@ -72,7 +72,6 @@ CONFIGS = {
 TUNING = 999  # seed of the runs that choose the rates
 WRONG = (0.1, 0.2, 0.3)  # shares of a verifier's verdicts that are wrong
 JUDGED = (
-    "forward KL",
     "KL + CE",
     "scores, tokens",
     "scores, gate",
@@ -165,7 +164,7 @@ def final_runs(tuned: list[dict], sizes: Sizes) -> list[Run]:
                 names = tuple(name for name, best in rates.items() if best == rate)
                 if names:
                     runs.append(Run(task, regime, seed, rate, names))
-                judged = tuple(name for name in names if name in JUDGED and name != "forward KL")
+                judged = tuple(name for name in names if name in JUDGED)
                 if regime == OWN and judged:
                     runs += [Run(task, regime, seed, rate, judged, wrong) for wrong in WRONG]
     return runs

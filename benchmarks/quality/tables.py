@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 LENGTHS = ("usual", "longer")
+# The same weights, each at another token.
+SHUFFLED = {"label": "label, shuffled", "scores, tokens": "scores, shuffled"}
 _DRAWS = 1000
 
 
@@ -105,16 +107,12 @@ def against(results: Results, regime: str, others: Sequence[str]) -> str:
     ]
     for name in methods:
         solved = results.solved(regime, name)
-        control = name.split(",")[0] + ", shuffled"
+        control = SHUFFLED.get(name)
         cells = [
             shown(difference(solved, results.solved(regime, other))) if other != name else ""
             for other in others
         ]
-        cells.append(
-            shown(difference(solved, results.solved(regime, control)))
-            if control in methods and "shuffled" not in name
-            else ""
-        )
+        cells.append(shown(difference(solved, results.solved(regime, control))) if control in methods else "")
         longer = [results.solved(regime, each, "longer") for each in (name, others[0])]
         cells.append(shown(difference(*longer)) if name != others[0] else "")
         rows.append([name, *cells])

@@ -13,17 +13,23 @@ _OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 @dataclass(frozen=True)
 class Chain(State):
-    """Operations on a digit, from the left, modulo 10. Operands of sums and products may change places."""
+    """Operations on a number, worked from the left. Operands of sums and products may change places.
+
+    modulus: of every result; 0 for none.
+    """
 
     value: int
     rest: tuple[tuple[str, int], ...]
+    modulus: int = 0
 
     def steps(self) -> Mapping[str, State | None]:
         if not self.rest:
             return {f"={self.value}{END}": None}
         (sign, number), *rest = self.rest
-        value = _OPERATIONS[sign](self.value, number) % 10
-        left = Chain(value, tuple(rest))
+        value = _OPERATIONS[sign](self.value, number)
+        if self.modulus:
+            value %= self.modulus
+        left = Chain(value, tuple(rest), self.modulus)
         found = {f"{self.value}{sign}{number}={value};": left}
         if sign != "-":
             found[f"{number}{sign}{self.value}={value};"] = left
@@ -35,7 +41,7 @@ def arithmetic(draw: random.Random, longer: bool) -> Problem:
     count = draw.randint(6, 7) if longer else draw.randint(2, 5)
     start = draw.randrange(10)
     rest = tuple((draw.choice("+-*"), draw.randrange(10)) for _ in range(count))
-    return Problem(f"{start}{''.join(f'{sign}{number}' for sign, number in rest)}?", Chain(start, rest))
+    return Problem(f"{start}{''.join(f'{sign}{number}' for sign, number in rest)}?", Chain(start, rest, 10))
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,17 @@ class Step:
             self.processes[rank] = start([*options, "--json"], variables, **changes)
         self.port = port
 
+    def __enter__(self) -> Step:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+
     def ended(self) -> dict[int, Ended]:
-        try:
+        with self:
             return {rank: ended(process) for rank, process in self.processes.items()}
-        finally:
-            for process in self.processes.values():
-                process.kill()
-                process.wait()
 
 
 # This machine's own name may be known to itself alone.

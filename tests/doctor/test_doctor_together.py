@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -14,11 +15,14 @@ from doctor_runs import ROOT, SECONDS, Step, ended, environment, slurm, start
 from ports import free_port
 from waiting import wait_until
 
+from vcrd.doctor import environment as environment_checks
 from vcrd.doctor import examination
 from vcrd.doctor.findings import Finding, fact, fault, ok
 from vcrd.doctor.job import Job
 from vcrd.doctor.merge import merged
 from vcrd.doctor.world import World, expand, world_of
+from vcrd.planning.catalogue import GPUS, MODELS
+from vcrd.planning.scenario import Scenario
 
 NODES = ("b1", "b2", "b3")
 
@@ -71,10 +75,10 @@ os.kill(os.getpid(), 9)
 def test_a_rank_that_never_comes_and_one_that_is_killed_are_named(tmp_path):
     nodes = (*NODES, "b4")
     options = ("--run-dir", str(tmp_path), "--student", "tp=2", "--teacher", "tp=2", "--seconds", "0.5")
-    step = Step(nodes, *options, "--timeout", "20", absent=[2, 3])
-    variables = environment(**slurm(2, nodes, step.port))
-    lost = subprocess.run([sys.executable, "-c", LEAVES], env=variables, cwd=ROOT, timeout=SECONDS)
-    got = step.ended()[0]
+    with Step(nodes, *options, "--timeout", "20", absent=[2, 3]) as step:
+        variables = environment(**slurm(2, nodes, step.port))
+        lost = subprocess.run([sys.executable, "-c", LEAVES], env=variables, cwd=ROOT, timeout=SECONDS)
+        got = step.ended()[0]
     assert lost.returncode == -signal.SIGKILL and got.status == 1
     found = [finding["found"] for finding in got.faults if finding["name"] == "processes"]
     assert found == [
@@ -94,10 +98,10 @@ def test_where_rank_0_is_lost_nothing_stays_in_the_shared_folder(tmp_path):
     (hangs := tmp_path.parent / "hangs").mkdir()
     text = "import time\nfrom vcrd.doctor.files import Shared\nShared.look = lambda *_: time.sleep(600)\n"
     (hangs / "sitecustomize.py").write_text(text)
-    step = Step(("b1", "b2"), *options, each={0: {"path": [hangs]}})
-    wait_until(lambda: len(list(tmp_path.glob(".vcrd-doctor-*-*"))) == 2, 120, "both have written")
-    step.processes[0].kill()
-    got = step.ended()[1]
+    with Step(("b1", "b2"), *options, each={0: {"path": [hangs]}}) as step:
+        wait_until(lambda: len(list(tmp_path.glob(".vcrd-doctor-*-*"))) == 2, 120, "both have written")
+        step.processes[0].kill()
+        got = step.ended()[1]
     assert got.status == 1 and "rank 0 does not answer b2" in got.err
     assert not list(tmp_path.glob(".vcrd-doctor-*-1"))
 
@@ -258,3 +262,24 @@ def test_a_check_that_hangs_or_fails_is_a_line_of_its_own():
         held.set()
     (line,) = examination.limited(fails, Job(World(), {}), 10)
     assert line.status == "fault" and "LookupError('what no one foresaw')" in line.found
+
+
+def test_what_hangs_takes_no_other_line_with_it_and_is_named(tmp_path):
+    os.mkfifo(tmp_path / "secret")  # as a file of a server that does not answer
+    variables = {
+        "VCRD_SECRET_FILE": str(tmp_path / "secret"),
+        "VCRD_SHARPNES": "1",
+        "NCCL_SOCKET_IFNAME": "ib9",
+    }
+    sides = {"teacher": MODELS["Qwen3-32B"], "student": MODELS["Qwen3-4B"]}
+    run = Scenario(**sides, teacher_gpu=GPUS["h100"], student_gpu=GPUS["h100"], replicas=1)
+    job = Job(World(), variables, environment_checks.link_settings(variables), scenario=run, patience=2.0)
+    try:
+        lines = examination.looked(job, *environment_checks.CHECKS)
+        found = {line.name: line.found for line in lines if line.mend}
+        assert {"check", "settings", "interfaces"} <= set(found)
+        assert found["check"] == "secret: no answer within 2 seconds"
+        (line,) = examination._linked(job, None, {0: "b1"})
+        assert line.found == "not measured, because the secret could not be read"
+    finally:
+        os.close(os.open(tmp_path / "secret", os.O_WRONLY))  # ends who still reads

@@ -27,8 +27,6 @@ LOSS = re.compile(r" iteration +(\d+)/ +\d+ .*? lm loss: ([0-9.E+-]+)")
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    if MISSING:
-        pytest.skip(MISSING)
     # Sockets have short paths.
     with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=4) as cluster:
         yield cluster

@@ -35,12 +35,9 @@ def check(job: Job) -> list[Finding]:
     folder = folder_of(job)
     if folder is None:
         return [unchecked("run directory", "not named; --run-dir is what all nodes share")]
-    try:
-        os.makedirs(folder, exist_ok=True)
-        _write(folder)
-    except OSError as error:
-        text = f"{folder} cannot be written: {error.strerror or first_line(error)}"
-        return [fault("run directory", text, _mend(error, "--run-dir (and in the run's own arguments)"))]
+    if refused := _refused(folder, "--run-dir (and in the run's own arguments)"):
+        text, mend = refused
+        return [fault("run directory", text, mend)]
     return [
         ok("run directory", f"{folder} can be written, and a file there replaced in one step"),
         _space(job, folder),
@@ -51,13 +48,20 @@ def telemetry(job: Job) -> list[Finding]:
     folder = job.environment.get("VCRD_TELEMETRY_DIR")
     if not folder or not job.first_on_node:
         return []
+    if refused := _refused(folder, "VCRD_TELEMETRY_DIR"):
+        text, mend = refused
+        return [fault("telemetry", text, mend)]
+    return [ok("telemetry", f"VCRD_TELEMETRY_DIR={folder} can be written")]
+
+
+def _refused(folder: str, where: str) -> tuple[str, str] | None:
+    """Why a folder cannot be made or written, and the mend; None where it can. where: what it is named in."""
     try:
         os.makedirs(folder, exist_ok=True)
         _write(folder)
     except OSError as error:
-        text = f"{folder} cannot be written: {error.strerror or first_line(error)}"
-        return [fault("telemetry", text, _mend(error, "VCRD_TELEMETRY_DIR"))]
-    return [ok("telemetry", f"VCRD_TELEMETRY_DIR={folder} can be written")]
+        return f"{folder} cannot be written: {error.strerror or first_line(error)}", _mend(error, where)
+    return None
 
 
 def _mend(error: OSError, where: str) -> str:

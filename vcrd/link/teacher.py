@@ -173,11 +173,6 @@ class TeacherLink:
         service.delivery.post(response)
 
     @property
-    def leads(self) -> bool:
-        """Whether this rank takes in its replica's requests."""
-        return self._crew.leads
-
-    @property
     def bytes_sent(self) -> int:
         """Bytes of responses that this rank has handed to the network since the student last joined."""
         # Another thread may read this while the service is replaced.

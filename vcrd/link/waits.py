@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from operator import sub
 
 _THERE = 1e-3  # seconds; an answer that is taken faster was there
 
@@ -45,4 +46,4 @@ class Waits:
 
     def since(self, before: Waits) -> Waits:
         """What was added since a copy was made."""
-        return Waits(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+        return Waits(*map(sub, vars(self).values(), vars(before).values()))

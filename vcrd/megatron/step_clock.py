@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
+from operator import sub
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Parts:
     between: float = 0.0
 
     def since(self, before: Parts) -> Parts:
-        return Parts(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+        return Parts(*map(sub, vars(self).values(), vars(before).values()))
 
 
 class StepClock:
@@ -38,7 +39,7 @@ class StepClock:
 
     @property
     def parts(self) -> Parts:
-        return Parts(*astuple(self._sums))
+        return replace(self._sums)
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
