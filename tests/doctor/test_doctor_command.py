@@ -124,7 +124,9 @@ def test_an_interrupted_command_says_no_more(tmp_path):
             writers.append(os.open(secret, os.O_WRONLY | os.O_NONBLOCK))
         return bool(writers)
 
-    process = start([], environment(VCRD_SECRET_FILE=str(secret)))
+    # What a shell runs in the background ignores the signal, and so would all that these tests start there.
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = start([], environment(VCRD_SECRET_FILE=str(secret)), preexec_fn=heeds)
     try:
         wait_until(is_read, 120, "the secret is being read", process.poll)
         process.send_signal(signal.SIGINT)
