@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,32 +80,40 @@ def steps_of(batch: Batch) -> Tensor:
     return torch.where(batch.counts, (number + rows).view(batch.tokens.shape), -1)
 
 
-def draw(family: Family, rng: random.Random, count: int, longer: bool = False) -> list[Problem]:
-    return [family(rng, longer) for _ in range(count)]
+def is_held_out(problem: Problem) -> bool:
+    """A fifth of all problems, by their text: no model is trained on them."""
+    return zlib.crc32(problem.prompt.encode()) % 5 == 0
+
+
+def draw(
+    family: Family, rng: random.Random, count: int, held: bool = False, longer: bool = False
+) -> list[Problem]:
+    """held: problems that no model was trained on. ValueError where there are none."""
+    found: list[Problem] = []
+    for _ in range(100 * count + 1000):
+        if len(found) == count:
+            return found
+        problem = family(rng, longer)
+        if is_held_out(problem) == held:
+            found.append(problem)
+    raise ValueError(
+        f"{family.__name__} draws too few different problems: expected {count} of which held out is {held}, "
+        f"got {len(found)} of {100 * count + 1000}"
+    )
 
 
 def solved(
-    models: Stack,
-    problems: Sequence[Sequence[Problem]],
-    length: int,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
+    models: Stack, problems: Sequence[Sequence[Problem]], length: int, chances: torch.Tensor | None = None
 ) -> list[list[str]]:
-    """Each model's solutions of its problems, in their order, greedy or sampled; up to END, or to `length`."""
-    found = [[""] * len(row) for row in problems]
-    lengths: dict[int, list[list[int]]] = {}  # of prompts: what is generated together has one
+    """Each model's solutions of its problems, as many of each, up to END, or to `length`; greedy, or drawn by chances
+    [problems, length], as `generate` does.
+    """
+    longest = max(len(problem.prompt) for row in problems for problem in row)
+    tokens = torch.zeros(len(problems), len(problems[0]), longest, dtype=torch.int64)
+    padding = torch.zeros(tokens.shape[:2], dtype=torch.int64)
     for model, row in enumerate(problems):
         for place, problem in enumerate(row):
-            lengths.setdefault(len(problem.prompt), [[] for _ in problems])[model].append(place)
-    for prompt, places in lengths.items():
-        most = max(map(len, places))
-        tokens = torch.zeros(len(problems), most, prompt, dtype=torch.int64)
-        for model, mine in enumerate(places):
-            for slot, place in enumerate(mine):
-                tokens[model, slot] = torch.tensor(encode(problems[model][place].prompt))
-        texts = generate(models, tokens, length, STOP, temperature, generator)[..., prompt:].tolist()
-        for model, mine in enumerate(places):
-            for slot, place in enumerate(mine):
-                text = decode(texts[model][slot])
-                found[model][place] = text[: text.find(END) + 1] if END in text else text.rstrip("\0")
-    return found
+            padding[model, place] = longest - len(problem.prompt)
+            tokens[model, place, padding[model, place] :] = torch.tensor(encode(problem.prompt))
+    found = generate(models, tokens, padding, length, STOP, chances).tolist()
+    return [[decode(row).rstrip("\0") for row in rows] for rows in found]

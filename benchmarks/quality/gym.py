@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from problems import END, Problem, State
-from tasks import Chain
+from tasks import chain
 
 
 @cache
@@ -24,61 +24,61 @@ def _drawn(name: str, draw: random.Random, **settings: Any) -> dict[str, Any]:
 
 
 def chain_sum(draw: random.Random, longer: bool) -> Problem:
-    """`4+8-5?`: numbers of one digit, summed from the left."""
-    terms = (6, 7) if longer else (2, 5)
+    """`4f+8g-5?`: numbers of one digit, summed from the left: `f4+8=12;g12-5=7;=7$`."""
+    terms = (5, 5) if longer else (2, 4)
     entry = _drawn("chain_sum", draw, min_terms=terms[0], max_terms=terms[1], min_digits=1, max_digits=1)
     first, *rest = entry["metadata"]["expression"].split()
-    pairs = tuple((sign, int(number)) for sign, number in zip(rest[::2], rest[1::2], strict=True))
-    return Problem(
-        f"{first}{''.join(f'{sign}{number}' for sign, number in pairs)}?", Chain(int(first), pairs)
+    return chain(draw, int(first), list(zip(rest[::2], map(int, rest[1::2]), strict=True)))
+
+
+@dataclass(frozen=True)
+class Sorting(State):
+    """Numbers still to be written, in their order."""
+
+    left: tuple[int, ...]
+
+    def steps(self) -> Mapping[str, State | None]:
+        if not self.left:
+            return {f"={END}": None}
+        return {f"{self.left[0]:02};": Sorting(self.left[1:])}
+
+
+def number_sorting(draw: random.Random, longer: bool) -> Problem:
+    """`-56,07,75?` asks for the numbers from the largest on (`+`: from the smallest): `75;56;07;=$`."""
+    count = (5, 5) if longer else (2, 4)
+    whole = {"min_value": 0, "max_value": 99, "min_decimals": 0, "max_decimals": 0}
+    entry = _drawn("number_sorting", draw, min_numbers=count[0], max_numbers=count[1], **whole)
+    data = entry["metadata"]
+    numbers, ordered = (
+        [int(float(each)) for each in data[key]] for key in ("original_numbers", "sorted_numbers")
     )
+    sign = "-" if data["direction"] == "descending" else "+"
+    return Problem(f"{sign}{','.join(f'{number:02}' for number in numbers)}?", Sorting(tuple(ordered)))
 
 
 @dataclass(frozen=True)
-class Euclid(State):
-    larger: int
-    smaller: int
+class Palindrome(State):
+    """Letters of a palindrome's first half that were chosen, and those that are left, in pairs but for the middle."""
+
+    left: tuple[str, ...]
+    chosen: str = ""
 
     def steps(self) -> Mapping[str, State | None]:
-        if not self.smaller:
-            return {f"={self.larger}{END}": None}
-        rest = self.larger % self.smaller
-        return {f"{self.larger}%{self.smaller}={rest};": Euclid(self.smaller, rest)}
+        pairs = sorted({letter for letter in self.left if self.left.count(letter) > 1})
+        if not pairs:
+            return {f"={self.chosen}{''.join(self.left)}{self.chosen[::-1]}{END}": None}
+        found = {}
+        for letter in pairs:
+            rest = list(self.left)
+            rest.remove(letter)
+            rest.remove(letter)
+            found[f"{letter};"] = Palindrome(tuple(rest), self.chosen + letter)
+        return found
 
 
-def gcd(draw: random.Random, longer: bool) -> Problem:
-    """`48,36?`: Euclid's algorithm, each remainder a step."""
-    values = (61, 120) if longer else (2, 60)
-    entry = _drawn("gcd", draw, min_value=values[0], max_value=values[1])
-    a, b = entry["metadata"]["numbers"]
-    return Problem(f"{a},{b}?", Euclid(max(a, b), min(a, b)))
-
-
-@dataclass(frozen=True)
-class Factors(State):
-    """What is left of a number, and the primes that were taken out; any prime factor may be the next."""
-
-    left: int
-    taken: tuple[int, ...] = ()
-
-    def steps(self) -> Mapping[str, State | None]:
-        primes = sorted(
-            {prime for prime in range(2, self.left + 1) if self.left % prime == 0 and _is_prime(prime)}
-        )
-        if not primes:
-            return {f"={'*'.join(map(str, sorted(self.taken)))}{END}": None}
-        return {
-            f"{self.left}/{prime}={self.left // prime};": Factors(self.left // prime, (*self.taken, prime))
-            for prime in primes
-        }
-
-
-def _is_prime(number: int) -> bool:
-    return number > 1 and all(number % each for each in range(2, int(number**0.5) + 1))
-
-
-def prime_factorization(draw: random.Random, longer: bool) -> Problem:
-    """`60?`: prime factors in any order, then all of them sorted: `60/2=30;30/5=6;6/3=2;2/2=1;=2*2*3*5$`."""
-    values = (100, 160) if longer else (2, 99)
-    entry = _drawn("prime_factorization", draw, min_value=values[0], max_value=values[1])
-    return Problem(f"{entry['metadata']['number']}?", Factors(entry["metadata"]["number"]))
+def palindrome_generation(draw: random.Random, longer: bool) -> Problem:
+    """`nbabn?`: a palindrome of these letters, its first half in any order: `b;n;=bnanb$`."""
+    length = (8, 9) if longer else (4, 7)
+    entry = _drawn("palindrome_generation", draw, min_length=length[0], max_length=length[1])
+    letters = entry["metadata"]["letters"]
+    return Problem(f"{''.join(letters)}?", Palindrome(tuple(letters)))

@@ -43,8 +43,8 @@ Weights = Callable[[Seen], Tensor]
 class Method:
     """loss = weights x divergence + ce x cross-entropy with the verified token, the mean over the tokens that count.
 
-    group: "baseline", "vcrd", "control" or "idea". asks: what it needs beside logits, of "labels", "verifier". target:
-    teacher's logits in place of the teacher's, from what the first pass has seen. regimes: where it can be used.
+    group: "baseline", "vcrd", "control" or "idea". asks: what it needs beside logits, of "labels", "verifier". regimes:
+    where it can be used.
     """
 
     name: str
@@ -53,7 +53,6 @@ class Method:
     divergence: str = "forward_kl"
     ce: float = 0.0
     asks: frozenset[str] = frozenset()
-    target: Callable[[Seen], Tensor] | None = None
     against_first: bool = False
     regimes: frozenset[str] = field(default=frozenset((TRACES, OWN)))
 
@@ -136,10 +135,14 @@ def gate(seen: Seen) -> Tensor:
     return seen.teacher_valid
 
 
-def without_rejected(seen: Seen) -> Tensor:
-    """The teacher, without its proposal where that is rejected; what it thinks of all others is kept."""
-    rejected = torch.nn.functional.one_hot(seen.stats.teacher_action, seen.teacher_logits.shape[-1]).bool()
-    return seen.teacher_logits.masked_fill(rejected & (seen.teacher_valid == 0)[..., None], -torch.inf)
+def relative_and_absolute(seen: Seen) -> Tensor:
+    """The scores' calibration, of those proposals of the teacher's that the verifier accepts; 0 for the others."""
+    return calibrated("scores")(seen) * seen.teacher_valid
+
+
+def corrections(seen: Seen) -> Tensor:
+    """Only where the verifier accepts the teacher's proposal and not the student's."""
+    return seen.teacher_valid * (1 - seen.student_valid)
 
 
 def methods() -> list[Method]:
@@ -179,7 +182,8 @@ def methods() -> list[Method]:
         Method("label x teacher's own", "idea", teacher_absolute, asks=labels, regimes=traces),
         Method("scores, capped", "idea", capped(calibrated("scores", **zero_to_two)), asks=verifier),
         Method("scores, gate", "idea", gate, asks=verifier),
-        Method("rejected token removed", "idea", plain, asks=verifier, target=without_rejected),
+        Method("scores x teacher's own", "idea", relative_and_absolute, asks=verifier),
+        Method("scores, corrections only", "idea", corrections, asks=verifier),
         Method(
             "label, first student",
             "idea",
@@ -189,7 +193,7 @@ def methods() -> list[Method]:
             regimes=traces,
         ),
     ]
-    for name, validity in (("label", "label"), ("margin", "margin"), ("scores, tokens", "scores")):
+    for name, validity in (("label", "label"), ("scores, tokens", "scores")):
         (usual,) = [method for method in found if method.name == name]
         found.append(replace(usual, name=f"{name}, mean", weights=calibrated(validity, normalization="mean")))
     return found
@@ -232,10 +236,7 @@ def loss_of(method: Method, logits: Tensor, teacher_logits: Tensor, place: Place
         first = statistics(place.first_logits, teacher_logits) if method.against_first else None
         seen = Seen(stats, teacher_logits, labels, place.counts, *valid, place.steps, place.generator, first)
         weights = method.weights(seen)
-    divergence = stats.divergence
-    if method.target is not None:
-        divergence = statistics(logits, method.target(seen), method.divergence).divergence
-    loss = weights * divergence
+    loss = weights * stats.divergence
     if method.ce:
         loss = loss + method.ce * torch.where(labels >= 0, stats.cross_entropy, 0.0)
     return loss.sum() / place.counts.sum()

@@ -51,29 +51,25 @@ class Stack(nn.Module):
             layer.up, layer.down = weight(w, 4 * w, w**-0.5), weight(4 * w, w, (4 * w) ** -0.5 * deep)
             self.layers.append(layer)
 
-    def forward(self, tokens: Tensor, cache: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """cache: of what came before these tokens, one pair a layer, which grows by them; [] to begin one."""
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """cache: of what came before these tokens, which these are added to."""
         m, b, s = tokens.shape
         rows = tokens + self.shape.vocab * torch.arange(m)[:, None, None]
         x = F.embedding(rows, self.embedding.flatten(0, 1))
-        before = cache[0][0].shape[2] if cache else 0
+        before = cache.filled if cache else 0
         cos, sin = _rotations(before, s, self.shape.width // self.shape.heads)
         for number, layer in enumerate(self.layers):
-            q, k, v = (
-                _times(_normed(x, layer.norm_in), layer.qkv)
-                .view(m * b, s, 3, self.shape.heads, -1)
-                .permute(2, 0, 3, 1, 4)
-            )
-            q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
-            if cache is not None:
-                if before:
-                    k, v = torch.cat((cache[number][0], k), 2), torch.cat((cache[number][1], v), 2)
-                    cache[number] = (k, v)
-                else:
-                    cache.append((k, v))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=s > 1)
+            qkv = _times(_normed(x, layer.norm_in), layer.qkv)
+            qk, v = qkv.view(m * b, s, 3, self.shape.heads, -1).permute(2, 0, 3, 1, 4).split((2, 1))
+            (q, k), v = _rotated(qk, cos, sin), v[0]
+            if cache is None:
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            else:
+                y = cache.attended(number, q, k, v)
             x = x + _times(y.transpose(1, 2).reshape(m, b, s, -1), layer.out)
             x = x + _times(F.gelu(_times(_normed(x, layer.norm_mid), layer.up)), layer.down)
+        if cache:
+            cache.filled += s
         return _times(_normed(x, self.norm), self.head)
 
     def take(self, other: Stack, places: Sequence[int]) -> None:
@@ -83,29 +79,69 @@ class Stack(nn.Module):
                 mine.copy_(theirs[list(places)])
 
 
+class Cache:
+    """Keys and values of up to `length` tokens of [count, b] rows, with padding [count, b] at their left."""
+
+    def __init__(self, models: Stack, padding: Tensor, length: int) -> None:
+        shape = models.shape
+        size = (padding.numel(), shape.heads, length, shape.width // shape.heads)
+        self._pairs = [(torch.zeros(size), torch.zeros(size)) for _ in models.layers]
+        self._padding = padding
+        self.filled = 0
+
+    def attended(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """All [rows, heads, s, width]."""
+        first, last = self.filled, self.filled + q.shape[2]
+        keys, values = (each[:, :, :last] for each in self._pairs[layer])
+        keys[:, :, first:], values[:, :, first:] = k, v
+        places = torch.arange(last)
+        # What is padding sees itself: a softmax over nothing would be NaN, and reach the others times zero.
+        seen = (places >= self._padding.view(-1, 1, 1, 1)) | (places == places[first:, None])
+        seen = seen & (places <= places[first:, None])
+        # By hand: the fused kernel takes several times as long for one query.
+        scores = q @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these of each decoder's rows, int64 [count, fewer]."""
+        count, b = self._padding.shape
+        flat = (rows + b * torch.arange(count)[:, None]).flatten()
+        self._pairs = [(k[flat], v[flat]) for k, v in self._pairs]
+        self._padding = self._padding.gather(1, rows)
+
+
 @torch.no_grad()
 def generate(
-    models: Stack, prompts: Tensor, length: int, end: int, temperature: float = 0.0, generator=None
+    models: Stack, prompts: Tensor, padding: Tensor, length: int, end: int, chances: Tensor | None = None
 ) -> Tensor:
-    """prompts [count, b, s] of one length each -> [count, b, s + length]; what follows `end` means nothing.
+    """prompts [count, b, s], at the left of each row padding [count, b] -> [count, b, length]; zeros follow `end`.
 
-    temperature 0: the most probable token.
+    The most probable tokens; or with chances, float [b, length] within 0..1, drawn by them: the same for each decoder.
     """
-    cache: list[tuple[Tensor, Tensor]] = []
-    tokens, step = prompts, prompts
-    ended = torch.zeros(prompts.shape[:2], dtype=torch.bool)
-    for _ in range(length):
+    count, b, s = prompts.shape
+    cache = Cache(models, padding, s + length)
+    found = torch.zeros(count, b, length, dtype=torch.int64)
+    rows = torch.arange(b).expand(count, b)  # those that have not ended, and some that have
+    step, ended = prompts, torch.zeros(count, b, dtype=torch.bool)
+    for place in range(length):
         logits = models(step, cache)[:, :, -1]
-        if temperature:
-            chances = (logits / temperature).softmax(-1).flatten(0, 1)
-            step = torch.multinomial(chances, 1, generator=generator).view(*prompts.shape[:2], 1)
+        if chances is None:
+            step = logits.argmax(-1)
         else:
-            step = logits.argmax(-1, keepdim=True)
-        tokens = torch.cat((tokens, step), -1)
-        ended |= step[..., 0] == end
-        if ended.all():
+            reached = logits.softmax(-1).cumsum(-1) < chances[:, place][rows][..., None]
+            step = reached.sum(-1).clamp(max=logits.shape[-1] - 1)
+        step = torch.where(ended, 0, step)
+        found[:, :, place].scatter_(1, rows, step)
+        ended = ended | (step == end)
+        left = int((~ended).sum(1).max())
+        if not left:
             break
-    return F.pad(tokens, (0, prompts.shape[-1] + length - tokens.shape[-1]))
+        if left <= 0.75 * rows.shape[1]:
+            kept = ended.int().argsort(dim=1, stable=True)[:, :left]
+            cache.keep(kept)
+            rows, step, ended = rows.gather(1, kept), step.gather(1, kept), ended.gather(1, kept)
+        step = step[..., None]
+    return found
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from problems import END, Problem, State
 
+_LOWER, _UPPER = "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
@@ -15,106 +16,112 @@ _OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 class Chain(State):
     """Operations on a number, worked from the left. Operands of sums and products may change places.
 
-    modulus: of every result; 0 for none.
+    rest: name, sign and number of each operation. modulus: of every result; 0 for none.
     """
 
     value: int
-    rest: tuple[tuple[str, int], ...]
+    rest: tuple[tuple[str, str, int], ...]
     modulus: int = 0
 
     def steps(self) -> Mapping[str, State | None]:
         if not self.rest:
             return {f"={self.value}{END}": None}
-        (sign, number), *rest = self.rest
+        (name, sign, number), *rest = self.rest
         value = _OPERATIONS[sign](self.value, number)
         if self.modulus:
             value %= self.modulus
         left = Chain(value, tuple(rest), self.modulus)
-        found = {f"{self.value}{sign}{number}={value};": left}
+        found = {f"{name}{self.value}{sign}{number}={value};": left}
         if sign != "-":
-            found[f"{number}{sign}{self.value}={value};"] = left
+            found[f"{name}{number}{sign}{self.value}={value};"] = left
         return found
 
 
+def names(draw: random.Random, count: int, alphabet: str) -> str:
+    """Letters in a row, by which a solution says what it works on."""
+    first = draw.randrange(len(alphabet) - count + 1)
+    return alphabet[first : first + count]
+
+
+def chain(draw: random.Random, start: int, pairs: Sequence[tuple[str, int]], modulus: int = 0) -> Problem:
+    """pairs: sign and number of each operation."""
+    rest = tuple((name, *pair) for name, pair in zip(names(draw, len(pairs), _LOWER), pairs, strict=True))
+    prompt = f"{start}{''.join(f'{name}{sign}{number}' for name, sign, number in rest)}?"
+    return Problem(prompt, Chain(start, rest, modulus))
+
+
 def arithmetic(draw: random.Random, longer: bool) -> Problem:
-    """`7+5-3*2?` is worked off as `7+5=2;2-3=9;9*2=8;=8$`."""
-    count = draw.randint(6, 7) if longer else draw.randint(2, 5)
-    start = draw.randrange(10)
-    rest = tuple((draw.choice("+-*"), draw.randrange(10)) for _ in range(count))
-    return Problem(f"{start}{''.join(f'{sign}{number}' for sign, number in rest)}?", Chain(start, rest, 10))
+    """`7f+5g-3h*2?` is worked off modulo 10: `f7+5=2;g2-3=9;h2*9=8;=8$`."""
+    count = 5 if longer else draw.randint(2, 4)
+    return chain(
+        draw, draw.randrange(10), [(draw.choice("+-*"), draw.randrange(10)) for _ in range(count)], 10
+    )
 
 
 @dataclass(frozen=True)
 class Trace(State):
     """The statements of a program that are still to be run, and the variables' values."""
 
-    statements: tuple[tuple[str, str, str, str], ...]  # target, left, sign, right
+    statements: tuple[tuple[str, str, str, str, str], ...]  # line, target, left, sign, right
     values: tuple[tuple[str, int], ...]
     asked: str
 
     def steps(self) -> Mapping[str, State | None]:
         known = dict(self.values)
         if not self.statements:
-            return {f"{self.asked}{known[self.asked]}{END}": None}
-        (target, left, sign, right), *rest = self.statements
-
-        def value_of(name: str) -> int:
-            return known[name] if name in known else int(name)
-
-        known[target] = _OPERATIONS[sign](value_of(left), value_of(right)) % 10
-        return {f"{target}{known[target]};": Trace(tuple(rest), tuple(sorted(known.items())), self.asked)}
+            return {f"={known[self.asked]}{END}": None}
+        (line, target, left, sign, right), *rest = self.statements
+        a, b = (known[name] if name in known else int(name) for name in (left, right))
+        known[target] = _OPERATIONS[sign](a, b) % 10
+        state = "".join(f"{name}{value}" for name, value in sorted(known.items()))
+        text = f"{line}{a}{sign}{b}={known[target]}:{state};"
+        return {text: Trace(tuple(rest), tuple(sorted(known.items())), self.asked)}
 
 
 def tracing(draw: random.Random, longer: bool) -> Problem:
-    """`a3;b7;a=a+b;b=a*2;?b` sets two variables and changes them; the trace has each new value: `a0;b0;b0$`."""
-    names = "abc"
-    values = tuple((name, draw.randrange(10)) for name in names)
+    """`a3b7;Fa+b=a;Ga*2=b;?b` sets two variables and changes them; the trace: `F3+7=0:a0b7;G0*2=0:a0b0;=0$`."""
+    values = tuple((name, draw.randrange(10)) for name in "ab")
+    count = 4 if longer else draw.randint(1, 3)
     statements = tuple(
         (
-            draw.choice(names),
-            draw.choice(names),
+            line,
+            draw.choice("ab"),
+            draw.choice("ab"),
             draw.choice("+-*"),
-            draw.choice([draw.choice(names), str(draw.randrange(10))]),
+            draw.choice(["a", "b", str(draw.randrange(10))]),
         )
-        for _ in range(draw.randint(6, 7) if longer else draw.randint(2, 5))
+        for line in names(draw, count, _UPPER)
     )
-    asked = draw.choice(names)
-    head = "".join(f"{name}{value};" for name, value in values)
-    body = "".join(f"{target}={left}{sign}{right};" for target, left, sign, right in statements)
-    return Problem(f"{head}{body}?{asked}", Trace(statements, values, asked))
+    asked = draw.choice("ab")
+    head = "".join(f"{name}{value}" for name, value in values)
+    body = "".join(f"{line}{left}{sign}{right}={target};" for line, target, left, sign, right in statements)
+    return Problem(f"{head};{body}?{asked}", Trace(statements, values, asked))
 
 
 @dataclass(frozen=True)
 class Words(State):
-    """Words still to be written in a format, in any order where `ordered` is false; none may come twice."""
+    """Words still to be written in a format, in this order."""
 
     left: tuple[str, ...]
-    ordered: bool
     form: str  # "u": in capitals; "r": backwards; "d": each letter doubled
-    between: str
-    first: bool = True
+    tagged: bool  # each with a digit of the writer's choice
 
     def steps(self) -> Mapping[str, State | None]:
         if not self.left:
-            return {END: None}
-        found = {}
-        for place, word in enumerate(self.left[:1] if self.ordered else self.left):
-            rest = self.left[:place] + self.left[place + 1 :]
-            text = ("" if self.first else self.between) + _formed(word, self.form)
-            found[text] = Words(rest, self.ordered, self.form, self.between, False)
-        return found
-
-
-def _formed(word: str, form: str) -> str:
-    return {"u": word.upper(), "r": word[::-1], "d": "".join(letter * 2 for letter in word)}[form]
+            return {f"={END}": None}
+        word, *rest = self.left
+        formed = {"u": word.upper(), "r": word[::-1], "d": "".join(letter * 2 for letter in word)}[self.form]
+        left = Words(tuple(rest), self.form, self.tagged)
+        return {f"{formed}{tag};": left for tag in ("0123456789" if self.tagged else ("",))}
 
 
 def formats(draw: random.Random, longer: bool) -> Problem:
-    """`u,!:bad,ace,fig?` asks for the words in capitals, in any order (`!`; `.`: in theirs), with commas between."""
-    count = draw.randint(5, 6) if longer else draw.randint(2, 4)
-    # Letters that tell words apart from the first on, in each of the forms: no step may begin another.
-    firsts, lasts = (draw.sample("abcdefgh", count) for _ in range(2))
-    words = tuple(first + draw.choice("aeiou") + last for first, last in zip(firsts, lasts, strict=True))
-    form, between, ordered = draw.choice("urd"), draw.choice(",/"), draw.choice([True, False])
-    prompt = f"{form}{between}{'.' if ordered else '!'}:{','.join(words)}?"
-    return Problem(prompt, Words(words, ordered, form, between))
+    """`u-!bal,cen,fim?` asks for the words in capitals, from the last on (`+`: from the first), each with some digit:
+    `FIM4;CEN0;BAL7;=$`.
+    """
+    count = 4 if longer else draw.randint(2, 3)
+    parts = (draw.sample(letters, count) for letters in ("bcdfghj", "aeiou", "klmnprs"))
+    words = tuple(map("".join, zip(*parts, strict=True)))
+    form, order, tag = draw.choice("urd"), draw.choice("+-"), draw.choice(".!")
+    prompt = f"{form}{order}{tag}{','.join(words)}?"
+    return Problem(prompt, Words(words if order == "+" else words[::-1], form, tag == "!"))

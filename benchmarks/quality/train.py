@@ -17,29 +17,36 @@ from models import Shape, Stack
 from problems import Family, Problem
 from torch import Tensor
 
-MOST = 110  # symbols of a solution: what is longer is wrong
+
+def _most(problems: Sequence[Problem]) -> int:
+    """Symbols that a solution of these may have; what is longer is wrong. Correct solutions may differ in length."""
+    return 10 + max(3 * len(problem.solution(random.Random(0))) // 2 for problem in problems)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one configuration. teacher, student: width, layers and heads. good_enough: the share of problems that a
-    teacher solves when its training ends. warm: steps of the student with correct solutions before the distillation.
-    renewed: steps after which the student's own samples are drawn anew.
+    """Of one configuration. teacher, student: width, layers and heads. teacher_steps, student_steps: at most so many,
+    with correct solutions; a teacher's end when it solves a share of problems in `good_enough`, a student's when it
+    solves `begun` of them, which is where the distillation begins. batch, steps: of the distillation. renewed: steps
+    after which the student's own samples are drawn anew.
     """
 
-    teacher: tuple[int, int, int] = (48, 3, 3)
-    student: tuple[int, int, int] = (24, 2, 2)
+    teacher: tuple[int, int, int] = (72, 3, 4)
+    student: tuple[int, int, int] = (32, 3, 4)
     teacher_batch: int = 64
-    teacher_steps: int = 6000
+    teacher_steps: int = 3000
+    teacher_rate: float = 3e-3
     good_enough: tuple[float, float] = (0.90, 0.97)
-    warm: int = 900
-    warm_rate: float = 6e-3
-    batch: int = 16
+    student_batch: int = 32
+    student_steps: int = 3000
+    student_rate: float = 6e-3
+    begun: float = 0.3
+    batch: int = 12
     steps: int = 150
     renewed: int = 5
-    problems: int = 256  # held out, of each length
+    problems: int = 256  # held out; and a quarter of that of longer ones
     seeds: int = 5
-    rates: tuple[float, ...] = (5e-4, 1.5e-3, 4e-3)
+    rates: tuple[float, ...] = (1e-3, 3e-3)
 
 
 def _optimizer(models: Stack, rate: float) -> torch.optim.Optimizer:
@@ -67,53 +74,71 @@ def _imitate(
 
 def share_solved(models: Stack, problems: Sequence[Problem]) -> float:
     """By the first model of the stack."""
-    texts = solved(models, [problems], MOST)[0]
+    texts = solved(models, [problems], _most(problems))[0]
     return sum(p.is_correct(text) for p, text in zip(problems, texts, strict=True)) / len(problems)
 
 
 def teacher_of(family: Family, sizes: Sizes, path: Path, say: Callable[[str], None]) -> Stack:
     """Good, but not perfect: trained until it solves a share in `good_enough`. Kept in `path`."""
-    shape = Shape(*sizes.teacher, len(SYMBOLS))
-    models = Stack(shape)
+    low, high = sizes.good_enough
+    return _taught(
+        Stack(Shape(*sizes.teacher, len(SYMBOLS))),
+        family,
+        1,
+        (sizes.teacher_steps, sizes.teacher_batch, sizes.teacher_rate),
+        ((low + high) / 2, high),
+        path,
+        lambda text: say(f"teacher {text}"),
+    )
+
+
+def student_of(family: Family, sizes: Sizes, seed: int, path: Path, say: Callable[[str], None]) -> Stack:
+    """One that solves some problems, with as much to learn. Kept in `path`."""
+    return _taught(
+        Stack(Shape(*sizes.student, len(SYMBOLS)), seed=seed),
+        family,
+        1000 + seed,
+        (sizes.student_steps, sizes.student_batch, sizes.student_rate),
+        (sizes.begun, 1.0),
+        path,
+        lambda text: say(f"student {seed} {text}"),
+    )
+
+
+def _taught(
+    models: Stack,
+    family: Family,
+    seed: int,
+    pace: tuple[int, int, float],
+    wanted: tuple[float, float],
+    path: Path,
+    say: Callable[[str], None],
+) -> Stack:
+    """By correct solutions, until it solves a share of the problems in `wanted`. pace: most steps, batch, rate.
+
+    Where the share leaps over what is wanted, or never reaches it, the best one below is kept.
+    """
     if path.exists():
         models.load_state_dict(torch.load(path))
         return models
-    rng, held = random.Random(1), draw(family, random.Random(2), 400)
-    rate, often = 4e-3, 20
+    rng, held = random.Random(seed), draw(family, random.Random(2), 300, held=True)
+    steps, batch, rate = pace
     optimizer = _optimizer(models, rate)
-    low, high = sizes.good_enough
-    share = 0.0
-    best: tuple[float, dict] = (-1.0, {})
-    for step in range(1, sizes.teacher_steps + 1):
-        _paced(optimizer, rate, step, sizes.teacher_steps, 100)
-        _imitate(models, optimizer, family, rng, sizes.teacher_batch)
-        if step % (often if share > low / 2 else 5 * often) and step < sizes.teacher_steps:
+    best: tuple[float, dict] = (-1.0, models.state_dict())
+    for step in range(1, steps + 1):
+        _paced(optimizer, rate, step, steps, 100)
+        _imitate(models, optimizer, family, rng, batch)
+        # Where it learns fast it is looked at often.
+        if step % (20 if best[0] > wanted[0] / 4 else 40) and step < steps:
             continue
         share = share_solved(models, held)
-        if best[0] < share <= high:
+        if best[0] < share <= wanted[1]:
             best = share, {name: value.clone() for name, value in models.state_dict().items()}
-        if (low + high) / 2 <= share <= high:
+        if share >= wanted[0] and best[0] >= wanted[0]:
             break
-    if best[0] < low:
-        say(f"the teacher solves {max(best[0], 0):.1%}, less than the {low:.0%} that were asked for")
-    models.load_state_dict(best[1] or models.state_dict())
-    say(f"teacher of {shape.parameters} parameters: {best[0]:.1%} solved after {step} steps")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(models.state_dict(), path)
-    return models
-
-
-def student_of(family: Family, sizes: Sizes, seed: int, path: Path) -> Stack:
-    """A student that has seen some correct solutions. Kept in `path`."""
-    models = Stack(Shape(*sizes.student, len(SYMBOLS)), seed=seed)
-    if path.exists():
-        models.load_state_dict(torch.load(path))
-        return models
-    rng = random.Random(1000 + seed)
-    optimizer = _optimizer(models, sizes.warm_rate)
-    for step in range(1, sizes.warm + 1):
-        _paced(optimizer, sizes.warm_rate, step, sizes.warm, 50)
-        _imitate(models, optimizer, family, rng, 32)
+    models.load_state_dict(best[1])
+    short = "" if best[0] >= wanted[0] else f", less than the {wanted[0]:.1%} that were wanted"
+    say(f"of {models.shape.parameters} parameters solves {best[0]:.1%} after {step} steps{short}")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(models.state_dict(), path)
     return models
@@ -122,7 +147,7 @@ def student_of(family: Family, sizes: Sizes, seed: int, path: Path) -> Stack:
 class Prefixes:
     """The micro-batches of a run: those of the teacher's solutions alike for all methods, of the student's own to each.
 
-    All are drawn from the seed, so that every method sees the same problems in the same order.
+    All are drawn from the seed: every method has the same problems in the same order, and samples by the same chances.
     """
 
     def __init__(
@@ -146,7 +171,8 @@ class Prefixes:
             problems = draw(self._family, self._rng, rows * self._sizes.renewed)
             own = self._regime == how.OWN
             models, count = (students, self._count) if own else (self._teacher, 1)
-            texts = solved(models, [problems] * count, MOST, 1.0, self._generator)
+            chances = torch.rand(len(problems), _most(problems), generator=self._generator)
+            texts = solved(models, [problems] * count, chances.shape[1], chances)
             pairs = [list(zip(problems, row, strict=True)) for row in texts]
             for first in range(0, len(problems), rows):
                 self._waiting.append([pair for row in pairs for pair in row[first : first + rows]])
@@ -225,5 +251,5 @@ def _place(
 
 def correct(students: Stack, problems: Sequence[Problem]) -> list[list[bool]]:
     """Of each student, which problems it solves."""
-    texts = solved(students, [problems] * students.count, MOST)
+    texts = solved(students, [problems] * students.count, _most(problems))
     return [[p.is_correct(text) for p, text in zip(problems, row, strict=True)] for row in texts]

@@ -136,17 +136,12 @@ def test_weights_of_the_others_by_hand():
     assert loss("scores, gate", where).item() == pytest.approx(mean(valid[1] * kl, where), rel=1e-5)
     capped = torch.where(valid[0] > valid[1], 0.0, 1.0)
     assert loss("scores, capped", where).item() == pytest.approx(mean(capped * kl, where), rel=1e-5)
-
-
-def test_a_rejected_token_is_taken_from_the_teacher():
-    where = place()
-    student, teacher = (each.detach().double() for each in logits())
-    rejected = random_verdicts(None, None)[1] == 0
-    changed = teacher.clone()
-    changed[rejected] = changed[rejected].scatter(-1, teacher[rejected].argmax(-1, keepdim=True), -torch.inf)
-    p, q = changed.softmax(-1), student.log_softmax(-1)
-    kl = torch.where(p > 0, p * (p.clamp(min=1e-300).log() - q), 0.0).sum(-1)
-    assert loss("rejected token removed", where).item() == pytest.approx(mean(kl, where), rel=1e-5)
+    relative = torch.where(valid[0] > 0, 1.0, 1.9) * valid[1]
+    assert loss("scores x teacher's own", where).item() == pytest.approx(mean(relative * kl, where), rel=1e-5)
+    corrected = valid[1] * (1 - valid[0])
+    assert loss("scores, corrections only", where).item() == pytest.approx(
+        mean(corrected * kl, where), rel=1e-5
+    )
 
 
 def test_shuffled_weights_are_the_same_at_other_tokens():

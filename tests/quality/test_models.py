@@ -50,23 +50,51 @@ def test_no_model_sees_what_comes_later():
     assert torch.equal(stack(tokens)[..., :5, :], stack(changed)[..., :5, :])
 
 
-def test_generation_with_a_cache_is_that_without():
+def padded(stack: Stack) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of 2 to 6 tokens at the right, and the padding at their left."""
+    padding = torch.tensor([[0, 2, 4], [1, 3, 0]])
+    tokens = torch.randint(2, 30, (2, 3, 6), generator=torch.Generator().manual_seed(6))
+    return torch.where(torch.arange(6) < padding[..., None], 0, tokens), padding
+
+
+def test_generation_with_a_cache_and_padding_is_that_without():
     stack = spread(2)
-    prompts = torch.randint(2, 30, (2, 3, 5))
-    found = generate(stack, prompts, 6, end=-1)
-    tokens = prompts
-    for _ in range(6):
-        tokens = torch.cat((tokens, stack(tokens)[:, :, -1].argmax(-1, keepdim=True)), -1)
-    assert torch.equal(found, tokens)
+    prompts, padding = padded(stack)
+    found = generate(stack, prompts, padding, 8, end=-1)
+    for model in range(2):
+        alone = Stack(SHAPE)
+        alone.take(stack, [model])
+        for row in range(3):
+            tokens = prompts[model, row, padding[model, row] :].view(1, 1, -1)
+            for _ in range(8):
+                tokens = torch.cat((tokens, alone(tokens)[:, :, -1].argmax(-1)[..., None]), -1)
+            assert torch.equal(found[model, row], tokens[0, 0, -8:])
 
 
-def test_sampling_draws_by_the_models_chances():
-    stack = spread(1)
-    prompts = torch.full((1, 4000, 3), 7)
-    drawn = generate(stack, prompts, 1, -1, 1.0, torch.Generator().manual_seed(0))[0, :, 3]
-    chances = stack(prompts[:, :1])[0, 0, -1].softmax(-1)
-    shares = torch.bincount(drawn, minlength=len(data.SYMBOLS)) / 4000
-    assert (shares - chances).abs().max() < 0.04
+def test_rows_that_end_change_no_others():
+    """They are dropped from the cache one after the other, and zeros follow."""
+    stack = spread(2)
+    prompts, padding = padded(stack)
+    endless = generate(stack, prompts, padding, 30, end=-1)
+    assert len(endless.unique()) > 5
+    for end in endless.unique().tolist():
+        found = generate(stack, prompts, padding, 30, end)
+        for mine, whole in zip(found.view(6, 30), endless.view(6, 30), strict=True):
+            places = (whole == end).nonzero()
+            last = int(places[0]) + 1 if len(places) else 30
+            assert torch.equal(mine[:last], whole[:last]) and not mine[last:].any()
+
+
+def test_sampling_draws_by_the_models_chances_and_for_each_model_alike():
+    stack = Stack(SHAPE, 2, seed=1)
+    stack.take(spread(1), [0, 0])
+    prompts = torch.full((2, 4000, 3), 7)
+    chances = torch.rand(4000, 1, generator=torch.Generator().manual_seed(0))
+    first, second = generate(stack, prompts, torch.zeros(2, 4000, dtype=torch.int64), 1, -1, chances)[..., 0]
+    assert torch.equal(first, second)
+    expected = stack(prompts[:, :1])[0, 0, -1].softmax(-1)
+    shares = torch.bincount(first, minlength=len(data.SYMBOLS)) / 4000
+    assert (shares - expected).abs().max() < 0.04
 
 
 def test_each_models_solutions_come_back_in_their_order():
@@ -77,8 +105,9 @@ def test_each_models_solutions_come_back_in_their_order():
         alone = Stack(SHAPE)
         alone.take(stack, [number])
         for problem, text in zip(problems[number], together[number], strict=True):
-            tokens = generate(alone, torch.tensor([[data.encode(problem.prompt)]]), 12, data.STOP)
-            expected = data.decode(tokens[0, 0, len(problem.prompt) :].tolist())
+            prompt = torch.tensor([[data.encode(problem.prompt)]])
+            tokens = generate(alone, prompt, torch.zeros(1, 1, dtype=torch.int64), 12, data.STOP)
+            expected = data.decode(tokens[0, 0].tolist())
             assert text == expected[: expected.find("$") + 1 or None].rstrip("\0")
 
 

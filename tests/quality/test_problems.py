@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 
 import data
@@ -10,7 +11,7 @@ import gym
 import pytest
 import tasks
 import torch
-from problems import END, Problem, State
+from problems import END, Line, Problem, State
 
 FAMILIES = {
     family.__name__: family
@@ -19,8 +20,8 @@ FAMILIES = {
         tasks.tracing,
         tasks.formats,
         gym.chain_sum,
-        gym.gcd,
-        gym.prime_factorization,
+        gym.number_sorting,
+        gym.palindrome_generation,
     )
 }
 
@@ -40,7 +41,7 @@ def solutions(state: State | None) -> Iterator[str]:
 
 
 def problems(family, count: int, longer: bool = False) -> list[Problem]:
-    return data.draw(family, random.Random(11), count, longer)
+    return data.draw(family, random.Random(11), count, longer=longer)
 
 
 @pytest.mark.parametrize("longer", [False, True])
@@ -67,7 +68,7 @@ def test_the_verifier_knows_every_correct_continuation_and_no_other(family):
         every = set(solutions(problem.start))
         solution = list(problem.solution(rng))
         place = rng.randrange(len(solution))
-        solution[place] = rng.choice("0123456789;=+-*?$abcXYZ")
+        solution[place] = rng.choice("0123456789;=+-*:?$abcXYZ")
         text = "".join(solution)
         expected = [
             {whole[length] for whole in every if whole.startswith(text[:length]) and len(whole) > length}
@@ -90,37 +91,43 @@ def test_no_step_begins_another(family):
         check(problem.start)
 
 
-@pytest.mark.parametrize("name", ["chain_sum", "gcd", "prime_factorization"])
-def test_solutions_end_in_the_answer_of_reasoning_gym(name):
+def test_what_is_held_out_is_never_trained_on(family):
+    drawn = {held: data.draw(family, random.Random(4), 200, held) for held in (True, False)}
+    texts = {held: {problem.prompt for problem in drawn[held]} for held in drawn}
+    assert not texts[True] & texts[False] and len(texts[True]) > 100
+    assert all(map(data.is_held_out, drawn[True])) and not any(map(data.is_held_out, drawn[False]))
+
+
+def test_a_family_of_too_few_problems_is_a_sentence():
+    def always(draw, longer):
+        return Problem("1?", Line(("1$",)))
+
+    held = data.is_held_out(always(None, False))
+    assert len(data.draw(always, random.Random(1), 3, held)) == 3
+    with pytest.raises(ValueError, match="always draws too few different problems"):
+        data.draw(always, random.Random(1), 3, not held)
+
+
+def test_solutions_end_in_the_answer_of_reasoning_gym():
+    """As its own verifiers say."""
     import reasoning_gym
 
     rng = random.Random(3)
-    seen = 0
-    for problem in problems(FAMILIES[name], 40):
-        last = problem.solution(rng).rpartition("=")[2].removesuffix(END)
-        for entry in _entries(name, problem):
-            score = reasoning_gym.get_score_answer_fn(name)
-            assert score(last.replace("*", " × "), entry) == 1.0
-            seen += 1
-    assert seen == 40
-
-
-def _entries(name: str, problem: Problem) -> list[dict]:
-    """What reasoning-gym would say of this problem: an entry with its answer, reckoned here once more."""
-    import math
-    from functools import reduce
-
-    text = problem.prompt.removesuffix("?")
-    if name == "chain_sum":
-        return [{"answer": str(eval(text)), "metadata": {}}]
-    if name == "gcd":
-        return [{"answer": str(reduce(math.gcd, map(int, text.split(",")))), "metadata": {}}]
-    number, factors = int(text), []
-    for prime in range(2, number + 1):
-        while number % prime == 0:
-            factors.append(prime)
-            number //= prime
-    return [{"answer": " × ".join(map(str, factors)), "metadata": {"factors": factors}}]
+    for problem in problems(gym.chain_sum, 40):
+        expression = re.sub("[a-z]", "", problem.prompt.removesuffix("?"))
+        answer = problem.solution(rng).rpartition("=")[2].removesuffix(END)
+        score = reasoning_gym.get_score_answer_fn("chain_sum")
+        assert score(answer, {"answer": str(eval(expression)), "metadata": {}}) == 1.0
+    for problem in problems(gym.palindrome_generation, 40):
+        answer = problem.solution(rng).rpartition("=")[2].removesuffix(END)
+        known = {"letters": list(problem.prompt.removesuffix("?")), "generated_palindrome": ""}
+        score = reasoning_gym.get_score_answer_fn("palindrome_generation")
+        assert score(answer, {"answer": "", "metadata": known}) == 1.0
+        assert score(answer + "q", {"answer": "", "metadata": known}) < 1.0
+    for problem in problems(gym.number_sorting, 40):
+        sign, numbers = problem.prompt[0], [int(each) for each in problem.prompt[1:-1].split(",")]
+        found = [int(each) for each in problem.solution(rng).split(";")[:-1]]
+        assert found == sorted(numbers, reverse=sign == "-")
 
 
 def test_verdicts_stand_where_the_next_symbol_is_judged(family):
@@ -138,10 +145,10 @@ def test_verdicts_stand_where_the_next_symbol_is_judged(family):
 
 
 def test_steps_end_at_a_semicolon_and_are_numbered_apart():
-    drawn = [Problem("1+2?", tasks.Chain(1, (("+", 2),)))] * 2
-    batch = data.batch_of(drawn, ["1+2=3;=3$", "2+1=3;=3$"])
+    drawn = [Problem("1a+2?", tasks.Chain(1, (("a", "+", 2),)))] * 2
+    batch = data.batch_of(drawn, ["a1+2=3;=3$", "a2+1=3;=3$"])
     steps = data.steps_of(batch)
     first, second = (row[row >= 0].tolist() for row in steps)
-    assert [step - first[0] for step in first] == [0] * 6 + [1] * 3
+    assert [step - first[0] for step in first] == [0] * 7 + [1] * 3
     assert len(set(first) & set(second)) == 0
     assert (steps >= 0).equal(batch.counts)
