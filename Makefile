@@ -28,13 +28,15 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench bench-link evidence build lint format cuda-check cuda-home container-check gpu-check clean always
+.PHONY: help demo test bench bench-link evidence estimators build lint format cuda-check cuda-home container-check gpu-check clean always
 
 help:
 	@echo "make demo     distil a real model in front of you; the first run installs and builds"
 	@echo "make test     run every test"
 	@echo "make bench    time the loss beside its peers"
 	@echo "make bench-link  time a student with the link beside one with ready answers; bytes per second"
+	@echo "make evidence  train students by every method on generated problems and compare them: an hour on two cores"
+	@echo "make estimators  how well the estimators of validity find the wrong steps that people marked"
 	@echo "make build    build the extension vcrd._C"
 	@echo "make lint     check style        make format   correct it"
 	@echo "make cuda-check  compile the CUDA kernels and look at their machine code; needs no GPU"
@@ -54,10 +56,14 @@ bench: $(DONE)/bench $(DONE)/extension
 	@echo "==> timing the loss and its peers with $(VENV)"
 	@$(RUN) benchmarks/loss.py $(ARGS)
 
-evidence: $(DONE)/evidence $(DONE)/extension
+evidence: $(DONE)/demo $(DONE)/evidence $(DONE)/extension
 	@echo "==> comparing the methods with $(VENV)"
 	@$(RUN) benchmarks/quality/run.py --out evidence $(ARGS)
-	@$(RUN) benchmarks/quality/tables.py evidence/results.json
+	@$(RUN) benchmarks/quality/tables.py evidence/results.json --plots evidence
+
+estimators: $(DONE)/demo $(DONE)/extension
+	@echo "==> judging the estimators of validity by people's verdicts with $(VENV)"
+	@$(RUN) benchmarks/quality/estimators.py --out evidence $(ARGS)
 
 bench-link: $(DONE)/core $(DONE)/extension
 	@echo "==> timing the link with $(VENV)"

@@ -1,6 +1,6 @@
 """What results.json says, as tables: means, and differences with bootstrap intervals.
 
-    python benchmarks/quality/tables.py evidence/results.json
+    python benchmarks/quality/tables.py evidence/results.json --plots evidence
 
 A difference is paired: the same task, the same student before, the same problem. Its interval comes from drawing each
 task's seeds and problems anew, with replacement, a thousand times; it holds 95 % of the differences that were drawn.
@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 
 LENGTHS = ("usual", "longer")
+TITLES = {"traces": "Prefixes of the teacher's solutions", "own": "Prefixes of the student's own"}
+# What each method is set against.
+OTHERS = {"traces": ("forward KL", "KL + CE"), "own": ("forward KL", "KL + CE", "scores, gate")}
 # The same weights, each at another token.
 SHUFFLED = {"label": "label, shuffled", "scores, tokens": "scores, shuffled"}
 _DRAWS = 1000
@@ -47,6 +50,10 @@ class Results:
             dtype=np.float64,
         )
 
+    def shares_wrong(self) -> list[float]:
+        """Of verdicts, 0 first."""
+        return sorted({run["wrong"] for run in self.content["runs"]})
+
     def around(self, what: str, length: str = "usual") -> float:
         """The mean of "before" (the student) or "teacher"."""
         return float(np.mean([run[what][length] for run in self.content["runs"] if not run["wrong"]]))
@@ -69,7 +76,7 @@ def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, floa
 
 
 def shown(found: tuple[float, float, float]) -> str:
-    """In points of accuracy; bold where zero is outside the interval."""
+    """In percentage points; bold where zero is outside the interval."""
     mean, low, high = (100 * value for value in found)
     text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
     return f"**{text}**" if low > 0 or high < 0 else text
@@ -121,7 +128,7 @@ def against(results: Results, regime: str, others: Sequence[str]) -> str:
 
 def worse_verifiers(results: Results, baseline: str = "forward KL") -> str:
     """On the student's own prefixes: difference from plain KL as verdicts become wrong."""
-    shares = sorted({run["wrong"] for run in results.content["runs"]})
+    shares = results.shares_wrong()
     names = results.methods("own", shares[-1])
     plain = results.solved("own", baseline)
     rows = [["verdicts that are wrong", *(f"{100 * share:.0f} %" for share in shares)]]
@@ -134,23 +141,23 @@ def worse_verifiers(results: Results, baseline: str = "forward KL") -> str:
 
 def page(results: Results) -> str:
     sizes = results.content["sizes"]
+    seen = {
+        (what, length): f"{100 * results.around(what, length):.1f} %"
+        for what in ("teacher", "before")
+        for length in LENGTHS
+    }
     parts = [
         f"Configuration `{results.content['config']}`: {len(results.tasks)} tasks, {len(results.seeds)} seeds, "
-        f"{sizes['problems']} held-out problems of each length, {sizes['steps']} steps of {sizes['batch']} solutions. "
-        f"The teachers solve {100 * results.around('teacher'):.1f} % of the problems, the students before the "
-        f"distillation {100 * results.around('before'):.1f} %. {results.content['seconds'] / 60:.0f} minutes.\n"
+        f"{sizes['problems']} held-out problems, {sizes['steps']} steps of {sizes['batch']} solutions. The teachers "
+        f"solve {seen['teacher', 'usual']} of the problems, the students before the distillation "
+        f"{seen['before', 'usual']}; of longer ones {seen['teacher', 'longer']} and {seen['before', 'longer']}. Every "
+        "number is a percentage of problems that are solved, or a difference of two in percentage points with its "
+        "interval of 95 %; bold: zero is outside.\n"
     ]
-    for regime, title in (
-        ("traces", "Prefixes of the teacher's solutions"),
-        ("own", "Prefixes of the student's own"),
-    ):
+    for regime, title in TITLES.items():
         if results.methods(regime):
-            parts += [
-                f"## {title}\n",
-                by_task(results, regime),
-                against(results, regime, ("forward KL", "KL + CE")),
-            ]
-    if len({run["wrong"] for run in results.content["runs"]}) > 1:
+            parts += [f"## {title}\n", by_task(results, regime), against(results, regime, OTHERS[regime])]
+    if len(results.shares_wrong()) > 1:
         parts += ["## Verifiers that err\n", worse_verifiers(results)]
     return "\n".join(parts)
 
@@ -158,8 +165,14 @@ def page(results: Results) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
+    parser.add_argument("--plots", type=Path, help="folder for the plots, as SVG")
     options = parser.parse_args(arguments)
-    print(page(Results(json.loads(options.results.read_text()))))
+    results = Results(json.loads(options.results.read_text()))
+    print(page(results))
+    if options.plots:
+        import plots
+
+        plots.draw(results, options.plots)
 
 
 if __name__ == "__main__":

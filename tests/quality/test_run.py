@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,9 +79,28 @@ def test_the_same_command_gives_the_same_results(results, tmp_path):
     assert few == {key: value for key, value in of(whole, TRACES).items() if key in few}
 
 
+def test_the_same_command_goes_on_where_it_was_stopped(results, tmp_path):
+    folder, _ = results
+    whole = json.loads((folder / "results.json").read_text())
+    shutil.copytree(folder, tmp_path / "again")
+    lost = sorted((tmp_path / "again" / "runs").glob("*.json"))[::2]
+    for each in [*lost, tmp_path / "again" / "results.json"]:
+        each.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("*.*")}
+    run.main(["--config", "tiny", "--out", str(tmp_path / "again"), "--jobs", "1", "--tasks", "arithmetic"])
+    content = json.loads((tmp_path / "again" / "results.json").read_text())
+
+    def without_times(runs: list[dict]) -> list[dict]:
+        return [{**each, "seconds": 0} for each in runs if each["task"] == "arithmetic"]
+
+    assert without_times(content["runs"]) == without_times(whole["runs"])
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+
+
 def test_the_tables_say_what_the_results_say(results):
     folder, _ = results
     command = [sys.executable, str(SCRIPT.with_name("tables.py")), str(folder / "results.json")]
+    command += ["--plots", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for part in (
@@ -90,6 +111,12 @@ def test_the_tables_say_what_the_results_say(results):
         assert f"## {part}\n" in done.stdout
     assert re.search(r"^\| label, shuffled \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \|$", done.stdout, re.MULTILINE)
     assert "| arithmetic | outside:copying | mean |" in done.stdout
+    for regime in (TRACES, OWN):
+        drawn = (folder / f"methods-{regime}.svg").read_text()
+        names = {method.name for method in run.methods() if regime in method.regimes} - {"forward KL"}
+        assert all(f">{html.escape(name, quote=False)}<" in drawn for name in names)
+    drawn = (folder / "verifiers.svg").read_text()
+    assert all(f">{html.escape(name, quote=False)}<" in drawn for name in run.JUDGED)
 
 
 def test_a_difference_has_an_interval_that_holds_it():

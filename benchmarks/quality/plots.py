@@ -1,0 +1,93 @@
+"""The differences of tables.py as pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from methods import methods
+from tables import TITLES, Results, difference
+
+_COLOURS = {"baseline": "#6b7280", "vcrd": "#1d4ed8", "control": "#d97706", "idea": "#059669"}
+# Without the salt a picture would differ each time in the names of its parts.
+_STYLE = {
+    "svg.hashsalt": "vcrd",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+def draw(results: Results, folder: Path) -> None:
+    """folder: gets methods-REGIME.svg, and verifiers.svg where there were some that err."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with rc_context(_STYLE):
+        for regime in TITLES:
+            if len(results.methods(regime)) > 1:
+                _save(_ranked(results, regime), folder / f"methods-{regime}.svg")
+        if len(results.shares_wrong()) > 1:
+            _save(_by_verifier(results), folder / "verifiers.svg")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
+
+
+def _ranked(results: Results, regime: str, baseline: str = "forward KL") -> Figure:
+    """Every method's difference from plain distillation, the best on top."""
+    groups = {method.name: method.group for method in methods()}
+    plain = results.solved(regime, baseline)
+    found = {
+        name: difference(results.solved(regime, name), plain)
+        for name in results.methods(regime)
+        if name != baseline
+    }
+    order = sorted(found, key=lambda name: found[name][0])
+    figure = Figure(figsize=(7, 0.24 * len(order) + 1))
+    axes = figure.subplots()
+    for place, name in enumerate(order):
+        mean, low, high = (100 * value for value in found[name])
+        colour = _COLOURS[groups[name]]
+        axes.plot((low, high), (place, place), color=colour, linewidth=1.6)
+        axes.plot(mean, place, "o", color=colour, markersize=4.5)
+    axes.axvline(0, color="#9ca3af", linewidth=1)
+    axes.set_yticks(range(len(order)), order)
+    axes.set_xlabel(f"percentage points of exact match against {baseline}, and interval of 95 %")
+    axes.set_title(TITLES[regime])
+    shown = {group: Line2D([], [], color=colour, marker="o") for group, colour in _COLOURS.items()}
+    axes.legend(shown.values(), shown.keys(), loc="lower right")
+    return figure
+
+
+def _by_verifier(results: Results, baseline: str = "forward KL") -> Figure:
+    """On the student's own prefixes: what is left of each method's gain as verdicts become wrong."""
+    plain = results.solved("own", baseline)
+    shares = results.shares_wrong()
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.subplots()
+    names = results.methods("own", shares[-1])
+    for number, name in enumerate(names):
+        found = [difference(results.solved("own", name, wrong=share), plain) for share in shares]
+        mean, low, high = (100 * np.array(column) for column in zip(*found, strict=True))
+        apart = [100 * share + 0.6 * (number - len(names) / 2) for share in shares]
+        axes.errorbar(
+            apart,
+            mean,
+            (mean - low, high - mean),
+            marker="o",
+            markersize=4.5,
+            linewidth=1.4,
+            capsize=2,
+            label=name,
+        )
+    axes.axhline(0, color="#9ca3af", linewidth=1)
+    axes.set_xticks([100 * share for share in shares])
+    axes.set_xlabel("verdicts that are wrong, %")
+    axes.set_ylabel(f"points against {baseline}")
+    axes.legend(fontsize=8, ncols=2)
+    return figure
