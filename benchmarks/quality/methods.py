@@ -21,7 +21,8 @@ TRACES, OWN = "traces", "own"  # prefixes of the teacher's solutions, of the stu
 @dataclass
 class Seen:
     """At the tokens of one micro-batch, all [b, s]. counts: bool. labels: verified next tokens, -1 for none.
-    student_valid, teacher_valid: what the verifier says of the proposals, float 0 or 1. steps: as vcrd takes them.
+    student_valid, teacher_valid: what the verifier says of the proposals, float 0 or 1; unbroken: bool, what it says of
+    all that was written before. steps: as vcrd takes them.
     first: statistics of the student as it was before training, where a method asks for them.
     """
 
@@ -31,6 +32,7 @@ class Seen:
     counts: Tensor
     student_valid: Tensor
     teacher_valid: Tensor
+    unbroken: Tensor
     steps: Tensor
     generator: torch.Generator
     first: DivergenceStats | None = None
@@ -124,6 +126,11 @@ def capped(inner: Weights) -> Weights:
     return lambda seen: inner(seen).clamp(max=1.0)
 
 
+def halved(inner: Weights) -> Weights:
+    """As "KL + CE" halves both, but with weights."""
+    return lambda seen: 0.5 * inner(seen)
+
+
 def teacher_absolute(seen: Seen) -> Tensor:
     """The label's calibration times the teacher's absolute validity, p(y) / p_max."""
     own = (seen.stats.teacher_label_logprob - seen.stats.teacher_logprob_of_teacher_action).exp()
@@ -133,6 +140,11 @@ def teacher_absolute(seen: Seen) -> Tensor:
 def gate(seen: Seen) -> Tensor:
     """Only where the verifier accepts the teacher's proposal."""
     return seen.teacher_valid
+
+
+def until_the_first_error(seen: Seen) -> Tensor:
+    """Plain distillation, but not on what follows the student's first error."""
+    return seen.unbroken.float()
 
 
 def relative_and_absolute(seen: Seen) -> Tensor:
@@ -159,7 +171,7 @@ def methods() -> list[Method]:
         Method("skewed reverse KL", "baseline", plain, "skew_reverse_kl"),
         Method("entropy gap", "baseline", entropy_gap),
         Method("top-5 accepted", "baseline", accepted(5)),
-        Method("KL + CE", "baseline", lambda seen: 0.5 * plain(seen), ce=0.5, asks=labels),
+        Method("KL + CE", "baseline", halved(plain), ce=0.5, asks=labels),
         Method("visibly wrong dropped", "baseline", not_visibly_wrong, asks=labels, regimes=traces),
         Method("label", "vcrd", label, asks=labels, regimes=traces),
         Method("margin", "vcrd", calibrated("margin")),
@@ -179,11 +191,17 @@ def methods() -> list[Method]:
         Method(
             "label, capped", "idea", capped(calibrated("label", **zero_to_two)), asks=labels, regimes=traces
         ),
-        Method("label x teacher's own", "idea", teacher_absolute, asks=labels, regimes=traces),
+        Method("label x own", "idea", teacher_absolute, asks=labels, regimes=traces),
         Method("scores, capped", "idea", capped(calibrated("scores", **zero_to_two)), asks=verifier),
         Method("scores, gate", "idea", gate, asks=verifier),
-        Method("scores x teacher's own", "idea", relative_and_absolute, asks=verifier),
+        Method("scores x own", "idea", relative_and_absolute, asks=verifier),
         Method("scores, corrections only", "idea", corrections, asks=verifier),
+        Method(
+            "until the first error", "idea", until_the_first_error, asks=verifier, regimes=frozenset({OWN})
+        ),
+        Method("label + CE", "idea", halved(label), ce=0.5, asks=labels, regimes=traces),
+        Method("scores + CE", "idea", halved(scores), ce=0.5, asks=verifier | labels),
+        Method("scores x own + CE", "idea", halved(relative_and_absolute), ce=0.5, asks=verifier | labels),
         Method(
             "label, first student",
             "idea",
@@ -203,13 +221,15 @@ def methods() -> list[Method]:
 class Place:
     """Where the tokens of a micro-batch stand, all [b, s]. labels: None on the student's own prefixes, where those
     proposals of the teacher's that the verifier accepts count as verified. judge: (student's action, teacher's action)
-    -> whether each is valid, float. first_logits: of the student before training, where a method asks for them.
+    -> whether each is valid, float. unbroken: whether all that was written before is. first_logits: of the student
+    before training, where a method asks for them.
     """
 
     counts: Tensor
     steps: Tensor
     labels: Tensor | None
     judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    unbroken: Tensor
     generator: torch.Generator
     first_logits: Tensor | None = None
 
@@ -234,7 +254,17 @@ def loss_of(method: Method, logits: Tensor, teacher_logits: Tensor, place: Place
     stats = statistics(logits, teacher_logits, method.divergence)
     with torch.no_grad():
         first = statistics(place.first_logits, teacher_logits) if method.against_first else None
-        seen = Seen(stats, teacher_logits, labels, place.counts, *valid, place.steps, place.generator, first)
+        seen = Seen(
+            stats,
+            teacher_logits,
+            labels,
+            place.counts,
+            *valid,
+            place.unbroken,
+            place.steps,
+            place.generator,
+            first,
+        )
         weights = method.weights(seen)
     loss = weights * stats.divergence
     if method.ce:

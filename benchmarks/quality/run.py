@@ -80,8 +80,9 @@ JUDGED = (
     "KL + CE",
     "scores, tokens",
     "scores, gate",
-    "scores, capped",
-    "scores x teacher's own",
+    "scores x own",
+    "scores + CE",
+    "scores x own + CE",
 )
 
 

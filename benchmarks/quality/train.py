@@ -241,12 +241,20 @@ def _place(
             found ^= torch.rand(found.shape, generator=generator) < wrong
         return tuple(found.float())
 
-    labels = None
-    if regime == how.TRACES:
-        # The teacher errs, too: what it wrote counts as verified as far as it is correct.
-        labels = torch.where(verdicts(mine, mine.labels.clamp(min=0)), mine.labels, -1)
-    steps = steps_of(mine)
-    return Place(mine.counts, steps, labels, judge, generator, None if first is None else first[place])
+    written = verdicts(mine, mine.labels.clamp(min=0))
+    # The teacher errs, too: what it wrote counts as verified as far as it is correct.
+    labels = torch.where(written, mine.labels, -1) if regime == how.TRACES else None
+    before = torch.nn.functional.pad((written | ~mine.counts)[:, :-1], (1, 0), value=True)
+    unbroken = mine.counts & before.long().cumprod(-1).bool()
+    return Place(
+        mine.counts,
+        steps_of(mine),
+        labels,
+        judge,
+        unbroken,
+        generator,
+        None if first is None else first[place],
+    )
 
 
 def correct(students: Stack, problems: Sequence[Problem]) -> list[list[bool]]:

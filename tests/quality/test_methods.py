@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import data
 import methods as how
 import pytest
+import tasks
 import torch
+import train
 from methods import OWN, TRACES, Place
+from problems import Problem
 
 import vcrd
 from vcrd import reference
@@ -21,7 +25,12 @@ def place(labels: bool = True, judge=None) -> Place:
     found = torch.where(counts & (torch.rand(ROWS, LENGTH, generator=generator) < 0.8), found, -1)
     steps = torch.where(counts, torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) // 3, -1)
     return Place(
-        counts, steps, found if labels else None, judge or random_verdicts, torch.Generator().manual_seed(2)
+        counts,
+        steps,
+        found if labels else None,
+        judge or random_verdicts,
+        counts & (steps % 2 == 0),
+        torch.Generator().manual_seed(2),
     )
 
 
@@ -137,7 +146,13 @@ def test_weights_of_the_others_by_hand():
     capped = torch.where(valid[0] > valid[1], 0.0, 1.0)
     assert loss("scores, capped", where).item() == pytest.approx(mean(capped * kl, where), rel=1e-5)
     relative = torch.where(valid[0] > 0, 1.0, 1.9) * valid[1]
-    assert loss("scores x teacher's own", where).item() == pytest.approx(mean(relative * kl, where), rel=1e-5)
+    assert loss("scores x own", where).item() == pytest.approx(mean(relative * kl, where), rel=1e-5)
+    assert loss("until the first error", where).item() == pytest.approx(
+        mean(where.unbroken * kl, where), rel=1e-5
+    )
+    ce = torch.where(where.labels >= 0, stats["cross_entropy"], 0.0)
+    both = 0.5 * mean(relative * kl, where) + 0.5 * mean(ce, where)
+    assert loss("scores x own + CE", where).item() == pytest.approx(both, rel=1e-5)
     corrected = valid[1] * (1 - valid[0])
     assert loss("scores, corrections only", where).item() == pytest.approx(
         mean(corrected * kl, where), rel=1e-5
@@ -149,7 +164,14 @@ def test_shuffled_weights_are_the_same_at_other_tokens():
     student, teacher = logits()
     stats = vcrd.vocab_parallel_divergence(student, teacher, where.labels, mask=where.counts)
     seen = how.Seen(
-        stats, teacher, where.labels, where.counts, *random_verdicts(None, None), where.steps, where.generator
+        stats,
+        teacher,
+        where.labels,
+        where.counts,
+        *random_verdicts(None, None),
+        where.unbroken,
+        where.steps,
+        where.generator,
     )
     own, moved = METHODS["label"].weights(seen), METHODS["label, shuffled"].weights(seen)
     assert torch.equal(own[where.counts].sort().values, moved[where.counts].sort().values)
@@ -191,3 +213,14 @@ def test_a_verifier_is_asked_only_by_who_says_so():
             loss(name, place(judge=refuses))
             if OWN in method.regimes and "labels" not in method.asks:
                 loss(name, place(labels=False, judge=refuses))
+
+
+def test_what_is_written_is_unbroken_up_to_the_first_error():
+    problems = [Problem("1a+2b-3?", tasks.Chain(1, (("a", "+", 2), ("b", "-", 3))))] * 2
+    batch = data.batch_of(problems, ["a1+2=4;b4-3=1;=1$", "a2+1=3;b3-3=0;=0$"], (1, 2))
+    where = train._place(batch, 0, OWN, torch.Generator(), 0.0, None)
+    assert where.labels is None
+    assert where.unbroken[0].sum() == len("a1+2=4")  # the error itself is still after what is correct
+    assert torch.equal(where.unbroken[1], where.counts[1])
+    labels = train._place(batch, 0, TRACES, torch.Generator(), 0.0, None).labels
+    assert data.decode(labels[0][labels[0] >= 0].tolist()) == "a1+2="
