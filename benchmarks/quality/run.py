@@ -20,14 +20,17 @@ import hashlib
 import importlib
 import json
 import multiprocessing
+import os
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -73,6 +76,7 @@ CONFIGS = {
         rates=(3e-4, 1e-3, 3e-3),
     ),
 }
+LENGTHS = ("usual", "longer")
 WHO = ("teacher", "student")
 TUNING = 999  # seed of the runs that choose the rates
 WRONG = (0.1, 0.3)  # shares of a verifier's verdicts that are wrong
@@ -165,13 +169,30 @@ def _executed(run: Run, sizes: Sizes, out: Path) -> dict:
         }
         return {**asdict(run), "solved": found, "seconds": time.perf_counter() - began}
     record = {**asdict(run), "solved": {method.name: {} for method in chosen}, "before": {}, "teacher": {}}
-    for length, count in (("usual", sizes.problems), ("longer", max(1, sizes.problems // 4))):
+    for length, count in zip(LENGTHS, _counts(sizes), strict=True):
         held = draw(family, random.Random(4), count, held=True, longer=length == "longer")
         for method, row in zip(chosen, correct(students, held), strict=True):
             record["solved"][method.name][length] = "".join("01"[each] for each in row)
         for name, model in (("before", student), ("teacher", teacher)):
             record[name][length] = sum(correct(model, held)[0]) / count
     return {**record, "seconds": time.perf_counter() - began}
+
+
+def _counts(sizes: Sizes) -> tuple[int, int]:
+    """Of held-out problems of each length."""
+    return sizes.problems, max(1, sizes.problems // 4)
+
+
+def _packed(record: dict) -> dict:
+    """Which problems are solved as hexadecimal digits, eight problems a byte, filled up with zeros."""
+    solved = {
+        method: {
+            length: np.packbits([bit == "1" for bit in bits]).tobytes().hex()
+            for length, bits in those.items()
+        }
+        for method, those in record["solved"].items()
+    }
+    return {**record, "solved": solved}
 
 
 def tuning_runs(tasks: Iterable[str], chosen: list[Method], sizes: Sizes) -> list[Run]:
@@ -232,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     began = time.perf_counter()
-    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
         models = [(task, seed) for seed in (None, TUNING, *range(sizes.seeds)) for task in tasks]
         for made in [pool.submit(prepare, task, seed, sizes, options.out) for task, seed in models]:
             made.result()
@@ -244,10 +265,21 @@ def main(arguments: list[str] | None = None) -> None:
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - began),
         "rates": {f"{task}, {regime}": rates for (task, regime), rates in best_rates(tuned).items()},
-        "runs": final,
+        "problems": dict(zip(LENGTHS, _counts(sizes), strict=True)),
+        "runs": [_packed(record) for record in final],
     }
     (options.out / "results.json").write_text(json.dumps(results, indent=0) + "\n")
     print(f"{options.out / 'results.json'}: {len(final)} runs in {results['seconds'] / 60:.0f} minutes")
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would go on with what is in its queue."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _named(text: str | None, known: list[Method]) -> list[Method]:

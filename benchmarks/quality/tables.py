@@ -36,7 +36,8 @@ class Results:
             for method, solved in run["solved"].items():
                 for length in LENGTHS:
                     place = (run["regime"], run["wrong"], method, length, run["task"], run["seed"])
-                    self._bits[place] = np.frombuffer(solved[length].encode(), dtype=np.uint8) == ord("1")
+                    bits = np.unpackbits(np.frombuffer(bytes.fromhex(solved[length]), dtype=np.uint8))
+                    self._bits[place] = bits[: content["problems"][length]]
 
     def methods(self, regime: str, wrong: float = 0.0) -> list[str]:
         return list(dict.fromkeys(m for r, w, m, *_ in self._bits if (r, w) == (regime, wrong)))
@@ -63,14 +64,12 @@ def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, floa
     """Mean of a - b, [tasks, seeds, problems] each, and the ends of its interval."""
     paired = a - b
     rng = np.random.default_rng(seed)
-    tasks, seeds, problems = paired.shape
-    drawn = np.empty(_DRAWS)
-    for number in range(_DRAWS):
-        total = 0.0
-        for task in range(tasks):
-            rows = paired[task][rng.integers(seeds, size=seeds)]
-            total += rows[:, rng.integers(problems, size=problems)].mean()
-        drawn[number] = total / tasks
+    _, seeds, problems = paired.shape
+    drawn = np.zeros(_DRAWS)
+    for task in paired:
+        # How often each seed and each problem was drawn.
+        rows, columns = (rng.multinomial(n, [1 / n] * n, size=_DRAWS) for n in (seeds, problems))
+        drawn += (rows @ task * columns).sum(1) / task.size / len(paired)
     low, high = np.percentile(drawn, [2.5, 97.5])
     return float(paired.mean()), float(low), float(high)
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import run
 import tables
@@ -45,7 +46,8 @@ def test_every_method_trains_a_student_of_each_seed_on_each_task(results):
     seen: dict[tuple, int] = {}
     for each in content["runs"]:
         for method, solved in each["solved"].items():
-            assert {length: len(bits) for length, bits in solved.items()} == {"usual": 8, "longer": 2}
+            # Eight problems of the usual length, two longer ones: two digits each.
+            assert {length: len(bits) for length, bits in solved.items()} == {"usual": 2, "longer": 2}
             key = (each["task"], each["regime"], each["wrong"], method)
             seen[key] = seen.get(key, 0) + 1
     assert set(seen.values()) == {2}  # seeds
@@ -97,6 +99,19 @@ def test_the_same_command_goes_on_where_it_was_stopped(results, tmp_path):
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
 
 
+def test_workers_end_with_a_command_that_is_killed(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--config", "tiny", "--steps", "100000", "--out", str(tmp_path)]
+    running = subprocess.Popen([*command, "--tasks", "arithmetic"], stdout=subprocess.PIPE, text=True)
+    main = psutil.Process(running.pid)
+    assert "teacher" in running.stdout.readline()
+    workers = main.children(recursive=True)
+    assert len(workers) >= 2
+    running.kill()
+    running.wait(60)
+    _, alive = psutil.wait_procs(workers, 60)
+    assert not alive
+
+
 def test_the_tables_say_what_the_results_say(results):
     folder, _ = results
     command = [sys.executable, str(SCRIPT.with_name("tables.py")), str(folder / "results.json")]
@@ -117,6 +132,15 @@ def test_the_tables_say_what_the_results_say(results):
         assert all(f">{html.escape(name, quote=False)}<" in drawn for name in names)
     drawn = (folder / "verifiers.svg").read_text()
     assert all(f">{html.escape(name, quote=False)}<" in drawn for name in run.JUDGED)
+
+
+def test_what_is_packed_comes_back():
+    bits = "0110100110"
+    record = run._packed(
+        {"solved": {"m": {length: bits for length in run.LENGTHS}}, "regime": "own", "wrong": 0.0}
+    )
+    content = {"runs": [{**record, "task": "t", "seed": 0}], "problems": {"usual": 10, "longer": 10}}
+    assert "".join(str(int(bit)) for bit in tables.Results(content).solved("own", "m")[0, 0]) == bits
 
 
 def test_a_difference_has_an_interval_that_holds_it():
