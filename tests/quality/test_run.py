@@ -102,11 +102,12 @@ def test_the_same_command_goes_on_where_it_was_stopped(results, tmp_path):
 def test_workers_end_with_a_command_that_is_killed(tmp_path):
     command = [sys.executable, str(SCRIPT), "--config", "tiny", "--steps", "100000", "--out", str(tmp_path)]
     running = subprocess.Popen([*command, "--tasks", "arithmetic"], stdout=subprocess.PIPE, text=True)
-    main = psutil.Process(running.pid)
-    assert "teacher" in running.stdout.readline()
-    workers = main.children(recursive=True)
-    assert len(workers) >= 2
-    running.kill()
+    try:
+        assert "arithmetic: " in running.stdout.readline()
+        workers = psutil.Process(running.pid).children(recursive=True)
+        assert len(workers) >= 2
+    finally:
+        running.kill()
     running.wait(60)
     _, alive = psutil.wait_procs(workers, 60)
     assert not alive
