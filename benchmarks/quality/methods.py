@@ -7,7 +7,7 @@ verifier has its verdicts on both models' proposals, right or wrong.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,8 +45,8 @@ Weights = Callable[[Seen], Tensor]
 class Method:
     """loss = weights x divergence + ce x cross-entropy with the verified token, the mean over the tokens that count.
 
-    group: "baseline", "vcrd", "control" or "idea". asks: what it needs beside logits, of "labels", "verifier". regimes:
-    where it can be used.
+    group: "baseline", "vcrd", "control", "idea", or "variant": other settings and combinations, compared only where
+    they are named. asks: what it needs beside logits, of "labels", "verifier". regimes: where it can be used.
     """
 
     name: str
@@ -155,66 +155,6 @@ def relative_and_absolute(seen: Seen) -> Tensor:
 def corrections(seen: Seen) -> Tensor:
     """Only where the verifier accepts the teacher's proposal and not the student's."""
     return seen.teacher_valid * (1 - seen.student_valid)
-
-
-def methods() -> list[Method]:
-    verifier, labels = frozenset({"verifier"}), frozenset({"labels"})
-    traces = frozenset({TRACES})
-    label, scores = calibrated("label"), calibrated("scores")
-    zero_to_two = {"floor": 0.0, "ceiling": 2.0}
-    found = [
-        Method("hard labels", "baseline", none, ce=1.0, asks=labels),
-        Method("forward KL", "baseline", plain),
-        Method("reverse KL", "baseline", plain, "reverse_kl"),
-        Method("JSD", "baseline", plain, "jsd"),
-        Method("skewed KL", "baseline", plain, "skew_kl"),
-        Method("skewed reverse KL", "baseline", plain, "skew_reverse_kl"),
-        Method("entropy gap", "baseline", entropy_gap),
-        Method("top-5 accepted", "baseline", accepted(5)),
-        Method("KL + CE", "baseline", halved(plain), ce=0.5, asks=labels),
-        Method("visibly wrong dropped", "baseline", not_visibly_wrong, asks=labels, regimes=traces),
-        Method("label", "vcrd", label, asks=labels, regimes=traces),
-        Method("margin", "vcrd", calibrated("margin")),
-        Method("confidence", "vcrd", calibrated("confidence")),
-        Method("scores, tokens", "vcrd", scores, asks=verifier),
-        Method("scores, steps", "vcrd", calibrated("scores", by_step=True), asks=verifier),
-        Method("label, shuffled", "control", shuffled(label), asks=labels, regimes=traces),
-        Method(
-            "label, reversed",
-            "control",
-            calibrated("label", floor=1.9, ceiling=0.1),
-            asks=labels,
-            regimes=traces,
-        ),
-        Method("scores, shuffled", "control", shuffled(scores), asks=verifier),
-        Method("scores, reversed", "control", calibrated("scores", floor=1.9, ceiling=0.1), asks=verifier),
-        Method(
-            "label, capped", "idea", capped(calibrated("label", **zero_to_two)), asks=labels, regimes=traces
-        ),
-        Method("label x own", "idea", teacher_absolute, asks=labels, regimes=traces),
-        Method("scores, capped", "idea", capped(calibrated("scores", **zero_to_two)), asks=verifier),
-        Method("scores, gate", "idea", gate, asks=verifier),
-        Method("scores x own", "idea", relative_and_absolute, asks=verifier),
-        Method("scores, corrections only", "idea", corrections, asks=verifier),
-        Method(
-            "until the first error", "idea", until_the_first_error, asks=verifier, regimes=frozenset({OWN})
-        ),
-        Method("label + CE", "idea", halved(label), ce=0.5, asks=labels, regimes=traces),
-        Method("scores + CE", "idea", halved(scores), ce=0.5, asks=verifier | labels),
-        Method("scores x own + CE", "idea", halved(relative_and_absolute), ce=0.5, asks=verifier | labels),
-        Method(
-            "label, first student",
-            "idea",
-            calibrated("label", first=True),
-            asks=labels,
-            against_first=True,
-            regimes=traces,
-        ),
-    ]
-    for name, validity in (("label", "label"), ("scores, tokens", "scores")):
-        (usual,) = [method for method in found if method.name == name]
-        found.append(replace(usual, name=f"{name}, mean", weights=calibrated(validity, normalization="mean")))
-    return found
 
 
 @dataclass

@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from compared import methods
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from methods import methods
 from tables import TITLES, Results, difference
 
-_COLOURS = {"baseline": "#6b7280", "vcrd": "#1d4ed8", "control": "#d97706", "idea": "#059669"}
+_COLOURS = {
+    "baseline": "#6b7280",
+    "vcrd": "#1d4ed8",
+    "control": "#d97706",
+    "idea": "#059669",
+    "variant": "#7c3aed",
+}
 # Without the salt a picture would differ each time in the names of its parts.
 _STYLE = {
     "svg.hashsalt": "vcrd",
@@ -59,7 +65,8 @@ def _ranked(results: Results, regime: str, baseline: str = "forward KL") -> Figu
     axes.set_yticks(range(len(order)), order)
     axes.set_xlabel(f"percentage points of exact match against {baseline}, and interval of 95 %")
     axes.set_title(TITLES[regime])
-    shown = {group: Line2D([], [], color=colour, marker="o") for group, colour in _COLOURS.items()}
+    present = [group for group in _COLOURS if group in {groups[name] for name in order}]
+    shown = {group: Line2D([], [], color=_COLOURS[group], marker="o") for group in present}
     axes.legend(shown.values(), shown.keys(), loc="lower right")
     return figure
 

@@ -16,6 +16,7 @@ empty folder.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib
 import json
@@ -35,8 +36,9 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
+from compared import methods
 from data import draw
-from methods import OWN, TRACES, Method, methods
+from methods import OWN, TRACES, Method
 from models import Stack
 from problems import Family
 from train import Sizes, correct, distil, student_of, teacher_of
@@ -87,6 +89,9 @@ JUDGED = (
     "scores x own",
     "scores + CE",
     "scores x own + CE",
+    "JSD x scores",
+    "JSD x gate",
+    "JSD x scores x own",
 )
 
 
@@ -173,9 +178,17 @@ def _executed(run: Run, sizes: Sizes, out: Path) -> dict:
         held = draw(family, random.Random(4), count, held=True, longer=length == "longer")
         for method, row in zip(chosen, correct(students, held), strict=True):
             record["solved"][method.name][length] = "".join("01"[each] for each in row)
-        for name, model in (("before", student), ("teacher", teacher)):
-            record[name][length] = sum(correct(model, held)[0]) / count
+        for name, of in (("before", run.seed), ("teacher", None)):
+            record[name][length] = _share_solved(run.task, of, sizes, out, length)
     return {**record, "seconds": time.perf_counter() - began}
+
+
+@functools.cache
+def _share_solved(task: str, seed: int | None, sizes: Sizes, out: Path, length: str) -> float:
+    """Before the distillation; by the teacher where seed is None."""
+    count = dict(zip(LENGTHS, _counts(sizes), strict=True))[length]
+    held = draw(family_of(task), random.Random(4), count, held=True, longer=length == "longer")
+    return sum(correct(_model(task, seed, sizes, out), held)[0]) / count
 
 
 def _counts(sizes: Sizes) -> tuple[int, int]:
@@ -236,7 +249,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder of the results")
     parser.add_argument("--config", choices=CONFIGS, default="small")
     parser.add_argument("--tasks", default=",".join(name for names in OURS.values() for name in names))
-    parser.add_argument("--methods", help="some of them, by name and separated by ';'; default: all")
+    parser.add_argument(
+        "--methods", help="some of them, by name and separated by ';'; default: all that are no variants"
+    )
     parser.add_argument("--seeds", type=int, help="students of each method; default: the configuration's")
     parser.add_argument("--steps", type=int, help="of each training; default: the configuration's")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
@@ -284,7 +299,7 @@ def _end_with_parent() -> None:
 
 def _named(text: str | None, known: list[Method]) -> list[Method]:
     if text is None:
-        return known
+        return [method for method in known if method.group != "variant"]
     wanted = [name.strip() for name in text.split(";")]
     if unknown := [name for name in wanted if name not in {method.name for method in known}]:
         raise ValueError(

@@ -18,9 +18,20 @@ import numpy as np
 LENGTHS = ("usual", "longer")
 TITLES = {"traces": "Prefixes of the teacher's solutions", "own": "Prefixes of the student's own"}
 # What each method is set against.
-OTHERS = {"traces": ("forward KL", "KL + CE"), "own": ("forward KL", "KL + CE", "scores, gate")}
+OTHERS = {
+    "traces": ("forward KL", "KL + CE", "JSD"),
+    "own": ("forward KL", "KL + CE", "JSD", "scores, gate"),
+}
+# What verifiers that err are set against: methods that ask none.
+UNJUDGED = ("forward KL", "JSD")
 # The same weights, each at another token.
-SHUFFLED = {"label": "label, shuffled", "scores, tokens": "scores, shuffled"}
+SHUFFLED = {
+    "label": "label, shuffled",
+    "scores, tokens": "scores, shuffled",
+    "confidence": "confidence, shuffled",
+    "JSD x label": "JSD x label, shuffled",
+    "JSD x scores": "JSD x scores, shuffled",
+}
 _DRAWS = 1000
 
 
@@ -103,34 +114,29 @@ def against(results: Results, regime: str, others: Sequence[str]) -> str:
     """Each method's difference from these, and from the same weights shuffled where there are such."""
     methods = results.methods(regime)
     others = [name for name in others if name in methods]
-    rows = [
-        [
-            "method",
-            *(f"against {name}" for name in others),
-            "against its weights shuffled",
-            "longer, against " + others[0],
-        ]
-    ]
+    compared = [(f"against {other}", {name: other for name in methods}, "usual") for other in others]
+    compared.append(("against its weights shuffled", SHUFFLED, "usual"))
+    if any(results.solved(regime, name, "longer").any() for name in methods):
+        compared.append((f"longer, against {others[0]}", {name: others[0] for name in methods}, "longer"))
+    rows = [["method", *(title for title, _, _ in compared)]]
     for name in methods:
-        solved = results.solved(regime, name)
-        control = SHUFFLED.get(name)
-        cells = [
-            shown(difference(solved, results.solved(regime, other))) if other != name else ""
-            for other in others
-        ]
-        cells.append(shown(difference(solved, results.solved(regime, control))) if control in methods else "")
-        longer = [results.solved(regime, each, "longer") for each in (name, others[0])]
-        cells.append(shown(difference(*longer)) if name != others[0] else "")
-        rows.append([name, *cells])
+        row = [name]
+        for _, control, length in compared:
+            other = control.get(name, name)
+            if other == name or other not in methods:
+                row.append("")
+                continue
+            row.append(shown(difference(*(results.solved(regime, each, length) for each in (name, other)))))
+        rows.append(row)
     return table(rows)
 
 
-def worse_verifiers(results: Results, baseline: str = "forward KL") -> str:
-    """On the student's own prefixes: difference from plain KL as verdicts become wrong."""
+def worse_verifiers(results: Results, baseline: str) -> str:
+    """On the student's own prefixes: difference from a baseline without a verifier, as verdicts become wrong."""
     shares = results.shares_wrong()
     names = results.methods("own", shares[-1])
     plain = results.solved("own", baseline)
-    rows = [["verdicts that are wrong", *(f"{100 * share:.0f} %" for share in shares)]]
+    rows = [[f"against {baseline}, of verdicts wrong", *(f"{100 * share:.0f} %" for share in shares)]]
     rows += [
         [name, *(shown(difference(results.solved("own", name, wrong=share), plain)) for share in shares)]
         for name in names
@@ -157,7 +163,8 @@ def page(results: Results) -> str:
         if results.methods(regime):
             parts += [f"## {title}\n", by_task(results, regime), against(results, regime, OTHERS[regime])]
     if len(results.shares_wrong()) > 1:
-        parts += ["## Verifiers that err\n", worse_verifiers(results)]
+        parts.append("## Verifiers that err\n")
+        parts += [worse_verifiers(results, name) for name in UNJUDGED if name in results.methods("own")]
     return "\n".join(parts)
 
 

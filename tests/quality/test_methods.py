@@ -8,6 +8,7 @@ import pytest
 import tasks
 import torch
 import train
+from compared import methods
 from methods import OWN, TRACES, Place
 from problems import Problem
 
@@ -15,7 +16,7 @@ import vcrd
 from vcrd import reference
 
 ROWS, LENGTH, VOCAB = 3, 7, 11
-METHODS = {method.name: method for method in how.methods()}
+METHODS = {method.name: method for method in methods()}
 
 
 def place(labels: bool = True, judge=None) -> Place:

@@ -129,6 +129,14 @@ class Cluster:
         lines = self.run("sinfo", "--noheader", "--Node", "--partition=all", "--format=%N %T").split("\n")
         return dict(line.split() for line in lines if line)
 
+    def resume(self, node: str) -> None:
+        """One that is down. Its daemon may report at any moment, and Slurm refuses to resume what is not down."""
+        try:
+            self.run("scontrol", "update", f"nodename={node}", "state=resume")
+        except AssertionError:
+            if self.states()[node].startswith("down"):
+                raise
+
     def job(self, number: str) -> str:
         """The state of a job: "PENDING", "RUNNING", "COMPLETED" ..."""
         text = self.run("scontrol", "show", "job", "--oneliner", number).split("\n")[0]

@@ -180,8 +180,7 @@ def test_a_killed_teacher_and_then_a_lost_node(cluster, teacher, whole, tmp_path
     wait_until(lambda: job.state != "RUNNING", 60, "the job has lost a node")
     assert job.state in ("PENDING", "COMPLETING", "REQUEUED")
     assert ITERATIONS not in job.losses()
-    if cluster.states()[lost].startswith("down"):  # not if its daemon has reported already
-        cluster.run("scontrol", "update", f"nodename={lost}", "state=resume")
+    cluster.resume(lost)
     assert_same(job.finish(), whole, job.resumed)
 
 
