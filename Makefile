@@ -59,7 +59,6 @@ bench: $(DONE)/bench $(DONE)/extension
 evidence: $(DONE)/demo $(DONE)/evidence $(DONE)/extension
 	@echo "==> comparing the methods with $(VENV)"
 	@$(RUN) benchmarks/quality/run.py --out evidence $(ARGS)
-	@$(RUN) benchmarks/quality/tables.py evidence/results.json --plots evidence
 
 estimators: $(DONE)/demo $(DONE)/extension
 	@echo "==> judging the estimators of validity by people's verdicts with $(VENV)"

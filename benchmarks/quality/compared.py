@@ -11,11 +11,43 @@ _LABELS, _VERIFIER = frozenset({"labels"}), frozenset({"verifier"})
 _TRACES, _OWN = frozenset({TRACES}), frozenset({OWN})
 
 
+# What the variants are set against.
+_BESIDE_VARIANTS = frozenset(
+    {"forward KL", "JSD", "label", "label, shuffled", "confidence", "scores, tokens"}
+)
+# What the map of where the calibration helps is made of.
+_GAINS = frozenset(
+    {
+        *("forward KL", "KL + CE", "JSD"),
+        *("label", "label, shuffled", "label x own"),
+        *("scores, tokens", "scores, shuffled", "scores, gate", "scores x own"),
+        *("JSD x label", "JSD x label, shuffled", "JSD x scores", "JSD x scores, shuffled", "JSD x gate"),
+    }
+)
+
+
 def methods() -> list[Method]:
-    return [*_main(), *_variants()]
+    return [*_usual(), *_variants()]
 
 
-def _main() -> list[Method]:
+def sets() -> dict[str, frozenset[str]]:
+    """Names of methods that are compared with each other."""
+    usual, variants = (frozenset(method.name for method in those) for those in (_usual(), _variants()))
+    return {"usual": usual, "variants": variants | _BESIDE_VARIANTS, "gains": _GAINS}
+
+
+def named(text: str) -> list[Method]:
+    """One of the sets, or methods by their names, separated by ';'. ValueError for an unknown one."""
+    known = {method.name: method for method in methods()}
+    wanted = sets().get(text) or [name.strip() for name in text.split(";")]
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(
+            f"--methods: expected one of {list(sets())} or names among {list(known)}, got {unknown[0]!r}"
+        )
+    return [method for name, method in known.items() if name in wanted]
+
+
+def _usual() -> list[Method]:
     label, scores = calibrated("label"), calibrated("scores")
     zero_to_two, reversed_ = {"floor": 0.0, "ceiling": 2.0}, {"floor": 1.9, "ceiling": 0.1}
     found = [

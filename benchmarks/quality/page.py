@@ -2,7 +2,7 @@
 
     python benchmarks/quality/page.py
 
-A table stands between `<!-- tables: NAME -->` and `<!-- end -->`.
+A table stands between `<!-- tables: NAME -->` and `<!-- end -->`; that of the name "map" is made of all of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
+import anatomy
 import estimators
 import plots
 import tables
@@ -22,18 +23,31 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 _TABLES = re.compile(r"(<!-- tables: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def tables_of(name: str, content: dict) -> str:
-    if name == "estimators":
-        return estimators.page(content)
-    return tables.page(tables.Results(content)).replace("## ", "### ")
+def comparisons(folder: Path) -> dict[str, tables.Results]:
+    """By the name of their file, larger files first."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: -path.stat().st_size)
+    found = {path.stem: json.loads(path.read_text()) for path in paths}
+    return {name: tables.Results(content) for name, content in found.items() if "runs" in content}
+
+
+def tables_of(name: str, folder: Path) -> str:
+    if name in ("estimators", "anatomy"):
+        made_by = {"estimators": estimators, "anatomy": anatomy}[name]
+        return made_by.page(json.loads((folder / f"{name}.json").read_text()))
+    known = comparisons(folder)
+    if name == "map":
+        places: dict[str, list[tables.Results]] = {}
+        for results in known.values():
+            places.setdefault(results.content["config"], []).append(results)
+        return tables.where(places)
+    return tables.page(known[name]).replace("## ", "### ")
 
 
 def with_tables(text: str, folder: Path) -> str:
     """The page's text, each table made anew from folder/NAME.json."""
 
     def made(found: re.Match) -> str:
-        content = json.loads((folder / f"{found[2]}.json").read_text())
-        return f"{found[1]}\n{tables_of(found[2], content).strip()}\n\n{found[3]}"
+        return f"{found[1]}\n{tables_of(found[2], folder).strip()}\n\n{found[3]}"
 
     return _TABLES.sub(made, text)
 
@@ -41,10 +55,8 @@ def with_tables(text: str, folder: Path) -> str:
 def main() -> None:
     page = DOCS / "evidence.md"
     page.write_text(with_tables(page.read_text(), DOCS / "evidence"))
-    for path in sorted((DOCS / "evidence").glob("*.json")):
-        content = json.loads(path.read_text())
-        if "runs" in content:
-            plots.draw(tables.Results(content), DOCS / "images" / "evidence" / path.stem)
+    for name, results in comparisons(DOCS / "evidence").items():
+        plots.draw(results, DOCS / "images" / "evidence" / name)
 
 
 if __name__ == "__main__":

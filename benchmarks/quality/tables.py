@@ -1,6 +1,6 @@
-"""What results.json says, as tables: means, and differences with bootstrap intervals.
+"""What run.py found, as tables: means, and differences with bootstrap intervals.
 
-    python benchmarks/quality/tables.py evidence/results.json --plots evidence
+    python benchmarks/quality/tables.py evidence/small.json --plots evidence
 
 A difference is paired: the same task, the same student before, the same problem. Its interval comes from drawing each
 task's seeds and problems anew, with replacement, a thousand times; it holds 95 % of the differences that were drawn.
@@ -32,6 +32,21 @@ SHUFFLED = {
     "JSD x label": "JSD x label, shuffled",
     "JSD x scores": "JSD x scores, shuffled",
 }
+# What the calibration and its rivals gain, for the map of where they do.
+GAINS = (
+    ("label", "forward KL"),
+    ("label", "label, shuffled"),
+    ("label x own", "forward KL"),
+    ("scores, tokens", "forward KL"),
+    ("scores, tokens", "scores, shuffled"),
+    ("scores x own", "forward KL"),
+    ("scores, gate", "forward KL"),
+    ("KL + CE", "forward KL"),
+    ("JSD", "forward KL"),
+    ("JSD x label", "JSD x label, shuffled"),
+    ("JSD x scores", "JSD x scores, shuffled"),
+    ("JSD x gate", "JSD"),
+)
 _DRAWS = 1000
 
 
@@ -67,8 +82,9 @@ class Results:
         return sorted({run["wrong"] for run in self.content["runs"]})
 
     def around(self, what: str, length: str = "usual") -> float:
-        """The mean of "before" (the student) or "teacher"."""
-        return float(np.mean([run[what][length] for run in self.content["runs"] if not run["wrong"]]))
+        """The mean of "before" (the students) or "teacher", over tasks and seeds."""
+        found = {(run["task"], run["seed"]): run[what][length] for run in self.content["runs"]}
+        return float(np.mean(list(found.values())))
 
 
 def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
@@ -116,7 +132,7 @@ def against(results: Results, regime: str, others: Sequence[str]) -> str:
     others = [name for name in others if name in methods]
     compared = [(f"against {other}", {name: other for name in methods}, "usual") for other in others]
     compared.append(("against its weights shuffled", SHUFFLED, "usual"))
-    if any(results.solved(regime, name, "longer").any() for name in methods):
+    if others and any(results.solved(regime, name, "longer").any() for name in methods):
         compared.append((f"longer, against {others[0]}", {name: others[0] for name in methods}, "longer"))
     rows = [["method", *(title for title, _, _ in compared)]]
     for name in methods:
@@ -141,6 +157,24 @@ def worse_verifiers(results: Results, baseline: str) -> str:
         [name, *(shown(difference(results.solved("own", name, wrong=share), plain)) for share in shares)]
         for name in names
     ]
+    return table(rows)
+
+
+def where(places: dict[str, Sequence[Results]]) -> str:
+    """Each of GAINS in each place: the results of one configuration, from the first of its files that has both."""
+    columns = [(place, regime) for place in places for regime in TITLES]
+    rows = [["gain", *(f"{place}, {regime}" for place, regime in columns)]]
+    for what in ("teacher", "before"):
+        found = (places[place][0].around(what) for place, _ in columns)
+        title = {"teacher": "the teachers solve, %", "before": "the students before, %"}[what]
+        rows.append([title, *(f"{100 * share:.1f}" for share in found)])
+    for a, b in GAINS:
+        row = [f"{a}, against {b}"]
+        for place, regime in columns:
+            both = [each for each in places[place] if {a, b} <= set(each.methods(regime))]
+            found = (both[0].solved(regime, name) for name in (a, b)) if both else ()
+            row.append(shown(difference(*found)) if both else "")
+        rows.append(row)
     return table(rows)
 
 

@@ -18,7 +18,7 @@ from problems import Family, Problem
 from torch import Tensor
 
 
-def _most(problems: Sequence[Problem]) -> int:
+def longest(problems: Sequence[Problem]) -> int:
     """Symbols that a solution of these may have; what is longer is wrong. Correct solutions may differ in length."""
     return 10 + max(3 * len(problem.solution(random.Random(0))) // 2 for problem in problems)
 
@@ -74,7 +74,7 @@ def _imitate(
 
 def share_solved(models: Stack, problems: Sequence[Problem]) -> float:
     """By the first model of the stack."""
-    texts = solved(models, [problems], _most(problems))[0]
+    texts = solved(models, [problems], longest(problems))[0]
     return sum(p.is_correct(text) for p, text in zip(problems, texts, strict=True)) / len(problems)
 
 
@@ -171,7 +171,7 @@ class Prefixes:
             problems = draw(self._family, self._rng, rows * self._sizes.renewed)
             own = self._regime == how.OWN
             models, count = (students, self._count) if own else (self._teacher, 1)
-            chances = torch.rand(len(problems), _most(problems), generator=self._generator)
+            chances = torch.rand(len(problems), longest(problems), generator=self._generator)
             texts = solved(models, [problems] * count, chances.shape[1], chances)
             pairs = [list(zip(problems, row, strict=True)) for row in texts]
             for first in range(0, len(problems), rows):
@@ -259,5 +259,5 @@ def _place(
 
 def correct(students: Stack, problems: Sequence[Problem]) -> list[list[bool]]:
     """Of each student, which problems it solves."""
-    texts = solved(students, [problems] * students.count, _most(problems))
+    texts = solved(students, [problems] * students.count, longest(problems))
     return [[p.is_correct(text) for p, text in zip(problems, row, strict=True)] for row in texts]

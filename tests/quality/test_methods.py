@@ -5,10 +5,11 @@ from __future__ import annotations
 import data
 import methods as how
 import pytest
+import tables
 import tasks
 import torch
 import train
-from compared import methods
+from compared import methods, named, sets
 from methods import OWN, TRACES, Place
 from problems import Problem
 
@@ -90,6 +91,32 @@ def test_ours_is_the_loss_of_the_package(validity):
     assert loss(validity, where).item() == pytest.approx(mean(out.loss, where), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("label, sharpness 1", {"sharpness": 1.0}),
+        ("label, sharpness 16", {"sharpness": 16.0}),
+        ("label, 0 to 2", {"floor": 0.0, "ceiling": 2.0}),
+        ("label, 0.5 to 1.5", {"floor": 0.5, "ceiling": 1.5}),
+        ("JSD x label", {"divergence": "jsd"}),
+        ("JSD x confidence", {"divergence": "jsd", "validity": "confidence"}),
+        ("JSD x scores", {"divergence": "jsd", "validity": "scores"}),
+        ("scores, 0 to 2", {"floor": 0.0, "ceiling": 2.0, "validity": "scores"}),
+        ("scores, 0.5 to 1.5", {"floor": 0.5, "ceiling": 1.5, "validity": "scores"}),
+    ],
+)
+def test_variants_are_settings_of_the_package(name, settings):
+    where = place()
+    student, teacher = logits()
+    if settings.get("validity") == "scores":
+        valid = random_verdicts(None, None)
+        settings = settings | {"student_validity": valid[0], "teacher_validity": valid[1]}
+    out = vcrd.validity_calibrated_kl(
+        student, teacher, where.labels, mask=where.counts, **{"validity": "label", **settings}
+    )
+    assert loss(name, where).item() == pytest.approx(mean(out.loss, where), rel=1e-6)
+
+
 def test_scores_by_token_and_by_step():
     where = place()
     student, teacher = logits()
@@ -123,6 +150,31 @@ def test_on_own_prefixes_a_label_is_the_teachers_proposal_that_is_accepted():
     ce = -student.log_softmax(-1).gather(-1, action[..., None])[..., 0]
     ce = torch.where(random_verdicts(None, None)[1] > 0, ce, 0.0)
     assert loss("hard labels", where).item() == pytest.approx(mean(ce, where), rel=1e-5)
+
+
+def test_the_bounded_divergence_takes_the_other_weights():
+    where = place()
+    stats = exact(where, "jsd")
+    student_valid, teacher_valid = random_verdicts(None, None)
+    jsd, ce = stats["divergence"], torch.where(where.labels >= 0, stats["cross_entropy"], 0.0)
+    relative = 0.1 + 1.8 * torch.tensor([[0.5, 1.0], [0.0, 0.5]])[student_valid.long(), teacher_valid.long()]
+    for name, expected in (
+        ("JSD + CE", 0.5 * jsd + 0.5 * ce),
+        ("JSD x gate", teacher_valid * jsd),
+        ("JSD x scores x own", relative * teacher_valid * jsd),
+        ("JSD x scores x own + CE", 0.5 * relative * teacher_valid * jsd + 0.5 * ce),
+    ):
+        assert loss(name, where).item() == pytest.approx(mean(expected, where), rel=1e-4)
+
+
+def test_the_sets_are_of_methods_that_there_are():
+    groups = {name: method.group for name, method in METHODS.items()}
+    for word, names in sets().items():
+        assert {method.name for method in named(word)} == names <= METHODS.keys()
+    assert {groups[name] for name in sets()["usual"]} == {"baseline", "vcrd", "control", "idea"}
+    assert sets()["usual"] | sets()["variants"] == METHODS.keys()
+    assert {name for pair in tables.GAINS for name in pair} <= sets()["gains"]
+    assert [method.name for method in named("margin; forward KL")] == ["forward KL", "margin"]
 
 
 def test_weights_of_the_others_by_hand():

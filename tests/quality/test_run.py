@@ -14,12 +14,15 @@ import numpy as np
 import psutil
 import pytest
 import run
+import runs
 import tables
+from compared import named
 from methods import OWN, TRACES
 
 SCRIPT = Path(run.__file__)
 # What is compared where no methods are named, and with whose prefixes.
-USUAL = {method.name: method.regimes for method in run._named(None, run.methods())}
+USUAL = {method.name: method.regimes for method in named("usual")}
+JUDGED = USUAL.keys() & set(runs.JUDGED)
 OWN_TASK = """
 import random
 from problems import END, Line, Problem
@@ -44,7 +47,7 @@ def results(tmp_path_factory) -> tuple[Path, str]:
 
 def test_every_method_trains_a_student_of_each_seed_on_each_task(results):
     folder, said = results
-    content = json.loads((folder / "results.json").read_text())
+    content = json.loads((folder / "tiny.json").read_text())
     seen: dict[tuple, int] = {}
     for each in content["runs"]:
         for method, solved in each["solved"].items():
@@ -57,8 +60,8 @@ def test_every_method_trains_a_student_of_each_seed_on_each_task(results):
         for regime in (TRACES, OWN):
             names = {name for name, regimes in USUAL.items() if regime in regimes}
             assert {key[3] for key in seen if key[:3] == (task, regime, 0.0)} == names
-        for wrong in run.WRONG:
-            assert {key[3] for key in seen if key[:3] == (task, OWN, wrong)} == USUAL.keys() & set(run.JUDGED)
+        for wrong in runs.WRONG:
+            assert {key[3] for key in seen if key[:3] == (task, OWN, wrong)} == JUDGED
     assert {each["rate"] for each in content["runs"]} <= {1e-3, 3e-3}
     assert "runs in" in said
 
@@ -68,7 +71,7 @@ def test_the_same_command_gives_the_same_results(results, tmp_path):
     folder, _ = results
     arguments = ["--config", "tiny", "--out", str(tmp_path), "--jobs", "1", "--tasks", "arithmetic"]
     run.main([*arguments, "--methods", "forward KL;label, shuffled"])
-    whole, part = (json.loads((place / "results.json").read_text()) for place in (folder, tmp_path))
+    whole, part = (json.loads((place / "tiny.json").read_text()) for place in (folder, tmp_path))
 
     def of(content: dict, regime: str) -> dict:
         return {
@@ -85,14 +88,15 @@ def test_the_same_command_gives_the_same_results(results, tmp_path):
 
 def test_the_same_command_goes_on_where_it_was_stopped(results, tmp_path):
     folder, _ = results
-    whole = json.loads((folder / "results.json").read_text())
+    whole = json.loads((folder / "tiny.json").read_text())
     shutil.copytree(folder, tmp_path / "again")
     lost = sorted((tmp_path / "again" / "runs").glob("*.json"))[::2]
-    for each in [*lost, tmp_path / "again" / "results.json"]:
+    for each in [*lost, tmp_path / "again" / "tiny.json"]:
         each.unlink()
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("*.*")}
+    kept = [path for place in ("models", "runs") for path in (tmp_path / "again" / place).rglob("*.*")]
+    kept = {path: path.stat().st_mtime_ns for path in kept}
     run.main(["--config", "tiny", "--out", str(tmp_path / "again"), "--jobs", "1", "--tasks", "arithmetic"])
-    content = json.loads((tmp_path / "again" / "results.json").read_text())
+    content = json.loads((tmp_path / "again" / "tiny.json").read_text())
 
     def without_times(runs: list[dict]) -> list[dict]:
         return [{**each, "seconds": 0} for each in runs if each["task"] == "arithmetic"]
@@ -116,11 +120,11 @@ def test_workers_end_with_a_command_that_is_killed(tmp_path):
 
 
 def test_the_tables_say_what_the_results_say(results):
-    folder, _ = results
-    command = [sys.executable, str(SCRIPT.with_name("tables.py")), str(folder / "results.json")]
-    command += ["--plots", str(folder)]
+    folder, said = results
+    command = [sys.executable, str(SCRIPT.with_name("tables.py")), str(folder / "tiny.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert done.stdout in said
     for part in (
         "Prefixes of the teacher's solutions",
         "Prefixes of the student's own",
@@ -130,17 +134,17 @@ def test_the_tables_say_what_the_results_say(results):
     assert re.search(r"^\| label, shuffled \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \|$", done.stdout, re.MULTILINE)
     assert "| arithmetic | outside:copying | mean |" in done.stdout
     for regime in (TRACES, OWN):
-        drawn = (folder / f"methods-{regime}.svg").read_text()
+        drawn = (folder / "tiny" / f"methods-{regime}.svg").read_text()
         names = {name for name, regimes in USUAL.items() if regime in regimes} - {"forward KL"}
         assert all(f">{html.escape(name, quote=False)}<" in drawn for name in names)
-    drawn = (folder / "verifiers.svg").read_text()
-    assert all(f">{html.escape(name, quote=False)}<" in drawn for name in USUAL.keys() & set(run.JUDGED))
+    drawn = (folder / "tiny" / "verifiers.svg").read_text()
+    assert all(f">{html.escape(name, quote=False)}<" in drawn for name in JUDGED)
 
 
 def test_what_is_packed_comes_back():
     bits = "0110100110"
-    record = run._packed(
-        {"solved": {"m": {length: bits for length in run.LENGTHS}}, "regime": "own", "wrong": 0.0}
+    record = runs.packed(
+        {"solved": {"m": {length: bits for length in runs.LENGTHS}}, "regime": "own", "wrong": 0.0}
     )
     content = {"runs": [{**record, "task": "t", "seed": 0}], "problems": {"usual": 10, "longer": 10}}
     assert "".join(str(int(bit)) for bit in tables.Results(content).solved("own", "m")[0, 0]) == bits
@@ -181,7 +185,9 @@ def test_the_interval_covers_what_is_true():
     [
         (["--tasks", "juggling"], "--tasks: expected names of"),
         (["--tasks", "nowhere:sorting"], "got 'nowhere:sorting'"),
-        (["--methods", "magic"], "--methods: expected names among"),
+        (["--methods", "magic"], "--methods: expected one of"),
+        (["--wrong", "0.1,2"], "--wrong: expected numbers between 0 and 1, separated by ',', got '0.1,2'"),
+        (["--wrong", "few"], "--wrong: expected numbers between 0 and 1, separated by ',', got 'few'"),
     ],
 )
 def test_a_wrong_name_is_a_sentence(arguments, says, capsys, tmp_path):
@@ -196,4 +202,4 @@ def test_the_best_rate_is_that_of_the_most_solved_and_of_equals_the_smallest():
         return {"task": "t", "regime": "own", "rate": rate, "solved": solved}
 
     tuned = [record(3.0, a=0.5, b=0.2), record(1.0, a=0.5, b=0.1), record(2.0, a=0.4, b=0.3)]
-    assert run.best_rates(tuned) == {("t", "own"): {"a": 1.0, "b": 2.0}}
+    assert runs.best_rates(tuned) == {("t", "own"): {"a": 1.0, "b": 2.0}}

@@ -1,0 +1,39 @@
+"""How large models and trainings are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from train import Sizes
+
+CONFIGS = {
+    "tiny": Sizes(  # to see it run; nothing follows from it
+        teacher=(16, 1, 1),
+        student=(8, 1, 1),
+        teacher_steps=40,
+        good_enough=(0.0, 1.0),
+        student_steps=5,
+        batch=4,
+        steps=4,
+        renewed=2,
+        problems=8,
+        seeds=2,
+        rates=(1e-3, 3e-3),
+    ),
+    "small": Sizes(),
+    # Where the calibration may begin to matter: `small` with teachers that err more, with students that know less.
+    "worse-teacher": replace(Sizes(), good_enough=(0.60, 0.75)),
+    "early-student": replace(Sizes(), begun=0.05),
+    "large": replace(
+        Sizes(),
+        teacher=(128, 4, 8),
+        student=(48, 4, 6),
+        teacher_steps=20_000,
+        student_steps=20_000,
+        batch=64,
+        steps=600,
+        problems=1024,
+        seeds=8,
+        rates=(3e-4, 1e-3, 3e-3),
+    ),
+}

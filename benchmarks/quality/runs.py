@@ -1,0 +1,204 @@
+"""One process's work, and which of it a comparison needs."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from compared import methods
+from data import draw
+from methods import OWN, TRACES, Method
+from models import Stack
+from problems import Family
+from train import Sizes, correct, distil, student_of, teacher_of
+
+OURS = {
+    "tasks": ("arithmetic", "tracing", "formats"),
+    "gym": ("chain_sum", "number_sorting", "palindrome_generation"),
+}
+TASKS = ",".join(name for names in OURS.values() for name in names)
+LENGTHS = ("usual", "longer")
+TUNING = 999  # seed of the runs that choose the rates
+WRONG = (0.1, 0.3)  # shares of a verifier's verdicts that are wrong
+JUDGED = (
+    "KL + CE",
+    "scores, tokens",
+    "scores, gate",
+    "scores x own",
+    "scores + CE",
+    "scores x own + CE",
+    "JSD x scores",
+    "JSD x gate",
+    "JSD x scores x own",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process's work: these methods side by side. tuning: judged on the validation set."""
+
+    task: str
+    regime: str
+    seed: int
+    rate: float
+    methods: tuple[str, ...]
+    wrong: float = 0.0
+    tuning: bool = False
+
+
+def family_of(name: str) -> Family:
+    """Of OURS, or module:function. ValueError for none."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # where a module of the caller's own lies
+    module, _, function = name.rpartition(":")
+    if not module:
+        module = next((each for each, names in OURS.items() if name in names), "")
+        function = name
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"--tasks: expected names of {OURS}, or module:function, got {name!r} ({error})"
+        ) from None
+
+
+def prepare(task: str, seed: int | None, sizes: Sizes, out: Path) -> None:
+    """The task's teacher, or the student of a seed, in a file."""
+    torch.set_num_threads(1)
+    model(task, seed, sizes, out, lambda text: print(f"{task}: {text}", flush=True))
+
+
+def model(
+    task: str, seed: int | None, sizes: Sizes, out: Path, say: Callable[[str], None] = lambda text: None
+) -> Stack:
+    """The teacher where seed is None. Kept by what its training depends on."""
+    family, path = family_of(task), _path(task, seed, sizes, out)
+    return (
+        teacher_of(family, sizes, path, say) if seed is None else student_of(family, sizes, seed, path, say)
+    )
+
+
+def trained(task: str, seed: int | None, sizes: Sizes, out: Path) -> Stack:
+    """As `model`, but FileNotFoundError where it would have to be trained."""
+    if not (path := _path(task, seed, sizes, out)).exists():
+        raise FileNotFoundError(
+            f"--out: expected models that run.py has trained there, but {path} is missing"
+        )
+    return model(task, seed, sizes, out)
+
+
+def _path(task: str, seed: int | None, sizes: Sizes, out: Path) -> Path:
+    who, until = ("teacher", sizes.good_enough) if seed is None else ("student", sizes.begun)
+    its = [until, *(getattr(sizes, f"{who}{what}") for what in ("", "_batch", "_steps", "_rate"))]
+    return out / "models" / _digest(its) / f"{task}-{who if seed is None else seed}.pt"
+
+
+def _digest(what: object) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+def execute(run: Run, sizes: Sizes, out: Path) -> dict:
+    """The run's record, kept in a file: what is there is not done again."""
+    kept = out / "runs" / f"{_digest((run, replace(sizes, seeds=0)))}.json"
+    if not kept.exists():
+        record = json.dumps(_executed(run, sizes, out))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.with_suffix(".new").write_text(record)
+        kept.with_suffix(".new").rename(kept)
+    return json.loads(kept.read_text())
+
+
+def _executed(run: Run, sizes: Sizes, out: Path) -> dict:
+    """For each method which problems its student solves, of the usual length and longer ones."""
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    family = family_of(run.task)
+    teacher, student = (model(run.task, seed, sizes, out) for seed in (None, run.seed))
+    chosen = [method for method in methods() if method.name in run.methods]
+    students = distil(chosen, run.regime, family, teacher, student, sizes, run.seed, run.rate, run.wrong)
+    if run.tuning:
+        held = draw(family, random.Random(3), sizes.problems, held=True)
+        found = {
+            method.name: sum(row) / len(row)
+            for method, row in zip(chosen, correct(students, held), strict=True)
+        }
+        return {**asdict(run), "solved": found, "seconds": time.perf_counter() - began}
+    record = {**asdict(run), "solved": {method.name: {} for method in chosen}, "before": {}, "teacher": {}}
+    for length, count in zip(LENGTHS, counts(sizes), strict=True):
+        held = draw(family, random.Random(4), count, held=True, longer=length == "longer")
+        for method, row in zip(chosen, correct(students, held), strict=True):
+            record["solved"][method.name][length] = "".join("01"[each] for each in row)
+        for name, of in (("before", run.seed), ("teacher", None)):
+            record[name][length] = _share_solved(run.task, of, sizes, out, length)
+    return {**record, "seconds": time.perf_counter() - began}
+
+
+@functools.cache
+def _share_solved(task: str, seed: int | None, sizes: Sizes, out: Path, length: str) -> float:
+    """Before the distillation; by the teacher where seed is None."""
+    count = dict(zip(LENGTHS, counts(sizes), strict=True))[length]
+    held = draw(family_of(task), random.Random(4), count, held=True, longer=length == "longer")
+    return sum(correct(model(task, seed, sizes, out), held)[0]) / count
+
+
+def counts(sizes: Sizes) -> tuple[int, int]:
+    """Of held-out problems of each length."""
+    return sizes.problems, max(1, sizes.problems // 4)
+
+
+def packed(record: dict) -> dict:
+    """Which problems are solved as hexadecimal digits, eight problems a byte, filled up with zeros."""
+    solved = {
+        method: {
+            length: np.packbits([bit == "1" for bit in bits]).tobytes().hex()
+            for length, bits in those.items()
+        }
+        for method, those in record["solved"].items()
+    }
+    return {**record, "solved": solved}
+
+
+def tuning_runs(tasks: Iterable[str], chosen: list[Method], sizes: Sizes) -> list[Run]:
+    return [
+        Run(task, regime, TUNING, rate, names, tuning=True)
+        for task in tasks
+        for regime in (TRACES, OWN)
+        if (names := tuple(method.name for method in chosen if regime in method.regimes))
+        for rate in sizes.rates
+    ]
+
+
+def final_runs(tuned: list[dict], sizes: Sizes, shares_wrong: Iterable[float] = WRONG) -> list[Run]:
+    """Each method at its own rate; those of one rate side by side. Then those that ask a verifier, with worse ones."""
+    runs = []
+    for (task, regime), rates in best_rates(tuned).items():
+        for seed in range(sizes.seeds):
+            for rate in sizes.rates:
+                names = tuple(name for name, best in rates.items() if best == rate)
+                if names:
+                    runs.append(Run(task, regime, seed, rate, names))
+                judged = tuple(name for name in names if name in JUDGED)
+                if regime == OWN and judged:
+                    runs += [Run(task, regime, seed, rate, judged, wrong) for wrong in shares_wrong]
+    return runs
+
+
+def best_rates(tuned: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
+    """Of each task and regime the rate of each method; of equals the smallest."""
+    found: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    for record in sorted(tuned, key=lambda record: record["rate"]):
+        rates = found.setdefault((record["task"], record["regime"]), {})
+        for name, share in record["solved"].items():
+            if name not in rates or share > rates[name][0]:
+                rates[name] = (share, record["rate"])
+    return {place: {name: rate for name, (_, rate) in rates.items()} for place, rates in found.items()}
