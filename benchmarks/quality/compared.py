@@ -15,6 +15,12 @@ _TRACES, _OWN = frozenset({TRACES}), frozenset({OWN})
 _BESIDE_VARIANTS = frozenset(
     {"forward KL", "JSD", "label", "label, shuffled", "confidence", "scores, tokens"}
 )
+# Whether the default sharpness, 4, is the best one.
+_SHARPNESS = {
+    "confidence, sharpness 1": ("confidence", "forward_kl", 1.0),
+    "confidence, sharpness 16": ("confidence", "forward_kl", 16.0),
+    "JSD x label, sharpness 16": ("label", "jsd", 16.0),
+}
 # What the map of where the calibration helps is made of.
 _GAINS = frozenset(
     {
@@ -33,7 +39,18 @@ def methods() -> list[Method]:
 def sets() -> dict[str, frozenset[str]]:
     """Names of methods that are compared with each other."""
     usual, variants = (frozenset(method.name for method in those) for those in (_usual(), _variants()))
-    return {"usual": usual, "variants": variants | _BESIDE_VARIANTS, "gains": _GAINS}
+    return {
+        "usual": usual,
+        "variants": (variants - set(_SHARPNESS)) | _BESIDE_VARIANTS,
+        "sharpness": frozenset({*_SHARPNESS, "forward KL", "confidence", "JSD x label"}),
+        "settings": frozenset(
+            {
+                *("forward KL", "JSD", "label", "label, sharpness 1", "label, sharpness 16", "label, 0 to 2"),
+                *("confidence", "confidence, shuffled", "JSD x confidence"),
+            }
+        ),
+        "gains": _GAINS,
+    }
 
 
 def named(text: str) -> list[Method]:
@@ -112,7 +129,7 @@ def _usual() -> list[Method]:
 def _variants() -> list[Method]:
     label, scores, confidence = (calibrated(validity) for validity in ("label", "scores", "confidence"))
     wide, narrow = {"floor": 0.0, "ceiling": 2.0}, {"floor": 0.5, "ceiling": 1.5}
-    found = [Method("confidence, shuffled", "variant", shuffled(confidence))]
+    found = [Method("confidence, shuffled", "control", shuffled(confidence))]
     for name, more in (
         ("label, sharpness 1", {"sharpness": 1.0}),
         ("label, sharpness 16", {"sharpness": 16.0}),
@@ -135,5 +152,10 @@ def _variants() -> list[Method]:
         ("JSD x scores x own + CE", halved(how.relative_and_absolute), 0.5, _VERIFIER | _LABELS),
     ):
         regimes = _TRACES if "label" in name else _TRACES | _OWN
-        found.append(Method(name, "variant", weights, "jsd", ce, asks, regimes=regimes))
+        group = "control" if "shuffled" in name else "variant"
+        found.append(Method(name, group, weights, "jsd", ce, asks, regimes=regimes))
+    for name, (validity, divergence, sharpness) in _SHARPNESS.items():
+        asks, regimes = (_LABELS, _TRACES) if validity == "label" else (frozenset(), _TRACES | _OWN)
+        weights = calibrated(validity, sharpness=sharpness)
+        found.append(Method(name, "variant", weights, divergence, asks=asks, regimes=regimes))
     return found

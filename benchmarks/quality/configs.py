@@ -22,6 +22,7 @@ CONFIGS = {
     ),
     "small": Sizes(),
     # Where the calibration may begin to matter: `small` with teachers that err more, with students that know less.
+    # The teacher of `formats` leaps over the share that is wanted: the others alone are compared (docs/evidence.md).
     "worse-teacher": replace(Sizes(), good_enough=(0.60, 0.75)),
     "early-student": replace(Sizes(), begun=0.05),
     "large": replace(

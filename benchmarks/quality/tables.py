@@ -9,6 +9,7 @@ task's seeds and problems anew, with replacement, a thousand times; it holds 95 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,14 +37,20 @@ SHUFFLED = {
 GAINS = (
     ("label", "forward KL"),
     ("label", "label, shuffled"),
+    ("label, sharpness 16", "label"),
     ("label x own", "forward KL"),
+    ("confidence", "forward KL"),
+    ("confidence", "confidence, shuffled"),
     ("scores, tokens", "forward KL"),
     ("scores, tokens", "scores, shuffled"),
     ("scores x own", "forward KL"),
     ("scores, gate", "forward KL"),
     ("KL + CE", "forward KL"),
     ("JSD", "forward KL"),
+    ("JSD x confidence", "JSD"),
+    ("JSD x label", "JSD"),
     ("JSD x label", "JSD x label, shuffled"),
+    ("JSD x scores", "JSD"),
     ("JSD x scores", "JSD x scores, shuffled"),
     ("JSD x gate", "JSD"),
 )
@@ -87,15 +94,21 @@ class Results:
         return float(np.mean(list(found.values())))
 
 
+@functools.lru_cache(8)
+def _draws(seed: int, tasks: int, seeds: int, problems: int) -> list[tuple[np.ndarray, ...]]:
+    """For each task how often each seed and each problem is drawn, float [draws, seeds] and [draws, problems]."""
+    rng = np.random.default_rng(seed)
+    return [
+        tuple(rng.multinomial(n, [1 / n] * n, size=_DRAWS).astype(np.float64) for n in (seeds, problems))
+        for _ in range(tasks)
+    ]
+
+
 def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
     """Mean of a - b, [tasks, seeds, problems] each, and the ends of its interval."""
     paired = a - b
-    rng = np.random.default_rng(seed)
-    _, seeds, problems = paired.shape
     drawn = np.zeros(_DRAWS)
-    for task in paired:
-        # How often each seed and each problem was drawn.
-        rows, columns = (rng.multinomial(n, [1 / n] * n, size=_DRAWS) for n in (seeds, problems))
+    for task, (rows, columns) in zip(paired, _draws(seed, *paired.shape), strict=True):
         drawn += (rows @ task * columns).sum(1) / task.size / len(paired)
     low, high = np.percentile(drawn, [2.5, 97.5])
     return float(paired.mean()), float(low), float(high)

@@ -98,7 +98,10 @@ def test_ours_is_the_loss_of_the_package(validity):
         ("label, sharpness 16", {"sharpness": 16.0}),
         ("label, 0 to 2", {"floor": 0.0, "ceiling": 2.0}),
         ("label, 0.5 to 1.5", {"floor": 0.5, "ceiling": 1.5}),
+        ("confidence, sharpness 1", {"sharpness": 1.0, "validity": "confidence"}),
+        ("confidence, sharpness 16", {"sharpness": 16.0, "validity": "confidence"}),
         ("JSD x label", {"divergence": "jsd"}),
+        ("JSD x label, sharpness 16", {"divergence": "jsd", "sharpness": 16.0}),
         ("JSD x confidence", {"divergence": "jsd", "validity": "confidence"}),
         ("JSD x scores", {"divergence": "jsd", "validity": "scores"}),
         ("scores, 0 to 2", {"floor": 0.0, "ceiling": 2.0, "validity": "scores"}),
@@ -172,8 +175,8 @@ def test_the_sets_are_of_methods_that_there_are():
     for word, names in sets().items():
         assert {method.name for method in named(word)} == names <= METHODS.keys()
     assert {groups[name] for name in sets()["usual"]} == {"baseline", "vcrd", "control", "idea"}
-    assert sets()["usual"] | sets()["variants"] == METHODS.keys()
-    assert {name for pair in tables.GAINS for name in pair} <= sets()["gains"]
+    assert frozenset().union(*sets().values()) == METHODS.keys()
+    assert {name for pair in tables.GAINS for name in pair} <= sets()["gains"] | sets()["variants"]
     assert [method.name for method in named("margin; forward KL")] == ["forward KL", "margin"]
 
 

@@ -1,0 +1,142 @@
+"""The page of the evidence: where its numbers come from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import anatomy
+import page
+import pytest
+import tables
+import torch
+from data import SYMBOLS
+from problems import END, Line, Problem
+
+from vcrd import reference
+
+
+def test_the_tables_of_the_page_are_those_of_the_committed_results():
+    text = (page.DOCS / "evidence.md").read_text()
+    assert text.count("<!-- tables: ") == text.count("<!-- end -->") >= 4
+    assert page.with_tables(text, page.DOCS / "evidence") == text
+
+
+def test_every_result_is_on_the_page_and_drawn():
+    text = (page.DOCS / "evidence.md").read_text()
+    found = sorted((page.DOCS / "evidence").glob("*.json"))
+    assert found and all(f"<!-- tables: {path.stem} -->" in text for path in found)
+    for name in page.comparisons(page.DOCS / "evidence"):
+        assert f"images/evidence/{name}/" in text, name
+
+
+def test_the_readme_says_what_the_page_says():
+    """Its intervals, and what they are of, in the map of the page."""
+    section = (page.DOCS.parent / "README.md").read_text().split("## Does it help?")[1].split("\n## ")[0]
+    rows = {
+        "default weights over the same weights shuffled": ("label", "label, shuffled"),
+        "default weights over plain KL": ("label", "forward KL"),
+        "KL + cross-entropy over plain KL": ("KL + CE", "forward KL"),
+        "JSD over plain KL": ("JSD", "forward KL"),
+        "JSD with the default weights over plain KL": ("JSD x label", "forward KL"),
+    }
+    found = page.comparisons(page.DOCS / "evidence")
+    for title, (a, b) in rows.items():
+        (cells,) = re.findall(rf"^\| {re.escape(title)} \| (.*) \| (.*) \|$", section, re.MULTILINE)
+        for cell, config in zip(cells, ("small", "worse-teacher"), strict=True):
+            (results, *_) = (
+                each
+                for each in found.values()
+                if each.content["config"] == config and {a, b} <= set(each.methods("traces"))
+            )
+            gain = tables.difference(*(results.solved("traces", name) for name in (a, b)))
+            assert cell == tables.shown(gain).strip("*"), title
+
+
+def test_a_table_stands_where_its_name_does(tmp_path):
+    results = {
+        "small": _content("small", a="11110000", b="11000000"),
+        "other": _content("other", a="10000000"),
+    }
+    for name, content in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    text = "Above.\n<!-- tables: small -->\nformer\n<!-- end -->\nBetween.\n<!-- tables: other -->\n<!-- end -->\n"
+    made = page.with_tables(text, tmp_path)
+    assert made.startswith("Above.\n<!-- tables: small -->\n\nConfiguration `small`")
+    assert "former" not in made and "| a | 50.0 | 50.0 |\n| b | 25.0 | 25.0 |" in made
+    assert "\n<!-- end -->\nBetween.\n<!-- tables: other -->\n" in made and "| a | 12.5 | 12.5 |" in made
+    assert page.with_tables(made, tmp_path) == made
+
+
+def test_the_map_takes_each_gain_from_the_first_results_that_have_it(monkeypatch):
+    monkeypatch.setattr(tables, "GAINS", (("a", "b"), ("c", "a")))
+    usual = tables.Results(_content("small", a="11110000", b="11000000"))
+    more = tables.Results(_content("small", a="11111111", b="11000000", c="00000000"))
+    head, _, taught, before, *rows = tables.where({"small": [usual, more]}).splitlines()
+    assert head == "| gain | small, traces | small, own |"
+    assert taught == "| the teachers solve, % | 90.0 | 90.0 |" and "30.0 | 30.0" in before
+    assert rows[0].startswith("| a, against b | +25.0 (+0.0 to +") and rows[0].endswith(" |  |")
+    assert rows[1].startswith("| c, against a | **-100.0 (-100.0 to -100.0)** |")
+
+
+def _content(config: str, **solved: str) -> dict:
+    """Results of one task and seed on the teacher's prefixes."""
+    run = {"task": "t", "seed": 0, "regime": "traces", "wrong": 0.0}
+    run |= {"before": {"usual": 0.3, "longer": 0.0}, "teacher": {"usual": 0.9, "longer": 0.0}}
+    packed = {
+        name: {length: f"{int(bits, 2):02x}" for length in tables.LENGTHS} for name, bits in solved.items()
+    }
+    return {
+        "config": config,
+        "sizes": {"problems": 8, "steps": 1, "batch": 1},
+        "problems": {"usual": 8, "longer": 8},
+        "runs": [{**run, "solved": packed}],
+    }
+
+
+class _Table(torch.nn.Module):
+    """Logits that depend on the last symbol alone. knows: pairs of a symbol and the one that it finds likely next."""
+
+    def __init__(self, seed: int, *knows: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = torch.randn(len(SYMBOLS), len(SYMBOLS), generator=generator)
+        for symbol, then in knows:
+            self.logits[SYMBOLS.index(symbol), SYMBOLS.index(then)] += 6.0
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.logits[tokens]
+
+
+def test_the_shares_of_tokens_and_of_divergence_by_hand(monkeypatch):
+    """Two solutions of "abc": a right one, and one whose second symbol is wrong."""
+    family = lambda draw, longer: Problem("abc?", Line((f"abc{END}",)))  # noqa: E731
+    monkeypatch.setattr(anatomy, "draw", lambda family, rng, count: [family(rng, False)] * count)
+    monkeypatch.setattr(anatomy, "solved", lambda models, problems, *_: [[f"abc{END}", f"aac{END}"]])
+    teacher, student = _Table(0, "?a", "ab", "bc", "cd"), _Table(1, "?a", "ac", "bc", f"c{END}")
+    found = anatomy.shares(teacher, student, family, "own", 0, 2)
+    # Two of the second solution's four tokens come after its error.
+    assert found["after"] == pytest.approx(2 / 8)
+    assert found["teacher"] == pytest.approx(5 / 6)  # all but c
+    assert found["student"] == pytest.approx(4 / 6)  # all but a, twice
+    assert found["differ"] == pytest.approx(3 / 8)
+    log_q, log_p = (
+        model.logits[[SYMBOLS.index(symbol) for symbol in "?abc?aac"]].double().log_softmax(-1)
+        for model in (student, teacher)
+    )
+    for name in ("forward_kl", "jsd"):
+        each = reference.divergence(log_p, log_q, name, 0.1, 0.5)
+        assert found[name] == pytest.approx(float(each[6:].sum() / each.sum()), rel=1e-4)
+        assert found[f"{name}_wrong"] == pytest.approx(float(each[3] / each.sum()), rel=1e-4)
+
+
+def test_models_that_are_missing_are_a_sentence(capsys, tmp_path):
+    for arguments, says in (
+        (["--tasks", "arithmetic"], "--out: expected models that run.py has trained there"),
+        (["--configs", "huge"], "--configs: expected names among"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            anatomy.main(["--out", str(tmp_path), *arguments])
+        assert stopped.value.code == 2 and says in capsys.readouterr().err
+    assert not list(Path(tmp_path).iterdir())
