@@ -165,7 +165,8 @@ def packed(record: dict) -> dict:
         }
         for method, those in record["solved"].items()
     }
-    return {**record, "solved": solved}
+    kept = {name: value for name, value in record.items() if name not in ("methods", "tuning")}
+    return {**kept, "solved": solved}
 
 
 def tuning_runs(tasks: Iterable[str], chosen: list[Method], sizes: Sizes) -> list[Run]:
