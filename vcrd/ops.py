@@ -7,6 +7,7 @@ of their own: `vcrd.divergence` is the one autograd function above them.
 from __future__ import annotations
 
 import torch
+from torch import library
 
 try:
     from vcrd import _C
@@ -30,12 +31,12 @@ row_maxima = torch.ops.vcrd.row_maxima
 encode = torch.ops.vcrd.encode
 
 
-@torch.library.register_fake("vcrd::row_statistics")
+@library.register_fake("vcrd::row_statistics")
 def _(student, teacher, teacher_max, labels, mask, temperature, columns, first_column, divergence):
     return student.new_empty((student.shape[0], PARTIAL_FLOATS), dtype=torch.float32)
 
 
-@torch.library.register_fake("vcrd::merge_statistics")
+@library.register_fake("vcrd::merge_statistics")
 def _(partials, labels, mask, temperature, divergence):
     rows = partials.shape[1]
     return (
@@ -45,26 +46,26 @@ def _(partials, labels, mask, temperature, divergence):
     )
 
 
-@torch.library.register_fake("vcrd::mixture_sums")
+@library.register_fake("vcrd::mixture_sums")
 def _(student, teacher, teacher_max, mask, constants, temperature, columns, divergence, teacher_share):
     return constants.new_empty((student.shape[0], 2))
 
 
-@torch.library.register_fake("vcrd::gradient")
+@library.register_fake("vcrd::gradient")
 def _(student, *_args):
     return student.new_empty(student.shape)
 
 
-@torch.library.register_fake("vcrd::gradient_")
+@library.register_fake("vcrd::gradient_")
 def _(student, *_args):
     return None
 
 
-@torch.library.register_fake("vcrd::row_maxima")
+@library.register_fake("vcrd::row_maxima")
 def _(logits):
     return logits.new_empty((logits.shape[0],), dtype=torch.float32)
 
 
-@torch.library.register_fake("vcrd::encode")
+@library.register_fake("vcrd::encode")
 def _(logits, maxima, codes):
     return None

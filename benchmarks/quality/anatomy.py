@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
 from configs import CONFIGS
-from data import batch_of, draw, solved, verdicts
+from data import batch_of, draw, solved, unbroken, verdicts
 from methods import OWN, TRACES
 from models import Stack
 from runs import TASKS, family_of, trained
@@ -52,24 +51,22 @@ def shares(teacher: Stack, student: Stack, family, regime: str, seed: int, probl
     (texts,) = solved(teacher if regime == TRACES else student, [asked], chances.shape[1], chances)
     batch = batch_of(asked, texts)
     taught, learnt = (model(batch.tokens[None])[0] for model in (teacher, student))
-    written = verdicts(batch, batch.labels.clamp(min=0))
-    before = F.pad((written | ~batch.counts)[:, :-1], (1, 0), value=True)
-    unbroken = batch.counts & before.long().cumprod(-1).bool()
+    written, before = unbroken(batch)
     valid = {
         name: verdicts(batch, logits.argmax(-1))
         for name, logits in (("teacher", taught), ("student", learnt))
     }
     found = {
-        "after": 1 - unbroken.sum() / batch.counts.sum(),
-        **{name: (each & unbroken).sum() / unbroken.sum() for name, each in valid.items()},
+        "after": 1 - before.sum() / batch.counts.sum(),
+        **{name: (each & before).sum() / before.sum() for name, each in valid.items()},
         "differ": ((valid["teacher"] != valid["student"]) & batch.counts).sum() / batch.counts.sum(),
     }
     labels = torch.where(written & batch.counts, batch.labels, -1)
     for name in ("forward_kl", "jsd"):
         stats = vcrd.vocab_parallel_divergence(learnt, taught, labels, divergence=name, mask=batch.counts)
         all_of_it = stats.divergence[batch.counts].sum()
-        found[name] = stats.divergence[batch.counts & ~unbroken].sum() / all_of_it
-        found[f"{name}_wrong"] = stats.divergence[unbroken & ~valid["teacher"]].sum() / all_of_it
+        found[name] = stats.divergence[batch.counts & ~before].sum() / all_of_it
+        found[f"{name}_wrong"] = stats.divergence[before & ~valid["teacher"]].sum() / all_of_it
         if name == "forward_kl":
             weights, _ = vcrd.validity_weights(stats, "label", mask=batch.counts)
             moved = ((weights - 1).abs() > 0.1) & (labels >= 0)

@@ -10,7 +10,6 @@ from methods import OWN, TRACES, Method, calibrated, halved, plain, shuffled
 _LABELS, _VERIFIER = frozenset({"labels"}), frozenset({"verifier"})
 _TRACES, _OWN = frozenset({TRACES}), frozenset({OWN})
 
-
 # What the variants are set against.
 _BESIDE_VARIANTS = frozenset(
     {"forward KL", "JSD", "label", "label, shuffled", "confidence", "scores, tokens"}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from models import Stack, generate
 from problems import END, Family, Problem
 from torch import Tensor
@@ -69,6 +70,13 @@ def verdicts(batch: Batch, actions: Tensor) -> Tensor:
         ]
         found[row, first : first + len(good)] = torch.tensor(good, dtype=torch.bool)
     return found.view(actions.shape)
+
+
+def unbroken(batch: Batch) -> tuple[Tensor, Tensor]:
+    """bool [.., s] each: where what was written next is correct, and where all is that was written before."""
+    written = verdicts(batch, batch.labels.clamp(min=0))
+    before = F.pad((written | ~batch.counts)[..., :-1], (1, 0), value=True)
+    return written, batch.counts & before.long().cumprod(-1).bool()
 
 
 def steps_of(batch: Batch) -> Tensor:

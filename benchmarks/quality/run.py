@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         help='shares of verdicts that are wrong, beside 0; "" for none',
     )
     parser.add_argument("--seeds", type=int, help="students of each method; default: the configuration's")
+    parser.add_argument("--first-seed", type=int, default=0, help="of the students; the others follow it")
     parser.add_argument("--steps", type=int, help="of each training; default: the configuration's")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     options = parser.parse_args(arguments)
@@ -80,15 +81,20 @@ def main(arguments: list[str] | None = None) -> None:
             family_of(task)
         chosen = named(options.methods)
         wrong = _shares(options.wrong)
+        seeds = range(options.first_seed, options.first_seed + sizes.seeds)
+        if not 0 <= options.first_seed or TUNING in seeds:
+            raise ValueError(
+                f"--first-seed: expected seeds from 0 on without {TUNING}, which chooses the rates, got {seeds}"
+            )
     except ValueError as error:
         parser.error(str(error))
     began = time.perf_counter()
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
-        models = [(task, seed) for seed in (None, TUNING, *range(sizes.seeds)) for task in tasks]
+        models = [(task, seed) for seed in (None, TUNING, *seeds) for task in tasks]
         for made in [pool.submit(prepare, task, seed, sizes, options.out) for task, seed in models]:
             made.result()
         tuned = _all(pool, tuning_runs(tasks, chosen, sizes), sizes, options.out, "choosing rates")
-        final = _all(pool, final_runs(tuned, sizes, wrong), sizes, options.out, "training")
+        final = _all(pool, final_runs(tuned, sizes, seeds, wrong), sizes, options.out, "training")
     results = {
         "config": options.config,
         "sizes": asdict(sizes),

@@ -9,7 +9,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -179,11 +179,13 @@ def tuning_runs(tasks: Iterable[str], chosen: list[Method], sizes: Sizes) -> lis
     ]
 
 
-def final_runs(tuned: list[dict], sizes: Sizes, shares_wrong: Iterable[float] = WRONG) -> list[Run]:
+def final_runs(
+    tuned: list[dict], sizes: Sizes, seeds: Sequence[int], shares_wrong: Sequence[float]
+) -> list[Run]:
     """Each method at its own rate; those of one rate side by side. Then those that ask a verifier, with worse ones."""
     runs = []
     for (task, regime), rates in best_rates(tuned).items():
-        for seed in range(sizes.seeds):
+        for seed in seeds:
             for rate in sizes.rates:
                 names = tuple(name for name, best in rates.items() if best == rate)
                 if names:

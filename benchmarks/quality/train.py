@@ -11,7 +11,7 @@ from pathlib import Path
 import methods as how
 import torch
 import torch.nn.functional as F
-from data import SYMBOLS, Batch, batch_of, draw, solved, steps_of, verdicts
+from data import SYMBOLS, Batch, batch_of, draw, solved, steps_of, unbroken, verdicts
 from methods import Method, Place
 from models import Shape, Stack
 from problems import Family, Problem
@@ -241,17 +241,15 @@ def _place(
             found ^= torch.rand(found.shape, generator=generator) < wrong
         return tuple(found.float())
 
-    written = verdicts(mine, mine.labels.clamp(min=0))
+    written, before = unbroken(mine)
     # The teacher errs, too: what it wrote counts as verified as far as it is correct.
     labels = torch.where(written, mine.labels, -1) if regime == how.TRACES else None
-    before = torch.nn.functional.pad((written | ~mine.counts)[:, :-1], (1, 0), value=True)
-    unbroken = mine.counts & before.long().cumprod(-1).bool()
     return Place(
         mine.counts,
         steps_of(mine),
         labels,
         judge,
-        unbroken,
+        before,
         generator,
         None if first is None else first[place],
     )

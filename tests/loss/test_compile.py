@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case
+from torch import library
 
 import vcrd
 from vcrd import ops, reference
@@ -69,7 +70,7 @@ def test_operators_pass_torchs_own_checks(device, with_teacher_max):
         (ops.gradient, (student, *rest)),
         (ops.gradient_, (student.clone(), *rest)),
     ):
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_only_the_requested_gradient_is_computed(device):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import run
 import runs
 import tables
 from compared import named
+from configs import CONFIGS
 from methods import OWN, TRACES
 
 SCRIPT = Path(run.__file__)
@@ -187,6 +189,7 @@ def test_the_interval_covers_what_is_true():
         (["--tasks", "nowhere:sorting"], "got 'nowhere:sorting'"),
         (["--methods", "magic"], "--methods: expected one of"),
         (["--wrong", "0.1,2"], "--wrong: expected numbers between 0 and 1, separated by ',', got '0.1,2'"),
+        (["--first-seed", "997"], "--first-seed: expected seeds from 0 on without 999"),
         (["--wrong", "few"], "--wrong: expected numbers between 0 and 1, separated by ',', got 'few'"),
     ],
 )
@@ -203,3 +206,13 @@ def test_the_best_rate_is_that_of_the_most_solved_and_of_equals_the_smallest():
 
     tuned = [record(3.0, a=0.5, b=0.2), record(1.0, a=0.5, b=0.1), record(2.0, a=0.4, b=0.3)]
     assert runs.best_rates(tuned) == {("t", "own"): {"a": 1.0, "b": 2.0}}
+
+
+def test_the_seeds_and_the_wrong_verdicts_are_those_that_are_asked_for():
+    tuned = [{"task": "t", "regime": "own", "rate": 1e-3, "solved": {"JSD": 0.5, "scores, gate": 0.5}}]
+    found = runs.final_runs(tuned, replace(CONFIGS["tiny"], seeds=9), range(3, 5), [0.2])
+    assert [(each.seed, each.wrong, each.methods) for each in found] == [
+        (seed, wrong, names)
+        for seed in (3, 4)
+        for wrong, names in ((0.0, ("JSD", "scores, gate")), (0.2, ("scores, gate",)))
+    ]
