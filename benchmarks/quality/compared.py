@@ -31,6 +31,17 @@ _GAINS = frozenset(
 )
 
 
+# What docs/evidence.md claims, for runs that have time for few.
+_CLAIMS = frozenset(
+    {
+        *("forward KL", "KL + CE", "JSD"),
+        *("label", "label, shuffled", "confidence", "confidence, shuffled"),
+        *("scores, tokens", "scores, shuffled"),
+        *("JSD x label", "JSD x confidence", "JSD x scores"),
+    }
+)
+
+
 def methods() -> list[Method]:
     return [*_usual(), *_variants()]
 
@@ -49,6 +60,7 @@ def sets() -> dict[str, frozenset[str]]:
             }
         ),
         "gains": _GAINS,
+        "claims": _CLAIMS,
     }
 
 

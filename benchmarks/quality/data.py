@@ -6,6 +6,7 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,31 @@ class Batch:
     problems: list[Problem]
     solutions: list[str]
 
+    def to(self, device: torch.device) -> Batch:
+        tensors = (each.to(device) for each in (self.tokens, self.labels, self.counts))
+        return Batch(*tensors, self.problems, self.solutions)
+
+    def part(self, place: int) -> Batch:
+        """Of [parts, rows, s] the rows of one."""
+        rows = self.tokens.shape[1]
+        its = slice(place * rows, (place + 1) * rows)
+        tensors = (each[place] for each in (self.tokens, self.labels, self.counts))
+        return Batch(*tensors, self.problems[its], self.solutions[its])
+
+    @cached_property
+    def allowed(self) -> Tensor:
+        """With which tokens a correct continuation begins, bool [.., s, symbols]; none outside solutions."""
+        length = self.tokens.shape[-1]
+        places = [
+            ((row * length + len(problem.prompt) - 1 + place) * len(SYMBOLS)) + _TOKEN[symbol]
+            for row, (problem, solution) in enumerate(zip(self.problems, self.solutions, strict=True))
+            for place, symbols in enumerate(problem.allowed(solution))
+            for symbol in symbols
+        ]
+        found = torch.zeros(self.tokens.numel() * len(SYMBOLS), dtype=torch.bool)
+        found[torch.tensor(places, dtype=torch.int64)] = True
+        return found.view(*self.tokens.shape, len(SYMBOLS)).to(self.tokens.device)
+
 
 def batch_of(problems: Sequence[Problem], solutions: Sequence[str], leading: tuple[int, ...] = ()) -> Batch:
     """leading: shape of the rows; default [rows]."""
@@ -60,16 +86,7 @@ def batch_of(problems: Sequence[Problem], solutions: Sequence[str], leading: tup
 
 def verdicts(batch: Batch, actions: Tensor) -> Tensor:
     """Whether a correct continuation begins with each action, bool as `actions` [.., s]; false outside solutions."""
-    found = torch.zeros(actions.shape, dtype=torch.bool).view(len(batch.problems), -1)
-    flat = actions.reshape(len(batch.problems), -1).tolist()
-    for row, (problem, solution) in enumerate(zip(batch.problems, batch.solutions, strict=True)):
-        first = len(problem.prompt) - 1
-        good = [
-            SYMBOLS[flat[row][first + place]] in allowed
-            for place, allowed in enumerate(problem.allowed(solution))
-        ]
-        found[row, first : first + len(good)] = torch.tensor(good, dtype=torch.bool)
-    return found.view(actions.shape)
+    return batch.allowed.gather(-1, actions[..., None])[..., 0]
 
 
 def unbroken(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -84,7 +101,7 @@ def steps_of(batch: Batch) -> Tensor:
     ends = batch.tokens == _TOKEN[";"]
     # What follows a ';' begins the next step.
     number = (ends & batch.counts).view(-1, batch.tokens.shape[-1]).cumsum(-1)
-    rows = torch.arange(len(batch.problems))[:, None] * batch.tokens.shape[-1]
+    rows = torch.arange(len(batch.problems), device=number.device)[:, None] * batch.tokens.shape[-1]
     return torch.where(batch.counts, (number + rows).view(batch.tokens.shape), -1)
 
 
@@ -123,5 +140,9 @@ def solved(
         for place, problem in enumerate(row):
             padding[model, place] = longest - len(problem.prompt)
             tokens[model, place, padding[model, place] :] = torch.tensor(encode(problem.prompt))
-    found = generate(models, tokens, padding, length, STOP, chances).tolist()
+    if chances is not None:
+        chances = chances.to(models.device)
+    found = generate(
+        models, tokens.to(models.device), padding.to(models.device), length, STOP, chances
+    ).tolist()
     return [[decode(row).rstrip("\0") for row in rows] for rows in found]

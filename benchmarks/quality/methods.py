@@ -6,6 +6,7 @@ verifier has its verdicts on both models' proposals, right or wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -91,7 +92,8 @@ def shuffled(inner: Weights) -> Weights:
         found = inner(seen)
         those = found[seen.counts]
         moved = torch.zeros_like(found)
-        moved[seen.counts] = those[torch.randperm(len(those), generator=seen.generator)]
+        order = torch.randperm(len(those), generator=seen.generator)  # drawn alike on every device
+        moved[seen.counts] = those[order.to(those.device)]
         return moved
 
     return weights
@@ -115,9 +117,7 @@ def accepted(k: int) -> Weights:
 def not_visibly_wrong(seen: Seen) -> Tensor:
     """0 where the teacher gives its own proposal more than twice the probability of the verified token."""
     stats = seen.stats
-    wrong = stats.teacher_logprob_of_teacher_action > stats.teacher_label_logprob + torch.log(
-        torch.tensor(2.0)
-    )
+    wrong = stats.teacher_logprob_of_teacher_action > stats.teacher_label_logprob + math.log(2.0)
     return (~(wrong & (seen.labels >= 0))).float()
 
 
@@ -177,14 +177,14 @@ class Place:
 def loss_of(method: Method, logits: Tensor, teacher_logits: Tensor, place: Place) -> Tensor:
     """The loss of a micro-batch, a scalar. Both logits [b, s, vocabulary], the student's with a graph."""
     with torch.no_grad():
-        labels, valid = place.labels, (torch.ones(logits.shape[:2]),) * 2
+        labels, valid = place.labels, (torch.ones(logits.shape[:2], device=logits.device),) * 2
         if "verifier" in method.asks or (labels is None and "labels" in method.asks):
             teacher_action = teacher_logits.argmax(-1)
             valid = place.judge(logits.argmax(-1), teacher_action)
             if labels is None:
                 labels = torch.where(place.counts & (valid[1] > 0), teacher_action, -1)
         if labels is None:
-            labels = torch.full(logits.shape[:2], -1)
+            labels = torch.full(logits.shape[:2], -1, device=logits.device)
 
     def statistics(student: Tensor, teacher: Tensor, divergence: str = "forward_kl") -> DivergenceStats:
         return vcrd.vocab_parallel_divergence(

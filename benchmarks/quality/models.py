@@ -51,13 +51,17 @@ class Stack(nn.Module):
             layer.up, layer.down = weight(w, 4 * w, w**-0.5), weight(4 * w, w, (4 * w) ** -0.5 * deep)
             self.layers.append(layer)
 
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """cache: of what came before these tokens, which these are added to."""
         m, b, s = tokens.shape
-        rows = tokens + self.shape.vocab * torch.arange(m)[:, None, None]
+        rows = tokens + self.shape.vocab * torch.arange(m, device=tokens.device)[:, None, None]
         x = F.embedding(rows, self.embedding.flatten(0, 1))
         before = cache.filled if cache else 0
-        cos, sin = _rotations(before, s, self.shape.width // self.shape.heads)
+        cos, sin = _rotations(before, s, self.shape.width // self.shape.heads, tokens.device)
         for number, layer in enumerate(self.layers):
             qkv = _times(_normed(x, layer.norm_in), layer.qkv)
             qk, v = qkv.view(m * b, s, 3, self.shape.heads, -1).permute(2, 0, 3, 1, 4).split((2, 1))
@@ -85,7 +89,9 @@ class Cache:
     def __init__(self, models: Stack, padding: Tensor, length: int) -> None:
         shape = models.shape
         size = (padding.numel(), shape.heads, length, shape.width // shape.heads)
-        self._pairs = [(torch.zeros(size), torch.zeros(size)) for _ in models.layers]
+        self._pairs = [
+            tuple(torch.zeros(size, device=padding.device) for _ in range(2)) for _ in models.layers
+        ]
         self._padding = padding
         self.filled = 0
 
@@ -94,7 +100,7 @@ class Cache:
         first, last = self.filled, self.filled + q.shape[2]
         keys, values = (each[:, :, :last] for each in self._pairs[layer])
         keys[:, :, first:], values[:, :, first:] = k, v
-        places = torch.arange(last)
+        places = torch.arange(last, device=q.device)
         # What is padding sees itself: a softmax over nothing would be NaN, and reach the others times zero.
         seen = (places >= self._padding.view(-1, 1, 1, 1)) | (places == places[first:, None])
         seen = seen & (places <= places[first:, None])
@@ -105,7 +111,7 @@ class Cache:
     def keep(self, rows: Tensor) -> None:
         """Only these of each decoder's rows, int64 [count, fewer]."""
         count, b = self._padding.shape
-        flat = (rows + b * torch.arange(count)[:, None]).flatten()
+        flat = (rows + b * torch.arange(count, device=rows.device)[:, None]).flatten()
         self._pairs = [(k[flat], v[flat]) for k, v in self._pairs]
         self._padding = self._padding.gather(1, rows)
 
@@ -120,9 +126,10 @@ def generate(
     """
     count, b, s = prompts.shape
     cache = Cache(models, padding, s + length)
-    found = torch.zeros(count, b, length, dtype=torch.int64)
-    rows = torch.arange(b).expand(count, b)  # those that have not ended, and some that have
-    step, ended = prompts, torch.zeros(count, b, dtype=torch.bool)
+    device = prompts.device
+    found = torch.zeros(count, b, length, dtype=torch.int64, device=device)
+    rows = torch.arange(b, device=device).expand(count, b)  # those that have not ended, and some that have
+    step, ended = prompts, torch.zeros(count, b, dtype=torch.bool, device=device)
     for place in range(length):
         logits = models(step, cache)[:, :, -1]
         if chances is None:
@@ -154,10 +161,11 @@ def _normed(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=1e-6) * weight
 
 
-def _rotations(first: int, count: int, width: int) -> tuple[Tensor, Tensor]:
+def _rotations(first: int, count: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of rotary position embeddings, for positions first, first + 1 ..."""
     half = width // 2
-    angles = torch.arange(first, first + count)[:, None] / 100.0 ** (torch.arange(half) / half)
+    places, turns = (torch.arange(*each, device=device) for each in ((first, first + count), (half,)))
+    angles = places[:, None] / 100.0 ** (turns / half)
     return angles.cos(), angles.sin()
 
 

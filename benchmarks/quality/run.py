@@ -1,7 +1,7 @@
 """Does the calibration train better students? Methods on every task, from the same students, with the same tokens.
 
     python benchmarks/quality/run.py --out evidence                    on two cores
-    python benchmarks/quality/run.py --out evidence --config large --jobs 16
+    python benchmarks/quality/run.py --out evidence --config large --device cuda --jobs 14     on one H100
     python benchmarks/quality/run.py --out evidence --name variants --methods variants
     python benchmarks/quality/run.py --out mine --tasks my_tasks:sorting,my_tasks:mazes
 
@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="of the students; the others follow it")
     parser.add_argument("--steps", type=int, help="of each training; default: the configuration's")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the models")
     options = parser.parse_args(arguments)
     sizes = CONFIGS[options.config]
     for name in ("seeds", "steps"):
@@ -80,6 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
         for task in tasks:
             family_of(task)
         chosen = named(options.methods)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device: expected a GPU that torch can use for 'cuda', got none")
         wrong = _shares(options.wrong)
         seeds = range(options.first_seed, options.first_seed + sizes.seeds)
         if not 0 <= options.first_seed or TUNING in seeds:
@@ -91,10 +94,13 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.perf_counter()
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
         models = [(task, seed) for seed in (None, TUNING, *seeds) for task in tasks]
-        for made in [pool.submit(prepare, task, seed, sizes, options.out) for task, seed in models]:
+        for made in [
+            pool.submit(prepare, task, seed, sizes, options.out, options.device) for task, seed in models
+        ]:
             made.result()
-        tuned = _all(pool, tuning_runs(tasks, chosen, sizes), sizes, options.out, "choosing rates")
-        final = _all(pool, final_runs(tuned, sizes, seeds, wrong), sizes, options.out, "training")
+        where = sizes, options.out, options.device
+        tuned = _all(pool, tuning_runs(tasks, chosen, sizes), where, "choosing rates")
+        final = _all(pool, final_runs(tuned, sizes, seeds, wrong), where, "training")
     results = {
         "config": options.config,
         "sizes": asdict(sizes),
@@ -130,9 +136,9 @@ def _shares(text: str) -> list[float]:
     raise ValueError(f"--wrong: expected numbers between 0 and 1, separated by ',', got {text!r}")
 
 
-def _all(pool: ProcessPoolExecutor, runs: list[Run], sizes: Sizes, folder: Path, what: str) -> list[dict]:
+def _all(pool: ProcessPoolExecutor, runs: list[Run], where: tuple[Sizes, Path, str], what: str) -> list[dict]:
     began, found = time.perf_counter(), []
-    for record in pool.map(execute, runs, [sizes] * len(runs), [folder] * len(runs)):
+    for record in pool.map(execute, runs, *([each] * len(runs) for each in where)):
         found.append(record)
         passed = (time.perf_counter() - began) / 60
         print(f"{what}: {len(found)} of {len(runs)} runs, {passed:.1f} min", flush=True)

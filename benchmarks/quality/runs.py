@@ -72,20 +72,25 @@ def family_of(name: str) -> Family:
         ) from None
 
 
-def prepare(task: str, seed: int | None, sizes: Sizes, out: Path) -> None:
+def prepare(task: str, seed: int | None, sizes: Sizes, out: Path, device: str = "cpu") -> None:
     """The task's teacher, or the student of a seed, in a file."""
     torch.set_num_threads(1)
-    model(task, seed, sizes, out, lambda text: print(f"{task}: {text}", flush=True))
+    model(task, seed, sizes, out, lambda text: print(f"{task}: {text}", flush=True), device)
 
 
 def model(
-    task: str, seed: int | None, sizes: Sizes, out: Path, say: Callable[[str], None] = lambda text: None
+    task: str,
+    seed: int | None,
+    sizes: Sizes,
+    out: Path,
+    say: Callable[[str], None] = lambda text: None,
+    device: str = "cpu",
 ) -> Stack:
     """The teacher where seed is None. Kept by what its training depends on."""
     family, path = family_of(task), _path(task, seed, sizes, out)
-    return (
-        teacher_of(family, sizes, path, say) if seed is None else student_of(family, sizes, seed, path, say)
-    )
+    if seed is None:
+        return teacher_of(family, sizes, path, say, device)
+    return student_of(family, sizes, seed, path, say, device)
 
 
 def trained(task: str, seed: int | None, sizes: Sizes, out: Path) -> Stack:
@@ -107,23 +112,23 @@ def _digest(what: object) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
-def execute(run: Run, sizes: Sizes, out: Path) -> dict:
+def execute(run: Run, sizes: Sizes, out: Path, device: str = "cpu") -> dict:
     """The run's record, kept in a file: what is there is not done again."""
     kept = out / "runs" / f"{_digest((run, replace(sizes, seeds=0)))}.json"
     if not kept.exists():
-        record = json.dumps(_executed(run, sizes, out))
+        record = json.dumps(_executed(run, sizes, out, device))
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.with_suffix(".new").write_text(record)
         kept.with_suffix(".new").rename(kept)
     return json.loads(kept.read_text())
 
 
-def _executed(run: Run, sizes: Sizes, out: Path) -> dict:
+def _executed(run: Run, sizes: Sizes, out: Path, device: str) -> dict:
     """For each method which problems its student solves, of the usual length and longer ones."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     family = family_of(run.task)
-    teacher, student = (model(run.task, seed, sizes, out) for seed in (None, run.seed))
+    teacher, student = (model(run.task, seed, sizes, out, device=device) for seed in (None, run.seed))
     chosen = [method for method in methods() if method.name in run.methods]
     students = distil(chosen, run.regime, family, teacher, student, sizes, run.seed, run.rate, run.wrong)
     if run.tuning:
@@ -139,16 +144,16 @@ def _executed(run: Run, sizes: Sizes, out: Path) -> dict:
         for method, row in zip(chosen, correct(students, held), strict=True):
             record["solved"][method.name][length] = "".join("01"[each] for each in row)
         for name, of in (("before", run.seed), ("teacher", None)):
-            record[name][length] = _share_solved(run.task, of, sizes, out, length)
+            record[name][length] = _share_solved(run.task, of, sizes, out, length, device)
     return {**record, "seconds": time.perf_counter() - began}
 
 
 @functools.cache
-def _share_solved(task: str, seed: int | None, sizes: Sizes, out: Path, length: str) -> float:
+def _share_solved(task: str, seed: int | None, sizes: Sizes, out: Path, length: str, device: str) -> float:
     """Before the distillation; by the teacher where seed is None."""
     count = dict(zip(LENGTHS, counts(sizes), strict=True))[length]
     held = draw(family_of(task), random.Random(4), count, held=True, longer=length == "longer")
-    return sum(correct(model(task, seed, sizes, out), held)[0]) / count
+    return sum(correct(model(task, seed, sizes, out, device=device), held)[0]) / count
 
 
 def counts(sizes: Sizes) -> tuple[int, int]:

@@ -65,7 +65,8 @@ def _imitate(
 ) -> None:
     """One step with correct solutions."""
     problems = draw(family, rng, rows)
-    batch = batch_of(problems, [problem.solution(rng) for problem in problems], (1, rows))
+    solutions = [problem.solution(rng) for problem in problems]
+    batch = batch_of(problems, solutions, (1, rows)).to(models.device)
     loss = F.cross_entropy(models(batch.tokens).flatten(0, 2), batch.labels.flatten(), ignore_index=-1)
     optimizer.zero_grad()
     loss.backward()
@@ -78,11 +79,13 @@ def share_solved(models: Stack, problems: Sequence[Problem]) -> float:
     return sum(p.is_correct(text) for p, text in zip(problems, texts, strict=True)) / len(problems)
 
 
-def teacher_of(family: Family, sizes: Sizes, path: Path, say: Callable[[str], None]) -> Stack:
+def teacher_of(
+    family: Family, sizes: Sizes, path: Path, say: Callable[[str], None], device: str = "cpu"
+) -> Stack:
     """Good, but not perfect: trained until it solves a share in `good_enough`. Kept in `path`."""
     low, high = sizes.good_enough
     return _taught(
-        Stack(Shape(*sizes.teacher, len(SYMBOLS))),
+        Stack(Shape(*sizes.teacher, len(SYMBOLS))).to(device),
         family,
         1,
         (sizes.teacher_steps, sizes.teacher_batch, sizes.teacher_rate),
@@ -92,10 +95,12 @@ def teacher_of(family: Family, sizes: Sizes, path: Path, say: Callable[[str], No
     )
 
 
-def student_of(family: Family, sizes: Sizes, seed: int, path: Path, say: Callable[[str], None]) -> Stack:
+def student_of(
+    family: Family, sizes: Sizes, seed: int, path: Path, say: Callable[[str], None], device: str = "cpu"
+) -> Stack:
     """One that solves some problems, with as much to learn. Kept in `path`."""
     return _taught(
-        Stack(Shape(*sizes.student, len(SYMBOLS)), seed=seed),
+        Stack(Shape(*sizes.student, len(SYMBOLS)), seed=seed).to(device),
         family,
         1000 + seed,
         (sizes.student_steps, sizes.student_batch, sizes.student_rate),
@@ -119,7 +124,7 @@ def _taught(
     Where the share leaps over what is wanted, or never reaches it, the best one below is kept.
     """
     if path.exists():
-        models.load_state_dict(torch.load(path))
+        models.load_state_dict(torch.load(path, map_location=models.device))
         return models
     rng, held = random.Random(seed), draw(family, random.Random(2), 300, held=True)
     steps, batch, rate = pace
@@ -177,7 +182,8 @@ class Prefixes:
             for first in range(0, len(problems), rows):
                 self._waiting.append([pair for row in pairs for pair in row[first : first + rows]])
         pairs = self._waiting.pop(0)
-        return batch_of(*map(list, zip(*pairs, strict=True)), (len(pairs) // rows, rows))
+        batch = batch_of(*map(list, zip(*pairs, strict=True)), (len(pairs) // rows, rows))
+        return batch.to(students.device)
 
 
 def distil(
@@ -192,7 +198,7 @@ def distil(
     wrong: float = 0.0,
 ) -> Stack:
     """One student for each method, from the same beginning. wrong: the share of the verifier's verdicts that is."""
-    students = Stack(student.shape, len(chosen))
+    students = Stack(student.shape, len(chosen)).to(student.device)
     students.take(student, [0] * len(chosen))
     optimizer = _optimizer(students, rate)
     prefixes = Prefixes(regime, family, teacher, sizes, seed, len(chosen))
@@ -206,12 +212,16 @@ def distil(
                 student(flat).view(*batch.tokens.shape, -1) if any(m.against_first for m in chosen) else None
             )
         logits = students(batch.tokens.expand(len(chosen), -1, -1))
+        # On the teacher's solutions all methods stand at the same place: what holds there is found once.
+        marked = [_marked(batch.part(number)) for number in range(len(batch.tokens))]
         losses = [
             how.loss_of(
                 method,
                 logits[number],
                 taught[place],
-                _place(batch, place, regime, generators[number], wrong, first),
+                _place(
+                    *marked[place], regime, generators[number], wrong, None if first is None else first[place]
+                ),
             )
             for number, method in enumerate(chosen)
             for place in [number if regime == how.OWN else 0]
@@ -223,36 +233,30 @@ def distil(
     return students
 
 
-def _place(
-    batch: Batch, place: int, regime: str, generator: torch.Generator, wrong: float, first: Tensor | None
-) -> Place:
-    rows = batch.tokens.shape[1]
-    mine = Batch(
-        batch.tokens[place],
-        batch.labels[place],
-        batch.counts[place],
-        batch.problems[place * rows : (place + 1) * rows],
-        batch.solutions[place * rows : (place + 1) * rows],
-    )
+def _marked(batch: Batch) -> tuple[Batch, Tensor, Tensor, Tensor]:
+    """Its steps, where what was written next is correct, and where all is that was written before."""
+    return batch, steps_of(batch), *unbroken(batch)
 
+
+def _place(
+    batch: Batch,
+    steps: Tensor,
+    written: Tensor,
+    before: Tensor,
+    regime: str,
+    generator: torch.Generator,
+    wrong: float,
+    first: Tensor | None,
+) -> Place:
     def judge(student_action: Tensor, teacher_action: Tensor) -> tuple[Tensor, Tensor]:
-        found = torch.stack([verdicts(mine, student_action), verdicts(mine, teacher_action)])
+        found = torch.stack([verdicts(batch, student_action), verdicts(batch, teacher_action)])
         if wrong:
-            found ^= torch.rand(found.shape, generator=generator) < wrong
+            found ^= (torch.rand(found.shape, generator=generator) < wrong).to(found.device)
         return tuple(found.float())
 
-    written, before = unbroken(mine)
     # The teacher errs, too: what it wrote counts as verified as far as it is correct.
-    labels = torch.where(written, mine.labels, -1) if regime == how.TRACES else None
-    return Place(
-        mine.counts,
-        steps_of(mine),
-        labels,
-        judge,
-        before,
-        generator,
-        None if first is None else first[place],
-    )
+    labels = torch.where(written, batch.labels, -1) if regime == how.TRACES else None
+    return Place(batch.counts, steps, labels, judge, before, generator, first)
 
 
 def correct(students: Stack, problems: Sequence[Problem]) -> list[list[bool]]:

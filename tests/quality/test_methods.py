@@ -274,9 +274,10 @@ def test_a_verifier_is_asked_only_by_who_says_so():
 def test_what_is_written_is_unbroken_up_to_the_first_error():
     problems = [Problem("1a+2b-3?", tasks.Chain(1, (("a", "+", 2), ("b", "-", 3))))] * 2
     batch = data.batch_of(problems, ["a1+2=4;b4-3=1;=1$", "a2+1=3;b3-3=0;=0$"], (1, 2))
-    where = train._place(batch, 0, OWN, torch.Generator(), 0.0, None)
+    marked = train._marked(batch.part(0))
+    where = train._place(*marked, OWN, torch.Generator(), 0.0, None)
     assert where.labels is None
     assert where.unbroken[0].sum() == len("a1+2=4")  # the error itself is still after what is correct
     assert torch.equal(where.unbroken[1], where.counts[1])
-    labels = train._place(batch, 0, TRACES, torch.Generator(), 0.0, None).labels
+    labels = train._place(*marked, TRACES, torch.Generator(), 0.0, None).labels
     assert data.decode(labels[0][labels[0] >= 0].tolist()) == "a1+2="

@@ -17,6 +17,7 @@ import pytest
 import run
 import runs
 import tables
+import torch
 from compared import named
 from configs import CONFIGS
 from methods import OWN, TRACES
@@ -191,6 +192,10 @@ def test_the_interval_covers_what_is_true():
         (["--wrong", "0.1,2"], "--wrong: expected numbers between 0 and 1, separated by ',', got '0.1,2'"),
         (["--first-seed", "997"], "--first-seed: expected seeds from 0 on without 999"),
         (["--wrong", "few"], "--wrong: expected numbers between 0 and 1, separated by ',', got 'few'"),
+        pytest.param(
+            *(["--device", "cuda"], "--device: expected a GPU that torch can use for 'cuda', got none"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_a_wrong_name_is_a_sentence(arguments, says, capsys, tmp_path):
