@@ -1,11 +1,11 @@
-"""FP8 through Transformer Engine: a small teacher and student, a step of the loss in FP8 and in bfloat16, on one GPU.
+"""FP8 through Transformer Engine: a small teacher and student, the loss in FP8 and in bfloat16, on one GPU.
 
     python benchmarks/gpu_fp8.py [--json fp8.json]
 
-Both models have the same bfloat16 parameters in both runs; in the FP8 run their linear layers multiply in FP8
-(`fp8="hybrid"`, delayed scaling), and the output layer and the loss as in the other. `make gpu-check` runs it where
-Transformer Engine can be imported. Exits with 1 where a loss or a gradient is not finite; how far the two losses are
-apart is reported and decides nothing.
+Both models have the same bfloat16 parameters in all runs; in those in FP8 their linear layers multiply in FP8
+(`fp8="hybrid"`) by one recipe each, and the output layer and the loss as in bfloat16. `make gpu-check` runs it where
+Transformer Engine can be imported. Exits with 1 where a recipe does not run, or a loss or a gradient is not finite; how
+far the losses are apart is reported and decides nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.distributed as dist
 
-# FP8 products take multiples of 16 in each dimension, tokens included.
+# FP8 products take multiples of 16 in each dimension, tokens included; blocks are of 128.
 VOCAB_SIZE, SEQUENCE, BATCH = 4096, 128, 2
 STUDENT, TEACHER = {"hidden_size": 256, "heads": 4}, {"hidden_size": 512, "heads": 8}
 STEPS = 4  # delayed scaling knows nothing of its first step's maxima
+RECIPES = ("tensorwise", "blockwise", "delayed")  # of the student
 
 
 def reason_to_skip() -> str | None:
@@ -44,8 +45,8 @@ def reason_to_skip() -> str | None:
     return None
 
 
-def build(shape: dict, seed: int, fp8: str | None, engine: bool) -> torch.nn.Module:
-    """A GPT model of two layers with bfloat16 parameters; engine: of Transformer Engine's layers."""
+def build(shape: dict, seed: int, recipe: str | None, engine: bool) -> torch.nn.Module:
+    """A GPT model of two layers with bfloat16 parameters; recipe: of FP8; engine: of Transformer Engine's layers."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
@@ -55,7 +56,9 @@ def build(shape: dict, seed: int, fp8: str | None, engine: bool) -> torch.nn.Mod
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.module import Float16Module
 
-    quantised = {"fp8": fp8, "fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"} if fp8 else {}
+    quantised = {"fp8": "hybrid", "fp8_recipe": recipe} if recipe else {}
+    if recipe == "delayed":
+        quantised |= {"fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"}
     on_cpu = {} if engine else {"use_cpu_initialization": True, "persist_layer_norm": False}
     config = TransformerConfig(
         num_layers=2,
@@ -87,7 +90,12 @@ def build(shape: dict, seed: int, fp8: str | None, engine: bool) -> torch.nn.Mod
     return Float16Module(config, model.cuda())
 
 
-def measure(fp8: str | None, engine: bool = True) -> dict:
+def of_teacher(recipe: str | None) -> str | None:
+    """The student's, but for delayed scaling, which no teacher may have."""
+    return "tensorwise" if recipe == "delayed" else recipe
+
+
+def measure(recipe: str | None, engine: bool = True) -> dict:
     """The loss per token of each step and the norm of the last gradient; the weights stay as they are.
 
     One process's parallel state must exist. The teacher is in the same rank: `distill(forward_step, teacher=...)`.
@@ -96,7 +104,8 @@ def measure(fp8: str | None, engine: bool = True) -> dict:
 
     from vcrd.megatron import DistillSettings, distill
 
-    student, teacher = build(STUDENT, 1, fp8, engine), build(TEACHER, 2, fp8, engine)
+    student = build(STUDENT, 1, recipe, engine)
+    teacher = build(TEACHER, 2, of_teacher(recipe), engine)
     generator = torch.Generator().manual_seed(3)
     tokens, labels = (
         torch.randint(VOCAB_SIZE, (BATCH, SEQUENCE), generator=generator).cuda() for _ in range(2)
@@ -130,34 +139,49 @@ def measure(fp8: str | None, engine: bool = True) -> dict:
     return {"losses": losses, "gradient_norm": float(torch.stack(norms).norm())}
 
 
-def summary(bf16: dict, fp8: dict) -> dict:
-    """Both runs, what lies between them, and whether all of it is finite."""
-    first, second = bf16["losses"][-1], fp8["losses"][-1]
-    numbers = [*bf16["losses"], *fp8["losses"], bf16["gradient_norm"], fp8["gradient_norm"]]
-    return {
-        "passed": all(math.isfinite(number) for number in numbers),
-        "bf16": bf16,
-        "fp8": fp8,
-        "loss_difference": second - first,
-        "relative_difference": (second - first) / first if first else math.nan,
-    }
+def summary(bf16: dict, fp8: dict[str, dict | str]) -> dict:
+    """The runs, what lies between them, and whether all of it is finite. fp8: of each recipe, or why it did not run."""
+    numbers, found = [*bf16["losses"], bf16["gradient_norm"]], {}
+    for recipe, run in fp8.items():
+        if isinstance(run, str):
+            found[recipe] = {"error": run}
+            continue
+        first, second = bf16["losses"][-1], run["losses"][-1]
+        numbers += [*run["losses"], run["gradient_norm"]]
+        apart = {"loss_difference": second - first, "relative_difference": (second - first) / first}
+        found[recipe] = {**run, **apart}
+    ran = not any("error" in run for run in found.values())
+    return {"passed": ran and all(map(math.isfinite, numbers)), "bf16": bf16, "fp8": found}
 
 
 def lines(result: dict) -> str:
     """What is printed."""
     if result["passed"] is None:
         return result["how"]
-    rows = []
-    for name in ("bf16", "fp8"):
-        loss, norm = result[name]["losses"][-1], result[name]["gradient_norm"]
-        rows.append(f"{name}: loss {loss:.5f} nat per token, gradient norm {norm:.4g}")
-    between = f"difference {result['loss_difference']:+.5f} nat, {100 * result['relative_difference']:+.2f} %"
-    rest = [] if result["passed"] else ["not every loss and gradient is finite"]
-    return "\n".join([*rows, between, *rest])
+
+    def line(name: str, run: dict) -> str:
+        if "error" in run:
+            return f"{name}: {run['error']}"
+        text = f"{name}: loss {run['losses'][-1]:.5f} nat per token, gradient norm {run['gradient_norm']:.4g}"
+        apart = run.get("loss_difference")
+        return text + (
+            f", {apart:+.5f} nat, {100 * run['relative_difference']:+.2f} %" if apart is not None else ""
+        )
+
+    rows = [line("bf16", result["bf16"]), *(line(f"fp8 {name}", run) for name, run in result["fp8"].items())]
+    return "\n".join([*rows, *([] if result["passed"] else ["not every recipe ran, and to finite numbers"])])
+
+
+def tried(recipe: str) -> dict | str:
+    """What `measure` finds, or the error in a line: one recipe that a GPU does not have must not hide the others."""
+    try:
+        return measure(recipe)
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def run() -> dict:
-    """Both runs on this GPU, or the reason why not."""
+    """All runs on this GPU, or the reason why not."""
     reason = reason_to_skip()
     if reason is not None:
         return {"passed": None, "how": reason}
@@ -171,7 +195,7 @@ def run() -> dict:
         dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             parallel_state.initialize_model_parallel()
-            result = summary(measure(None), measure("hybrid"))
+            result = summary(measure(None), {recipe: tried(recipe) for recipe in RECIPES})
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()

@@ -9,7 +9,8 @@ namespace vcrd {
 enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16, kDistance8 };
 constexpr float kDistance8Range = 24.0f;
 
-enum class Divergence : int32_t { kForwardKl, kReverseKl, kJeffreys, kJsd, kSkewKl, kSkewReverseKl };
+// The last is kJsd with a teacher_share of 1/2: never asked for, but what the CUDA launchers then choose.
+enum class Divergence : int32_t { kForwardKl, kReverseKl, kJeffreys, kJsd, kSkewKl, kSkewReverseKl, kEvenJsd };
 
 // One model's shard of logits: `rows` tokens, `stride` elements apart, columns adjacent.
 struct Logits {

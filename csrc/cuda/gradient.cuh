@@ -1,6 +1,7 @@
 // Backward: both rows read once, the gradient of divergence and cross-entropy written once, perhaps over the student's.
 #pragma once
 
+#include "even_mixture.cuh"
 #include "group.cuh"
 #include "instances.cuh"
 
@@ -23,7 +24,10 @@ __device__ __forceinline__ RowGradient row_gradient(const GradientParams& p, int
   g.anchor = 0.0f;
   g.centre = g.constants.reverse_centre;
   if constexpr (kDivergence >= Divergence::kJsd) {
-    g.anchor = mixture_anchor<kDivergence>(g.constants, p.inverse_temperature, p.teacher_share);
+    if constexpr (kDivergence == Divergence::kEvenJsd)
+      g.anchor = EvenMixtureRow(g.constants, p.inverse_temperature).anchor(g.constants);
+    else
+      g.anchor = mixture_anchor<kDivergence>(g.constants, p.inverse_temperature, p.teacher_share);
     g.centre = p.sums[2 * row + 1];
   }
   return g;
@@ -45,6 +49,16 @@ __device__ __forceinline__ void gradient_of(const GradientParams& p, const RowGr
     for (int i = 0; i < kBatch; ++i)
       x[i] = exponential((s[i] - c.student_max) * it) * student_scale -
              exponential((t[i] - c.teacher_max) * it) * teacher_scale;
+  } else if constexpr (kDivergence == Divergence::kEvenJsd) {
+    const EvenMixtureRow row(c, it);
+    const float scale = g.divergence_scale * c.student_tempered_inverse_sum * kHalfLn2;
+    const float centre = g.centre / kHalfLn2, student_scale = tempered ? 0.0f : untempered_scale;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float u = row.student(s[i]), v = row.teacher(t[i]);
+      const float slope = (row.at(u, v).potential() - g.anchor) - centre;
+      x[i] = row.exponential(u) * (scale * slope + student_scale);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -148,7 +162,7 @@ const char* launch_gradient(const GradientParams& p, cudaStream_t stream) {
   const Grid grid = grid_of(p.tokens.rows, p.gradient_columns, row_splits(p.tokens.rows, p.gradient_columns));
   return with_teacher(p.teacher.dtype, [&](auto teacher) {
     using T = decltype(teacher);
-    return with_divergence(p.divergence, [&](auto divergence) {
+    return with_divergence(p, [&](auto divergence) {
       return launch(gradient_kernel<S, T, decltype(divergence)::value>, grid.blocks(), kThreads, stream, p, grid);
     });
   });

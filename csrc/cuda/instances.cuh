@@ -32,9 +32,11 @@ struct DivergenceTag {
   static constexpr Divergence value = kValue;
 };
 
-template <class F>
-const char* with_divergence(Divergence divergence, F f) {
-  switch (divergence) {
+// Params: of the mixture or of the gradient.
+template <class Params, class F>
+const char* with_divergence(const Params& p, F f) {
+  if (p.divergence == Divergence::kJsd && p.teacher_share == 0.5f) return f(DivergenceTag<Divergence::kEvenJsd>{});
+  switch (p.divergence) {
     case Divergence::kForwardKl:
       return f(DivergenceTag<Divergence::kForwardKl>{});
     case Divergence::kReverseKl:
@@ -47,6 +49,8 @@ const char* with_divergence(Divergence divergence, F f) {
       return f(DivergenceTag<Divergence::kSkewKl>{});
     case Divergence::kSkewReverseKl:
       return f(DivergenceTag<Divergence::kSkewReverseKl>{});
+    case Divergence::kEvenJsd:
+      break;
   }
   return "unknown divergence";
 }

@@ -1,10 +1,73 @@
 // The pass after the merge for divergences against a mixture: their value, and the centre of their potential.
 #pragma once
 
+#include "even_mixture.cuh"
 #include "group.cuh"
 #include "instances.cuh"
 
 namespace vcrd::cuda {
+
+// One row's: adds a batch to the divergence and to the centre.
+template <Divergence kDivergence>
+class MixtureRow {
+ public:
+  __device__ MixtureRow(const MixtureParams& p, int64_t row)
+      : c_(constants_of(p.constants, p.teacher, row)),
+        it_(p.inverse_temperature),
+        share_(p.teacher_share),
+        anchor_(mixture_anchor<kDivergence>(c_, it_, share_)) {}
+
+  template <int kBatch>
+  __device__ void add(const float (&s)[kBatch], const float (&t)[kBatch]) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      // Where there is no column both probabilities are 0, and so is all that they multiply.
+      float u = distance(s[i], c_.student_max) * it_, v = distance(t[i], c_.teacher_max) * it_;
+      float q = exponential(u) * c_.student_tempered_inverse_sum;
+      float p = exponential(v) * c_.teacher_tempered_inverse_sum;
+      MixtureElement e = mixture_element<kDivergence>(p, q, u - v - c_.log_sum_difference, share_);
+      divergence_ += e.term;
+      centre_ += q * (e.potential - anchor_);
+    }
+  }
+
+  __device__ float divergence() const { return divergence_; }
+  __device__ float centre() const { return centre_; }
+
+ private:
+  const RowConstants c_;
+  const float it_, share_, anchor_;
+  float divergence_ = 0, centre_ = 0;
+};
+
+template <>
+class MixtureRow<Divergence::kEvenJsd> {
+ public:
+  __device__ MixtureRow(const MixtureParams& p, int64_t row)
+      : row_(constants_of(p.constants, p.teacher, row), p.inverse_temperature),
+        anchor_(row_.anchor(constants_of(p.constants, p.teacher, row))) {}
+
+  template <int kBatch>
+  __device__ void add(const float (&s)[kBatch], const float (&t)[kBatch]) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float u = row_.student(s[i]), v = row_.teacher(t[i]);
+      const float q = row_.exponential(u) * row_.student_inverse_sum;
+      const float p = row_.exponential(v) * row_.teacher_inverse_sum;
+      const EvenMixture m = row_.at(u, v);
+      divergence_ += fmaxf(p, q) * m.term();
+      centre_ += q * (m.potential() - anchor_);
+    }
+  }
+
+  __device__ float divergence() const { return divergence_ * kHalfLn2; }
+  __device__ float centre() const { return centre_ * kHalfLn2; }
+
+ private:
+  const EvenMixtureRow row_;
+  const float anchor_;
+  float divergence_ = 0, centre_ = 0;
+};
 
 template <class S, class T, Divergence kDivergence>
 __global__ void __launch_bounds__(kThreads, 3) mixture_sums_kernel(MixtureParams p, Grid grid) {
@@ -14,9 +77,7 @@ __global__ void __launch_bounds__(kThreads, 3) mixture_sums_kernel(MixtureParams
   const bool read = group.present && !(p.tokens.mask && !p.tokens.mask[group.row]);
   float divergence = 0, centre = 0;
   if (read) {
-    const RowConstants c = constants_of(p.constants, p.teacher, group.row);
-    const float it = p.inverse_temperature;
-    const float anchor = mixture_anchor<kDivergence>(c, it, p.teacher_share);
+    MixtureRow<kDivergence> row(p, group.row);
     const S* student = static_cast<const S*>(p.student.data) + group.row * p.student.stride;
     const T* teacher = static_cast<const T*>(p.teacher.data) + group.row * p.teacher.stride;
     const Cut cut = cut_at<S, Pair::kColumns>(student, static_cast<int>(p.tokens.columns));
@@ -26,17 +87,10 @@ __global__ void __launch_bounds__(kThreads, 3) mixture_sums_kernel(MixtureParams
     for (int first = begin + group.thread; first < end; first += Pair::kPacks * group.threads) {
       float s[Pair::kBatch], t[Pair::kBatch];
       pair.read(first, group.threads, end, s, t);
-#pragma unroll
-      for (int i = 0; i < Pair::kBatch; ++i) {
-        // Where there is no column both probabilities are 0, and so is all that they multiply.
-        float u = distance(s[i], c.student_max) * it, v = distance(t[i], c.teacher_max) * it;
-        float q = exponential(u) * c.student_tempered_inverse_sum;
-        float p_teacher = exponential(v) * c.teacher_tempered_inverse_sum;
-        MixtureElement e = mixture_element<kDivergence>(p_teacher, q, u - v - c.log_sum_difference, p.teacher_share);
-        divergence += e.term;
-        centre += q * (e.potential - anchor);
-      }
+      row.add(s, t);
     }
+    divergence = row.divergence();
+    centre = row.centre();
   }
   divergence = warp_sum(divergence);
   centre = warp_sum(centre);
@@ -62,7 +116,7 @@ const char* launch_mixture_sums(const MixtureParams& p, int64_t splits, cudaStre
   const Grid grid = grid_of(p.tokens.rows, p.tokens.columns, splits);
   return with_teacher(p.teacher.dtype, [&](auto teacher) {
     using T = decltype(teacher);
-    return with_divergence(p.divergence, [&](auto divergence) -> const char* {
+    return with_divergence(p, [&](auto divergence) -> const char* {
       constexpr Divergence kDivergence = decltype(divergence)::value;
       if constexpr (kDivergence >= Divergence::kJsd)
         return launch(mixture_sums_kernel<S, T, kDivergence>, grid.blocks(), kThreads, stream, p, grid);

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from worlds import World, run_worlds
 
 import gpu_fp8
+from vcrd.megatron.fp8 import refuse_delayed_scaling
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_fp8.py"
 
@@ -50,20 +52,35 @@ def test_it_says_why_it_does_not_run(monkeypatch):
 
 def test_it_reports_the_difference_and_fails_on_what_is_not_finite():
     bf16 = {"losses": [3.0, 2.0], "gradient_norm": 1.0}
-    result = gpu_fp8.summary(bf16, {"losses": [3.0, 2.1], "gradient_norm": 1.5})
-    assert result["passed"] is True and result["relative_difference"] == pytest.approx(0.05)
+    result = gpu_fp8.summary(bf16, {"tensorwise": {"losses": [3.0, 2.1], "gradient_norm": 1.5}})
+    assert result["passed"] is True
+    assert result["fp8"]["tensorwise"]["relative_difference"] == pytest.approx(0.05)
     assert gpu_fp8.lines(result).splitlines() == [
         "bf16: loss 2.00000 nat per token, gradient norm 1",
-        "fp8: loss 2.10000 nat per token, gradient norm 1.5",
-        "difference +0.10000 nat, +5.00 %",
+        "fp8 tensorwise: loss 2.10000 nat per token, gradient norm 1.5, +0.10000 nat, +5.00 %",
     ]
     for broken in (
         {"losses": [math.nan, 2.1], "gradient_norm": 1.0},
         {"losses": [2.0], "gradient_norm": math.inf},
+        "RuntimeError: no such recipe",
     ):
-        result = gpu_fp8.summary(bf16, broken)
+        result = gpu_fp8.summary(bf16, {"tensorwise": broken})
         assert result["passed"] is False
-        assert gpu_fp8.lines(result).endswith("not every loss and gradient is finite")
+        assert gpu_fp8.lines(result).endswith("not every recipe ran, and to finite numbers")
+    assert "fp8 tensorwise: RuntimeError: no such recipe" in gpu_fp8.lines(result)
+
+
+def test_a_recipe_that_fails_is_a_line(monkeypatch):
+    def fails(recipe):
+        raise RuntimeError("not on this GPU\nand more")
+
+    monkeypatch.setattr(gpu_fp8, "measure", fails)
+    assert gpu_fp8.tried("blockwise") == "RuntimeError: not on this GPU"
+
+
+def test_no_recipe_is_one_that_a_teacher_may_not_have():
+    for recipe in gpu_fp8.RECIPES:
+        refuse_delayed_scaling(SimpleNamespace(fp8="hybrid", fp8_recipe=gpu_fp8.of_teacher(recipe)))
 
 
 def test_gpu_check_shows_its_line(monkeypatch):
