@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as xml
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -119,31 +119,39 @@ def build(seconds: float) -> tuple[dict, str]:
 def tests(seconds: float) -> tuple[dict, str]:
     if not run([sys.executable, "-c", "import pytest"], 60).ended_well:
         return {"passed": False, "how": "not run: pytest is not installed"}, "pytest is not installed"
-    with TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        # What CPU tensors give is known from elsewhere, and takes most of the time.
-        where = ["tests/loss", "tests/link/test_cuda_link.py", "tests/link/test_cuda_pairs.py"]
-        command = [sys.executable, "-m", "pytest", *where, "-q", "-k", "not cpu"]
-        outcome = run([*command, "-p", "no:cacheprovider", f"--junitxml={report}"], seconds)
-        counts = count_tests(report.read_text()) if report.exists() else {}
-    passed = outcome.ended_well and counts.get("passed_on_cuda", 0) > 0
-    text = outcome.tail(1) if passed else outcome.tail()
+    # What CPU tensors give is known from elsewhere, and takes most of the time.
+    where = ["tests/loss", "tests/link/test_cuda_link.py", "tests/link/test_cuda_pairs.py"]
+    command = [sys.executable, "-m", "pytest", *where, "-v", "-k", "not cpu", "-p", "no:cacheprovider"]
+    if run([sys.executable, "-c", "import xdist"], 60).ended_well:
+        command += ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2)))]
+    outcome = run(command, seconds)
+    counts = count_tests(outcome.output)
+    passed = outcome.ended_well and counts["passed_on_cuda"] > 0
+    failed = "".join(f"failed: {name}\n" for name in counts["failed"])
+    text = outcome.tail(1) if passed else failed + outcome.tail()
     return {**outcome.summary(), "passed": passed, **counts, "last_line": outcome.tail(1)}, text
 
 
-def count_tests(report: str) -> dict:
-    """Counts and names of what failed, from pytest's own XML."""
-    root = xml.fromstring(report)
-    keys = ("tests", "failures", "errors", "skipped")
-    counts = {key: sum(int(suite.get(key, 0)) for suite in root.iter("testsuite")) for key in keys}
-    cases = [
-        (f"{c.get('classname')}.{c.get('name')}", {child.tag for child in c}) for c in root.iter("testcase")
+# A line of `pytest -v`: the test and how it ended, or with workers how it ended and the test.
+_ENDED = re.compile(
+    r"^(?:\[gw\d+\] \[ *\d+%\] (?P<how>[A-Z]+) (?P<name>tests/.+?)"
+    r"|(?P<its_name>tests/.+?) (?P<its_how>PASSED|FAILED|ERROR|SKIPPED)\b.*)$",
+    re.MULTILINE,
+)
+
+
+def count_tests(output: str) -> dict:
+    """How many ended and how, and the names of what failed; also of a run that was cut off."""
+    found = [
+        (match["name"] or match["its_name"], match["how"] or match["its_how"])
+        for match in _ENDED.finditer(output)
     ]
-    passed = [name for name, tags in cases if not tags & {"failure", "error", "skipped"}]
+    passed = [name for name, how in found if how == "PASSED"]
     return {
-        **counts,
+        "passed_tests": len(passed),
         "passed_on_cuda": sum("[cuda" in name for name in passed),
-        "failed": [name for name, tags in cases if tags & {"failure", "error"}],
+        "skipped": sum(how == "SKIPPED" for _, how in found),
+        "failed": [name.rstrip() for name, how in found if how in ("FAILED", "ERROR")],
     }
 
 

@@ -110,18 +110,43 @@ def runs(process: int) -> bool:
 
 
 def test_counts_tests():
-    counted = gpu_check.count_tests(
-        '<testsuites><testsuite name="pytest" errors="1" failures="1" skipped="2" tests="7">'
-        '<testcase classname="tests.loss.a" name="good[cuda-bfloat16]"/>'
-        '<testcase classname="tests.loss.a" name="bad[cuda]"><failure message="x"/></testcase>'
-        '<testcase classname="tests.loss.b" name="worse"><error message="x"/></testcase>'
-        "</testsuite></testsuites>"
-    )
-    assert counted == {
-        "tests": 7,
-        "failures": 1,
-        "errors": 1,
-        "skipped": 2,
+    alone = """
+tests/loss/a.py::test_good[cuda-bfloat16] PASSED                 [ 33%]
+tests/loss/a.py::test_bad[cuda] FAILED                           [ 66%]
+tests/loss/b.py::test_worse ERROR                                [ 70%]
+tests/loss/b.py::test_left_out[a b] SKIPPED (no GPU)             [ 80%]
+tests/loss/b.py::test_cut_off
+"""
+    expected = {
+        "passed_tests": 1,
         "passed_on_cuda": 1,
-        "failed": ["tests.loss.a.bad[cuda]", "tests.loss.b.worse"],
+        "skipped": 1,
+        "failed": ["tests/loss/a.py::test_bad[cuda]", "tests/loss/b.py::test_worse"],
     }
+    assert gpu_check.count_tests(alone) == expected
+    workers = """
+tests/loss/a.py::test_good[cuda-bfloat16]
+[gw0] [ 33%] PASSED tests/loss/a.py::test_good[cuda-bfloat16]
+[gw1] [ 66%] FAILED tests/loss/a.py::test_bad[cuda]
+[gw1] [ 70%] ERROR tests/loss/b.py::test_worse
+[gw0] [100%] SKIPPED tests/loss/b.py::test_left_out[a b]
+FAILED tests/loss/a.py::test_bad[cuda] - AssertionError
+"""
+    assert gpu_check.count_tests(workers) == expected
+
+
+def test_what_failed_is_named_also_where_the_run_is_cut_off(monkeypatch):
+    def run(command, seconds, show=False, **environment):
+        if "pytest" not in command:
+            return gpu_check.Outcome(0, 0.0, "")
+        text = (
+            "tests/loss/a.py::test_bad[cuda] FAILED [ 1%]\n"
+            + "tests/loss/a.py::test_good[cuda] PASSED [ 2%]\n" * 40
+        )
+        return gpu_check.Outcome(None, seconds, text)
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    result, text = gpu_check.tests(10)
+    assert result["passed"] is False and result["how"] == "cut off by the time limit"
+    assert result["failed"] == ["tests/loss/a.py::test_bad[cuda]"] and result["passed_on_cuda"] == 40
+    assert text.startswith("failed: tests/loss/a.py::test_bad[cuda]\n")
