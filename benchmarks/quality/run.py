@@ -1,7 +1,7 @@
 """Does the calibration train better students? Methods on every task, from the same students, with the same tokens.
 
     python benchmarks/quality/run.py --out evidence                    on two cores
-    python benchmarks/quality/run.py --out evidence --config large --device cuda --jobs 14     on one H100
+    python benchmarks/quality/run.py --out evidence --config large --device cuda --jobs 13     on one H100
     python benchmarks/quality/run.py --out evidence --name variants --methods variants
     python benchmarks/quality/run.py --out mine --tasks my_tasks:sorting,my_tasks:mazes
 
