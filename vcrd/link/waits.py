@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import sub
 
-_THERE = 1e-3  # seconds; an answer that is taken faster was there
-
 
 @dataclass
 class Waits:
@@ -25,8 +23,10 @@ class Waits:
     late: int = 0
 
     @contextmanager
-    def counted(self, seconds_arriving: Callable[[], float]) -> Iterator[None]:
-        """Around the wait for one answer. seconds_arriving: how long, up to now, anything was arriving."""
+    def counted(self, there: bool, seconds_arriving: Callable[[], float]) -> Iterator[None]:
+        """Around the wait for one answer. there: whether it is complete already; seconds_arriving: how long, up to now,
+        anything was arriving.
+        """
         begun, before = time.perf_counter(), seconds_arriving()
         try:
             yield
@@ -35,7 +35,7 @@ class Waits:
             self.seconds += seconds
             self.arriving += min(seconds, seconds_arriving() - before)
             self.answers += 1
-            self.late += seconds > _THERE
+            self.late += not there
 
     @contextmanager
     def lost(self, gone: bool) -> Iterator[None]:
