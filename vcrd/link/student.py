@@ -194,7 +194,6 @@ class StudentLink:
             raise ValueError(f"number must be the next one, {self._given}, got {number}")
         if self._place.asks and number >= self._asked:
             raise ValueError(f"number must have been asked for, below {self._asked}, got {number}")
-        # By what has arrived and not by the time it takes: an idle machine may need milliseconds to wake.
         there = number < self._inbox.complete
         with self.waits.counted(there, lambda: self._inbox.seconds_arriving), span("wait", number):
             upload = self._wait_for(number)

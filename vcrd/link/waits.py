@@ -13,7 +13,8 @@ from operator import sub
 class Waits:
     """Running sums of one rank. seconds: stood still for answers. arriving: of these, while bytes of the teacher's were
     on their way in; while_lost: while no teacher was there; in the rest of them it had not begun to answer. answers:
-    how many were taken; late: of these, how many were not there when they were needed.
+    how many were taken; late: of these, how many were not there when they were needed: by what had arrived, not by the
+    time that it took, for an idle machine may need milliseconds to wake.
     """
 
     seconds: float = 0.0
