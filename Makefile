@@ -1,7 +1,9 @@
 # Everything happens inside this checkout: environments in .venv/, builds in build/. `make` lists what there is.
 PYTHON ?= python3
-# Arguments for what is run: make test ARGS="tests/test_loss.py -k jsd"
+# Arguments for what is run: make test ARGS="tests/loss -k jsd"
 ARGS ?=
+# Processes that share the tests.
+JOBS ?= 2
 
 TAG := $(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])' 2>/dev/null || echo none)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -28,11 +30,12 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench bench-link evidence estimators build lint format cuda-check cuda-home container-check gpu-check clean always
+.PHONY: help demo test test-all test-durations bench bench-link evidence estimators build lint format cuda-check cuda-home container-check gpu-check clean always
 
 help:
 	@echo "make demo     distil a real model in front of you; the first run installs and builds"
-	@echo "make test     run every test"
+	@echo "make test     run the fast tests, which find nearly every error: minutes"
+	@echo "make test-all run every test; make test-durations says where the time of the last run went"
 	@echo "make bench    time the loss beside its peers"
 	@echo "make bench-link  time a student with the link beside one with ready answers; bytes per second"
 	@echo "make evidence  train students by every method on generated problems and compare them: an hour on two cores"
@@ -48,9 +51,20 @@ help:
 demo: $(DONE)/demo $(DONE)/extension
 	@$(RUN) -m examples.demo $(ARGS)
 
-test: $(DONE)/demo $(DONE)/test $(DONE)/evidence $(DONE)/extension
-	@echo "==> running the tests with $(VENV)"
-	@$(RUN) -m pytest $(ARGS)
+# A file of tests stays in one process, for what its tests set up together. The slowest files begin first.
+PYTEST = $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --junitxml=build/tests-$(TAG).xml
+TESTS := $(DONE)/demo $(DONE)/test $(DONE)/evidence $(DONE)/extension
+
+test: $(TESTS)
+	@echo "==> running the fast tests with $(VENV)"
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(TESTS)
+	@echo "==> running every test with $(VENV)"
+	@$(PYTEST) --hypothesis-profile thorough $(ARGS)
+
+test-durations:
+	@$(PYTHON) tests/durations.py build/tests-$(TAG).xml
 
 bench: $(DONE)/bench $(DONE)/extension
 	@echo "==> timing the loss and its peers with $(VENV)"
@@ -86,7 +100,7 @@ $(DONE)/demo: $(DONE)/core requirements/demo.txt requirements/demo-no-deps.txt
 	@$(PIP) -r requirements/demo.txt && $(PIP) --no-deps -r requirements/demo-no-deps.txt && touch $@
 
 $(DONE)/test: $(DONE)/core requirements/test.txt
-	@echo "==> installing what the tests need: pytest and hypothesis"
+	@echo "==> installing what the tests need: pytest, its plugins and hypothesis"
 	@$(PIP) -r requirements/test.txt && touch $@
 
 $(DONE)/evidence: $(DONE)/core requirements/evidence.txt

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from fork_server import start_server
+from fork_server import context
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,7 @@ class Worlds:
     """Worlds that are started one after another; none outlives the block."""
 
     def __init__(self) -> None:
-        # Forked from a server that has imported torch and Megatron once and started no thread.
-        self._context = mp.get_context("forkserver")
-        start_server(["worlds_preload"])
+        self._context = context()
         self._started: list[Started] = []
 
     def __enter__(self) -> Worlds:

@@ -17,6 +17,7 @@ import emulated_build
 import pytest
 
 LOSS_TESTS = emulated_build.ROOT / "tests/loss"
+WITHOUT_KERNELS = ("test_cpu_kernels.py", "test_lanes.py", "test_cuda.py")
 
 pytestmark = pytest.mark.timeout(900)  # of which the first build takes a part
 
@@ -26,11 +27,21 @@ def module() -> Path:
     return emulated_build.build_module()
 
 
-def run(module: Path, *command: str, seconds: float) -> subprocess.CompletedProcess:
+def symbols(*files: Path) -> str:
+    nm = subprocess.run(
+        [emulated_build.compiler(), "-print-prog-name=nm"], capture_output=True, text=True, check=True
+    )
+    return subprocess.run(
+        [nm.stdout.strip(), "-C", *files], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def run(module: Path, *command: str, seconds: float, **variables: str) -> subprocess.CompletedProcess:
     environment = {
         **emulated_build.environment(),
         "VCRD_TEST_MODULE": str(module),
-        "PYTHONPATH": str(emulated_build.ROOT),
+        "PYTHONPATH": f"{emulated_build.ROOT}:{LOSS_TESTS}",
+        **variables,
     }
     return subprocess.run(
         [sys.executable, *command],
@@ -42,19 +53,47 @@ def run(module: Path, *command: str, seconds: float) -> subprocess.CompletedProc
     )
 
 
-def test_the_tests_of_the_loss_pass_on_emulated_cuda_kernels(module):
-    done = run(module, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(LOSS_TESTS), seconds=800)
+def run_tests(module: Path, *files: str, seconds: float, **variables: str) -> int:
+    """How many of these tests of the loss ran on the emulated kernels; all passed and none was skipped."""
+    paths = [str(LOSS_TESTS / file) for file in files]
+    done = run(module, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths, seconds=seconds, **variables)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    # Left out are those about the CPU kernels, and nothing else.
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert int(passed[1]) >= 150 and "skipped" not in done.stdout, done.stdout[-3000:]
+    assert "skipped" not in done.stdout, done.stdout[-3000:]
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+def test_every_kernel_is_right_under_the_sanitizers(module, tmp_path):
+    """Every form of the loss in every type: no instance of a kernel stays without a launch."""
+    launches = tmp_path / "launches"
+    run_tests(
+        module, "test_every_form.py", "test_encode.py", seconds=400, VCRD_EMULATION_LAUNCHES=str(launches)
+    )
+    launched = {int(line, 16) for line in launches.read_text().split()}
+    kernels = {
+        name: int(address, 16)
+        for address, name in re.findall(
+            r"^(\w+) \w ((?:void )?vcrd::cuda::.*_kernel.*\).*)$", symbols(module), re.M
+        )
+        if " (." not in name and "::of_" not in name
+    }
+    assert len(kernels) > 100
+    missed = sorted(name for name, address in kernels.items() if address not in launched)
+    assert not missed, "\n".join(missed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted(path.name for path in LOSS_TESTS.glob("test_*.py")))
+def test_the_tests_of_the_loss_pass_on_emulated_cuda_kernels(module, file):
+    """Left out are those about the CPU kernels, and those that need a GPU."""
+    if file in WITHOUT_KERNELS:
+        pytest.skip(f"{file} has no test for emulated kernels")
+    assert run_tests(module, file, seconds=800)
 
 
 def test_a_read_past_a_tensor_is_found(module):
     """Planted: tensors of 1001 columns on the memory of 1000."""
     script = """
-import ctypes, sys
-sys.path.insert(0, "tests/loss")
+import ctypes
 import kernels_under_test
 import torch
 from vcrd import vocab_parallel_divergence
@@ -74,7 +113,7 @@ vocab_parallel_divergence(lying(student), lying(teacher))
 
 
 def test_the_emulated_module_is_the_one_that_is_tested(module):
-    script = "import sys; sys.path.insert(0, 'tests/loss'); import kernels_under_test as k; k.check(); "
+    script = "import kernels_under_test as k; k.check(); "
     script += "from vcrd import ops; print(ops._C.__file__, ops._C.with_cuda)"
     done = run(module, "-c", script, seconds=120)
     assert done.stdout.split() == [str(module), "True"], done.stdout + done.stderr
@@ -82,11 +121,7 @@ def test_the_emulated_module_is_the_one_that_is_tested(module):
 
 def test_every_shared_variable_is_watched(module):
     """In a template or inline function that other files may share, g++ gives one neither redzones nor its section."""
-    nm = subprocess.run(
-        [emulated_build.compiler(), "-print-prog-name=nm"], capture_output=True, text=True, check=True
-    )
-    objects = emulated_build.kernel_objects()
-    listed = subprocess.run([nm.stdout.strip(), "-C", *objects], capture_output=True, text=True, check=True)
-    assert "::of_warps" in listed.stdout
-    shared_with_others = re.findall(r"^.* [uVv] vcrd::cuda::.*\).*$", listed.stdout, re.M)
+    listed = symbols(*emulated_build.kernel_objects())
+    assert "::of_warps" in listed
+    shared_with_others = re.findall(r"^.* [uVv] vcrd::cuda::.*\).*$", listed, re.M)
     assert not shared_with_others, "declare it in the kernel:\n" + "\n".join(shared_with_others)

@@ -1,15 +1,22 @@
-"""Runs `python -m vcrd doctor` as a user does: real processes, one or several, as srun starts them."""
+"""Runs `python -m vcrd doctor` in processes of its own, one or several, as srun starts them.
+
+`start` begins a fresh interpreter, as a user does. `Forked` is the same command in a process that has imported torch
+and Megatron already, which is most of the time that a fresh one takes.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fork_server import context
 from ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -59,13 +66,87 @@ def start(options: Sequence[str], variables: Mapping[str, str], **more) -> subpr
     return subprocess.Popen(command, env=dict(variables), **{"cwd": ROOT, **pipes, **more})
 
 
-def ended(process: subprocess.Popen) -> Ended:
+def _nothing() -> None:
+    pass
+
+
+class Forked:
+    """The command in a process from the fork server: as much of a Popen as `ended` needs."""
+
+    def __init__(
+        self,
+        options: Sequence[str],
+        variables: Mapping[str, str],
+        cwd: Path = ROOT,
+        path: Sequence[Path] = (),
+        before: Callable[[], None] = _nothing,
+    ) -> None:
+        """path: folders with packages, before all others. before: a module's function that the process calls first."""
+        self._output = tempfile.TemporaryDirectory()
+        arguments = (list(options), dict(variables), str(cwd), [*map(str, path)], before, self._output.name)
+        self._process = context().Process(target=_run_command, args=arguments, daemon=True)
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        self._process.join(timeout)
+        if self._process.is_alive():
+            raise subprocess.TimeoutExpired("vcrd doctor", timeout)
+        out, err = ((Path(self._output.name) / name).read_text() for name in ("out", "err"))
+        return out, err
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> None:
+        self._process.join()
+        self._output.cleanup()
+
+
+def _run_command(
+    options: list[str],
+    variables: dict[str, str],
+    cwd: str,
+    path: list[str],
+    before: Callable[[], None],
+    folder: str,
+) -> None:
+    for descriptor, name in ((1, "out"), (2, "err")):
+        file = os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY)
+        os.dup2(file, descriptor)
+        os.close(file)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(cwd)
+    sys.path[:0] = path
+    importlib.invalidate_caches()
+    import torch
+
+    torch.set_num_threads(1)
+    before()
+    from vcrd.__main__ import main
+
+    status = main(["doctor", *options])
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def ended(process: subprocess.Popen | Forked) -> Ended:
     try:
         out, err = process.communicate(timeout=SECONDS)
     finally:
         process.kill()
         process.wait()
     return Ended(process.returncode, out, err)
+
+
+def forked(*options: str, variables: Mapping[str, str] | None = None, **more) -> Ended:
+    return ended(Forked(options, environment() if variables is None else variables, **more))
 
 
 def run(*options: str, variables: Mapping[str, str] | None = None, **more) -> Ended:
@@ -89,7 +170,7 @@ def slurm(rank: int, nodes: Sequence[str], port: int) -> dict[str, str]:
 
 
 class Step:
-    """A job step of one task on each node. `each` may change a rank's environment, folder or options."""
+    """A job step of one task on each node. `each` may change what a rank's `Forked` is given."""
 
     def __init__(
         self, nodes: Sequence[str], *options: str, each: Mapping[int, dict] | None = None, absent=()
@@ -100,10 +181,8 @@ class Step:
             if rank in absent:
                 continue
             changes = dict((each or {}).get(rank, {}))
-            path = changes.pop("path", ())
             variables = {**slurm(rank, nodes, port), **_NETWORK, **changes.pop("variables", {})}
-            variables = environment(path, **variables)
-            self.processes[rank] = start([*options, "--json"], variables, **changes)
+            self.processes[rank] = Forked([*options, "--json"], environment(**variables), **changes)
         self.port = port
 
     def __enter__(self) -> Step:

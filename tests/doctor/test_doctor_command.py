@@ -17,7 +17,7 @@ from contextlib import closing
 
 import pytest
 import wrong_apex
-from doctor_runs import ROOT, ended, environment, run, start
+from doctor_runs import ROOT, ended, environment, forked, run, start
 from ports import free_port
 from waiting import wait_until
 
@@ -30,14 +30,15 @@ def test_a_machine_with_five_faults_has_five_red_lines_and_no_more(tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         (tmp_path / "file").touch()
+        packages = [wrong_apex.install(tmp_path / "packages")]
         variables = environment(
-            [wrong_apex.install(tmp_path / "packages")],
             VCRD_ADDRESS=f"127.0.0.1:{port}",
             VCRD_SHARPNES="2",
             NCCL_SOCKET_IFNAME="ib7",
         )
-        got = run("--json", "--run-dir", str(tmp_path / "file" / "run"), variables=variables)
-        text = run("--run-dir", str(tmp_path / "file" / "run"), variables=variables)
+        options = ("--run-dir", str(tmp_path / "file" / "run"))
+        got = forked("--json", *options, variables=variables, path=packages)
+        text = forked(*options, variables=variables, path=packages)
     assert got.status == text.status == 1
     found = {finding["name"]: finding for finding in got.faults}
     assert (
@@ -153,7 +154,7 @@ def test_a_good_machine_exits_with_0_and_says_what_it_could_not_check(tmp_path):
     assert len(starts) == 1
 
 
-@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("columns", [80, pytest.param(200, marks=pytest.mark.slow)])
 def test_on_a_terminal_lines_are_broken_and_no_word_is_lost(tmp_path, columns):
     import fcntl
     import struct
@@ -245,7 +246,7 @@ def test_a_launcher_s_variable_that_is_none_is_named():
 
 def test_alone_the_link_is_measured_over_this_node_s_own_tcp():
     variables = environment(VCRD_ADDRESS=f"127.0.0.1:{free_port()}")
-    got = run(
+    got = forked(
         "--json", "--student", "tp=2,dp=2", "--teacher", "tp=1", "--seconds", "0.3", variables=variables
     )
     assert got.status == 0, got

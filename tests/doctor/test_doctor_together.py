@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from doctor_runs import ROOT, SECONDS, Step, ended, environment, slurm, start
+from doctor_runs import ROOT, SECONDS, Step, environment, forked, slurm
+from fork_server import context
 from ports import free_port
 from waiting import wait_until
 
 from vcrd.doctor import environment as environment_checks
 from vcrd.doctor import examination
+from vcrd.doctor.files import Shared
 from vcrd.doctor.findings import Finding, fact, fault, ok
 from vcrd.doctor.job import Job
+from vcrd.doctor.meeting import Meeting
 from vcrd.doctor.merge import merged
 from vcrd.doctor.world import World, expand, world_of
 from vcrd.planning.catalogue import GPUS, MODELS
@@ -63,23 +67,26 @@ def test_differences_between_nodes_are_red_lines_that_name_them(tmp_path):
     assert [list((tmp_path / node / "run").iterdir()) for node in ("common", "own")] == [[], []]
 
 
-LEAVES = """
-import os
-from vcrd.doctor.meeting import Meeting
-from vcrd.doctor.world import world_of
-Meeting(world_of(os.environ), 60).gather({"node": "b3", "token": ""})
-os.kill(os.getpid(), 9)
-"""
+def look_at_little() -> None:
+    """Checks take seconds of a busy machine, and the shorter time-outs are, the shorter is the test."""
+    examination._FIRST = examination._THEN = ()
+
+
+def join_and_be_killed(variables: dict[str, str]) -> None:
+    Meeting(world_of(variables), 60).gather({"node": "b3", "token": ""})
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_rank_that_never_comes_and_one_that_is_killed_are_named(tmp_path):
     nodes = (*NODES, "b4")
     options = ("--run-dir", str(tmp_path), "--student", "tp=2", "--teacher", "tp=2", "--seconds", "0.5")
-    with Step(nodes, *options, "--timeout", "20", absent=[2, 3]) as step:
-        variables = environment(**slurm(2, nodes, step.port))
-        lost = subprocess.run([sys.executable, "-c", LEAVES], env=variables, cwd=ROOT, timeout=SECONDS)
+    each = {rank: {"before": look_at_little} for rank in (0, 1)}
+    with Step(nodes, *options, "--timeout", "6", each=each, absent=[2, 3]) as step:
+        lost = context().Process(target=join_and_be_killed, args=(slurm(2, nodes, step.port),))
+        lost.start()
         got = step.ended()[0]
-    assert lost.returncode == -signal.SIGKILL and got.status == 1
+        lost.join(SECONDS)
+    assert lost.exitcode == -signal.SIGKILL and got.status == 1, got
     found = [finding["found"] for finding in got.faults if finding["name"] == "processes"]
     assert found == [
         "rank 3 did not come, b4 with all of its own",
@@ -93,12 +100,13 @@ def test_a_rank_that_never_comes_and_one_that_is_killed_are_named(tmp_path):
     )
 
 
+def hang_at_the_shared_folder() -> None:
+    Shared.look = lambda *_: time.sleep(600)
+
+
 def test_where_rank_0_is_lost_nothing_stays_in_the_shared_folder(tmp_path):
     options = ("--run-dir", str(tmp_path), "--timeout", "20")
-    (hangs := tmp_path.parent / "hangs").mkdir()
-    text = "import time\nfrom vcrd.doctor.files import Shared\nShared.look = lambda *_: time.sleep(600)\n"
-    (hangs / "sitecustomize.py").write_text(text)
-    with Step(("b1", "b2"), *options, each={0: {"path": [hangs]}}) as step:
+    with Step(("b1", "b2"), *options, each={0: {"before": hang_at_the_shared_folder}}) as step:
         wait_until(lambda: len(list(tmp_path.glob(".vcrd-doctor-*-*"))) == 2, 120, "both have written")
         step.processes[0].kill()
         got = step.ended()[1]
@@ -108,11 +116,10 @@ def test_where_rank_0_is_lost_nothing_stays_in_the_shared_folder(tmp_path):
 
 def test_without_rank_0_a_process_says_so_and_ends():
     variables = environment(**slurm(1, ("b1", "b2"), free_port()))
-    # Long enough to import torch on a busy machine, which is within the limit as well.
-    got = ended(start(["--timeout", "10"], variables))
+    got = forked("--timeout", "2", variables=variables)
     assert got.status == 1 and not got.out
     assert re.match(
-        r"python -m vcrd doctor: rank 0 is not reached at 127\.0\.0\.1:\d+ from b2 within 10 seconds", got.err
+        r"python -m vcrd doctor: rank 0 is not reached at 127\.0\.0\.1:\d+ from b2 within 2 seconds", got.err
     )
     assert got.err.count("\n") == 1
 
@@ -125,12 +132,13 @@ def test_where_rank_0_cannot_listen_it_says_so_and_looks_at_its_own_node():
         taken.bind(("", 0))
         taken.listen()
         variables = environment(**slurm(0, ("b1", "b2"), taken.getsockname()[1]), GLOO_SOCKET_IFNAME="lo")
-        got = ended(start(["--timeout", "60", "--json"], variables))
+        got = forked("--timeout", "60", "--json", variables=variables)
     line = got.line("processes")
     assert got.status == 1 and "the other 1 could not be asked: rank 0 cannot listen at" in line["found"]
     assert got.line("kernels")["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_under_torchrun_there_is_one_table():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "vcrd", "doctor", "--student", "tp=1", "--teacher", "tp=1", "--seconds", "0.3"]

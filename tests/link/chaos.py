@@ -20,7 +20,7 @@ from pathlib import Path
 if __name__ == "__main__":  # also in the processes that it starts, which import it by name
     sys.path.append(str(Path(__file__).parents[1]))
 
-from link_jobs import CONTEXT, Jobs, Layout
+from link_jobs import Jobs, Layout
 from ports import free_port
 from rejoin_jobs import run_student, run_teacher, settings_for
 
@@ -62,7 +62,7 @@ def weights_after(student: Layout, given: argparse.Namespace, kills: int) -> lis
     """The digest of each rank's final weights."""
     dice = random.Random(given.seed)
     settings = settings_for(free_port(), payload=given.payload)
-    allowed = CONTEXT.Value("i", given.steps)
+    allowed = context().Value("i", given.steps)
     names = [f"student{rank}" for rank in range(student.students)]
     with tempfile.TemporaryDirectory() as folder, Jobs(Path(folder)) as jobs:
         replicas = [Replica(jobs, student, settings, replica, dice) for replica in range(given.replicas)]

@@ -6,7 +6,6 @@ exception ends it as it would end a script: traceback, exit status 1.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -20,12 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from fork_server import context
 from ports import free_port
 
 from vcrd.link import LinkSettings, StudentLink, TeacherLink
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "vcrd.link"])
 
 
 @dataclass
@@ -120,7 +117,7 @@ class Jobs:
             process.join(10)
 
     def start(self, name: str, target, *args) -> None:
-        process = CONTEXT.Process(target=_run, args=(str(self.folder / name), target, args), name=name)
+        process = context().Process(target=_run, args=(str(self.folder / name), target, args), name=name)
         process.start()
         self.processes[name] = process
 

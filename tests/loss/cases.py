@@ -160,6 +160,21 @@ def assert_stats(stats: vcrd.DivergenceStats, expected: dict[str, Tensor], toler
         assert torch.equal(getattr(stats, name), expected[name]), name
 
 
+def assert_matches(
+    case: Case, stats: vcrd.DivergenceStats, gradient: Tensor, tolerance: float = 2e-6
+) -> None:
+    """Statistics and gradient are the reference's, the gradient as exact as its type can hold, and padding has none."""
+    expected, expected_gradient = case.expected()
+    assert_stats(stats, expected, tolerance)
+    assert (gradient[..., case.vocab :] == 0).all(), "padding must have zero gradient"
+    if gradient.dtype == torch.float32:
+        assert relative_error(gradient, expected_gradient) <= 1e-5, case
+    else:
+        # The best that the dtype can hold, and a float32 value on the other side of a rounding boundary.
+        best = (expected_gradient.to(gradient.dtype).double() - expected_gradient).abs()
+        assert ((gradient.double() - expected_gradient).abs() <= best + 1e-6).all(), case
+
+
 def product_of_cases() -> list[Case]:
     """Every divergence at every temperature, over sizes that divide nothing and all scales, in turn."""
     shapes = [((1,), 1), ((3,), 2), ((2, 3), 511), ((5,), 512), ((1,), 1037), ((7,), 1531), ((2, 1, 2), 63)]

@@ -1,14 +1,8 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import kernels_under_test
 import pytest
 import torch
-
-# At the end: a folder of tests must not come before the package of the same name.
-sys.path.append(str(Path(__file__).parents[1]))
 
 # Emulated CUDA kernels read CPU tensors. Asked for here and not where processes are forked from: a process that has
 # looked for a GPU has no working CUDA in its forks.

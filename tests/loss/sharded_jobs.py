@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import Case, assert_stats, backward, call, coded, decoded, on_cpu, product_of_cases
-from fork_server import start_server
+from fork_server import context
 from torch import Tensor
 
 import vcrd
@@ -25,8 +25,7 @@ from vcrd import reference
 
 def spawn(job, size: int, folder: Path, device: torch.device) -> None:
     """Runs job(rank, device) on `size` ranks of one gloo group; any rank's failure fails the caller."""
-    # Forked from a server that has imported torch once: each process of a plain spawn would import it anew.
-    start_server(["torch", "kernels_under_test", "vcrd.loss"])
+    context()  # starts the server of forks
     arguments = (job, size, str(folder / "store"), str(device))
     mp.start_processes(_rank, arguments, nprocs=size, start_method="forkserver")
 

@@ -1,10 +1,7 @@
-"""The modules of benchmarks/quality import each other as they do when they run."""
+"""What needs a GPU is collected only where there is one."""
 
-import sys
-from pathlib import Path
+from __future__ import annotations
 
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "quality"))
 
 collect_ignore = [] if torch.cuda.is_available() else ["test_device.py"]

@@ -1,8 +1,12 @@
 // The host's side: launches, errors, a device with few multiprocessors.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <set>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -71,6 +75,21 @@ inline bool is_valid(const cudaLaunchConfig_t& config) {
          threads >= 1 && threads <= kMostThreads && block.z <= 64;
 }
 
+// Which kernels were launched: each once, as its place in the module, in the file that VCRD_EMULATION_LAUNCHES names.
+inline void note_launch(void* kernel) {
+  static const char* path = std::getenv("VCRD_EMULATION_LAUNCHES");
+  if (!path) return;
+  static std::mutex mutex;
+  static std::set<void*> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Dl_info module;
+  if (!known.insert(kernel).second || !dladdr(kernel, &module)) return;
+  if (std::FILE* file = std::fopen(path, "a")) {
+    std::fprintf(file, "%zx\n", size_t(static_cast<char*>(kernel) - static_cast<char*>(module.dli_fbase)));
+    std::fclose(file);
+  }
+}
+
 }  // namespace vcrd_emulation
 
 template <class... Expected, class... Given>
@@ -80,6 +99,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return failed(cudaErrorInvalidConfiguration, "emulated CUDA: invalid configuration of a launch");
   if (config->dynamicSmemBytes)
     return failed(cudaErrorInvalidValue, "emulated CUDA: dynamic shared memory is not emulated");
+  note_launch(reinterpret_cast<void*>(kernel));
   struct Call {
     void (*kernel)(Expected...);
     std::tuple<Expected...> arguments;

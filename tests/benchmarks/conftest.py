@@ -1,6 +1,0 @@
-"""The scripts in benchmarks/ import each other as they do when they run."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))

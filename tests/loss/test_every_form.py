@@ -1,0 +1,51 @@
+"""Every divergence with every pair of types and every form of the teacher, against the float64 reference: many, small.
+
+On emulated CUDA kernels these cases launch every instance of every kernel; tests/cuda_emulation counts them.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from cases import Case, assert_matches, run
+from forms import HiddenCase, TopKCase
+
+from vcrd.layout import DIVERGENCES
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A beta of 1/2 has kernels of its own.
+SETTINGS = [*((name, {}) for name in DIVERGENCES), ("jsd", {"beta": 0.3})]
+
+
+@pytest.mark.parametrize(("divergence", "settings"), SETTINGS)
+def test_logits_and_codes(device, divergence, settings):
+    for number, (student, teacher) in enumerate(product(DTYPES, [*DTYPES, torch.uint8])):
+        for temperature in (1.0, 2.0):
+            case = Case(
+                *((3,), 203, 2, 3, divergence, temperature),
+                student_dtype=student,
+                teacher_dtype=teacher,
+                with_mask=number % 2 == 0,
+                seed=number,
+                settings=settings,
+            )
+            assert_matches(case, *run(case, device, inplace_gradient=number % 3 == 0))
+
+
+@pytest.mark.parametrize(("divergence", "settings"), SETTINGS)
+def test_one_row_of_many_columns(device, divergence, settings):
+    """On a GPU several blocks read it, and what each found is combined."""
+    case = Case((1,), 16391, 3, 1, divergence, 0.7, 5.0, torch.bfloat16, torch.float16, settings=settings)
+    assert_matches(case, *run(case, device))
+
+
+@pytest.mark.parametrize(("divergence", "settings"), SETTINGS)
+def test_the_top_k_and_hidden_states(device, divergence, settings):
+    for number, dtype in enumerate(DTYPES):
+        shape = dict(divergence=divergence, student_dtype=dtype, seed=number, settings=settings)
+        topk = TopKCase((5,), 203, 2, 0, with_mask=number % 2 == 0, k=8, **shape)
+        assert_matches(topk, *run(topk, device))
+        hidden = HiddenCase((5,), 203, 2, 3, temperature=2.0, teacher_dtype=dtype, **shape)
+        assert_matches(hidden, *run(hidden, device), tolerance=5e-6)
