@@ -20,6 +20,7 @@ from pathlib import Path
 if __name__ == "__main__":  # also in the processes that it starts, which import it by name
     sys.path.append(str(Path(__file__).parents[1]))
 
+from fork_server import context
 from link_jobs import Jobs, Layout
 from ports import free_port
 from rejoin_jobs import run_student, run_teacher, settings_for

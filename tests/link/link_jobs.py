@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -105,7 +106,7 @@ class Jobs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.processes: dict[str, multiprocessing.Process] = {}
+        self.processes: dict[str, BaseProcess] = {}
 
     def __enter__(self) -> Jobs:
         return self
