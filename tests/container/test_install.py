@@ -46,6 +46,7 @@ def test_an_nvidia_image_keeps_what_it_has_and_gets_what_it_lacks(base, pins, tm
     }
 
 
+@pytest.mark.slow
 def test_another_megatron_core_is_replaced_by_the_pin(base, pins, tmp_path):
     nvidia_base(base, tmp_path)
     base.has(wheel(tmp_path, "megatron-core", "0.15.0", ["torch"]))
@@ -54,6 +55,7 @@ def test_another_megatron_core_is_replaced_by_the_pin(base, pins, tmp_path):
     assert base.versions()["megatron-core"] == offered["megatron-core"]
 
 
+@pytest.mark.slow
 def test_build_tools_that_are_too_old_are_replaced(base, pins, tmp_path):
     nvidia_base(base, tmp_path)
     base.has(wheel(tmp_path, "pybind11", "2.10.0"))
@@ -82,6 +84,7 @@ def test_a_megatron_core_that_wants_another_torch_is_refused(base, pins, tmp_pat
     assert base.versions()["torch"] == has["torch"]
 
 
+@pytest.mark.slow
 def test_a_package_that_brings_files_of_torch_is_noticed(base, pins, tmp_path):
     nvidia_base(base, tmp_path)
     offer_all(base, pins)

@@ -112,6 +112,7 @@ def megatron_logits(cache: Path, kept: tuple[int, ...], tokens: torch.Tensor) ->
     )
 
 
+@pytest.mark.slow
 def test_teacher_of_two_stages_gives_the_real_logits(real, demo_cache):
     tokens, full, _ = real
     (ranks,) = run_worlds(
@@ -120,6 +121,7 @@ def test_teacher_of_two_stages_gives_the_real_logits(real, demo_cache):
     torch.testing.assert_close(ranks[1], full, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_student_of_three_tensor_ranks_gives_the_shallow_models_logits(real, demo_cache):
     tokens, _, shallow = real
     (ranks,) = run_worlds(World(megatron_logits, 3, tensor=3, arguments=(demo_cache, KEPT_LAYERS, tokens)))

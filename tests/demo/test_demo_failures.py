@@ -76,6 +76,7 @@ def test_a_killed_teacher_ends_the_demo_with_one_sentence(running):
     wait_until(lambda: not list(processes_of(output)), 5, "the end of all processes")
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_takes_everything_with_it(running):
     demo, output = running
     demo.kill()
@@ -83,6 +84,7 @@ def test_a_killed_launcher_takes_everything_with_it(running):
     wait_until(lambda: not list(processes_of(output)), 40, "the end of all processes")
 
 
+@pytest.mark.slow
 def test_a_signal_is_passed_on(running):
     demo, output = running
     demo.terminate()

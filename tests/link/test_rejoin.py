@@ -49,6 +49,7 @@ def await_step(jobs: Jobs, name: str, step: int) -> None:
     jobs.await_output(name, f"step {step}\n")
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(tmp_path):
     """Of one rank, then of the whole job; also before it has joined. What comes back may be laid out otherwise."""
     layout = Layout(student_tensor=2, teacher_tensor=2, pipeline=1, vocab=51, student_padded=52)
@@ -231,6 +232,7 @@ def resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
+@pytest.mark.slow
 def test_twenty_deaths_leave_nothing_behind(tmp_path):
     settings = settings_for(free_port())
     with Jobs(tmp_path) as jobs:

@@ -75,7 +75,8 @@ def test_more_silent_connections_than_there_is_room_for_keep_nobody_out(monkeypa
         silent = [socket.create_connection(listener.address) for _ in range(100)]
         connection, _ = dial(listener.address, "", {}, LONG)
         connection.close()
-        assert link_threads().count("vcrd-link-greeting") <= 17
+        # A greeting whose connection was closed for another ends when its thread next runs.
+        wait_until(lambda: link_threads().count("vcrd-link-greeting") <= 17, LONG, "room was made")
         for sock in silent:
             sock.close()
 

@@ -40,8 +40,13 @@ def test_the_kernels_run_on_torchs_threads():
     )
 
 
+FEW = ("test_every_form.py",)
+MANY = ("test_divergence.py", "test_rows.py", "test_lanes.py")
+
+
+@pytest.mark.parametrize("names", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 @pytest.mark.parametrize("instruction_set", ["generic", "avx2"])
-def test_every_instruction_set_passes_these_tests(instruction_set):
+def test_every_instruction_set_passes_these_tests(instruction_set, names):
     chosen = {**os.environ, "VCRD_CPU_INSTRUCTION_SET": instruction_set}
     used = subprocess.run(
         [sys.executable, "-c", "from vcrd import ops; print(ops._C.cpu_instruction_set)"],
@@ -52,7 +57,6 @@ def test_every_instruction_set_passes_these_tests(instruction_set):
     )
     if used.stdout.strip() != instruction_set:
         pytest.skip(f"this processor has no {instruction_set}")
-    names = ("test_divergence.py", "test_rows.py", "test_lanes.py")
     files = [str(Path(__file__).with_name(name)) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not cuda", *files]
     inner = subprocess.run(command, env=chosen, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import pytest
 from sharded_jobs import spawn
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_values_and_gradients_match_the_reference(device, size, tmp_path):
     spawn(jobs.everything, size, tmp_path, device)
 

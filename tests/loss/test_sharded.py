@@ -6,7 +6,7 @@ import pytest
 import sharded_jobs as jobs
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_values_and_gradients_match_the_reference(device, size, tmp_path):
     jobs.spawn(jobs.everything, size, tmp_path, device)
 
@@ -23,7 +23,7 @@ def test_misaligned_teacher_shards_are_refused(device, tmp_path):
     jobs.spawn(jobs.misaligned_padding, 2, tmp_path, device)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_mean_normalisation_over_ranks(device, size, tmp_path):
     jobs.spawn(jobs.mean_over_ranks, size, tmp_path, device)
 
@@ -32,5 +32,6 @@ def test_two_groups_in_one_world(device, tmp_path):
     jobs.spawn(jobs.independent_groups, 4, tmp_path, device)
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager(device, tmp_path):
     jobs.spawn(jobs.compiled, 2, tmp_path, device)

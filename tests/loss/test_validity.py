@@ -163,7 +163,7 @@ def test_scores_per_step_are_indexed_by_the_step():
 
 
 # The device stays the same from example to example.
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**31),
     tokens=st.integers(1, 40),

@@ -69,6 +69,7 @@ def test_every_method_trains_a_student_of_each_seed_on_each_task(results):
     assert "runs in" in said
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_results(results, tmp_path):
     """Of some methods, which are then alone in their stacks."""
     folder, _ = results
@@ -89,6 +90,7 @@ def test_the_same_command_gives_the_same_results(results, tmp_path):
     assert few == {key: value for key, value in of(whole, TRACES).items() if key in few}
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_it_was_stopped(results, tmp_path):
     folder, _ = results
     whole = json.loads((folder / "tiny.json").read_text())
