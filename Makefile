@@ -53,7 +53,7 @@ demo: $(DONE)/demo $(DONE)/extension
 
 # A file of tests stays in one process, for what its tests set up together. The slowest files begin first.
 PYTEST = $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --junitxml=build/tests-$(TAG).xml
-TESTS := $(DONE)/demo $(DONE)/test $(DONE)/evidence $(DONE)/extension
+TESTS := $(DONE)/demo $(DONE)/test $(DONE)/evidence $(DONE)/extension $(DONE)/emulation
 
 test: $(TESTS)
 	@echo "==> running the fast tests with $(VENV)"
@@ -119,6 +119,11 @@ $(DONE)/extension: $(DONE)/core $(EXTENSION_SOURCES) $(if $(BUILT),,always)
 	@$(RUN) setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; echo "vcrd: the extension did not build; the compiler's words are above"; exit 1; }
 	@sed -n '/^vcrd._C built/,$$p' $(VENV)/build.log
 	@echo "$(CURDIR)" > "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vcrd.pth" && touch $@
+
+# What of it does not depend on the Python is compiled once for all of them, in build/emulation.
+$(DONE)/emulation: $(DONE)/core $(EXTENSION_SOURCES) $(shell find tests/cuda_emulation -type f -not -path '*/__pycache__/*' 2>/dev/null)
+	@echo "==> compiling the CUDA kernels for the CPU, under the sanitizers that the tests run them with"
+	@$(RUN) tests/cuda_emulation/emulated_build.py >/dev/null && touch $@
 
 $(LINT)/.done: requirements/lint.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "vcrd: $(PYTHON) cannot create environments (on Debian: apt-get install python3-venv)"; exit 1; }

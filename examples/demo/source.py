@@ -7,6 +7,7 @@ model.safetensors (float32, Hugging Face names), shape.json, tokenizer.json, pro
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -26,11 +27,19 @@ _FORMAT = "2"  # of the cache; raise it when what is written changes
 
 
 def prepare(cache: Path) -> None:
-    """Fills the cache folder unless it is complete; about 25 seconds and 1.3 GB of memory the first time."""
-    done = cache / "complete"
-    if done.exists() and done.read_text() == _FORMAT:
-        return
+    """Fills the cache folder unless it is complete; about 25 seconds and 1.3 GB of memory the first time.
+
+    Of several processes that call it at once, one fills the folder and the others wait for that.
+    """
     cache.parent.mkdir(parents=True, exist_ok=True)
+    with open(cache.with_name(f"{cache.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = cache / "complete"
+        if not done.exists() or done.read_text() != _FORMAT:
+            _fill(cache)
+
+
+def _fill(cache: Path) -> None:
     # Written aside and renamed, so that a run that was killed leaves no half-written cache.
     folder = Path(tempfile.mkdtemp(prefix=cache.name, dir=cache.parent))
     try:
