@@ -123,7 +123,8 @@ $(DONE)/extension: $(DONE)/core $(EXTENSION_SOURCES) $(if $(BUILT),,always)
 # What of it does not depend on the Python is compiled once for all of them, in build/emulation.
 $(DONE)/emulation: $(DONE)/core $(EXTENSION_SOURCES) $(shell find tests/cuda_emulation -type f -not -path '*/__pycache__/*' 2>/dev/null)
 	@echo "==> compiling the CUDA kernels for the CPU, under the sanitizers that the tests run them with"
-	@$(RUN) tests/cuda_emulation/emulated_build.py >/dev/null && touch $@
+	@$(RUN) tests/cuda_emulation/emulated_build.py > $(VENV)/emulation.log 2>&1 || { cat $(VENV)/emulation.log; exit 1; }
+	@touch $@
 
 $(LINT)/.done: requirements/lint.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "vcrd: $(PYTHON) cannot create environments (on Debian: apt-get install python3-venv)"; exit 1; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,15 +13,18 @@ import pytest
 import torch
 from link_jobs import Layout, connected
 from ports import free_port
+from waiting import wait_until
 
-from vcrd.link import LinkSettings, TeacherLink, host_rendezvous
+from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_rendezvous
 from vcrd.link.connection import Connection
+from vcrd.link.waits import Waits
 from vcrd.megatron.ranks import Row, by_replica
 from vcrd.starvation import Setup, Wait, cause, idle_sentence, sentence
 
 SETUP = Setup("float16", 75968, 64, 1.0, credits=2, ahead=None, replicas=2, data_ranks=8)
 SLOW = Wait(1, share=0.31, arriving=0.02, while_lost=0.0, late=0.9, bytes_per_second=3e8)
 ANSWERS = 6
+LONG = 60.0
 
 
 @contextmanager
@@ -36,70 +40,80 @@ def link(**settings):
         rendezvous.close()
 
 
-def serve(teacher: TeacherLink, seconds: float = 0.0) -> None:
+def serve(teacher: TeacherLink, before_each: Callable[[], None] = lambda: None) -> None:
     while (requests := teacher.next_batch(1)) is not None:
-        time.sleep(seconds)
+        before_each()
         for request in requests:
             teacher.respond(request, torch.zeros(16, 4, Layout().teacher_padded))
 
 
-def waits(student, think: float = 0.0):
-    """What a student waited that thinks so long between two answers."""
+def waits(student: StudentLink, before_each: Callable[[int], None] = lambda number: None) -> Waits:
+    """What a student waited for its answers. before_each: what it does between a request and the wait for that."""
     for number in range(ANSWERS):
         student.request(torch.zeros(4, 16, dtype=torch.long))
-        time.sleep(think)
+        before_each(number)
         student.receive(number)
     return student.waits
 
 
 def test_a_slow_teacher_is_not_taken_for_a_slow_network():
+    asked = threading.Semaphore(0)
+
+    def think() -> None:
+        asked.acquire()  # the student is about to wait
+        time.sleep(0.2)
+
     with link() as (_, student, teacher), ThreadPoolExecutor(1) as pool:
-        serving = pool.submit(serve, teacher, 0.2)
-        found = waits(student)
+        serving = pool.submit(serve, teacher, think)
+        found = waits(student, lambda number: asked.release())
         student.close()
         serving.result()
-    assert found.seconds > 0.19 * ANSWERS and found.answers == found.late == ANSWERS
+    assert found.seconds > 0.1 * ANSWERS and found.answers == found.late == ANSWERS
     assert found.arriving < 0.5 * found.seconds and found.while_lost == 0
     assert found.seconds == student.waited
 
 
 def test_a_slow_network_is_not_taken_for_a_slow_teacher(monkeypatch):
     """The bytes of an answer trickle: the sender's side stops between two pieces of it."""
-    whole = Connection._send_all
+    whole, asked = Connection._send_all, threading.Semaphore(0)
 
     def trickling(self, view, seconds):
         if len(view) < 4000:
             return whole(self, view, seconds)
         for begin in range(0, len(view), 2000):
             whole(self, view[begin : begin + 2000], seconds)
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     monkeypatch.setattr(Connection, "_send_all", trickling)
     with link() as (_, student, teacher), ThreadPoolExecutor(1) as pool:
-        serving = pool.submit(serve, teacher)
-        found = waits(student)
+        serving = pool.submit(serve, teacher, asked.acquire)
+        found = waits(student, lambda number: asked.release())
         student.close()
         serving.result()
-    assert found.seconds > 0.04 * ANSWERS and found.late == ANSWERS
+    assert found.late == ANSWERS
     assert 0.5 * found.seconds < found.arriving <= found.seconds
 
 
 def test_answers_that_are_there_are_not_late():
     with link() as (_, student, teacher), ThreadPoolExecutor(1) as pool:
         serving = pool.submit(serve, teacher)
-        found = waits(student, think=0.2)
+        found = waits(
+            student,
+            lambda number: wait_until(lambda: student._inbox.complete > number, LONG, "the answer is there"),
+        )
         student.close()
         serving.result()
-    assert found.answers == ANSWERS and found.late < ANSWERS
-    assert found.seconds < 0.2 * ANSWERS
+    assert found.answers == ANSWERS and found.late == 0
 
 
 def test_a_lost_teacher_is_told_from_a_slow_one():
+    asked = threading.Event()
     with link(rejoin_timeout=30.0) as (chosen, student, teacher):
         places = {**Layout().teacher(0, 0), "group": None, "tensor_group": None}
         teacher.close()
 
         def come_back() -> None:
+            asked.wait()
             time.sleep(1.0)
             again = TeacherLink.connect(chosen, **places)
             serve(again)
@@ -108,6 +122,7 @@ def test_a_lost_teacher_is_told_from_a_slow_one():
         thread = threading.Thread(target=come_back)
         thread.start()
         student.request(torch.zeros(4, 16, dtype=torch.long))
+        asked.set()
         student.receive(0)
         found = student.waits
         student.close()
