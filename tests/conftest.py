@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
-# `make test-all` asks for the thorough profile. Property tests state what is true, not how fast: a busy machine must not
-# fail them.
+# `make test-all` asks for the thorough profile. No deadline: a property is true or not, however busy the machine is.
 settings.register_profile("fast", deadline=None, max_examples=25)
 settings.register_profile("thorough", deadline=None, max_examples=150)
 settings.load_profile("fast")
