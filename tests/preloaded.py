@@ -11,8 +11,8 @@ import torch.distributed  # noqa: F401
 import vcrd.link
 import vcrd.loss  # noqa: F401
 
-# Emulated kernels are for the loss alone. A process that has looked for a GPU, as Megatron may while it is imported, has
-# no working CUDA in its forks.
+# Emulated kernels are for the loss alone. A process that has looked for a GPU has no working CUDA in its forks, and
+# Megatron may look for one while it is imported.
 GPU = any(Path("/dev").glob("nvidia[0-9]*"))
 if not (kernels_under_test.EMULATED or GPU) and importlib.util.find_spec("megatron"):
     from vcrd.megatron import cpu
