@@ -66,7 +66,7 @@ class Masters:
     @torch.no_grad()
     def step(self) -> None:
         for parameter, copy in zip(self._parameters, self._copies, strict=True):
-            copy.grad = parameter.grad.float()
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
         self._optimizer.step()
         for parameter, copy in zip(self._parameters, self._copies, strict=True):
             parameter.copy_(copy)

@@ -1,6 +1,7 @@
-"""What `make gpu-check` must know before its first stage, as one line of JSON: the machine, and the extension.
+"""What `make gpu-check` must know before its first stage, as a line of JSON: the machine, and the extension.
 
-In a process of its own, so that the queue itself never imports torch, and outlives an extension that cannot be loaded.
+In a process of its own, so that the queue itself never imports torch, and outlives an extension that cannot be loaded:
+the last line counts, and the first says what it means if there is no other.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def kernels() -> str | None:
 def main() -> None:
     found: dict = {"torch": torch.__version__, "gpu": torch.cuda.is_available()}
     if found["gpu"]:
-        found |= {"facts": gpu_facts(), "versions": versions(), "kernels": kernels()}
+        found |= {"facts": gpu_facts(), "versions": versions()}
+        print(json.dumps({**found, "kernels": "vcrd._C ends the process that loads it"}), flush=True)
+        found["kernels"] = kernels()
     print(json.dumps(found))
 
 

@@ -141,7 +141,7 @@ def of_loss(*names: str) -> dict:
     return {
         "work": Tests(paths, most),
         "sources": (*LOSS, "tests/fork_server.py", "tests/loss/*.py", "!tests/loss/test_*.py", *paths),
-        "modules": ("pytest",),
+        "modules": ("pytest", "hypothesis") if "validity" in names else ("pytest",),
         "expected": 40,
     }
 
@@ -151,8 +151,11 @@ def of_link(name: str) -> dict:
     return {
         # They time what the host waits for, so they run one after another.
         "work": Tests((path,), 1),
-        "sources": (*LINK, "tests/ports.py", "tests/link/link_jobs.py", "tests/link/conftest.py", path),
-        "modules": ("pytest",),
+        "sources": (
+            *(*LINK, "tests/ports.py", path),
+            *(f"tests/link/{helper}.py" for helper in ("conftest", "link_jobs", "listening")),
+        ),
+        "modules": ("pytest", "hypothesis"),
         "expected": 30,
     }
 
@@ -166,10 +169,11 @@ def benchmark(*shapes: str) -> dict:
     }
 
 
-def head(shape: str) -> dict:
-    command = ("benchmarks/loss.py", "--head", "--device", "cuda", "--shapes", shape)
+def head(shape: str, *hidden: str) -> dict:
+    command = ("benchmarks/loss.py", "--head", "--device", "cuda", "--shapes", shape, "--hidden", *hidden)
     return {
-        "work": Script((*command, "--hidden", "2048", "4096")),
+        # Each run is tens to hundreds of milliseconds long, so five of them say enough.
+        "work": Script((*command, "--repeats", "5")),
         "sources": (*LOSS, "benchmarks/head.py", "benchmarks/head_device.py", "benchmarks/device_measure.py"),
         "expected": 45,
     }
@@ -233,12 +237,17 @@ STAGES = (
     Stage(
         "head-4096x131072",
         "Time, memory and error of the fused head beside stored logits, hidden sizes 2048 and 4096.",
-        **head("4096x131072"),
+        **head("4096x131072", "2048", "4096"),
     ),
     Stage(
-        "head-16384x151936",
-        "The same with four times the tokens and the vocabulary of Qwen3.",
-        **head("16384x151936"),
+        "head-16384x151936-2048",
+        "The same with 16384 tokens and the vocabulary of Qwen3, hidden size 2048.",
+        **head("16384x151936", "2048"),
+    ),
+    Stage(
+        "head-16384x151936-4096",
+        "The same with 16384 tokens and the vocabulary of Qwen3, hidden size 4096.",
+        **head("16384x151936", "4096"),
     ),
     Stage(
         "training",
@@ -297,7 +306,7 @@ STAGES = (
     Stage(
         "benchmark-16384",
         "As benchmark-headline, 16384 tokens.",
-        **benchmark("16384x32768", "16384x131072", "16384x152064"),
+        **benchmark("16384x152064", "16384x131072", "16384x32768"),
     ),
     Stage(
         "benchmark-shards",
@@ -310,6 +319,6 @@ STAGES = (
     Stage(
         "benchmark-shards-16384",
         "As benchmark-headline, a shard of eight, 16384 tokens.",
-        **benchmark("16384x4096of32768", "16384x16384of131072", "16384x19008of152064"),
+        **benchmark("16384x19008of152064", "16384x16384of131072", "16384x4096of32768"),
     ),
 )

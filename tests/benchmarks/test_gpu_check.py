@@ -15,6 +15,7 @@ import pytest
 
 import gpu_check
 import gpu_results as results
+from gpu_process import Outcome
 from gpu_results import Finding
 from gpu_stages import STAGES, Stage
 
@@ -97,13 +98,20 @@ def test_says_in_one_sentence_that_there_is_no_gpu(tmp_path):
 
 
 def test_says_why_its_interpreter_cannot_be_used(monkeypatch, tmp_path, capsys):
-    outcome = SimpleNamespace(
-        ended_well=False, returncode=1, output="", tail=lambda _: "ImportError: no torch"
-    )
-    monkeypatch.setattr(gpu_check, "run", lambda *_: outcome)
+    monkeypatch.setattr(gpu_check, "run", lambda *_: Outcome(1, 5.0, "Traceback\nImportError: no torch\n"))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert gpu_check.main(["--results", str(tmp_path)]) == 1
     assert capsys.readouterr().err.endswith("cannot be used: ImportError: no torch\n")
+
+
+def test_an_extension_that_cannot_be_loaded_is_built_anew(monkeypatch):
+    first = json.dumps({**MACHINE, "kernels": "vcrd._C ends the process that loads it"})
+    for output, kernels in (
+        (f"a warning\n{first}\nSegmentation fault", "vcrd._C ends the process that loads it"),
+        (f"{first}\n{json.dumps(MACHINE)}\n", None),
+    ):
+        monkeypatch.setattr(gpu_check, "run", lambda *_, output=output: Outcome(-11, 5.0, output))
+        assert gpu_check.usable_machine()["kernels"] == kernels
 
 
 def test_the_list_needs_neither_a_gpu_nor_torch(tmp_path):
