@@ -101,8 +101,8 @@ def measure(recipe: str | None, engine: bool = True, steps: int = STEPS, learn: 
     return {"losses": losses, "gradient_norm": float(torch.stack(norms).norm())}
 
 
-def train(recipe: str | None, engine: bool = True) -> dict:
-    return measure(recipe, engine, STEPS_OF_TRAINING, learn=True)
+def train(recipe: str | None, engine: bool = True, steps: int = STEPS_OF_TRAINING) -> dict:
+    return measure(recipe, engine, steps, learn=True)
 
 
 def lowered(run: dict) -> bool:

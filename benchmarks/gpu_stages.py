@@ -133,6 +133,9 @@ BENCHMARK = (
 )
 
 
+MODULES_OF_TESTS = ("pytest", "hypothesis")
+
+
 def of_loss(*names: str) -> dict:
     """A shard of the tests of the loss: its work, and its sources, helpers of the tests among them."""
     paths = tuple(f"tests/loss/test_{name}.py" for name in names)
@@ -140,8 +143,11 @@ def of_loss(*names: str) -> dict:
     most = 5 if any("sharded" in path for path in paths) else 8
     return {
         "work": Tests(paths, most),
-        "sources": (*LOSS, "tests/fork_server.py", "tests/loss/*.py", "!tests/loss/test_*.py", *paths),
-        "modules": ("pytest", "hypothesis") if "validity" in names else ("pytest",),
+        "sources": (
+            *(*LOSS, "tests/conftest.py", "tests/fork_server.py", "tests/preloaded.py"),
+            *("tests/loss/*.py", "!tests/loss/test_*.py", *paths),
+        ),
+        "modules": MODULES_OF_TESTS,
         "expected": 40,
     }
 
@@ -152,10 +158,10 @@ def of_link(name: str) -> dict:
         # They time what the host waits for, so they run one after another.
         "work": Tests((path,), 1),
         "sources": (
-            *(*LINK, "tests/ports.py", path),
+            *(*LINK, "tests/conftest.py", "tests/ports.py", path),
             *(f"tests/link/{helper}.py" for helper in ("conftest", "link_jobs", "listening")),
         ),
-        "modules": ("pytest", "hypothesis"),
+        "modules": MODULES_OF_TESTS,
         "expected": 30,
     }
 
@@ -201,8 +207,8 @@ STAGES = (
     ),
     Stage(
         "kernels-divergence",
-        "Every divergence and its gradient, and the codes of 8 bits, agree with the float64 reference.",
-        **of_loss("divergence", "encode"),
+        "Every divergence with every pair of types, and the codes of 8 bits, agree with the float64 reference.",
+        **of_loss("divergence", "encode", "every_form"),
     ),
     Stage(
         "kernels-topk",

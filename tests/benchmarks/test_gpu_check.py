@@ -12,16 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from waiting import wait_until
 
 import gpu_check
 import gpu_results as results
 from gpu_process import Outcome
 from gpu_results import Finding
 from gpu_stages import STAGES, Stage
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-from waiting import wait_until
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SOURCES = ("LICENSE",)
