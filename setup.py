@@ -108,12 +108,13 @@ class SummarisedBuild(BuildExtension):
     """Ninja build that ends by saying what was built against what."""
 
     def run(self) -> None:
+        before = built_from()  # what is changed while it compiles may not be in it
         super().run()
         _, with_cuda = sources()
         if self.inplace:
             # So that a built file that was carried to another machine can be told from an outdated one, whatever the
             # times of modification are there: benchmarks/gpu_build.py reads it.
-            record = {"sources": built_from(), "torch": torch.__version__, "with_cuda": with_cuda}
+            record = {"sources": before, "torch": torch.__version__, "with_cuda": with_cuda}
             built = Path(self.get_ext_fullpath("vcrd._C"))
             built.with_suffix(".build.json").write_text(json.dumps(record, indent=1) + "\n")
         if with_cuda:
