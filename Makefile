@@ -4,6 +4,8 @@ PYTHON ?= python3
 ARGS ?=
 # Processes that share the tests.
 JOBS ?= 2
+# That make gpu-check may take, all its stages together.
+SECONDS ?= 420
 
 TAG := $(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])' 2>/dev/null || echo none)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -44,7 +46,7 @@ help:
 	@echo "make lint     check style        make format   correct it"
 	@echo "make cuda-check  compile the CUDA kernels and look at their machine code; needs no GPU"
 	@echo "make container-check  run the steps of docker/install.sh in a clean environment; needs no container engine"
-	@echo "make gpu-check   on a machine with a GPU: build with PYTHON, test and time there, write gpu-check.json"
+	@echo "make gpu-check   on a machine with a GPU: run with PYTHON, in SECONDS=420, the stages that are due; ARGS=--list shows them"
 	@echo "make clean    remove environments, builds and caches; results stay"
 	@echo "PYTHON=...    the interpreter (default python3; 3.10 or newer). ARGS=... goes to what is run."
 
@@ -175,8 +177,8 @@ container-check:
 
 # On its own PYTHON and without network: what builds and runs here must be there already.
 gpu-check:
-	@$(PYTHON) benchmarks/gpu_check.py $(ARGS)
+	@$(PYTHON) benchmarks/gpu_check.py --seconds $(SECONDS) $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info vcrd/_C*.so .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info vcrd/_C*.so vcrd/_C*.build.json .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,8 @@ sources. torch must be the one that will run the extension, so build without iso
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -70,6 +72,12 @@ def sources() -> tuple[list[str], bool]:
     return cpu + (cuda if with_cuda else []), with_cuda
 
 
+def built_from() -> dict[str, str]:
+    """SHA-256 of each file that the extension is made of, by its name."""
+    files = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    return {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
+
+
 def architectures() -> str:
     """Those that torch will compile for, as it writes them: "8.0;9.0a"."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -100,8 +108,15 @@ class SummarisedBuild(BuildExtension):
     """Ninja build that ends by saying what was built against what."""
 
     def run(self) -> None:
+        before = built_from()  # what is changed while it compiles may not be in it
         super().run()
         _, with_cuda = sources()
+        if self.inplace:
+            # So that a built file that was carried to another machine can be told from an outdated one, whatever the
+            # times of modification are there: benchmarks/gpu_build.py reads it.
+            record = {"sources": before, "torch": torch.__version__, "with_cuda": with_cuda}
+            built = Path(self.get_ext_fullpath("vcrd._C"))
+            built.with_suffix(".build.json").write_text(json.dumps(record, indent=1) + "\n")
         if with_cuda:
             architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "this machine's architecture")
             cuda = f"{architectures}, CUDA {torch.version.cuda}, toolkit {CUDA_HOME}"

@@ -152,14 +152,14 @@ class DeviceBench:
         gradient = None
         for _ in range(WARMUPS):
             del gradient  # before the next is made: two would not fit everywhere
-            gradient = self._run(method)[0]
+            gradient = self.run(method)[0]
         error = self._gradient_error(job, gradient)
         del gradient
         self._restore()
         self.clock.start_memory()
-        self._run(method)
+        self.run(method)
         extra = self.clock.extra_bytes()
-        times = [self._run(method)[1:] for _ in range(self.case.repeats)]
+        times = [self.run(method)[1:] for _ in range(self.case.repeats)]
         return Figures([forward for forward, _ in times], [both for _, both in times], extra, error)
 
     def _restore(self) -> None:
@@ -167,7 +167,7 @@ class DeviceBench:
         with torch.no_grad():
             self.student.copy_(self.kept)
 
-    def _run(self, method: Method) -> tuple[Tensor, float, float]:
+    def run(self, method: Method) -> tuple[Tensor, float, float]:
         """The gradient as the layer below would get it, and the seconds of forward and of both."""
         self._restore()
         self.clock.prepare()

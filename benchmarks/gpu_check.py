@@ -1,232 +1,246 @@
-"""Everything that needs a GPU, in one command: build, tests on CUDA, benchmark, FP8, compute-sanitizer; one JSON.
+"""Everything that needs a GPU, as a queue of short stages: each lease of one, however short, moves it forward.
 
-    make gpu-check PYTHON=python3 [ARGS="--json gpu-check.json"]
+    make gpu-check PYTHON=python3 [SECONDS=420] [ARGS="--list"]
 
-Runs with the interpreter it is started with and needs no network: torch with CUDA, pybind11, ninja, a CUDA toolkit and
-pytest must be there; what the benchmark compares with is left out where it is not installed. Ends within 8 minutes;
-what does not fit is cut off and said. Exits with 0 when the build, the tests, the sanitizer (where there is one) and
-every gradient of the benchmark were right; speeds are reported and decide nothing.
+Runs, within that time, the stages of gpu_stages.py whose result is missing, older than the code that they test, or
+failed, and writes each result at once to docs/performance/gpu/<stage>.json. Those that failed with the code as it is
+come after those that have never run, so that one failure does not keep the rest from its turn. A built extension that
+is here already is used if it was built from these sources with this torch.
+
+It runs with the interpreter it is started with and needs no network: torch with CUDA, pybind11, ninja, a CUDA toolkit
+and pytest must be there. What else a stage needs and does not find makes it unavailable, which is no failure. Exits
+with 0 when every stage that ran passed; speeds are reported and decide nothing. --list needs no GPU and no torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 460  # for everything
-# Seconds kept for what comes after a step.
-AFTER_BUILD, AFTER_TESTS, AFTER_BENCHMARK, AFTER_FP8 = 240, 160, 100, 60
+import gpu_results as results
+from gpu_process import run
+from gpu_results import FAILED, MISSING, PASSED, STALE, UNAVAILABLE, Finding
+from gpu_stages import STAGES, Stage
 
-FACTS = "import json, machine; print(json.dumps(machine.gpu_facts()))"
-HAS_KERNELS = """
-import torch, vcrd.ops
-if not torch._C._dispatch_has_kernel_for_dispatch_key("vcrd::row_statistics", "CUDA"):
-    raise SystemExit("vcrd._C was built without its CUDA kernels; its build says why")
-"""
-# Rows that end within a vector, shards that begin within one, a masked row, each divergence; no torch kernel is judged.
-SMALL_CASE = """
-import torch, vcrd
-def logits(dtype): return torch.randn(5, 1037, device="cuda").to(dtype)[:, 3:]
-labels, mask = torch.arange(5, device="cuda"), torch.tensor([1, 1, 0, 1, 1], device="cuda")
-for divergence in ("forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl"):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        student = logits(dtype).requires_grad_()
-        stats = vcrd.vocab_parallel_divergence(
-            student, logits(torch.bfloat16), labels, divergence=divergence, mask=mask, temperature=2.0
-        )
-        torch.autograd.grad((stats.divergence + stats.cross_entropy).sum(), student)
-torch.cuda.synchronize()
-"""
+SECONDS = 420
+MARGIN = 2  # seconds kept for writing results and the table
+Stages = Sequence[Stage]
+ORDER = {MISSING: 0, STALE: 0, FAILED: 1, UNAVAILABLE: 2}
 
 
-@dataclass
-class Outcome:
-    returncode: int | None  # None: cut off
-    seconds: float
-    output: str
+@dataclass(frozen=True)
+class Entry:
+    """A stage with its last result. state: what that result is worth now."""
+
+    stage: Stage
+    result: dict | None
+    digest: str
+    state: str
+
+    @classmethod
+    def of(cls, stage: Stage, folder: Path) -> Entry:
+        result, digest = results.read(folder, stage.name), results.digest(stage.sources)
+        return cls(stage, result, digest, results.state(result, digest))
 
     @property
-    def ended_well(self) -> bool:
-        return self.returncode == 0
-
-    def tail(self, lines: int = 25) -> str:
-        return "\n".join(self.output.strip().splitlines()[-lines:])
-
-    def summary(self) -> dict:
-        how = "cut off by the time limit" if self.returncode is None else f"exit status {self.returncode}"
-        return {"passed": self.ended_well, "seconds": round(self.seconds, 1), "how": how}
+    def expected(self) -> float:
+        """Seconds: as long as it took when it passed, or as the table guesses."""
+        took = self.result.get("seconds") if self.result and self.result.get("passed") else None
+        # A build that was only found took 0 s; one that took a little more than its limit still fits into it.
+        return min(took or self.stage.expected, self.stage.limit)
 
 
-def run(command: list[str], seconds: float, show: bool = False, **environment: str) -> Outcome:
-    """Runs it in the checkout, prints its lines as they come if `show`, and ends it with its children at the limit."""
-    # torch looks for ninja on the PATH, also where the environment is not activated.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    pythonpath = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
-    started = time.monotonic()
-    with TemporaryDirectory() as folder, open(Path(folder) / "output", "w+") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "PATH": path,
-                "PYTHONPATH": pythonpath,
-                "PYTHONUNBUFFERED": "1",
-                **environment,
-            },
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+def due(folder: Path, stages: Stages) -> list[Entry]:
+    """What is to be run, in this order."""
+    entries = [Entry.of(stage, folder) for stage in stages]
+    return sorted((e for e in entries if e.state != PASSED), key=lambda e: ORDER[e.state])
+
+
+def listing(folder: Path, stages: Stages) -> str:
+    rows = [("stage", "state", "date", "device", "proves")]
+    for stage in stages:
+        entry = Entry.of(stage, folder)
+        result = entry.result or {}
+        rows.append(
+            (stage.name, entry.state, *(str(result.get(k) or "-") for k in ("date", "device")), stage.proves)
         )
-        shown = 0
-        while True:
-            try:
-                returncode = process.wait(timeout=0.5)
-            except subprocess.TimeoutExpired:
-                returncode = None
-            text = (Path(folder) / "output").read_text(errors="replace")
-            if show:
-                print(text[shown:], end="", flush=True)
-                shown = len(text)
-            if returncode is not None:
-                return Outcome(returncode, time.monotonic() - started, text)
-            if time.monotonic() - started > seconds:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return Outcome(None, time.monotonic() - started, text)
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]])
+        for row in rows
+    )
 
 
-def build(seconds: float) -> tuple[dict, str]:
-    outcome = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], seconds)
-    if not outcome.ended_well:
-        return outcome.summary(), outcome.tail()
-    built = outcome.output[outcome.output.rfind("vcrd._C built") :].strip()
-    usable = run([sys.executable, "-c", HAS_KERNELS], 60)
-    return {**outcome.summary(), "passed": usable.ended_well, "built": built}, usable.tail() or built
+class Queue:
+    """One run: its machine, its time, and what came of each stage."""
+
+    def __init__(self, folder: Path, machine: dict, seconds: float, started: float) -> None:
+        self._folder, self._machine, self._end = folder, machine, started + seconds
+        self._commit = results.commit()
+        self.found: dict[str, Finding] = {}
+        self.left_out: dict[str, str] = {}
+
+    def left(self) -> float:
+        return self._end - time.monotonic() - MARGIN
+
+    def attempt(self, entry: Entry) -> Finding | None:
+        """Runs the stage if it fits into what is left, and writes its result."""
+        stage = entry.stage
+        reason = stage.reason_to_skip()
+        if reason is not None:
+            print(f"==> {stage.name}: {reason}", flush=True)
+            return self._keep(entry, Finding(None, reason), 0.0)
+        limit = min(stage.limit, self.left())
+        if limit < entry.expected:
+            self.left_out[stage.name] = f"takes about {entry.expected:.0f} s, {max(0, limit):.0f} s were left"
+            return None
+        print(f"==> {stage.name}, at most {limit:.0f} s: {stage.proves}", flush=True)
+        started = time.monotonic()
+        try:
+            finding = stage.work(limit)
+        except Exception as error:  # of the queue itself: the other stages still get their turn
+            finding = Finding(False, f"{type(error).__name__}: {error}")
+        return self._keep(entry, finding, time.monotonic() - started)
+
+    def _keep(self, entry: Entry, finding: Finding, seconds: float) -> Finding:
+        self.found[entry.stage.name] = finding
+        # That a stage cannot be tried here is no reason to forget what it gave elsewhere.
+        measured = entry.result is not None and entry.result.get("passed") is not None
+        if finding.passed is not None or not measured:
+            results.write(self._folder, entry.stage.name, self.record(entry, finding, seconds))
+        if finding.text:
+            print(finding.text)
+        print(f"{entry.stage.name} {word(finding)} in {seconds:.0f} s: {finding.how}", flush=True)
+        return finding
+
+    def record(self, entry: Entry, finding: Finding, seconds: float) -> dict:
+        facts = dict(self._machine["facts"])
+        for known in ("packages", "date", "python", "cuda"):  # under other names here
+            facts.pop(known, None)
+        return {
+            "stage": entry.stage.name,
+            "proves": entry.stage.proves,
+            "passed": finding.passed,
+            "how": results.without_paths(finding.how),
+            "seconds": round(seconds, 1),
+            "date": results.now(),
+            **self._commit,
+            "sources": entry.digest,
+            "device": facts.pop("device", "unknown"),
+            "driver": facts.pop("driver_version", "unknown"),
+            "versions": self._machine["versions"],
+            "machine": facts,
+            "figures": json.loads(results.without_paths(json.dumps(finding.figures))),
+        }
+
+    def prepare(self, entry: Entry, anew: bool = False) -> bool:
+        """Whether the extension can be used now: takes the one that is here, or builds it where it must or `anew`."""
+        reason = self._machine["kernels"] or ("as asked for" if anew else None)
+        if reason is None:
+            if entry.state != PASSED:
+                carried = {"built": "before this run; vcrd._C is of these sources and this torch"}
+                self._keep(entry, Finding(True, "its CUDA kernels run here", carried), 0.0)
+            return True
+        print(f"{reason}: it is built", flush=True)
+        finding = self.attempt(entry)
+        if finding is None or not finding.passed:
+            return False
+        again = probe(max(20.0, self.left()))
+        if again.get("kernels", "it cannot be loaded") is not None:
+            how = again.get("kernels") or again.get("error", "it cannot be loaded")
+            self._keep(entry, Finding(False, f"built, but {how}", finding.figures), 0.0)
+            return False
+        return True
+
+    def summary(self) -> str:
+        rows = [(name, word(finding), finding.how) for name, finding in self.found.items()]
+        rows += [(name, "left for another run", why) for name, why in self.left_out.items()]
+        width, middle = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
+        counts = [row[1] for row in rows]
+        line = (
+            ", ".join(f"{counts.count(each)} {each}" for each in dict.fromkeys(counts)) or "nothing was due"
+        )
+        return "\n".join([*(f"{a:<{width}}  {b:<{middle}}  {shortened(c)}" for a, b, c in rows), line])
 
 
-def tests(seconds: float) -> tuple[dict, str]:
-    if not run([sys.executable, "-c", "import pytest"], 60).ended_well:
-        return {"passed": False, "how": "not run: pytest is not installed"}, "pytest is not installed"
-    # What CPU tensors give is known from elsewhere, and takes most of the time.
-    where = ["tests/loss", "tests/link/test_cuda_link.py", "tests/link/test_cuda_pairs.py"]
-    command = [sys.executable, "-m", "pytest", *where, "-v", "-k", "not cpu", "-p", "no:cacheprovider"]
-    if run([sys.executable, "-c", "import xdist"], 60).ended_well:
-        command += ["-n", str(max(1, min(6, (os.cpu_count() or 1) // 2)))]
-    outcome = run(command, seconds)
-    counts = count_tests(outcome.output)
-    passed = outcome.ended_well and counts["passed_on_cuda"] > 0
-    failed = "".join(f"failed: {name}\n" for name in counts["failed"])
-    text = outcome.tail(1) if passed else failed + outcome.tail()
-    return {**outcome.summary(), "passed": passed, **counts, "last_line": outcome.tail(1)}, text
+def word(finding: Finding) -> str:
+    return {True: PASSED, False: FAILED, None: UNAVAILABLE}[finding.passed]
 
 
-# A line of `pytest -v`: the test and how it ended, or with workers how it ended and the test.
-_ENDED = re.compile(
-    r"^(?:\[gw\d+\] \[ *\d+%\] (?P<how>[A-Z]+) (?P<name>tests/.+?)"
-    r"|(?P<its_name>tests/.+?) (?P<its_how>PASSED|FAILED|ERROR|SKIPPED)\b.*)$",
-    re.MULTILINE,
-)
+def shortened(text: str, longest: int = 160) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
-def count_tests(output: str) -> dict:
-    """How many ended and how, and the names of what failed; also of a run that was cut off."""
-    found = [
-        (match["name"] or match["its_name"], match["how"] or match["its_how"])
-        for match in _ENDED.finditer(output)
-    ]
-    passed = [name for name, how in found if how == "PASSED"]
-    return {
-        "passed_tests": len(passed),
-        "passed_on_cuda": sum("[cuda" in name for name in passed),
-        "skipped": sum(how == "SKIPPED" for _, how in found),
-        "failed": [name.rstrip() for name, how in found if how in ("FAILED", "ERROR")],
-    }
+def probe(seconds: float = 120) -> dict:
+    """What gpu_probe.py says of the machine and of the extension; `error`: why it says nothing."""
+    outcome = run([sys.executable, "benchmarks/gpu_probe.py"], seconds)
+    for line in reversed(outcome.output.splitlines()):
+        if line.startswith('{"torch"'):
+            return json.loads(line)
+    return {"error": outcome.how if outcome.returncode is None else outcome.tail(1) or outcome.how}
 
 
-def benchmark(seconds: float) -> tuple[dict, str]:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "loss.json"
-        limit = max(20.0, min(240.0, seconds - 40))
-        command = [sys.executable, "benchmarks/loss.py", "--device", "cuda", "--json", str(path)]
-        outcome = run([*command, "--limit", f"{limit:.0f}"], seconds, show=True)
-        figures = json.loads(path.read_text()) if path.exists() else {}
-    return {**outcome.summary(), **figures}, "" if outcome.ended_well else outcome.tail(5)
+def usable_machine() -> dict | str:
+    """The probe's answer, or a sentence that says why there is nothing to run on."""
+    found = probe()
+    if "error" in found:
+        return f"{sys.executable} cannot be used: {found['error']}"
+    if not found["gpu"]:
+        return f"torch {found['torch']} of {sys.executable} finds no GPU that it can use"
+    return found
 
 
-def fp8(seconds: float) -> tuple[dict, str]:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "fp8.json"
-        outcome = run([sys.executable, "benchmarks/gpu_fp8.py", "--json", str(path)], seconds)
-        figures = json.loads(path.read_text()) if path.exists() else {}
-    return {**outcome.summary(), **figures}, outcome.tail() if not figures else outcome.tail(4)
-
-
-def sanitizer(seconds: float) -> tuple[dict, str]:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return {"passed": None, "how": "compute-sanitizer is not on the PATH"}, "it is not on the PATH"
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", SMALL_CASE]
-    # Without torch's pool, so that reading past a tensor is reading past an allocation.
-    outcome = run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    return {**outcome.summary(), "last_line": outcome.tail(1)}, outcome.tail(1 if outcome.ended_well else 25)
-
-
-def main() -> int:
+def parse(arguments: list[str] | None, stages: Stages) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--json", type=Path, default=ROOT / "gpu-check.json", help="where everything is written"
+        "--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)"
     )
-    options = parser.parse_args()
-    try:
-        import torch
-    except ImportError as error:
-        return _stop(f"{sys.executable} cannot import torch: {error}")
-    if not torch.cuda.is_available():
-        return _stop(f"torch {torch.__version__} of {sys.executable} finds no GPU that it can use")
-    started = time.monotonic()
-    facts = run([sys.executable, "-c", FACTS], 60)
-    result: dict = {"machine": json.loads(facts.tail(1)) if facts.ended_well else {"unknown": facts.tail()}}
-
-    def step(name: str, work, kept: float) -> bool:
-        print(f"==> {name}", flush=True)
-        result[name], text = work(max(10.0, SECONDS - kept - (time.monotonic() - started)))
-        result["seconds"] = round(time.monotonic() - started, 1)
-        result["passed"] = all(r["passed"] is not False for r in result.values() if "passed" in _dict(r))
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1))
-        state = {True: "passed", False: "FAILED", None: "not run"}[result[name]["passed"]]
-        took = f" in {result[name]['seconds']:.0f} s" if "seconds" in result[name] else ""
-        print(f"{text}\n{name} {state}{took}", flush=True)
-        return result[name]["passed"] is not False
-
-    if step("build", build, AFTER_BUILD):
-        step("tests", tests, AFTER_TESTS)
-        step("benchmark", benchmark, AFTER_BENCHMARK)
-        step("fp8", fp8, AFTER_FP8)
-        step("sanitizer", sanitizer, 0)
-    print(f"{'all passed' if result['passed'] else 'FAILED'} in {result['seconds']:.0f} s; {options.json}")
-    return 0 if result["passed"] else 1
+    parser.add_argument("--list", action="store_true", help="show the state of each stage and run nothing")
+    parser.add_argument(
+        "--stage",
+        action="append",
+        choices=[stage.name for stage in stages],
+        metavar="NAME",
+        help="run this one, whatever its state",
+    )
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the results")
+    return parser.parse_args(arguments)
 
 
-def _dict(value) -> dict:
-    return value if isinstance(value, dict) else {}
-
-
-def _stop(sentence: str) -> int:
-    print(f"gpu-check: {sentence}", file=sys.stderr)
-    return 1
+def main(arguments: list[str] | None = None, stages: Stages = STAGES) -> int:
+    options, started = parse(arguments, stages), time.monotonic()
+    if options.list:
+        print(listing(options.results, stages))
+        return 0
+    # As an interrupt from the keyboard, so that the stage under way is ended with its processes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    machine = usable_machine()
+    if isinstance(machine, str):
+        print(f"gpu-check: {machine}", file=sys.stderr)
+        return 1
+    print(
+        f"{machine['facts']['device']}, driver {machine['facts'].get('driver_version')}, torch {machine['torch']}"
+    )
+    queue = Queue(options.results, machine, options.seconds, started)
+    by_name = {stage.name: stage for stage in stages}
+    names = options.stage or []
+    build = Entry.of(by_name.pop("build"), options.results)
+    ready = queue.prepare(build, anew="build" in names)
+    if ready and names:
+        for name in dict.fromkeys(names):
+            if name in by_name:
+                queue.attempt(Entry.of(by_name[name], options.results))
+    elif ready:
+        for entry in due(options.results, list(by_name.values())):
+            queue.attempt(entry)
+    print(f"\n{queue.summary()} in {time.monotonic() - started:.0f} s")
+    return 1 if any(finding.passed is False for finding in queue.found.values()) else 0
 
 
 if __name__ == "__main__":

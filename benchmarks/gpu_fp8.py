@@ -1,11 +1,12 @@
 """FP8 through Transformer Engine: a small teacher and student, the loss in FP8 and in bfloat16, on one GPU.
 
-    python benchmarks/gpu_fp8.py [--json fp8.json]
+    python benchmarks/gpu_fp8.py [--training] [--json fp8.json]
 
 Both models have the same bfloat16 parameters in all runs; in those in FP8 their linear layers multiply in FP8
-(`fp8="hybrid"`) by one recipe each, and the output layer and the loss as in bfloat16. `make gpu-check` runs it where
-Transformer Engine can be imported. Exits with 1 where a recipe does not run, or a loss or a gradient is not finite; how
-far the losses are apart is reported and decides nothing.
+(`fp8="hybrid"`) by one recipe each, and the output layer and the loss as in bfloat16. Without --training the parameters
+stay as they are, so that the runs differ by FP8 alone; with it the student learns for 30 steps, in every run from the
+same micro-batches. Exits with 1 where a recipe does not run, a loss or a gradient is not finite, or training does not
+lower the loss; how far the losses are apart is reported and decides nothing.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
+
+from gpu_models import Batch, Shape, build, forward_backward, forward_step, one_rank
 
 # FP8 products take multiples of 16 in each dimension, tokens included; blocks are of 128.
-VOCAB_SIZE, SEQUENCE, BATCH = 4096, 128, 2
-STUDENT, TEACHER = {"hidden_size": 256, "heads": 4}, {"hidden_size": 512, "heads": 8}
+VOCAB, SEQUENCE, BATCH = 4096, 128, 2
+STUDENT = Shape(2, 256, 512, 4, VOCAB, SEQUENCE, init_std=0.1)
+TEACHER = Shape(2, 512, 1024, 8, VOCAB, SEQUENCE, init_std=0.1)
 STEPS = 4  # delayed scaling knows nothing of its first step's maxima
+STEPS_OF_TRAINING, MICRO_BATCHES, LEARNING_RATE = 30, 4, 1e-3
 RECIPES = ("tensorwise", "blockwise", "delayed")  # of the student
 
 
@@ -45,98 +50,65 @@ def reason_to_skip() -> str | None:
     return None
 
 
-def build(shape: dict, seed: int, recipe: str | None, engine: bool) -> torch.nn.Module:
-    """A GPT model of two layers with bfloat16 parameters; recipe: of FP8; engine: of Transformer Engine's layers."""
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_layer_local_spec,
-        get_gpt_layer_with_transformer_engine_spec,
-    )
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.module import Float16Module
-
-    quantised = {"fp8": "hybrid", "fp8_recipe": recipe} if recipe else {}
-    if recipe == "delayed":
-        quantised |= {"fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"}
-    on_cpu = {} if engine else {"use_cpu_initialization": True, "persist_layer_norm": False}
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=shape["hidden_size"],
-        ffn_hidden_size=2 * shape["hidden_size"],
-        num_attention_heads=shape["heads"],
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16,
-        gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        init_method_std=0.1,
-        **quantised,
-        **on_cpu,
-    )
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    spec = (
-        get_gpt_layer_with_transformer_engine_spec()
-        if engine
-        else get_gpt_layer_local_spec(normalization="RMSNorm")
-    )
-    model = GPTModel(config, spec, VOCAB_SIZE, SEQUENCE, position_embedding_type="rope")
-    return Float16Module(config, model.cuda())
-
-
 def of_teacher(recipe: str | None) -> str | None:
     """The student's, but for delayed scaling, which no teacher may have."""
     return "tensorwise" if recipe == "delayed" else recipe
 
 
-def measure(recipe: str | None, engine: bool = True) -> dict:
-    """The loss per token of each step and the norm of the last gradient; the weights stay as they are.
+class Masters:
+    """Adam on float32 copies of the parameters: what a step adds is often less than bfloat16 can tell."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._copies = [p.detach().float().clone() for p in self._parameters]
+        self._optimizer = torch.optim.Adam(self._copies, lr=LEARNING_RATE)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter, copy in zip(self._parameters, self._copies, strict=True):
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+        self._optimizer.step()
+        for parameter, copy in zip(self._parameters, self._copies, strict=True):
+            parameter.copy_(copy)
+
+
+def measure(recipe: str | None, engine: bool = True, steps: int = STEPS, learn: bool = False) -> dict:
+    """The loss per token of each step and the norm of the last gradient; the weights change only to `learn`.
 
     One process's parallel state must exist. The teacher is in the same rank: `distill(forward_step, teacher=...)`.
     """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     from vcrd.megatron import DistillSettings, distill
 
-    student = build(STUDENT, 1, recipe, engine)
-    teacher = build(TEACHER, 2, of_teacher(recipe), engine)
+    on_cpu = {} if engine else {"use_cpu_initialization": True}
+    student = build(STUDENT, 1, recipe, engine, **on_cpu)
+    teacher = build(TEACHER, 2, of_teacher(recipe), engine, **on_cpu)
     generator = torch.Generator().manual_seed(3)
-    tokens, labels = (
-        torch.randint(VOCAB_SIZE, (BATCH, SEQUENCE), generator=generator).cuda() for _ in range(2)
-    )
-    positions = torch.arange(SEQUENCE).cuda().expand(BATCH, SEQUENCE)
-
-    def forward_step(data_iterator, model):
-        next(data_iterator)
-        losses = model(tokens, positions, None, labels=labels)
-        return losses, lambda losses: (losses.sum(), torch.tensor(losses.numel(), dtype=torch.int), {})
-
+    batches = [Batch.draw(STUDENT, BATCH, generator) for _ in range(MICRO_BATCHES if learn else 1)]
     plug = distill(forward_step, DistillSettings(), teacher=teacher)
+    masters = Masters(student) if learn else None
     student.train()
     losses = []
     try:
-        for _ in range(STEPS):
+        for number in range(steps):
             student.zero_grad(set_to_none=True)
-            get_forward_backward_func()(
-                forward_step_func=plug,
-                data_iterator=iter([None]),
-                model=student,
-                num_microbatches=1,
-                seq_length=SEQUENCE,
-                micro_batch_size=BATCH,
-                forward_only=False,
-            )
+            forward_backward(plug, student, batches[number % len(batches)])
             losses.append(plug.report.take().loss)
+            if masters is not None:
+                masters.step()
     finally:
         plug.close()
     norms = [p.grad.float().norm() for p in student.parameters() if p.grad is not None]
     return {"losses": losses, "gradient_norm": float(torch.stack(norms).norm())}
+
+
+def train(recipe: str | None, engine: bool = True, steps: int = STEPS_OF_TRAINING) -> dict:
+    return measure(recipe, engine, steps, learn=True)
+
+
+def lowered(run: dict) -> bool:
+    """Whether the loss is lower at the end; each micro-batch's first and last loss count."""
+    losses = run["losses"]
+    return sum(losses[-MICRO_BATCHES:]) < sum(losses[:MICRO_BATCHES])
 
 
 def summary(bf16: dict, fp8: dict[str, dict | str]) -> dict:
@@ -169,44 +141,39 @@ def lines(result: dict) -> str:
         )
 
     rows = [line("bf16", result["bf16"]), *(line(f"fp8 {name}", run) for name, run in result["fp8"].items())]
-    return "\n".join([*rows, *([] if result["passed"] else ["not every recipe ran, and to finite numbers"])])
+    if not result["passed"]:
+        rows.append("not every recipe ran, to finite numbers, and learned where it was to")
+    return "\n".join(rows)
 
 
-def tried(recipe: str) -> dict | str:
-    """What `measure` finds, or the error in a line: one recipe that a GPU does not have must not hide the others."""
+def tried(work: Callable[[str], dict], recipe: str) -> dict | str:
+    """What it finds, or the error in a line: one recipe that a GPU does not have must not hide the others."""
     try:
-        return measure(recipe)
+        return work(recipe)
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def run() -> dict:
+def run(training: bool = False) -> dict:
     """All runs on this GPU, or the reason why not."""
     reason = reason_to_skip()
     if reason is not None:
         return {"passed": None, "how": reason}
-    import transformer_engine
-    from megatron.core import parallel_state
-
-    # What Megatron asks for with tensor parallelism, and does not mind without.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    torch.cuda.set_device(0)
-    with TemporaryDirectory() as folder:
-        dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        try:
-            parallel_state.initialize_model_parallel()
-            result = summary(measure(None), {recipe: tried(recipe) for recipe in RECIPES})
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
-    return {**result, "transformer_engine": str(getattr(transformer_engine, "__version__", "unknown"))}
+    work = train if training else measure
+    with one_rank():
+        result = summary(work(None), {recipe: tried(work, recipe) for recipe in RECIPES})
+    if training:
+        runs = [result["bf16"], *(run for run in result["fp8"].values() if "error" not in run)]
+        result["passed"] = result["passed"] and all(map(lowered, runs))
+    return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--training", action="store_true", help=f"{STEPS_OF_TRAINING} steps that learn")
     parser.add_argument("--json", type=Path, help="where the figures are written")
     options = parser.parse_args()
-    result = run()
+    result = run(options.training)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1))
     print(lines(result))

@@ -5,7 +5,8 @@
 stored: logits = hidden @ weight.T, then vcrd.validity_calibrated_kl with its gradient over the logits, the cheaper of
 its two ways. fused: vcrd.fused_validity_calibrated_kl; again: the same with gradient_in_forward=False. All from
 float32 hidden states and weight to both gradients, for a mean over the tokens. Memory is the growth of the process's
-peak (VmHWM), read by its parent, without the two gradients, which each path has to hand over.
+peak (VmHWM), read by its parent, without the two gradients, which each path has to hand over. With --device cuda:
+head_device.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from multiprocessing.connection import Connection
 from statistics import median
 
@@ -26,6 +28,7 @@ import torch
 
 from loss_measure import CpuMeter, release
 from machine import installed, processor
+from vcrd.teacher_forms import HiddenStates
 
 SLOWEST, MOST_MEMORY, LARGEST_ERROR = 1.15, 1 / 8, 1e-5
 STORED, FUSED, AGAIN = "stored", "fused", "again"
@@ -44,40 +47,70 @@ class HeadCase:
     chunk_bytes: int | None  # None: as vcrd has it
 
 
-def methods(case: HeadCase) -> dict[str, Callable]:
-    """By name, each () -> (loss [tokens], gradient of the hidden states, gradient of the weight)."""
+@dataclass(frozen=True)
+class Inputs:
+    """hidden [tokens, size] and weight [vocab, size] want gradients; given: the teacher, as the loss takes it."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    given: torch.Tensor | HiddenStates
+    labels: torch.Tensor
+
+    @classmethod
+    def draw(cls, case: HeadCase, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Inputs:
+        tokens, vocab, size = case.tokens, case.vocab, case.hidden
+        generator = torch.Generator(device).manual_seed(1)
+
+        def draw(rows: int, columns: int) -> torch.Tensor:
+            return torch.randn(rows, columns, generator=generator, device=device)
+
+        hidden = draw(tokens, size).to(dtype).requires_grad_()
+        weight = (3 / size**0.5 * draw(vocab, size)).to(dtype).requires_grad_()
+        labels = torch.randint(vocab, (tokens,), generator=generator, device=device)
+        if case.teacher == "dense":  # as the link's default payload brings them
+            given = torch.empty(tokens, vocab, dtype=torch.float16, device=device)
+            for rows in given.split(256):
+                rows.copy_(3 * draw(*rows.shape))
+        else:
+            given = HiddenStates(draw(tokens, size).to(dtype), (3 / size**0.5 * draw(vocab, size)).to(dtype))
+        return cls(hidden, weight, given, labels)
+
+    def teacher_logits(self, rows: torch.Tensor, block: int) -> torch.Tensor:
+        """Of these tokens, float64; made of `block` rows of the teacher's output layer at a time."""
+        if isinstance(self.given, torch.Tensor):
+            return self.given[rows].double()
+        states = self.given.states[rows].double()
+        return torch.cat([states @ part.double().T for part in self.given.weight.split(block)], -1)
+
+
+def methods(case: HeadCase, inputs: Inputs) -> dict[str, Callable]:
+    """By name, each (mask) -> (loss [tokens], gradient of the hidden states, gradient of the weight).
+
+    The gradients are those of the mean loss over all tokens, or over those that a float mask counts.
+    """
     import vcrd
 
-    tokens, vocab, size = case.tokens, case.vocab, case.hidden
+    hidden, weight, given, labels = inputs.hidden, inputs.weight, inputs.given, inputs.labels
     chunks = {} if case.chunk_bytes is None else {"chunk_bytes": case.chunk_bytes}
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(tokens, size, generator=generator).requires_grad_()
-    weight = (3 / size**0.5 * torch.randn(vocab, size, generator=generator)).requires_grad_()
-    labels = torch.randint(vocab, (tokens,), generator=generator)
-    if case.teacher == "dense":  # as the link's default payload brings them
-        given = torch.empty(tokens, vocab, dtype=torch.float16)
-        for rows in given.split(256):
-            rows.copy_(3 * torch.randn(rows.shape, generator=generator))
-    else:
-        given = vcrd.HiddenStates(
-            torch.randn(tokens, size, generator=generator),
-            3 / size**0.5 * torch.randn(vocab, size, generator=generator),
-        )
+    # Where looking at the upstream gradient waits for a device, it is promised, as the plug does from its second step.
+    chunks |= {"even_upstream": True} if hidden.is_cuda else {}
 
-    def finish(loss: torch.Tensor) -> tuple:
-        return (loss.detach(), *torch.autograd.grad(loss.mean(), (hidden, weight)))
+    def finish(loss: torch.Tensor, mask: torch.Tensor | None) -> tuple:
+        mean = loss.mean() if mask is None else (loss * mask).sum() / mask.sum()
+        return (loss.detach(), *torch.autograd.grad(mean, (hidden, weight)))
 
-    def stored() -> tuple:
+    def stored(mask: torch.Tensor | None = None) -> tuple:
         logits = hidden @ weight.T
-        return finish(vcrd.validity_calibrated_kl(logits, given, labels, inplace_gradient=True).loss)
+        out = vcrd.validity_calibrated_kl(logits, given, labels, mask=mask, inplace_gradient=True)
+        return finish(out.loss, mask)
 
-    def fused(in_forward: bool = True) -> tuple:
+    def fused(mask: torch.Tensor | None = None, in_forward: bool = True) -> tuple:
         out = vcrd.fused_validity_calibrated_kl(
-            hidden, weight, given, labels, gradient_in_forward=in_forward, **chunks
+            hidden, weight, given, labels, mask=mask, gradient_in_forward=in_forward, **chunks
         )
-        return finish(out.loss)
+        return finish(out.loss, mask)
 
-    return {STORED: stored, FUSED: fused, AGAIN: lambda: fused(in_forward=False)}
+    return {STORED: stored, FUSED: fused, AGAIN: lambda mask=None: fused(mask, in_forward=False)}
 
 
 def measure(case: HeadCase, pipe: Connection) -> None:
@@ -88,9 +121,10 @@ def measure(case: HeadCase, pipe: Connection) -> None:
         pipe.send(what)
         return pipe.recv()
 
-    for run in methods(replace(case, tokens=16, vocab=256)).values():
+    small = replace(case, tokens=16, vocab=256)
+    for run in methods(small, Inputs.draw(small)).values():
         run()  # what libraries set up once is nobody's
-    ready, truth, results = methods(case), None, {}
+    ready, truth, results = methods(case, Inputs.draw(case)), None, {}
     for name, run in ready.items():
         release()
         ask(MARK)
@@ -145,9 +179,21 @@ def verdicts(results: dict[str, dict]) -> dict[str, tuple[float, bool]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("of --head")
-    group.add_argument("--hidden", type=int, default=512, help="hidden size")
+    group.add_argument("--hidden", nargs="+", type=int, default=[512], help="hidden sizes")
     group.add_argument("--teacher", nargs="+", choices=["dense", "hidden"], default=["dense", "hidden"])
     group.add_argument("--chunk-mib", type=float, help="float32 logits at a time; default: vcrd's own")
+
+
+def cases(options: argparse.Namespace) -> list[HeadCase]:
+    """As `loss.py` parses them."""
+    chunk_bytes = None if options.chunk_mib is None else int(options.chunk_mib * 2**20)
+    return [
+        HeadCase(
+            *(int(number) for number in shape.split("x")),
+            *(hidden, teacher, options.repeats, options.threads, chunk_bytes),
+        )
+        for shape, hidden, teacher in product(options.shapes or SHAPES, options.hidden, options.teacher)
+    ]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -159,25 +205,19 @@ def run(options: argparse.Namespace) -> int:
     print(
         f"{'shape':>15} {'hidden':>6} {'teacher':>7} {'':>7} {'median s':>9} {'extra MiB':>10} {'error':>8}"
     )
-    chunk_bytes = None if options.chunk_mib is None else int(options.chunk_mib * 2**20)
     records, passed = [], True
-    for shape in options.shapes or SHAPES:
-        tokens, vocab = (int(number) for number in shape.split("x"))
-        for teacher in options.teacher:
-            case = HeadCase(
-                *(tokens, vocab, options.hidden, teacher, options.repeats, options.threads, chunk_bytes)
+    for case in cases(options):
+        results = in_a_process(case)
+        for name, result in results.items():
+            print(
+                f"{f'[{case.tokens}, {case.vocab}]':>15} {case.hidden:>6} {case.teacher:>7} {name:>7} "
+                f"{median(result['seconds']):>9.2f} {result['extra_bytes'] / 2**20:>10.0f} {result['error']:>8.0e}"
             )
-            results = in_a_process(case)
-            for name, result in results.items():
-                print(
-                    f"{f'[{tokens}, {vocab}]':>15} {options.hidden:>6} {teacher:>7} {name:>7} "
-                    f"{median(result['seconds']):>9.2f} {result['extra_bytes'] / 2**20:>10.0f} {result['error']:>8.0e}"
-                )
-            reached = verdicts(results)
-            for bar, (figure, fine) in reached.items():
-                print(f"    {bar}: {figure:.3g} {'pass' if fine else 'FAIL'}", flush=True)
-                passed &= fine
-            records.append({"case": asdict(case), "results": results, "bars": reached})
+        reached = verdicts(results)
+        for bar, (figure, fine) in reached.items():
+            print(f"    {bar}: {figure:.3g} {'pass' if fine else 'FAIL'}", flush=True)
+            passed &= fine
+        records.append({"case": asdict(case), "results": results, "bars": reached})
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": machine, "cases": records}, indent=1))

@@ -8,7 +8,7 @@ same processes, the logits are restored outside the timed part, and each gradien
 
     python benchmarks/loss.py --head [--shapes 4096x131072 ...] [--hidden 512] [--teacher dense hidden] [--json F]
 
-The fused head beside stored logits, from hidden states to both gradients, on CPU: head.py says how.
+The fused head beside stored logits, from hidden states to both gradients: head.py says how, on a GPU head_device.py.
 
     python benchmarks/loss.py --device cuda [--shapes 4096x131072 4096x16384of131072 ...]
 
@@ -135,11 +135,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=240, help="cuda: seconds after which peers are left out"
     )
-    parser.add_argument("--head", action="store_true", help="cpu: the fused head beside stored logits")
+    parser.add_argument("--head", action="store_true", help="the fused head beside stored logits")
     head.add_arguments(parser)
     options = parser.parse_args(arguments)
-    if options.head and options.device != "cpu":
-        parser.error(f"--head is measured on cpu, got --device {options.device}")
     options.dtypes = options.dtypes or DTYPES[options.device]
     options.repeats = options.repeats or REPEATS[options.device]
     return options
@@ -150,9 +148,12 @@ def on_cuda(options: argparse.Namespace) -> int:
         print("loss.py: --device cuda needs a GPU that torch can use; there is none here", file=sys.stderr)
         return 2
     import device_table
+    import head_device
 
     machine = {**gpu_facts(), "command": " ".join(["python", *sys.argv])}
     print(f"{machine['device']}, driver {machine['driver_version']}; {', '.join(machine['packages'])}")
+    if options.head:
+        return head_device.run(head.cases(options), "cuda", options.dtypes, machine, options.json)
     cases = device_table.default_cases(options.dtypes, options.repeats)
     if options.shapes:
         wanted = [device_table.parse_shape(text) for text in options.shapes]
@@ -162,9 +163,9 @@ def on_cuda(options: argparse.Namespace) -> int:
 
 def main() -> int:
     options = parse()
-    if options.head:
-        return head.run(options)
-    return on_cuda(options) if options.device == "cuda" else on_cpu(options)
+    if options.device == "cuda":
+        return on_cuda(options)
+    return head.run(options) if options.head else on_cpu(options)
 
 
 def on_cpu(options: argparse.Namespace) -> int:

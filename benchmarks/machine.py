@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+import vcrd
+
 PACKAGES = ("torch", "triton", "megatron-core", "nvidia-modelopt", "liger-kernel")
 
 
@@ -19,6 +21,17 @@ def installed(package: str) -> str:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
         return f"no {package}"
+
+
+def versions() -> dict[str, str | None]:
+    """Of everything that a measurement on a GPU depends on; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in (*PACKAGES, "transformer-engine", "pytest", "pytest-xdist"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return {"vcrd": vcrd.__version__, **found}
 
 
 def processor() -> str:

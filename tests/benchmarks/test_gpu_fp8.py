@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import json
@@ -13,14 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-import gpu_check
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 from worlds import World, run_worlds
 
 import gpu_fp8
+import gpu_process
+import gpu_stages
 from vcrd.megatron.fp8 import refuse_delayed_scaling
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_fp8.py"
@@ -66,16 +64,17 @@ def test_it_reports_the_difference_and_fails_on_what_is_not_finite():
     ):
         result = gpu_fp8.summary(bf16, {"tensorwise": broken})
         assert result["passed"] is False
-        assert gpu_fp8.lines(result).endswith("not every recipe ran, and to finite numbers")
+        assert gpu_fp8.lines(result).endswith(
+            "not every recipe ran, to finite numbers, and learned where it was to"
+        )
     assert "fp8 tensorwise: RuntimeError: no such recipe" in gpu_fp8.lines(result)
 
 
-def test_a_recipe_that_fails_is_a_line(monkeypatch):
+def test_a_recipe_that_fails_is_a_line():
     def fails(recipe):
         raise RuntimeError("not on this GPU\nand more")
 
-    monkeypatch.setattr(gpu_fp8, "measure", fails)
-    assert gpu_fp8.tried("blockwise") == "RuntimeError: not on this GPU"
+    assert gpu_fp8.tried(fails, "blockwise") == "RuntimeError: not on this GPU"
 
 
 def test_no_recipe_is_one_that_a_teacher_may_not_have():
@@ -83,21 +82,32 @@ def test_no_recipe_is_one_that_a_teacher_may_not_have():
         refuse_delayed_scaling(SimpleNamespace(fp8="hybrid", fp8_recipe=gpu_fp8.of_teacher(recipe)))
 
 
-def test_gpu_check_shows_its_line(monkeypatch):
+def test_its_reason_makes_the_stage_unavailable(monkeypatch):
     def run(command, seconds, show=False, **environment):
         path = Path(command[command.index("--json") + 1])
-        path.write_text(json.dumps({"passed": None, "how": "Transformer Engine is not installed"}))
-        return gpu_check.Outcome(0, 1.0, "Transformer Engine is not installed\n")
+        path.write_text(json.dumps({"passed": None, "how": "FP8 needs compute capability 8.9"}))
+        return gpu_process.Outcome(0, 1.0, "")
 
-    monkeypatch.setattr(gpu_check, "run", run)
-    result, text = gpu_check.fp8(60)
-    assert text == "Transformer Engine is not installed"
-    assert result["passed"] is None and result["how"] == text
-    monkeypatch.setattr(
-        gpu_check, "run", lambda *_, **__: gpu_check.Outcome(1, 1.0, "Traceback\nRuntimeError: x")
-    )
-    result, text = gpu_check.fp8(60)
-    assert result["passed"] is False and text.endswith("RuntimeError: x")
+    monkeypatch.setattr(gpu_stages, "run", run)
+    for stage in gpu_stages.STAGES:
+        if stage.name.startswith("fp8"):
+            found = stage.work(60)
+            assert (found.passed, found.how) == (None, "FP8 needs compute capability 8.9")
+
+
+def test_training_must_lower_the_loss(monkeypatch):
+    learns = {"losses": [3.0] * 4 + [2.0] * 26, "gradient_norm": 1.0}
+    stays = {"losses": [3.0] * 30, "gradient_norm": 1.0}
+    monkeypatch.setattr(gpu_fp8, "reason_to_skip", lambda: None)
+    monkeypatch.setattr(gpu_fp8, "one_rank", contextlib.nullcontext)
+    monkeypatch.setattr(gpu_fp8, "train", lambda recipe: learns)
+    result = gpu_fp8.run(training=True)
+    assert result["passed"] is True
+    assert all(run["loss_difference"] == 0 for run in result["fp8"].values())
+    monkeypatch.setattr(gpu_fp8, "train", lambda recipe: stays if recipe == "blockwise" else learns)
+    assert gpu_fp8.run(training=True)["passed"] is False
+    monkeypatch.setattr(gpu_fp8, "measure", lambda recipe: stays)
+    assert gpu_fp8.run()["passed"] is True, "a micro-batch teaches nothing"
 
 
 @pytest.mark.skipif(
@@ -108,9 +118,13 @@ def test_the_script_ends_well_where_transformer_engine_is_not_installed():
     assert (done.returncode, done.stdout) == (0, "Transformer Engine is not installed\n"), done.stderr
 
 
-def test_its_models_and_its_step_run_on_the_cpu_with_local_layers():
-    ((result,),) = run_worlds(World(gpu_fp8.measure, arguments=(None, False)))
+def test_its_models_and_its_steps_run_on_the_cpu_with_local_layers():
+    (result,), (trained,) = run_worlds(
+        World(gpu_fp8.measure, arguments=(None, False)), World(gpu_fp8.train, arguments=(None, False, 8))
+    )
     assert len(result["losses"]) == gpu_fp8.STEPS
     assert all(loss > 0.1 and math.isfinite(loss) for loss in result["losses"])
     assert max(result["losses"]) == pytest.approx(min(result["losses"]), rel=1e-4), "no weight changes"
     assert 0 < result["gradient_norm"] < math.inf
+    assert len(trained["losses"]) == 8 and gpu_fp8.lowered(trained)
+    assert trained["losses"][0] == pytest.approx(result["losses"][0], rel=1e-4), "the same models and tokens"

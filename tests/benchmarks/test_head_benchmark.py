@@ -1,12 +1,14 @@
-"""The fused head's benchmark on a small size: what loss.py --head measures, and which bars it compares with."""
+"""The fused head's benchmark on a small size: what loss.py --head measures, and what it compares with."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+import torch
 
 import head
+import head_device
 import loss
 
 TOKENS, VOCAB = 1024, 8192
@@ -35,10 +37,56 @@ def test_memory_is_read_from_outside_and_results_are_those_of_stored_logits(teac
         assert result["error"] <= head.LARGEST_ERROR and len(result["seconds"]) == 1
 
 
-def test_it_is_refused_on_a_gpu(capsys):
-    with pytest.raises(SystemExit):
-        loss.parse(["--head", "--device", "cuda"])
-    assert "--head is measured on cpu, got --device cuda" in capsys.readouterr().err
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_device_side_compares_with_float64(tmp_path, capsys, one_thread, dtype):
+    path = tmp_path / "folder" / "head.json"
+    command = ["--head", "--device", "cuda", "--shapes", "64x515", "--hidden", "16", "--repeats", "2"]
+    cases = head.cases(loss.parse([*command, "--chunk-mib", "0.05"]))
+    assert [case.teacher for case in cases] == ["dense", "hidden"]
+    assert head_device.run(cases, "cpu", [dtype], {"device": "test"}, path) == 0
+    assert "fused / stored: time " in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert [record["case"]["dtype"] for record in written["cases"]] == [dtype] * 2 and not written["wrong"]
+    for record in written["cases"]:
+        assert set(record["results"]) == {head.STORED, head.FUSED, head.AGAIN}
+        for name, result in record["results"].items():
+            assert len(result["seconds"]) == 2
+            assert set(result["errors"]) == {"loss", "hidden_gradient", "weight_gradient"}
+            most = (
+                4e-3 if dtype == "bfloat16" and name != head.STORED else 1e-5 if dtype == "float32" else 0.05
+            )
+            assert 0 < result["error"] < most, (name, result)
+
+
+def test_a_wrong_gradient_of_the_fused_head_fails_on_the_device(tmp_path, capsys, monkeypatch, one_thread):
+    ours = head.methods
+
+    def methods(case, inputs):
+        ready = ours(case, inputs)
+
+        def wrong(mask=None):
+            loss, of_hidden, of_weight = ready[head.FUSED](mask)
+            return loss, of_hidden, 1.1 * of_weight
+
+        def too_large(mask=None):
+            raise torch.OutOfMemoryError("no")
+
+        return {**ready, head.STORED: too_large, head.FUSED: wrong}
+
+    monkeypatch.setattr(head_device, "methods", methods)
+    case = head.HeadCase(32, 100, 8, "dense", 1, 1, None)
+    assert head_device.run([case], "cpu", ["float32"], {}, None) == 1
+    printed = capsys.readouterr()
+    assert "WRONG RESULT: [32, 100] 8 dense float32, fused: error 1.0e-01" in printed.err
+    assert "stored out of memory" in printed.out and "fused / stored" not in printed.out
 
 
 def test_a_measurement_that_dies_is_an_error():

@@ -1,0 +1,43 @@
+"""What `make gpu-check` must know before its first stage, as a line of JSON: the machine, and the extension.
+
+In a process of its own, so that the queue itself never imports torch, and outlives an extension that cannot be loaded:
+the last line counts, and the first says what it means if there is no other.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from gpu_build import reason_to_build
+from machine import gpu_facts, versions
+
+
+def kernels() -> str | None:
+    """Why the CUDA kernels of the extension that is here cannot be used, None where they ran."""
+    reason = reason_to_build(torch.__version__)
+    if reason is not None:
+        return reason
+    try:
+        import vcrd
+
+        # Refused without CUDA kernels, and where they were compiled for another architecture.
+        logits = torch.randn(2, 64, device="cuda")
+        vcrd.vocab_parallel_divergence(logits, logits.clone()).divergence.sum().item()
+    except Exception as error:
+        return f"vcrd._C does not run here: {(str(error).strip().splitlines() or [repr(error)])[0]}"
+    return None
+
+
+def main() -> None:
+    found: dict = {"torch": torch.__version__, "gpu": torch.cuda.is_available()}
+    if found["gpu"]:
+        found |= {"facts": gpu_facts(), "versions": versions()}
+        print(json.dumps({**found, "kernels": "vcrd._C ends the process that loads it"}), flush=True)
+        found["kernels"] = kernels()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Runs one command of `make gpu-check` under a time limit and leaves none of its processes behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from gpu_results import ROOT
+
+
+@dataclass(frozen=True)
+class Outcome:
+    returncode: int | None  # None: cut off
+    seconds: float
+    output: str  # of both streams
+
+    @property
+    def ended_well(self) -> bool:
+        return self.returncode == 0
+
+    @property
+    def how(self) -> str:
+        if self.returncode is None:
+            return f"cut off after {self.seconds:.0f} s"
+        return f"exit status {self.returncode}"
+
+    def tail(self, lines: int = 25) -> str:
+        return "\n".join(self.output.strip().splitlines()[-lines:])
+
+
+def run(command: list[str], seconds: float, show: bool = False, **environment: str) -> Outcome:
+    """Runs it in the checkout and prints its lines as they come if `show`.
+
+    Its whole process group is killed at the limit, after its own end, and where this process is interrupted.
+    """
+    # torch looks for ninja on the PATH, also where the environment is not activated.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ours = {"PATH": path, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    started = time.monotonic()
+    with TemporaryDirectory() as folder, open(Path(folder) / "output", "w+") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **ours, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        shown, returncode = 0, None
+        try:
+            while returncode is None and time.monotonic() - started < seconds:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    returncode = process.wait(
+                        timeout=max(0.01, min(0.2, seconds - (time.monotonic() - started)))
+                    )
+                if show:
+                    text = (Path(folder) / "output").read_text(errors="replace")
+                    print(text[shown:], end="", flush=True)
+                    shown = len(text)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            # A process that hangs in the driver does not die; the other stages still get their turn.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+        text = (Path(folder) / "output").read_text(errors="replace")
+        return Outcome(returncode, time.monotonic() - started, text)

@@ -1,0 +1,54 @@
+"""A pytest plugin (`-p gpu_test_log`): one line of JSON for each test that starts and ends, in the file VCRD_TEST_LOG.
+
+Lines are appended at once, by the process that runs the test, so that they tell what was running when the run was
+killed. With pytest-xdist these are the workers; the controller adds only what no worker can: that one has died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+LONGEST = 2000  # characters kept of a failure
+
+
+class TestLog:
+    __test__ = False  # no test class, whatever its name begins with
+
+    def __init__(self, path: str, only_crashes: bool) -> None:
+        self._path, self._only_crashes = path, only_crashes
+
+    def pytest_runtest_logstart(self, nodeid: str, location: Any) -> None:
+        if not self._only_crashes:
+            self._add(event="start", test=nodeid)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        crashed = report.when not in ("setup", "call", "teardown")  # xdist's report of a worker that died
+        if crashed or not self._only_crashes:
+            why = "" if report.passed else report.longreprtext.strip()[-LONGEST:]
+            outcome = "timed out" if "from pytest-timeout" in why else report.outcome
+            self._add(
+                event=report.when, test=report.nodeid, outcome=outcome, seconds=report.duration, why=why
+            )
+
+    def pytest_runtest_logfinish(self, nodeid: str, location: Any) -> None:
+        if not self._only_crashes:
+            self._add(event="end", test=nodeid)
+
+    def _add(self, **entry: Any) -> None:
+        line = json.dumps({**entry, "time": time.time()}) + "\n"
+        # One write of a file opened for appending: lines of several workers do not mix.
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+
+def pytest_configure(config: Any) -> None:
+    path = os.environ.get("VCRD_TEST_LOG")
+    if path:
+        distributes = getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
+        config.pluginmanager.register(TestLog(path, only_crashes=distributes), "vcrd-test-log")

@@ -1,0 +1,252 @@
+"""What distillation costs a Megatron training step on one GPU, beside plain cross-entropy, when the answers are ready.
+
+    python benchmarks/gpu_training.py [--layers 16] [--hidden 2048] [--vocab 131072] [--json training.json]
+
+A GPT model with the layer sizes of a model of 1 B parameters, bfloat16, Megatron's data-parallel wrapper, schedule and
+Adam with float32 masters. Transformer Engine's layers where it is installed, Megatron's local ones otherwise, whose
+attention is slower, so that the same loss costs less of the step. One micro-batch a step. The teacher's answers lie on
+the GPU in the form in which the link brings them: nothing of a teacher or of the link is in the step.
+
+The losses take turns in blocks of steps, on one model:
+
+- cross-entropy: Megatron's with its loss fusion, what the others are compared with; and without it,
+- plug: `vcrd.megatron.distill`, in place, and once more with the fused head.
+
+Exits with 1 where a loss or a gradient is not finite, or the fused head's differ from those of the plug; how long a
+step takes decides nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
+
+from device_measure import CudaClock, HostClock
+from gpu_models import Batch, Shape, build, forward_backward, forward_step, one_rank
+
+SHAPE = Shape(16, 2048, 8192, 32, vocab=131072, sequence=4096, groups=8, gated=True, tied=True)
+ROUNDS, STEPS = 3, 5
+SECONDS = 50  # after which no round begins, so that slow layers cost rounds and not the result
+WARMUPS = 3  # a plug looks at the model in its first step, and trusts what it saw from the second on
+# Of the fused head's mean loss and gradient norm from the plug's, whose logits are rounded to bfloat16.
+LARGEST_DIFFERENCE = 0.02
+PLAIN, UNFUSED, PLUG, HEAD = "cross-entropy", "cross-entropy, unfused", "plug", "plug, fused head"
+
+
+class ReadyTeacher(nn.Module):
+    """Stands for a teacher's model: its answers [s, b, v] are given, and take turns, as none is read twice in reality.
+
+    `distill(forward_step, teacher=...)` takes it for a model in the student's rank.
+    """
+
+    def __init__(self, student: nn.Module, answers: list[Tensor]) -> None:
+        super().__init__()
+        self.config = student.config
+        self.pre_process = self.post_process = True
+        self.vocab_size, self.max_sequence_length = student.vocab_size, student.max_sequence_length
+        self._answers, self._given = answers, 0
+
+    def restart(self) -> None:
+        """The first answer is next, so that every loss ends with the same one."""
+        self._given = 0
+
+    def set_input_tensor(self, tensor: Any) -> None:
+        """There is no stage before."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[b, s, v], as a model returns its logits."""
+        answer = self._answers[self._given % len(self._answers)]
+        self._given += 1
+        return answer.transpose(0, 1)
+
+
+def answers_of(shape: Shape, micro_batch: int, count: int = 2) -> list[Tensor]:
+    """What the link's default payload brings: in float16 how far each logit is below the largest of its row."""
+    found = []
+    for number in range(count):
+        torch.manual_seed(100 + number)
+        answer = torch.empty(
+            shape.sequence, micro_batch, shape.vocab, dtype=torch.float16, device=torch.device("cuda")
+        )
+        for rows in answer.split(256):  # float32 of the whole would be twice the answer once more
+            logits = 3 * torch.randn(rows.shape, device=torch.device("cuda"))
+            rows.copy_(logits - logits.amax(-1, keepdim=True))
+        found.append(answer)
+    return found
+
+
+@dataclass
+class Times:
+    """Of one loss: seconds of each step, the growth of the device's memory in a step, and the last loss and norm."""
+
+    seconds: list[float] = field(default_factory=list)
+    step_bytes: int = 0
+    loss: float = math.nan
+    gradient_norm: float = math.nan
+
+
+class Training:
+    """The model, its optimizer, and one micro-batch that every step takes."""
+
+    def __init__(self, shape: Shape, micro_batch: int, engine: bool, **settings: Any) -> None:
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        inner = build(shape, 1, None, engine, **settings)
+        self.config = inner.module.config
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.model = DistributedDataParallel(
+            self.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), inner
+        )
+        self.parameters = sum(parameter.numel() for parameter in inner.parameters())
+        self._optimizer = get_megatron_optimizer(
+            # Steps so small that all losses meet the same model.
+            OptimizerConfig(
+                optimizer="adam", lr=1e-7, min_lr=1e-7, clip_grad=1.0, bf16=True, params_dtype=torch.bfloat16
+            ),
+            [self.model],
+            use_gloo_process_groups=False,
+        )
+        generator = torch.Generator().manual_seed(3)
+        self._batch = Batch.draw(shape, micro_batch, generator)
+        self.teacher = ReadyTeacher(inner.module, answers_of(shape, micro_batch))
+        self.model.train()
+
+    def step(self, forward: Callable) -> float:
+        """One whole step; the norm of its gradient."""
+        self.model.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        forward_backward(forward, self.model, self._batch)
+        _, norm, _ = self._optimizer.step()
+        return float(norm)
+
+
+def measure(
+    shape: Shape,
+    micro_batch: int,
+    engine: bool,
+    clock: CudaClock | HostClock,
+    rounds: int = ROUNDS,
+    steps: int = STEPS,
+    **settings: Any,
+) -> dict:
+    """The figures of each loss. One process's parallel state must exist; settings: of Megatron's configuration."""
+    from vcrd.megatron import DistillSettings, distill
+
+    training = Training(shape, micro_batch, engine, **settings)
+    found = {name: Times() for name in (PLAIN, UNFUSED, PLUG, HEAD)}
+    started = time.monotonic()
+    for number in range(rounds):
+        if number and time.monotonic() - started > SECONDS:
+            break
+        for name, times in found.items():
+            last: dict[str, Tensor] = {}
+
+            def plain(data_iterator: Any, model: Any, last: dict[str, Tensor] = last) -> tuple:
+                losses, loss_func = forward_step(data_iterator, model)
+                last["losses"] = losses.detach()
+                return losses, loss_func
+
+            training.config.cross_entropy_loss_fusion = name != UNFUSED
+            training.config.cross_entropy_fusion_impl = "native"
+            plug = None
+            if name in (PLUG, HEAD):
+                plug = distill(plain, DistillSettings(fused_head=name == HEAD), teacher=training.teacher)
+            forward = plug or plain
+            training.teacher.restart()
+            try:
+                for _ in range(WARMUPS):
+                    norm = training.step(forward)
+                clock.start_memory()
+                norm = training.step(forward)
+                times.step_bytes = clock.extra_bytes()
+                for _ in range(steps):
+                    clock.prepare()
+                    start = clock.mark()
+                    norm = training.step(forward)
+                    times.seconds.append(clock.seconds(start, clock.mark()))
+                times.loss, times.gradient_norm = float(last["losses"].float().mean()), norm
+            finally:
+                if plug is not None:
+                    plug.close()
+                clock.clean()
+    return summary(shape, micro_batch, engine, training.parameters, found)
+
+
+def summary(shape: Shape, micro_batch: int, engine: bool, parameters: int, found: dict[str, Times]) -> dict:
+    plain = median(found[PLAIN].seconds)
+    numbers = [number for times in found.values() for number in (times.loss, times.gradient_norm)]
+    apart = [
+        abs(getattr(found[HEAD], name) / getattr(found[PLUG], name) - 1) for name in ("loss", "gradient_norm")
+    ]
+    return {
+        "passed": all(map(math.isfinite, numbers)) and max(apart) <= LARGEST_DIFFERENCE,
+        "head_differs_by": dict(zip(("loss", "gradient_norm"), apart, strict=True)),
+        "shape": asdict(shape),
+        "micro_batch": micro_batch,
+        "parameters": parameters,
+        "layers_of": "Transformer Engine" if engine else "megatron-core",
+        "answer_bytes": 2 * micro_batch * shape.sequence * shape.vocab,
+        "step_ms": {name: 1e3 * median(times.seconds) for name, times in found.items()},
+        "longer_percent": {name: 100 * (median(t.seconds) / plain - 1) for name, t in found.items()},
+        "losses": {name: asdict(times) for name, times in found.items()},
+    }
+
+
+def lines(result: dict) -> str:
+    """What is printed."""
+    title = f"{result['parameters'] / 1e9:.2f} B parameters, layers of {result['layers_of']}"
+    rows = [f"{title} {'median ms':>10} {'longer':>8} {'step MiB':>9} {'loss':>8}"]
+    for name, times in result["losses"].items():
+        rows.append(
+            f"{name:<{len(title)}} {result['step_ms'][name]:>10.1f} {result['longer_percent'][name]:>+7.1f}% "
+            f"{times['step_bytes'] / 2**20:>9.0f} {times['loss']:>8.4f}"
+        )
+    return "\n".join(
+        [*rows, *([] if result["passed"] else ["WRONG: see losses, gradient norms and head_differs_by"])]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name in ("layers", "hidden", "feed_forward", "heads", "groups", "vocab", "sequence"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(SHAPE, name))
+    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="where the figures are written")
+    options = vars(parser.parse_args())
+    path, micro_batch = options.pop("json"), options.pop("micro_batch")
+    if importlib.util.find_spec("megatron") is None:
+        result: dict = {"passed": None, "how": "megatron-core is not installed"}
+    elif not torch.cuda.is_available():
+        result = {"passed": None, "how": f"torch {torch.__version__} finds no GPU that it can use"}
+    else:
+        engine = importlib.util.find_spec("transformer_engine") is not None
+        shape = Shape(**options, gated=True, tied=True)
+        with one_rank():
+            result = measure(shape, micro_batch, engine, CudaClock(), bias_activation_fusion=True)
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1))
+    print(result["how"] if result["passed"] is None else lines(result))
+    return 1 if result["passed"] is False else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""The table of stages of `make gpu-check`: short, unique, of files that exist, complete, and the same on the page."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import device_table
+import gpu_process
+import gpu_stages
+import loss
+from gpu_results import ROOT, files
+from gpu_stages import LIMIT, STAGES, Script
+
+NAMES = [stage.name for stage in STAGES]
+
+
+def shards() -> list[str]:
+    return [path for stage in STAGES if isinstance(stage.work, gpu_stages.Tests) for path in stage.work.paths]
+
+
+def on_cuda(path: Path) -> bool:
+    """Whether it has tests on CUDA tensors: they take the fixture `device`, or the file is about CUDA alone."""
+    tree = ast.parse(path.read_text())
+    taken = {
+        argument.arg for node in ast.walk(tree) if isinstance(node, ast.arguments) for argument in node.args
+    }
+    marked = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    return path.name.startswith("test_cuda") or "device" in taken or "on_device" in taken | marked
+
+
+def test_names_are_files_and_unique():
+    assert NAMES[0] == "build" and len(set(NAMES)) == len(NAMES)
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) for name in NAMES)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_stage_is_short_and_says_what_it_proves_of_which_files(stage):
+    assert stage.proves.endswith(".") and "\n" not in stage.proves
+    assert stage.limit == (gpu_stages.LIMIT_OF_THE_BUILD if stage.name == "build" else LIMIT) and LIMIT <= 90
+    assert 0 < stage.expected <= stage.limit
+    for pattern in stage.sources:
+        assert files([pattern.removeprefix("!")]), f"{pattern} matches no file"
+    if isinstance(stage.work, Script):
+        assert ROOT / stage.work.command[0] in files(stage.sources) or stage.work.command[0].endswith(
+            "loss.py"
+        )
+    if isinstance(stage.work, gpu_stages.Tests):
+        assert {ROOT / path for path in stage.work.paths} <= set(files(stage.sources))
+        # tests/conftest.py imports hypothesis for all.
+        assert set(stage.modules) == {"pytest", "hypothesis"}
+
+
+def test_every_test_of_the_loss_on_cuda_tensors_belongs_to_one_stage():
+    found = [*(ROOT / "tests/loss").glob("test_*.py"), *(ROOT / "tests/link").glob("test_cuda*.py")]
+    wanted = sorted(path.relative_to(ROOT).as_posix() for path in found if on_cuda(path))
+    assert sorted(shards()) == wanted
+    assert "tests/loss/test_cuda.py" in wanted and "tests/loss/test_lanes.py" not in wanted
+
+
+def test_a_shard_is_stale_by_its_own_tests_and_not_by_those_of_others():
+    rows, topk = (
+        next(stage for stage in STAGES if stage.name == f"kernels-{name}") for name in ("rows", "topk")
+    )
+    assert ROOT / "tests/loss/test_topk.py" not in files(rows.sources)
+    assert ROOT / "tests/loss/test_topk.py" in files(topk.sources)
+    for shared in ("tests/loss/cases.py", "tests/loss/conftest.py", "csrc/merge.h", "vcrd/divergence.py"):
+        assert ROOT / shared in files(rows.sources), shared
+    assert ROOT / "vcrd/telemetry.py" not in files(rows.sources)
+
+
+def test_the_benchmarks_together_have_every_shape_once():
+    commands = [stage.work.command for stage in STAGES if stage.name.startswith("benchmark")]
+    options = [loss.parse(list(command[1:])) for command in commands]
+    assert all(option.device == "cuda" and option.limit <= 60 for option in options)
+    found = [device_table.parse_shape(shape) for option in options for shape in option.shapes]
+    cases = device_table.default_cases(["bfloat16"], 1)
+    assert sorted(found) == sorted((case.tokens, case.columns, case.vocab) for case in cases)
+
+
+def test_the_page_has_the_same_stages():
+    page = (ROOT / "docs/performance.md").read_text()
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.+?) \|", page, re.MULTILINE)
+    assert [name for name, _ in rows] == NAMES
+    for stage, (_, proves) in zip(STAGES, rows, strict=True):
+        assert proves == stage.proves.removesuffix("."), stage.name
+
+
+def script(tmp_path: Path, text: str) -> Script:
+    path = tmp_path / "script.py"
+    path.write_text(f"import json, sys\npath = sys.argv[sys.argv.index('--json') + 1]\n{text}")
+    return Script((str(path),))
+
+
+def test_what_a_script_writes_is_its_result(tmp_path, capsys):
+    good = script(tmp_path, "print('a line')\njson.dump({'machine': 1, 'ms': 2}, open(path, 'w'))")
+    found = good(60)
+    assert found.passed is True and found.figures.pop("command").startswith("python ")
+    assert found.figures == {"ms": 2} and "a line" in capsys.readouterr().out
+    absent = script(tmp_path, "json.dump({'passed': None, 'how': 'no counters'}, open(path, 'w'))")(60)
+    assert (absent.passed, absent.how) == (None, "no counters")
+    wrong = script(tmp_path, "json.dump({'passed': False, 'ms': 3}, open(path, 'w'))\nsys.exit(1)")(60)
+    assert wrong.passed is False and wrong.how == "exit status 1" and wrong.figures["ms"] == 3
+    silent = script(tmp_path, "print('nothing measured')")(60)
+    assert silent.passed is False and silent.figures["output"] == "nothing measured"
+
+
+def test_figures_that_a_script_wrote_before_it_was_cut_off_are_kept(tmp_path, monkeypatch):
+    written = {"cases": [1]}
+
+    def run(command, seconds, show=False, **environment):
+        Path(command[-1]).write_text(json.dumps(written))
+        return gpu_process.Outcome(None, seconds, "the second case began")
+
+    monkeypatch.setattr(gpu_stages, "run", run)
+    found = Script(("benchmarks/loss.py",))(90)
+    assert found.passed is False and found.how == "cut off after 90 s"
+    assert found.figures["cases"] == [1] and found.figures["output"] == "the second case began"
+
+
+def test_the_sanitizers_errors_fail_it(monkeypatch):
+    commands = []
+
+    def run(command, seconds, **environment):
+        commands.append((command, environment))
+        return gpu_process.Outcome(9, 5.0, "Invalid __global__ read\nERROR SUMMARY: 1 error")
+
+    monkeypatch.setattr(gpu_stages, "run", run)
+    monkeypatch.setattr(gpu_stages, "tool", lambda name: f"/cuda/bin/{name}")
+    found = gpu_stages.sanitizer(60)
+    assert found.passed is False and "1 error" in found.figures["output"]
+    ((command, environment),) = commands
+    assert command[0] == "/cuda/bin/compute-sanitizer" and (ROOT / command[-1]).exists()
+    assert environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+def test_the_small_case_of_the_sanitizer_runs():
+    import gpu_small_case
+
+    gpu_small_case.main("cpu")
+
+
+def test_a_tool_is_found_in_the_toolkit_too(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    path = tmp_path / "bin" / "a-tool"
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu_stages.tool("a-tool") == str(path)
+    assert gpu_stages.tool("another-tool") is None
+
+
+def test_the_queue_imports_no_torch():
+    assert "torch" not in {
+        name.split(".")[0]
+        for path in ("check", "stages", "results", "process", "tests", "build")
+        for node in ast.walk(ast.parse((ROOT / f"benchmarks/gpu_{path}.py").read_text()))
+        for name in imported(node)
+    }
+    assert "torch" in sys.modules, "the tests do"
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -1,0 +1,79 @@
+"""The training step that `make gpu-check` times, on the CPU with a tiny model: one model, the same steps."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from worlds import World, run_worlds
+
+import gpu_training
+from gpu_models import Shape
+from gpu_training import HEAD, PLAIN, PLUG, UNFUSED, Times
+
+SHAPE = Shape(2, 32, 64, 4, vocab=96, sequence=16, groups=2, gated=True, tied=True)
+SCRIPT = Path(gpu_training.__file__)
+
+
+def tiny() -> tuple[dict, list]:
+    """The figures; how often each answer of the teacher was given in the last block."""
+    given = []
+    forward = gpu_training.ReadyTeacher.forward
+
+    def counted(teacher, input_ids):
+        answer = forward(teacher, input_ids)
+        given.append(answer.data_ptr())
+        return answer
+
+    gpu_training.ReadyTeacher.forward = counted
+    settings = {"use_cpu_initialization": True, "bias_activation_fusion": True}
+    clock = gpu_training.HostClock()
+    return gpu_training.measure(SHAPE, 1, False, clock, rounds=1, steps=2, **settings), given
+
+
+def test_each_loss_takes_its_turn_on_one_model():
+    (((result, given),),) = run_worlds(World(tiny))
+    assert result["passed"] is True
+    assert list(result["step_ms"]) == [PLAIN, UNFUSED, PLUG, HEAD]
+    for times in result["losses"].values():
+        assert len(times["seconds"]) == 2 and min(times["seconds"]) > 0
+        assert math.isfinite(times["loss"]) and times["gradient_norm"] > 0
+    losses = {name: times["loss"] for name, times in result["losses"].items()}
+    assert losses[PLAIN] == pytest.approx(losses[UNFUSED], rel=1e-3)
+    assert losses[PLUG] == pytest.approx(losses[HEAD], rel=1e-2) and losses[PLUG] < 0.5 * losses[PLAIN]
+    assert result["answer_bytes"] == 2 * 16 * 96
+    # Three warm-ups, one step for the memory and two timed ones, of either plug; answers take turns.
+    assert len(given) == 12 and len(set(given)) == 2 and given[0] != given[1]
+    assert given[:6] == given[6:], "both plugs end with the same answer"
+    assert gpu_training.lines(result).count("\n") == 4
+
+
+def found(**changes) -> dict[str, Times]:
+    times = {
+        name: Times([2.0, ms], 100, 1.0, 1.0) for name, ms in ((PLAIN, 2.0), (UNFUSED, 3.0), (PLUG, 2.2))
+    }
+    return {**times, HEAD: Times([2.0, 2.0], 50, **{"loss": 1.0, "gradient_norm": 1.0, **changes})}
+
+
+def test_what_it_costs_is_in_percent_of_the_step_with_cross_entropy():
+    result = gpu_training.summary(SHAPE, 1, True, 10**9, found())
+    assert result["passed"] is True and result["layers_of"] == "Transformer Engine"
+    assert result["longer_percent"] == pytest.approx({PLAIN: 0, UNFUSED: 25, PLUG: 5, HEAD: 0})
+    assert "1.00 B parameters" in gpu_training.lines(result)
+
+
+@pytest.mark.parametrize("changes", [{"loss": math.nan}, {"gradient_norm": math.inf}, {"loss": 1.1}])
+def test_what_is_wrong_fails_it(changes):
+    result = gpu_training.summary(SHAPE, 1, True, 10**9, found(**changes))
+    assert result["passed"] is False
+    assert "WRONG" in gpu_training.lines(result)
+
+
+def test_it_says_that_there_is_no_gpu(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu_training.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--json", str(tmp_path / "f.json"), "--layers", "2"])
+    assert gpu_training.main() == 0
+    assert "finds no GPU" in capsys.readouterr().out
+    assert '"passed": null' in (tmp_path / "f.json").read_text()
