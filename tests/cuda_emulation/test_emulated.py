@@ -17,7 +17,8 @@ import emulated_build
 import pytest
 
 LOSS_TESTS = emulated_build.ROOT / "tests/loss"
-WITHOUT_KERNELS = ("test_cpu_kernels.py", "test_lanes.py", "test_cuda.py")
+# All of whose tests are about the CPU kernels, or need a GPU.
+WITHOUT_EMULATION = ("test_cpu_kernels.py", "test_lanes.py", "test_head.py", "test_cuda.py")
 
 pytestmark = pytest.mark.timeout(900)  # of which the first build takes a part
 
@@ -82,11 +83,10 @@ def test_every_kernel_is_right_under_the_sanitizers(module, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted(path.name for path in LOSS_TESTS.glob("test_*.py")))
+@pytest.mark.parametrize(
+    "file", sorted({path.name for path in LOSS_TESTS.glob("test_*.py")} - set(WITHOUT_EMULATION))
+)
 def test_the_tests_of_the_loss_pass_on_emulated_cuda_kernels(module, file):
-    """Left out are those about the CPU kernels, and those that need a GPU."""
-    if file in WITHOUT_KERNELS:
-        pytest.skip(f"{file} has no test for emulated kernels")
     assert run_tests(module, file, seconds=800)
 
 

@@ -65,6 +65,7 @@ def test_the_call_of_the_readme_runs():
     importlib.util.find_spec("megatron.training") is None,
     reason="megatron.training comes with megatron-core 0.19, which needs Python 3.12",
 )
+@pytest.mark.slow
 def test_the_first_page_does_what_it_says(tmp_path):
     """From top to end in one shell, but for the build, the folder and the ports."""
     text = "".join(blocks(ROOT / "docs/getting-started.md"))

@@ -122,6 +122,7 @@ def test_a_step_that_megatron_runs_again_sees_the_same_answers(whole, folder):
     assert vcrd_lines(again) == vcrd_lines(whole), "a step that is run again counts once"
 
 
+@pytest.mark.slow
 def test_a_step_that_is_run_again_from_its_checkpoint_sees_the_same_answers(whole, folder):
     """A fatal result that repeats: Megatron saves, exits with 16, and runs the step again when it is resumed."""
     from megatron.core.rerun_state_machine import EXIT_CODE_RESUME_TO_DISAMBIGUATE
@@ -141,6 +142,7 @@ def test_a_step_that_is_run_again_from_its_checkpoint_sees_the_same_answers(whol
     assert second.curve(again=True) == rejected and second.curve() == []
 
 
+@pytest.mark.slow
 def test_an_interleaved_pipeline_runs_a_step_again_and_counts_it_once(folder):
     arguments = "--pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
     arguments += " --global-batch-size 4 --eval-interval 100"
@@ -162,6 +164,7 @@ def test_an_interleaved_pipeline_runs_a_step_again_and_counts_it_once(folder):
         assert figures["loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_nan_of_the_students_stops_the_run(folder):
     started = Run(folder, "nan", "--global-batch-size 4 --eval-interval 100", LONG_RUN_NAN="2")
     codes = started.finish()

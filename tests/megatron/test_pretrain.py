@@ -37,7 +37,10 @@ def one_process(tmp_path_factory):
     return folder, pretrain_jobs.curve(folder, Run(), STEPS)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "tensor x pipeline" else pytest.mark.slow) for name in LAYOUTS],
+)
 def test_a_layout_changes_no_loss(one_process, name):
     folder, expected = one_process
     assert expected[0] > 0.1 and expected[-1] != expected[0], "a curve that could show a difference"

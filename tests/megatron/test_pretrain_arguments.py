@@ -27,6 +27,7 @@ def folder(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_a_legacy_checkpoint_its_arguments_and_data_workers_change_no_loss(folder):
     expected = jobs.curve(folder, jobs.Run(), STEPS)
     jobs.save_weights(folder / "legacy", jobs.TEACHER, 120, form="torch")
@@ -59,6 +60,7 @@ def test_a_teacher_without_a_checkpoint_does_not_serve_random_weights(folder):
         jobs.train(folder, teacher, "", 1, 0, script="examples/serve_teacher.py")
 
 
+@pytest.mark.slow
 def test_heads_that_predict_further_tokens_keep_their_own_loss(folder):
     """The main head's first loss is that of the same weights without them; stages change no curve."""
     jobs.save_weights(folder / "heads", f"{jobs.STUDENT} {HEADS}", 120)
@@ -73,6 +75,7 @@ def test_heads_that_predict_further_tokens_keep_their_own_loss(folder):
     assert jobs.losses(staged, STEPS) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_with_the_students_weights_sees_the_same_documents(folder):
     """Megatron packs documents of a few tokens into samples, and two samples into a row: no divergence at any token."""
     same = jobs.TEACHER.replace(" --mock-data", "")

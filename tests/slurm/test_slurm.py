@@ -157,6 +157,7 @@ def test_the_doctor_looks_at_every_node_and_measures_the_link_between_the_jobs(u
     assert re.search(r"link +[0-9.]+ GB/s from rank [23] .* to rank [01] ", undisturbed.log)
 
 
+@pytest.mark.slow
 def test_a_job_that_is_told_to_stop_saves_and_runs_again(cluster, teacher, whole, tmp_path):
     """What `--signal=B:TERM@300` does near the end of a job's time."""
     job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
@@ -169,6 +170,7 @@ def test_a_job_that_is_told_to_stop_saves_and_runs_again(cluster, teacher, whole
     assert_same(job.finish(), whole, saved)
 
 
+@pytest.mark.slow
 def test_a_killed_teacher_and_then_a_lost_node(cluster, teacher, whole, tmp_path):
     job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
     job.reach(3)
@@ -184,6 +186,7 @@ def test_a_killed_teacher_and_then_a_lost_node(cluster, teacher, whole, tmp_path
     assert_same(job.finish(), whole, job.resumed)
 
 
+@pytest.mark.slow
 def test_a_job_makes_room_for_an_urgent_one(cluster, teacher, whole, tmp_path):
     job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
     job.reach(13)
@@ -203,6 +206,7 @@ def test_a_job_makes_room_for_an_urgent_one(cluster, teacher, whole, tmp_path):
     assert_same(job.finish(), whole, job.resumed)
 
 
+@pytest.mark.slow
 def test_one_teacher_job_serves_student_jobs(cluster, teacher, whole, tmp_path):
     students = {"STUDENTS_DIR": str(tmp_path / "students"), "VCRD_CONNECT_TIMEOUT": "60"}
     first = Submitted(cluster, tmp_path / "one", teacher, **students)
@@ -221,6 +225,7 @@ def test_one_teacher_job_serves_student_jobs(cluster, teacher, whole, tmp_path):
     )  # two students, four micro-batches a step, and some that were asked ahead
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_stays_cancelled_and_leaves_nothing(cluster, teacher, tmp_path):
     job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
     job.reach(2)
@@ -235,6 +240,7 @@ def test_a_cancelled_job_stays_cancelled_and_leaves_nothing(cluster, teacher, tm
     )
 
 
+@pytest.mark.slow
 def test_a_teacher_that_cannot_start_ends_the_job_with_its_own_words(cluster, teacher, tmp_path):
     settings = {"TEACHER_RESTARTS": "1", "VCRD_CONNECT_TIMEOUT": "3600", "TEACHER_ARGS": "--no-such-argument"}
     job = Submitted(cluster, tmp_path / "run", teacher, **settings).submit(*DISTILL)
@@ -244,6 +250,7 @@ def test_a_teacher_that_cannot_start_ends_the_job_with_its_own_words(cluster, te
     assert "unrecognized arguments: --no-such-argument" in job.log
 
 
+@pytest.mark.slow
 def test_a_teacher_of_wrong_arguments_is_not_started_again(cluster, teacher, tmp_path):
     nowhere = tmp_path / "nowhere"
     settings = {"VCRD_CONNECT_TIMEOUT": "3600", "TEACHER_ARGS": f"{pretrain.TEACHER} --load {nowhere}"}
@@ -255,6 +262,7 @@ def test_a_teacher_of_wrong_arguments_is_not_started_again(cluster, teacher, tmp
     assert "it starts again" not in job.log
 
 
+@pytest.mark.slow
 def test_a_student_that_crashes_ends_the_job_and_is_not_started_again(cluster, teacher, tmp_path):
     job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
     job.reach(3)
@@ -297,6 +305,7 @@ def test_a_job_that_is_submitted_from_elsewhere_says_so(cluster, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_example_of_the_page_runs(cluster, tmp_path):
     """Word by word, but for the build and the places."""
     page = (ROOT / "docs/cluster.md").read_text()

@@ -102,6 +102,7 @@ def test_a_page_is_made_of_it(trained, capsys):
     importlib.util.find_spec("megatron.training") is None,
     reason="megatron.training comes with megatron-core 0.19, which needs Python 3.12",
 )
+@pytest.mark.slow
 def test_with_megatrons_own_training_loop(tmp_path):
     """The last rank writes the figures of both data ranks and each rank's machine to TensorBoard; a run that resumes
     goes on in the same files."""
