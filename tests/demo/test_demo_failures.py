@@ -62,6 +62,7 @@ def last_line(demo: subprocess.Popen, seconds: float) -> str:
     return said.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_killed_teacher_ends_the_demo_with_one_sentence(running):
     demo, output = running
     teachers = [

@@ -67,6 +67,7 @@ def broken_copy(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_five_other_faults(tmp_path):
     with closing(socket.socket()) as taken:
         taken.bind(("0.0.0.0", 0))

@@ -166,6 +166,7 @@ def test_a_checkpoint_is_loaded_as_the_documentation_says(tmp_path):
     sys.version_info < (3, 12) or importlib.util.find_spec("megatron.training") is None,
     reason="megatron.training is not installed",
 )
+@pytest.mark.slow
 def test_a_run_of_megatron_training_evaluates_and_saves_without_the_teacher(tmp_path):
     arguments = (
         "--distributed-backend gloo --use-cpu-initialization --transformer-impl local --no-persist-layer-norm "

@@ -112,6 +112,7 @@ def test_a_run_that_is_terminated_and_resumed_ends_as_the_uninterrupted_one(whol
     assert second.lines()[-1] == whole.lines()[-1] and "weights" in whole.lines()[-1]
 
 
+@pytest.mark.slow
 def test_a_step_that_megatron_runs_again_sees_the_same_answers(whole, folder):
     """In the middle, and at the end of the data, where fewer requests are ahead than may be."""
     again = run(folder, "again", "--global-batch-size 4 --eval-interval 3", LONG_RUN_REJECT=f"3,5,{STEPS}")
@@ -183,6 +184,7 @@ def vcrd_lines(started: Run) -> list[dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_figures_are_sums_over_tokens_of_the_interval_and_of_all_ranks(folder):
     """Two data-parallel ranks whose tokens differ, intervals of two steps: in the log, TensorBoard and W&B."""
     pytest.importorskip("tensorboard")

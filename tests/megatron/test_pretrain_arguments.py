@@ -38,6 +38,7 @@ def test_a_legacy_checkpoint_its_arguments_and_data_workers_change_no_loss(folde
     assert jobs.losses(jobs.train(folder, student, teacher), STEPS) == expected
 
 
+@pytest.mark.slow
 def test_a_legacy_checkpoint_of_another_layout_is_a_failure_with_a_sentence(folder):
     jobs.save_weights(folder / "legacy", jobs.TEACHER, 120, form="torch")
     teacher = f"{jobs.CPU} --load {folder / 'legacy'} --ckpt-format torch --use-checkpoint-args"

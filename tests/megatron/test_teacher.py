@@ -130,7 +130,7 @@ def stay(folder: str) -> int:
     from vcrd.megatron import serve, teacher
 
     teacher._AFTER_REFUSAL = 0.1
-    chosen = settings(address=f"file:{folder}/*", connect_timeout=15)
+    chosen = settings(address=f"file:{folder}/*", connect_timeout=8)
     return serve(jobs.model(jobs.TEACHER, seed=2), chosen, stay=True)
 
 
