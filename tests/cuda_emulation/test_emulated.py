@@ -64,11 +64,11 @@ def run_tests(module: Path, *files: str, seconds: float, **variables: str) -> in
 
 
 def test_every_kernel_is_right_under_the_sanitizers(module, tmp_path):
-    """Every form of the loss in every type: no instance of a kernel stays without a launch."""
+    """Every form of the loss in every type, and rows of every length and alignment: no instance of a kernel stays
+    without a launch."""
     launches = tmp_path / "launches"
-    run_tests(
-        module, "test_every_form.py", "test_encode.py", seconds=400, VCRD_EMULATION_LAUNCHES=str(launches)
-    )
+    files = ("test_every_form.py", "test_encode.py", "test_rows.py")
+    run_tests(module, *files, seconds=600, VCRD_EMULATION_LAUNCHES=str(launches))
     launched = {int(line, 16) for line in launches.read_text().split()}
     kernels = {
         name: int(address, 16)
