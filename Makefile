@@ -28,11 +28,12 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench bench-link evidence estimators build lint format cuda-check cuda-home container-check gpu-check clean always
+.PHONY: help demo test bench bench-link evidence estimators mutants build lint format cuda-check cuda-home container-check gpu-check clean always
 
 help:
 	@echo "make demo     distil a real model in front of you; the first run installs and builds"
 	@echo "make test     run every test"
+	@echo "make mutants  plant faults one at a time in a copy and see which tests notice: an hour on two cores"
 	@echo "make bench    time the loss beside its peers"
 	@echo "make bench-link  time a student with the link beside one with ready answers; bytes per second"
 	@echo "make evidence  train students by every method on generated problems and compare them: an hour on two cores"
@@ -67,6 +68,11 @@ estimators: $(DONE)/demo $(DONE)/extension
 bench-link: $(DONE)/core $(DONE)/extension
 	@echo "==> timing the link with $(VENV)"
 	@$(RUN) benchmarks/link.py $(ARGS)
+
+# Faults are planted in a copy below build/, never here.
+mutants: $(DONE)/demo $(DONE)/test $(DONE)/evidence $(DONE)/extension
+	@echo "==> planting faults in a copy, to see which tests notice"
+	@$(RUN) tests/mutants/campaign.py $(ARGS)
 
 build: $(DONE)/extension
 
