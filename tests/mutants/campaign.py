@@ -25,7 +25,9 @@ FAST, SLOW = "not slow", "slow"  # the tiers, as pytest -m takes them
 # Seconds for a tier as a whole, for one test of a selection at least, and for what pytest itself needs.
 _TIER, _TEST, _START = 7200, 60, 60
 _PASSED, _FAILED, _INTERRUPTED, _NO_TESTS = 0, 1, 2, 5  # exit codes of pytest
+# Where the tests of the loss are run on emulated kernels, and the test that runs all of them.
 _EMULATED = "tests/cuda_emulation/test_emulated.py"
+_ALL_EMULATED = "test_the_tests_of_the_loss_pass_on_emulated_cuda_kernels"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Campaign:
         self._relevant_only = relevant_only
         self._save = save
         self._passed: dict[tuple, float] = {}  # selections that pass without a fault, and their seconds
-        self._emulated_tier: str | None = None
+        self._all_emulated_are_fast: bool | None = None
 
     def prepare(self, faults: list[Fault]) -> None:
         """Copies, builds, and proves that the copy is what will be tested."""
@@ -60,8 +62,6 @@ class Campaign:
         _say("building the extension" + (" and the emulated kernels" if emulated else "") + " in the copy")
         self._tree.build(emulated)
         self._tree.check_imports()
-        if emulated:
-            self._emulated_tier = self._tier_of_emulation()
 
     def run(self, faults: list[Fault]) -> list[Result]:
         found = []
@@ -72,10 +72,15 @@ class Campaign:
             _say(_line(found[-1]))
         return found
 
-    def _tier_of_emulation(self) -> str:
-        """In which tier the tests of the loss run on emulated kernels: that of the test that runs them."""
-        done = self._tree.pytest(["--collect-only", "-m", FAST, _EMULATED], 300)
-        return FAST if "test_the_tests_of_the_loss_pass_on_emulated_cuda_kernels" in done.output else SLOW
+    def _tier_of_emulation(self, fault: Fault) -> str:
+        """In which tier these tests of the loss run on emulated kernels, for that test names them or runs all."""
+        if self._all_emulated_are_fast is None:
+            done = self._tree.pytest(["--collect-only", "-m", FAST, _EMULATED], 300)
+            self._all_emulated_are_fast = _ALL_EMULATED in done.output
+        text = (self._tree.root / _EMULATED).read_text()
+        names = [argument.rpartition("/")[2] for argument in fault.tests if ".py" in argument]
+        named = all(f'"{name}"' in text or f'"{name.partition("::")[0]}"' in text for name in names)
+        return FAST if named or self._all_emulated_are_fast else SLOW
 
     def _pass_without(self, fault: Fault) -> None:
         selection = (fault.tests, fault.emulated)
@@ -95,7 +100,7 @@ class Campaign:
             arguments = ["-m", FAST, "-o", f"timeout={limit:.0f}", *fault.tests]
             ended = self._tree.pytest(arguments, limit + _START, fault.emulated)
             if (test := _noticed(ended)) is not None:
-                tier = self._emulated_tier if fault.emulated else FAST
+                tier = self._tier_of_emulation(fault) if fault.emulated else FAST
                 return Result(fault.name, tier, test, build, ended.seconds)
             if self._relevant_only or fault.harmless:
                 return Result(fault.name, "", "", build, ended.seconds)

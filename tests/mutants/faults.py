@@ -18,8 +18,8 @@ class Fault:
 
     name: what is wrong with it, in words. old: occurs exactly once in `file`. tests: arguments of pytest that select
     the tests most likely to notice, few enough to be quick; files come first. emulated: only a GPU runs this code, so
-    the selection is of tests/loss, run on the emulated CUDA kernels, as tests/cuda_emulation does. harmless: why
-    nobody can notice it, if so.
+    the selection is of tests/loss, run on the emulated CUDA kernels, as tests/cuda_emulation does: files, or functions
+    as `file::function`. harmless: why nobody can notice it, if so.
     """
 
     name: str
