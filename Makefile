@@ -32,12 +32,13 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-durations bench bench-link evidence estimators build lint format cuda-check cuda-home container-check gpu-check clean always
+.PHONY: help demo test test-all test-durations bench bench-link evidence estimators mutants build lint format cuda-check cuda-home container-check gpu-check clean always
 
 help:
 	@echo "make demo     distil a real model in front of you; the first run installs and builds"
 	@echo "make test     run the fast tests, which find nearly every error: minutes"
 	@echo "make test-all run every test; make test-durations says where the time of the last run went"
+	@echo "make mutants  plant faults one at a time in a copy and see which tests notice: an hour on two cores"
 	@echo "make bench    time the loss beside its peers"
 	@echo "make bench-link  time a student with the link beside one with ready answers; bytes per second"
 	@echo "make evidence  train students by every method on generated problems and compare them: an hour on two cores"
@@ -83,6 +84,11 @@ estimators: $(DONE)/demo $(DONE)/extension
 bench-link: $(DONE)/core $(DONE)/extension
 	@echo "==> timing the link with $(VENV)"
 	@$(RUN) benchmarks/link.py $(ARGS)
+
+# Faults are planted in a copy below build/, never here.
+mutants: $(TESTS)
+	@echo "==> planting faults in a copy, to see which tests notice"
+	@$(RUN) tests/mutants/campaign.py $(ARGS)
 
 build: $(DONE)/extension
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from ports import free_port
 
 from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_rendezvous
 from vcrd.link import header as headers
+from vcrd.link.connection import Connection
 from vcrd.link.payload import payload_named
 
 # Different shapes in turn, so that batches of equal shape have to be sorted out; batch 3, 16 is the longest.
@@ -155,6 +158,26 @@ def answer(teacher: TeacherLink, count: int) -> None:
         for request in teacher.next_batch(count):
             teacher.respond(request, torch.zeros(4, 1, Layout().teacher_padded))
             count -= 1
+
+
+def test_an_answer_that_keeps_arriving_is_waited_for(monkeypatch):
+    """For longer than the time-out, which counts from the last sign of life."""
+    send_all = Connection._send_all
+
+    def trickle(self, view, seconds):
+        for begin in range(0, len(view), 80):
+            time.sleep(0.5 if len(view) > headers.BYTES else 0.0)  # headers go out at once
+            send_all(self, view[begin : begin + 80], seconds)
+
+    settings = LinkSettings(address=f"127.0.0.1:{free_port()}", timeout=2.0, rejoin_timeout=1.0)
+    rendezvous = host_rendezvous(settings)
+    student, teacher = connected(settings)
+    monkeypatch.setattr(Connection, "_send_all", trickle)
+    exchange(student, teacher, 0)  # 400 bytes
+    assert student._members.session.epoch == 1
+    monkeypatch.undo()
+    part(student, teacher)
+    rendezvous.close()
 
 
 def test_wrong_arguments_are_named_and_leave_the_link_usable():

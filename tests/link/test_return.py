@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from link_jobs import Layout, connected, exchange, part
+from link_jobs import Layout, connected, exchange, part, true_logits
 from listening import link_threads
 from ports import free_port
 from rejoin_jobs import settings_for
@@ -23,6 +23,7 @@ from vcrd.link import (
     TeacherLost,
     host_rendezvous,
 )
+from vcrd.link.delivery import Delivery
 from vcrd.link.membership import Membership
 
 
@@ -54,6 +55,39 @@ def test_a_teacher_that_comes_back_with_another_vocabulary_is_refused_and_the_st
         right.respond(request, torch.zeros(4, 1, 50))
         assert waiting.result().shape == (4, 1, 50)
     part(student, right)
+    rendezvous.close()
+
+
+def test_an_answer_that_one_rank_lacks_is_sent_to_that_rank_alone(monkeypatch):
+    """The teacher is lost between the two: the rank that has the answer would refuse it from the next one."""
+    settings, layout = settings_for(free_port(), rejoin_timeout=10.0), Layout(student_tensor=2)
+    logits = true_logits(torch.zeros(1, 4), layout.vocab)
+    rendezvous, post = host_rendezvous(settings), Delivery.post
+    with ThreadPoolExecutor(2) as pool:
+        coming = [pool.submit(StudentLink.connect, settings, **layout.student(rank)) for rank in range(2)]
+        lost = teacher_of(settings, layout)
+        students = [student.result() for student in coming]
+        students[0].request(torch.zeros(1, 4, dtype=torch.long))
+        (request,) = lost.next_batch(1)
+        monkeypatch.setattr(Delivery, "post", lambda self, response: post(self, response[:1]))
+        lost.respond(request, logits)
+        assert torch.equal(students[0].receive(0), logits[..., :25])
+        lost.close()
+        monkeypatch.undo()
+        teacher = teacher_of(settings, layout)
+        students[0].request(torch.zeros(1, 4, dtype=torch.long))
+        for number in range(2):
+            (request,) = teacher.next_batch(1)
+            assert request.number == number
+            teacher.respond(request, logits)
+        assert torch.equal(students[1].receive(0), logits[..., 25:])
+        for rank, columns in enumerate((slice(0, 25), slice(25, 50))):
+            assert torch.equal(students[rank].receive(1), logits[..., columns])
+            assert students[rank]._members.session.epoch == 2
+        for student in students:
+            student.close()
+    assert teacher.next_batch(1) is None
+    teacher.close()
     rendezvous.close()
 
 

@@ -113,11 +113,15 @@ class Uploads:
         return f"uploaded {number}"
 
 
+FACTS = Facts.of(
+    LinkSettings(),
+    **dict(vocab_size=6, padded_vocab_size=6, sequence_length=4, tensor_size=1, copies=1, credits=2),
+)
+
+
 def test_an_answer_is_complete_when_it_is_on_its_way_to_the_device_and_all_before_it_are():
     uploads, payload = Uploads(), payload_named("float16")
-    sizes = dict(vocab_size=6, padded_vocab_size=6, sequence_length=4, tensor_size=1, copies=1, credits=2)
-    facts = Facts.of(LinkSettings(), **sizes)
-    inbox = Inbox(facts, Place(0, 0, 0), threading.Condition(), torch.empty, uploads)
+    inbox = Inbox(FACTS, Place(0, 0, 0), threading.Condition(), torch.empty, uploads)
     # Two senders: the second one's part of answer 0 is the last of it, the first one's is that of answer 1.
     inbox.begin(1, {0: Piece(0, 0, 0, 3), 1: Piece(1, 0, 3, 6)})
     for number in range(2):
@@ -141,3 +145,24 @@ def test_an_answer_is_complete_when_it_is_on_its_way_to_the_device_and_all_befor
         assert first.result(60)
     assert inbox.complete == 2
     assert (inbox.take(0), inbox.take(1)) == ("uploaded 0", "uploaded 1")
+
+
+def test_bytes_that_arrive_after_their_epoch_count_for_no_epoch():
+    """The next teacher has begun while the last bytes of the one before were read."""
+    payload = payload_named("float16")
+    inbox = Inbox(FACTS, Place(0, 0, 0), threading.Condition(), torch.empty, list)
+    whole = {0: Piece(0, 0, 0, 6)}
+    header = Header(Kind.RESPONSE, number=0, sequence=4, batch=1, stop=6, payload=payload.code)
+    inbox.begin(1, whole)
+    inbox.expect(0, (4, 1))
+
+    def read_late(part: torch.Tensor) -> None:
+        part.fill_(1.0)
+        inbox.begin(2, whole)
+
+    with pytest.raises(ConnectionError, match="epoch 1 is over"):
+        inbox.place(1, 0, header, payload, read_late)
+    assert inbox.complete == 0
+    assert inbox.place(2, 0, header, payload, lambda part: part.fill_(2.0))
+    (logits,) = inbox.take(0)
+    assert (logits == 2.0).all()

@@ -31,6 +31,7 @@ class HeadCase:
     temperature: float = 1.0
     softcap: float | None = None
     masked: bool = False
+    fractional: bool = False  # whether the mask weighs some tokens less than others
     uneven: bool = False  # the loss's upstream gradient: its own for each token, or one for all
     and_stats: bool = False  # whether divergence and cross-entropy have one as well
     dtype: torch.dtype = torch.float32
@@ -60,6 +61,8 @@ class HeadCase:
             "upstream": torch.randn(3, *self.tokens, generator=generator),
         }
         found["weight"][self.vocab :] = torch.nan
+        if self.fractional:
+            found["mask"] *= torch.rand(self.tokens, generator=generator).clamp(min=0.1)
         if not self.uneven:
             found["upstream"][0] = 0.7
         if self.masked:

@@ -61,21 +61,26 @@ def test_all_float16_and_bfloat16_numbers_survive_the_conversion(device):
         )
 
 
-def test_gradient_is_rounded_to_nearest_even(device):
-    # With one column more than the two that matter the gradient is upstream * (q - p), here made of chosen numbers.
-    for dtype in (torch.float16, torch.bfloat16):
-        rows = 256 if EMULATED else 4096
-        upstream = torch.randn(rows, generator=torch.Generator().manual_seed(0)) * 10 ** torch.randint(
-            -9, 4, (rows,), generator=torch.Generator().manual_seed(1)
-        )
-        student = torch.full((rows, 2), -torch.inf, dtype=dtype)
-        teacher = student.clone()
-        student[:, 0], teacher[:, 1] = 0, 0  # q = (1, 0), p = (0, 1)
-        student = student.to(device).requires_grad_()
-        divergence = vcrd.vocab_parallel_divergence(student, teacher.to(device)).divergence
-        divergence.backward(upstream.to(device))
-        assert torch.equal(student.grad[:, 0].cpu(), upstream.to(dtype))
-        assert torch.equal(student.grad[:, 1].cpu(), (-upstream).to(dtype))
+@pytest.mark.parametrize("loss", ["divergence", "cross_entropy"])
+def test_gradient_is_rounded_to_nearest_even(device, loss):
+    """With q = (1, 0) and p or the label (0, 1) it is upstream * (1, -1), of chosen numbers. Forward KL, and all other
+    divergences with whatever they bring along, are written by two loops."""
+    divergence = "forward_kl" if loss == "divergence" else "jeffreys"
+    rows = 256 if EMULATED else 4096
+    for dtype, digits in ((torch.float16, 10), (torch.bfloat16, 7)):
+        generator = torch.Generator().manual_seed(0)
+        exponents = torch.randint(-9, 4, (rows,), generator=generator)
+        upstream = torch.randn(rows, generator=generator) * 10.0**exponents
+        # Every second one lies halfway between two neighbours.
+        odd = 2 * (torch.arange(rows // 2) % 2**digits) + 1
+        upstream[::2] = 1 + odd * 2.0 ** -(digits + 1)
+        student = torch.tensor([0.0, -torch.inf], dtype=dtype, device=device).repeat(rows, 1)
+        teacher = student.flip(1) if loss == "divergence" else student.clone()
+        labels = torch.ones(rows, dtype=torch.int64, device=device)
+        student.requires_grad_()
+        stats = vcrd.vocab_parallel_divergence(student, teacher, labels, divergence=divergence)
+        getattr(stats, loss).backward(upstream.to(device))
+        assert torch.equal(student.grad.cpu(), torch.stack([upstream, -upstream], 1).to(dtype))
 
 
 def test_minus_infinity_is_no_probability_and_not_a_number_nowhere(device):

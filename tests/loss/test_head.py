@@ -36,7 +36,7 @@ def test_what_one_rank_gets_wrong_is_one_sentence_on_every_rank(tmp_path):
 
 @pytest.mark.parametrize(
     ("upstream", "products"),
-    [("mean", 1), ("each its own", 2), ("statistics too", 2)],
+    [("mean", 1), ("mean by a fractional mask", 1), ("each its own", 2), ("statistics too", 2)],
 )
 def test_logits_are_made_again_only_where_the_upstream_gradient_is_not_one_factor(
     upstream, products, monkeypatch
@@ -44,10 +44,14 @@ def test_logits_are_made_again_only_where_the_upstream_gradient_is_not_one_facto
     made, plain = [], OutputLayer.logits
     monkeypatch.setattr(OutputLayer, "logits", lambda *a: made.append(len(a[1])) or plain(*a))
     case = HeadCase(
-        masked=True, uneven=upstream == "each its own", and_stats=upstream == "statistics too", seed=3
+        masked=True,
+        fractional="fractional" in upstream,
+        uneven=upstream == "each its own",
+        and_stats=upstream == "statistics too",
+        seed=3,
     )
     check(case)
-    assert sum(made) == products * int(case.tensors()["mask"].sum()), "masked tokens are not computed"
+    assert sum(made) == products * int((case.tensors()["mask"] != 0).sum()), "masked tokens are not computed"
 
 
 def test_a_second_backward_gives_the_same_gradients():

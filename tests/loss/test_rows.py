@@ -90,6 +90,18 @@ def test_rows_that_begin_anywhere(device, student_dtype, teacher_dtype):
         assert beside.isnan().all(), "the gradient was written beside its columns"
 
 
+def test_rows_that_end_with_their_memory(device):
+    """Not even as a part of 16 bytes may anything behind them be read: the emulation's AddressSanitizer looks."""
+    for number, before in enumerate(range(8)):
+        divergence = ("forward_kl", "jsd")[number % 2]
+        case = Case((2,), 64, 0, 0, divergence, student_dtype=torch.bfloat16, teacher_dtype=torch.bfloat16)
+        student, teacher, labels, mask = case.tensors(device)
+        student, _ = placed(student, before, 0)
+        teacher, _ = placed(teacher, (before * 3 + 1) % 8, 0)
+        stats = call(case, student.requires_grad_(), teacher, labels, mask)
+        compare(case, *backward(case, stats, student))
+
+
 @pytest.mark.parametrize("before", [0, 1, 3])
 def test_long_rows_that_begin_anywhere(device, before):
     """Whole packs in the middle, realigned ones too, and parts that begin within them."""
@@ -166,6 +178,26 @@ def test_of_equal_maxima_the_lowest_id_is_the_action(device):
     equal = torch.full((3, 513), -7.0, device=device)
     stats = vcrd.vocab_parallel_divergence(equal, equal.half())
     assert stats.student_action.tolist() == stats.teacher_action.tolist() == [0, 0, 0]
+
+
+def test_two_shards_are_one_row(device):
+    """Ids are those of the whole vocabulary; of equal maxima in two shards the action is in the first."""
+    student, teacher, labels, _ = Case((8,), 300).tensors()
+    student[:4, [20, 250]], teacher[2:6, [40, 299]] = 9.0, 9.0
+    whole = student.double().requires_grad_()
+    expected = reference.statistics(whole, teacher, labels, name="reverse_kl")
+    (expected["divergence"] + 2 * expected["cross_entropy"]).sum().backward()
+    code, labels, ones = DIVERGENCES.index("reverse_kl"), labels.to(device), torch.ones(8, device=device)
+    shards = [
+        (student[:, a:b].to(device), teacher[:, a:b].to(device), b - a, a) for a, b in ((0, 120), (120, 300))
+    ]
+    partials = [ops.row_statistics(s, t, None, labels, None, 1.0, *place, code) for s, t, *place in shards]
+    statistics, actions, constants = ops.merge_statistics(torch.stack(partials), labels, None, 1.0, code)
+    assert_stats(on_cpu(vcrd.DivergenceStats(*statistics, *actions)), expected)
+    for s, t, width, first in shards:
+        upstream = (ones, 2 * ones, 1.0, width, first, code, 0.0)
+        gradient = ops.gradient(s, t, None, labels, None, constants, None, *upstream)
+        assert relative_error(gradient.cpu(), whole.grad[:, first : first + width]) <= 1e-5
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

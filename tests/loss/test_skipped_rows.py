@@ -77,6 +77,18 @@ def test_bad_rows_are_skipped_by_every_divergence(divergence):
     assert torch.equal(bad_rows(out.stats).flatten(), ~mask.flatten())
 
 
+def test_a_mask_counts_beside_the_bad_rows():
+    """Of the masked rows one is bad and two are not: none of them is in the mean, and none brings a gradient."""
+    mask = torch.ones(8, 1)
+    mask[[0, 1, 7]] = 0.0
+    both = mask.clone()
+    both[list(BAD)] = 0.0
+    expected, gradient = run(spoilt(), both, normalization="mean")
+    out, got = run(spoilt(), mask, skip_bad_teacher=True, normalization="mean")
+    assert torch.equal(out.weight, expected.weight) and torch.equal(out.loss, expected.loss)
+    assert torch.equal(got, gradient) and (got[2] != 0).any()
+
+
 def test_nothing_is_skipped_unasked_and_a_masked_row_is_not_bad():
     out, _ = run(spoilt(), None)
     assert out.loss.isnan().sum() == len(BAD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import jobs
@@ -10,7 +11,8 @@ import torch
 from test_attach import settings
 from worlds import World, run_worlds
 
-from vcrd.megatron.metrics import scalars, with_step_sums
+from vcrd.link.waits import Waits
+from vcrd.megatron.metrics import IntervalLog, scalars, with_step_sums
 from vcrd.megatron.report import Report
 
 SUMS = {"vcrd weight": torch.tensor([3.0, 2.0])}
@@ -63,6 +65,34 @@ def test_a_step_that_was_run_again_counts_once():
         report.end_step(repeated)
     report.add(observed(half, half), None)  # a step under way
     assert report.take().tokens == 12 and report.take().tokens == 0
+
+
+def written_of_an_interval() -> dict[str, float]:
+    """What this rank writes where rank r has counted r + 1 tokens, with two data ranks of two context ranks each."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    args, written = SimpleNamespace(curr_iteration=0, log_interval=1, train_iters=1), {}
+    writer = SimpleNamespace(add_scalar=lambda name, value, iteration: written.update({name: value}))
+    sys.modules["megatron.training.global_vars"] = SimpleNamespace(
+        _GLOBAL_ARGS=args,
+        get_args=lambda: args,
+        get_tensorboard_writer=lambda: writer,
+        get_wandb_writer=lambda: None,
+    )
+    teacher = SimpleNamespace(waits=Waits(), bytes_received=0, served_by=(None, 0))
+    log, report = IntervalLog(settings(), teacher), Report()
+    log.begin(None)
+    half = torch.full((torch.distributed.get_rank() + 1, 1), 0.5)
+    report.add(observed(half, half), None)
+    log.end_step(report)
+    return written
+
+
+def test_figures_are_of_all_data_and_context_ranks():
+    (ranks,) = run_worlds(World(written_of_an_interval, 4))
+    assert not any(ranks[:3]) and ranks[3]["vcrd/tokens"] == 1 + 2 + 3 + 4
 
 
 def train_with_reruns(chosen, steps: int, rejected: tuple[int, ...]) -> list[list[torch.Tensor]]:

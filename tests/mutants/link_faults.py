@@ -1,0 +1,124 @@
+"""Faults in the link between the jobs, and in the plug into Megatron."""
+
+from __future__ import annotations
+
+from faults import LINK, Fault
+
+_PLAN = "tests/link/test_plan.py"
+_LINK = "tests/link/test_link.py"
+_LAYOUTS = "tests/link/test_layouts.py"
+_OUTSIDE = "tests/megatron/test_outside.py"
+_METRICS = "tests/megatron/test_metrics.py"
+
+
+def _fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
+    return Fault(name, LINK, f"vcrd/{file}", old, new, tests)
+
+
+FAULTS = [
+    _fault(
+        "a piece of one column is not planned",
+        "link/plan.py",
+        "            if start < stop:\n                pieces.append(Piece(sender, receiver, start, stop))",
+        "            if start < stop - 1:\n                pieces.append(Piece(sender, receiver, start, stop))",
+        *(_PLAN, "-k", "arrives_exactly_once or arrives_once_in_order"),
+    ),
+    _fault(
+        "the two chunks of a context rank changed places",
+        "link/plan.py",
+        "for chunk in (context_rank, 2 * context_size - 1 - context_rank):",
+        "for chunk in (2 * context_size - 1 - context_rank, context_rank):",
+        *(_PLAN, "-k", "context_ranks"),
+    ),
+    _fault(
+        "one micro-batch more than the credits allow is asked for",
+        "link/student.py",
+        "self._sent - min(self._given, settled) < self._facts.credits",
+        "self._sent - min(self._given, settled) <= self._facts.credits",
+        *(_LINK, "-k", "credits"),
+    ),
+    _fault(
+        "bytes of an epoch that is over are taken for the new one's",
+        "link/inbox.py",
+        "        if epoch != self._epoch:",
+        "        if epoch > self._epoch:",
+        *("tests/link/test_staging.py", "-k", "answer or epoch"),
+    ),
+    _fault(
+        "the maxima of a sequence's first positions are taken for every context rank's",
+        "link/teacher.py",
+        "shift = None if top is None else _rows(top, spans)",
+        "shift = None if top is None else top[: parts[0].shape[0]]",
+        *(_LAYOUTS, "-k", "part_of_the_truth and (float16 or 8bit)"),
+    ),
+    _fault(
+        "a rank that has an answer is sent it again by a teacher that came back",
+        "link/service.py",
+        'firsts = {place: reply["first"] for place, reply in replies.items()}',
+        "firsts = dict.fromkeys(replies, 0)",
+        *("tests/link/test_return.py", "-k", "one_rank_lacks"),
+    ),
+    _fault(
+        "a teacher whose answer is still arriving is lost at the timeout",
+        "link/student.py",
+        "left = max(begun, session.heard) + self._settings.timeout - now",
+        "left = begun + self._settings.timeout - now",
+        *(_LINK, "-k", "keeps_arriving"),
+    ),
+    _fault(
+        "the seal of a greeting does not cover the challenge",
+        "link/wire.py",
+        'message = b"|".join([role, first, second, str(protocol).encode(), text])',
+        'message = b"|".join([role, str(protocol).encode(), text])',
+        *("tests/link/test_wire.py", "-k", "overheard"),
+    ),
+    _fault(
+        "the loss mask is read in the wrong order, not transposed",
+        "megatron/attach.py",
+        "mask = None if loss_mask is None else loss_mask.transpose(0, 1)",
+        "mask = None if loss_mask is None else loss_mask.reshape(loss_mask.shape[::-1])",
+        *("tests/megatron/test_attach.py", "-k", "tensor_and_pipeline_parallel"),
+    ),
+    _fault(
+        "steps of two samples share their numbers",
+        "megatron/outside.py",
+        "(sample * 2**32 + steps)[named]",
+        "steps[named]",
+        *(_OUTSIDE, "-k", "context_parallel"),
+    ),
+    _fault(
+        "fields are taken from global rank 0, not from the group's first",
+        "megatron/outside.py",
+        "dist.broadcast(message, dist.get_global_rank(group, 0), group=group)",
+        "dist.broadcast(message, 0, group=group)",
+        *(_OUTSIDE, "-k", "weights_and_gradients"),
+    ),
+    _fault(
+        "the edges of packed samples all begin at 0",
+        "megatron/packing.py",
+        "(edges + sequence * torch.arange(size)[:, None]).flatten()",
+        "edges.flatten()",
+        *("tests/megatron/test_payloads.py", "-k", "edges"),
+    ),
+    _fault(
+        "figures leave out the tokens of other context ranks",
+        "megatron/metrics.py",
+        "parallel_state.get_data_parallel_group(with_context_parallel=True)",
+        "parallel_state.get_data_parallel_group()",
+        *(_METRICS, "-k", "context_ranks"),
+    ),
+    _fault(
+        "figures are those of one rank",
+        "megatron/report.py",
+        "            dist.all_reduce(sums, group=group)\n",
+        "",
+        *("tests/megatron/test_attach.py", "-k", "data_parallel_student"),
+    ),
+    _fault(
+        "every tensor rank counts the bad rows again",
+        "megatron/attach.py",
+        "and not self._measuring and self._layout.tensor_rank == 0:",
+        "and not self._measuring:",
+        *("tests/megatron/test_bad_rows.py", "-k", "stop"),
+    ),
+]
