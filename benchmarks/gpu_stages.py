@@ -134,6 +134,8 @@ BENCHMARK = (
 
 
 MODULES_OF_TESTS = ("pytest", "hypothesis")
+# What every test is run by.
+HARNESS = tuple(f"tests/{name}.py" for name in ("conftest", "fork_server", "kernels_under_test", "preloaded"))
 
 
 def of_loss(*names: str) -> dict:
@@ -143,10 +145,7 @@ def of_loss(*names: str) -> dict:
     most = 5 if any("sharded" in path for path in paths) else 8
     return {
         "work": Tests(paths, most),
-        "sources": (
-            *(*LOSS, "tests/conftest.py", "tests/fork_server.py", "tests/preloaded.py"),
-            *("tests/loss/*.py", "!tests/loss/test_*.py", *paths),
-        ),
+        "sources": (*(*LOSS, *HARNESS, "tests/loss/*.py", "!tests/loss/test_*.py", *paths),),
         "modules": MODULES_OF_TESTS,
         "expected": 40,
     }
@@ -158,7 +157,7 @@ def of_link(name: str) -> dict:
         # They time what the host waits for, so they run one after another.
         "work": Tests((path,), 1),
         "sources": (
-            *(*LINK, "tests/conftest.py", "tests/ports.py", path),
+            *(*LINK, *HARNESS, "tests/ports.py", path),
             *(f"tests/link/{helper}.py" for helper in ("conftest", "link_jobs", "listening")),
         ),
         "modules": MODULES_OF_TESTS,

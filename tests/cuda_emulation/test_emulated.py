@@ -43,7 +43,7 @@ def run(module: Path, *command: str, seconds: float, **variables: str) -> subpro
     environment = {
         **emulated_build.environment(),
         "VCRD_TEST_MODULE": str(module),
-        "PYTHONPATH": f"{emulated_build.ROOT}:{LOSS_TESTS}",
+        "PYTHONPATH": f"{emulated_build.ROOT}:{LOSS_TESTS.parent}",
         **variables,
     }
     return subprocess.run(

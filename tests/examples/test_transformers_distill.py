@@ -9,13 +9,11 @@ from pathlib import Path
 
 import torch
 
+from examples import transformers_distill as example
+from vcrd import reference
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "transformers_distill.py"
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from examples import transformers_distill as example  # noqa: E402
-from vcrd import reference  # noqa: E402
 
 
 def test_the_first_batch_is_that_of_the_reference():

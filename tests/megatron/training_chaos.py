@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import torch
 
-if __name__ == "__main__":  # as tests/megatron/conftest.py does for pytest
+if __name__ == "__main__":  # as pytest.ini says for pytest
     sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import jobs
