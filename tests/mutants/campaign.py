@@ -14,7 +14,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,20 @@ from faults import AREAS, Fault, all_faults
 from tree import FOLDER, Broken, Ended, Tree
 
 FAST, SLOW = "not slow", "slow"  # the tiers, as pytest -m takes them
-# Seconds for a tier as a whole, for one test of a selection at least, and for what pytest itself needs.
-_TIER, _TEST, _START = 7200, 60, 60
+# Seconds for whatever passes, for one test of a selection at least, and for what pytest itself needs.
+_LONGEST, _TEST, _START = 4 * 3600, 60, 60
 _PASSED, _FAILED, _INTERRUPTED, _NO_TESTS = 0, 1, 2, 5  # exit codes of pytest
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tests that a fault meets. tier: which of the two they belong to. arguments: of pytest. emulated: whether they run
+    on the emulated kernels. whole: whether they are all of the tier."""
+
+    tier: str
+    arguments: tuple[str, ...]
+    emulated: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class Campaign:
         self._tree = tree
         self._relevant_only = relevant_only
         self._save = save
-        self._passed: dict[tuple, float] = {}  # selections that pass without a fault, and their seconds
+        self._passed: dict[Stage, float] = {}  # those that pass without a fault, and their seconds
 
     def prepare(self, faults: list[Fault]) -> None:
         """Copies, builds, and proves that the copy is what will be tested."""
@@ -62,40 +73,42 @@ class Campaign:
     def run(self, faults: list[Fault]) -> list[Result]:
         found = []
         for fault in faults:
-            self._pass_without(fault)
             found.append(self._try(fault))
             self._save(found[-1])
             _say(_line(found[-1]))
         return found
 
-    def _pass_without(self, fault: Fault) -> None:
-        selection = (fault.tests, fault.emulated)
-        if selection in self._passed:
-            return
-        ended = self._tree.pytest(["-m", FAST, *fault.tests], 900, fault.emulated)
-        if ended.code == _NO_TESTS:
-            raise Broken(f"{fault.name}: no test of the fast tier is selected by {' '.join(fault.tests)}")
-        if ended.code != _PASSED:
-            raise Broken(f"{' '.join(fault.tests)} must pass without a fault:\n{ended.output[-4000:]}")
-        self._passed[selection] = ended.seconds
+    def _stages(self, fault: Fault) -> Iterator[Stage]:
+        """What it meets, one after another, until something notices it."""
+        yield Stage(FAST, ("-m", FAST, *fault.tests), fault.emulated)
+        if not (self._relevant_only or fault.harmless):
+            _say(f"{fault.name}: survived its own tests; now all")
+            for tier in (FAST, SLOW):
+                yield Stage(tier, ("-m", tier), whole=True)
+
+    def _usual(self, stage: Stage) -> float:
+        """How long these tests take without a fault, all of which must pass."""
+        if stage not in self._passed:
+            ended = self._tree.pytest(stage.arguments, _LONGEST, stage.emulated)
+            if ended.code == _NO_TESTS and not stage.whole:
+                raise Broken(f"no test is selected by {' '.join(stage.arguments)}")
+            if ended.code not in (_PASSED, _NO_TESTS):
+                said = ended.output[-4000:]
+                raise Broken(f"these must pass without a fault: {' '.join(stage.arguments)}\n{said}")
+            self._passed[stage] = ended.seconds
+        return self._passed[stage]
 
     def _try(self, fault: Fault) -> Result:
-        usual = self._passed[(fault.tests, fault.emulated)]
-        with self._tree.planted(fault.file, fault.old, fault.new, fault.emulated) as build:
-            limit = max(_TEST, 3 * usual)
-            arguments = ["-m", FAST, "-o", f"timeout={limit:.0f}", *fault.tests]
-            ended = self._tree.pytest(arguments, limit + _START, fault.emulated)
+        for stage in self._stages(fault):
+            limit = max(_TEST, 3 * self._usual(stage))
+            # So that a hang has the name of a test.
+            timeout = () if stage.whole else ("-o", f"timeout={limit:.0f}")
+            with self._tree.planted(fault.file, fault.old, fault.new, fault.emulated) as build:
+                if stage.whole and fault.file.startswith("csrc/"):
+                    self._tree.build(True)
+                ended = self._tree.pytest([*timeout, *stage.arguments], limit + _START, stage.emulated)
             if (test := _noticed(ended)) is not None:
-                return Result(fault.name, FAST, test, build, ended.seconds)
-            if self._relevant_only or fault.harmless:
-                return Result(fault.name, "", "", build, ended.seconds)
-            _say(f"{fault.name}: survived its own tests; now all")
-            if fault.file.startswith("csrc/"):
-                self._tree.build(True)
-            for tier in (FAST, SLOW):
-                ended = self._tree.pytest(["-m", tier], _TIER)
-                if (test := _noticed(ended)) is not None:
-                    return Result(fault.name, tier, test, build, ended.seconds)
+                return Result(fault.name, stage.tier, test, build, ended.seconds)
         return Result(fault.name, "", "", build, ended.seconds)
 
 
@@ -106,12 +119,14 @@ def _noticed(ended: Ended) -> str | None:
     if ended.code is None:
         return "nothing ended within the limit"
     if ended.code < 0:
-        return f"the process crashed ({signal.Signals(-ended.code).name})"
+        where = re.search(r'File ".*/(tests/\S+\.py)", line \d+ in (test_\w+)', ended.output)
+        what = f"{where[1]}::{where[2]}" if where else "the process"
+        return f"{what} (crashes: {signal.Signals(-ended.code).name})"
     if ended.code not in (_FAILED, _INTERRUPTED):
         raise Broken(f"pytest ended with {ended.code}:\n{ended.output[-2000:]}")
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", ended.output, re.M)
     if failed is None:
-        raise Broken(f"pytest failed without naming a test:\n{ended.output[-2000:]}")
+        return "the process (ended in the middle of a test)"
     hangs = re.search(r"Timeout \(>|\+ Timeout \+", ended.output) is not None
     return failed[1].partition("[")[0] + (" (hangs)" if hangs else "")
 

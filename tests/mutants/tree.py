@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +95,9 @@ class Tree:
         if done.code != 0:
             raise Broken(f"the emulated kernels did not build:\n{done.output[-3000:]}")
         module, environment = json.loads(done.output.splitlines()[-1])
+        # With a signal the interpreter says in which test it died; what a sanitizer says, pytest has captured.
+        for name in ("ASAN_OPTIONS", "UBSAN_OPTIONS"):
+            environment[name] += ":abort_on_error=1"
         return {**environment, "VCRD_TEST_MODULE": module, "PYTHONPATH": str(self.root)}
 
     def check_imports(self) -> None:
@@ -159,7 +162,7 @@ class Tree:
             elif not _same_times(file, copy):
                 shutil.copy2(copy, file)
 
-    def pytest(self, arguments: list[str], seconds: float, emulated: bool = False) -> Ended:
+    def pytest(self, arguments: Sequence[str], seconds: float, emulated: bool = False) -> Ended:
         """A run of pytest in the copy, stopped at the first failure."""
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
         return self.run(command, seconds, self._emulation if emulated else None)
