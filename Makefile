@@ -38,7 +38,7 @@ help:
 	@echo "make demo     distil a real model in front of you; the first run installs and builds"
 	@echo "make test     run the fast tests, which find nearly every error: minutes"
 	@echo "make test-all run every test; make test-durations says where the time of the last run went"
-	@echo "make mutants  plant faults one at a time in a copy and see which tests notice: an hour on two cores"
+	@echo "make mutants  plant faults one at a time in a copy and see which tests notice: long"
 	@echo "make bench    time the loss beside its peers"
 	@echo "make bench-link  time a student with the link beside one with ready answers; bytes per second"
 	@echo "make evidence  train students by every method on generated problems and compare them: an hour on two cores"
