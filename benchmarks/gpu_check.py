@@ -104,7 +104,7 @@ class Queue:
         started = time.monotonic()
         try:
             finding = stage.work(limit)
-        except Exception as error:  # of the queue itself: the other stages still get their turn
+        except Exception as error:  # an error in the queue's code must not stop the other stages
             finding = Finding(False, f"{type(error).__name__}: {error}")
         return self._keep(entry, finding, time.monotonic() - started)
 

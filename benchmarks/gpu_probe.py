@@ -1,7 +1,7 @@
 """What `make gpu-check` must know before its first stage, as a line of JSON: the machine, and the extension.
 
-In a process of its own, so that the queue itself never imports torch, and outlives an extension that cannot be loaded:
-the last line counts, and the first says what it means if there is no other.
+This runs in a separate process: the queue does not import torch, and an extension that crashes does not end the queue.
+The last line of the output counts. The first line says that the extension crashed, and is the last one if it did.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Stage:
         for module in self.modules:
             try:
                 found = importlib.util.find_spec(module)
-            except ModuleNotFoundError:  # of the package that it would be in
+            except ModuleNotFoundError:  # its parent package is not installed
                 found = None
             if found is None:
                 return f"{PACKAGES.get(module, module)} is not installed"
@@ -141,7 +141,7 @@ HARNESS = tuple(f"tests/{name}.py" for name in ("conftest", "fork_server", "kern
 def of_loss(*names: str) -> dict:
     """A shard of the tests of the loss: its work, and its sources, helpers of the tests among them."""
     paths = tuple(f"tests/loss/test_{name}.py" for name in names)
-    # Each of these tests starts several processes, which need the GPU's memory and a core of their own.
+    # Each of these tests starts several processes, each of which needs memory of the GPU and a core.
     most = 5 if any("sharded" in path for path in paths) else 8
     return {
         "work": Tests(paths, most),

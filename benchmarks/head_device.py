@@ -31,7 +31,7 @@ Results = dict[str, "dict | str"]
 def errors(inputs: Inputs, rows: Tensor, found: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
     """found: loss [tokens] and both gradients, of the mean over `rows` alone."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
-    with hidden.device:  # the reference makes tensors of its own
+    with hidden.device:  # the reference creates tensors without naming a device
         states = hidden[rows].double()
         logits = torch.cat([states @ block.double().T for block in weight.split(BLOCK)], -1).requires_grad_()
         stats = reference.statistics(logits, inputs.teacher_logits(rows, BLOCK), inputs.labels[rows])

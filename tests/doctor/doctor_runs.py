@@ -1,4 +1,4 @@
-"""Runs `python -m vcrd doctor` in processes of its own, one or several, as srun starts them.
+"""Runs `python -m vcrd doctor` in one or several new processes, as srun starts them.
 
 `start` begins a fresh interpreter, as a user does. `Forked` is the same command in a process that has imported torch
 and Megatron already, which is most of the time that a fresh one takes.

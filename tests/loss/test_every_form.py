@@ -15,7 +15,7 @@ from forms import HiddenCase, TopKCase
 from vcrd.layout import DIVERGENCES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# A beta of 1/2 has kernels of its own.
+# JSD with beta 1/2 uses other kernels than JSD with any other beta.
 SETTINGS = [*((name, {}) for name in DIVERGENCES), ("jsd", {"beta": 0.3})]
 
 

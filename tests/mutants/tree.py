@@ -1,4 +1,4 @@
-"""A copy of the checkout in which faults are planted, with builds of its own, and processes that leave nothing behind.
+"""A copy of the checkout in which faults are planted. It has separate builds, and ends every process that it starts.
 
 The copy lies in build/mutants/tree and stays there, so that ninja compiles again only what changed since the last run.
 """
@@ -168,7 +168,7 @@ class Tree:
         return self.run(command, seconds, self._emulation if emulated else None)
 
     def run(self, command: list[str], seconds: float, environment: dict[str, str] | None = None) -> Ended:
-        """A command in the copy, in a session of its own. Whatever it started is gone afterwards."""
+        """Runs a command in the copy, in a new process session. All processes that it started are ended afterwards."""
         begun = time.monotonic()
         log = FOLDER / "output.txt"
         FOLDER.mkdir(parents=True, exist_ok=True)
