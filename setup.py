@@ -141,6 +141,7 @@ setup(
     package_data={"vcrd.run_report": ["page.html"]},
     install_requires=["torch>=2.6"],
     extras_require={
+        "nccl": ["nccl4py>=0.6"],
         "megatron": ["megatron-core>=0.16"],
         "doctor": ["nvidia-ml-py>=12.535", "rich>=13"],
         "telemetry": ["nvidia-ml-py>=12.535"],

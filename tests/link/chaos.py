@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--payload", default="float32", choices=["float32", "float16", "logits_8bit"])
+    parser.add_argument("--transport", default="tcp", choices=["tcp", "fake"])
     parser.add_argument("--tensor", type=int, default=2, help="the student's tensor-parallel size")
     parser.add_argument("--data", type=int, default=2, help="the student's data-parallel size")
     parser.add_argument("--context", type=int, default=1, help="the student's context-parallel size")
@@ -62,7 +63,7 @@ def main() -> int:
 def weights_after(student: Layout, given: argparse.Namespace, kills: int) -> list[str]:
     """The digest of each rank's final weights."""
     dice = random.Random(given.seed)
-    settings = settings_for(free_port(), payload=given.payload)
+    settings = settings_for(free_port(), payload=given.payload, transport=given.transport)
     allowed = context().Value("i", given.steps)
     names = [f"student{rank}" for rank in range(student.students)]
     with tempfile.TemporaryDirectory() as folder, Jobs(Path(folder)) as jobs:

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
-from link_jobs import Jobs, Layout
+from link_jobs import Jobs, Layout, device
 from ports import free_port
 from torch import Tensor
 
@@ -59,6 +59,7 @@ class Drawn:
     dtype: str  # of the teacher's logits or states
     head: Head | None
     batches: list[Batch] = field(default_factory=list)
+    transport: str = field(default_factory=lambda: LinkSettings().transport)
 
     def __str__(self) -> str:
         layout, what = self.layout, self.payload
@@ -81,6 +82,7 @@ class Drawn:
             payload=self.payload,
             top_k=self.top_k,
             credits=self.credits,
+            transport=self.transport,
             **dict.fromkeys(("timeout", "connect_timeout", "rejoin_timeout"), 120),
         )
 
@@ -201,6 +203,12 @@ def check(drawn: Drawn, place: dict, number: int, got: Tensor | TopK | Hidden) -
         assert (error <= 0.0193 * distance.sqrt() + 1e-4).all()
 
 
+def on_cpu(answer: Tensor | TopK | Hidden) -> Tensor | TopK | Hidden:
+    if isinstance(answer, Tensor):
+        return answer.cpu()
+    return type(answer)(*(part.cpu() if isinstance(part, Tensor) else part for part in answer))
+
+
 def _check_top_k(truth: Tensor, k: int, got: TopK) -> None:
     logprobs = truth.log_softmax(-1)
     order = truth.sort(dim=-1, descending=True, stable=True).indices  # equal ones by token
@@ -266,13 +274,13 @@ def run_student(rank: int, port: int, cases: Sequence[Drawn]) -> None:
 
 
 def study(drawn: Drawn, place: dict, settings: LinkSettings) -> None:
-    link, asked = StudentLink.connect(settings, **place), 0
+    link, asked = StudentLink.connect(settings, **place, device=device()), 0
     for number, _ in enumerate(drawn.batches):
         while link._place.asks and asked < min(len(drawn.batches), number + settings.credits + 1):
             edges = drawn.batches[asked].edges
             assert link.request(tokens_of(drawn, place["data_rank"], asked), edges) == asked
             asked += 1
-        check(drawn, place, number, link.receive(number))
+        check(drawn, place, number, on_cpu(link.receive(number)))
     wanted = bytes_wanted(link, drawn, place)
     assert link.bytes_received == wanted, (link.bytes_received, wanted)
     link.close()
@@ -305,6 +313,7 @@ def serve(
         group=group,
         tensor_group=tensor_group if place["is_last_stage"] and place["tensor_size"] > 1 else None,
         **(dict(head=drawn.head, head_weight=head_rows(drawn, place)) if place["is_last_stage"] else {}),
+        device=device(),
     )
     while (batch := link.next_batch(drawn.limit)) is not None:
         for request in batch:
@@ -312,7 +321,7 @@ def serve(
             assert torch.equal(request.tokens, tokens_of(drawn, data_rank, number))
             assert tuple(request.boundaries.tolist()) == drawn.batches[number].edges
             if place["is_last_stage"]:
-                output = output_of(drawn, place, data_rank, number)
+                output = output_of(drawn, place, data_rank, number).to(device())
                 link.respond(request, output)
                 output.fill_(torch.nan)  # a teacher may reuse its buffers
     link.close()

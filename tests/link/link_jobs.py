@@ -24,6 +24,7 @@ from fork_server import context
 from ports import free_port
 
 from vcrd.link import LinkSettings, StudentLink, TeacherLink
+from vcrd.link.transport import fake
 
 
 @dataclass
@@ -82,6 +83,22 @@ class Layout:
         )
 
 
+DEVICE = "VCRD_TESTS_DEVICE"
+# NCCL takes ranks on one GPU for ranks on several hosts where these differ; they talk over sockets then.
+ONE_GPU = {
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_MULTI_RANK_GPU_ENABLE": "1",
+    **dict.fromkeys(("NCCL_IB_DISABLE",), "1"),
+    **dict.fromkeys(("NCCL_NVLS_ENABLE", "NCCL_MNNVL_ENABLE", "NCCL_RAS_ENABLE"), "0"),
+    "NCCL_MAX_CTAS": "2",
+}
+
+
+def device() -> torch.device:
+    """Where the models of these tests compute: what a job gives to the link lies there, and what it gets."""
+    return torch.device(os.environ.get(DEVICE, "cpu"))
+
+
 def padded(vocab: int, tensor_size: int) -> int:
     return -(-vocab // tensor_size) * tensor_size
 
@@ -98,7 +115,8 @@ def true_logits(tokens: torch.Tensor, vocab: int) -> torch.Tensor:
 def join_world(rank: int, size: int, port: int) -> None:
     """This process's default group, as torchrun would set it up."""
     store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    backend = "gloo" if device().type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
 
 
 class Jobs:
@@ -118,7 +136,8 @@ class Jobs:
             process.join(10)
 
     def start(self, name: str, target, *args) -> None:
-        process = context().Process(target=_run, args=(str(self.folder / name), target, args), name=name)
+        path = str(self.folder / name)
+        process = context().Process(target=_run, args=(path, device(), target, args), name=name)
         process.start()
         self.processes[name] = process
 
@@ -159,9 +178,11 @@ class Jobs:
         self.processes[name].join(10)
 
 
-def _run(path: str, target, args) -> None:
+def _run(path: str, where: torch.device, target, args) -> None:
     torch.set_num_threads(1)
-
+    os.environ[DEVICE] = str(where)
+    if where.type == "cuda":
+        os.environ |= ONE_GPU | {"NCCL_HOSTID": Path(path).name}
     file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -172,6 +193,8 @@ def _run(path: str, target, args) -> None:
         target(*args)
     except BaseException:
         traceback.print_exc()
+        sys.exit(1)
+    if fake.broken:  # said already
         sys.exit(1)
 
 
@@ -185,16 +208,21 @@ def connected(settings: LinkSettings) -> tuple[StudentLink, TeacherLink]:
     """A link of one rank with one rank, both in this process, whose rendezvous stands."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(
-            TeacherLink.connect, settings, **Layout().teacher(0, 0), group=None, tensor_group=None
+            TeacherLink.connect,
+            settings,
+            **Layout().teacher(0, 0),
+            group=None,
+            tensor_group=None,
+            device=device(),
         )
-        student = StudentLink.connect(settings, **Layout().student(0))
+        student = StudentLink.connect(settings, **Layout().student(0), device=device())
         return student, coming.result()
 
 
 def exchange(student: StudentLink, teacher: TeacherLink, number: int) -> None:
     student.request(torch.zeros(1, 4, dtype=torch.long))
     (request,) = teacher.next_batch(1)
-    teacher.respond(request, torch.zeros(4, 1, Layout().teacher_padded))
+    teacher.respond(request, torch.zeros(4, 1, Layout().teacher_padded, device=device()))
     assert student.receive(number).shape == (4, 1, Layout().vocab)
 
 

@@ -11,10 +11,11 @@ import time
 
 import torch
 import torch.distributed as dist
-from link_jobs import Layout, true_logits
+from link_jobs import Layout, device, true_logits
 
 from vcrd.link import LinkSettings, StudentLink, TeacherLink, context_rows, host_rendezvous
 from vcrd.link.connection import Connection
+from vcrd.link.transport.nccl import Departing, NcclTransport
 
 SEQUENCE, BATCH = 16, 2
 _FEATURES = 8
@@ -83,7 +84,7 @@ def run_student(
     rendezvous = host_rendezvous(settings) if rank == 0 else None
     place = layout.student(rank)
     data_rank, context = place["data_rank"], (place["context_rank"], place["context_size"])
-    link = StudentLink.connect(settings, **place)
+    link = StudentLink.connect(settings, **place, device=device())
     weights = Weights(layout, rank, link.columns, lockstep)
     rows = torch.cat([torch.arange(span.start, span.stop) for span in context_rows(SEQUENCE, *context)])
     asks, asked = place["tensor_rank"] == place["context_rank"] == 0, 0
@@ -91,7 +92,7 @@ def run_student(
         while asks and asked < min(steps, number + settings.credits + 1):
             link.request(tokens_of(data_rank, asked, layout.vocab))
             asked += 1
-        logits = link.receive(number)
+        logits = link.receive(number).cpu()
         if number == stops_at:
             os.kill(os.getpid(), signal.SIGSTOP)
         tokens = tokens_of(data_rank, number, layout.vocab)
@@ -124,7 +125,11 @@ def run_teacher(
     tensor_group = None if alone else dist.new_group(list(last))
     group = None if alone else dist.group.WORLD
     link = TeacherLink.connect(
-        settings, **layout.teacher(replica, rank), group=group, tensor_group=tensor_group
+        settings,
+        **layout.teacher(replica, rank),
+        group=group,
+        tensor_group=tensor_group,
+        device=device(),
     )
     print("serves", flush=True)
     responses = 0
@@ -136,7 +141,8 @@ def run_teacher(
                 if rank in last:
                     logits = torch.zeros(SEQUENCE, BATCH, layout.teacher_padded)
                     logits[..., : layout.vocab] = true_logits(request.tokens, layout.vocab)
-                    link.respond(request, logits.chunk(layout.teacher_tensor, -1)[rank - layout.pipeline])
+                    mine = logits.chunk(layout.teacher_tensor, -1)[rank - layout.pipeline]
+                    link.respond(request, mine.to(device()))
                 responses += 1
     finally:
         link.close()
@@ -152,4 +158,10 @@ def die_in_the_middle_of_sending() -> None:
         send_all(connection, view[: len(view) // 2], seconds)
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def send_half_over_nccl(transport: NcclTransport, part: Departing, _: float) -> None:
+        transport._communicator.send(part.tensor, transport._stream)
+        time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     Connection._send_all = send_half
+    NcclTransport._send = send_half_over_nccl

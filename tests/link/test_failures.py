@@ -16,7 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from link_jobs import Jobs, Layout, connected, exchange, part, true_logits
+from listening import link_threads
 from ports import free_port
+from waiting import wait_until
 
 from vcrd.link import (
     LinkError,
@@ -304,6 +306,7 @@ def test_a_rendezvous_that_talks_nonsense_ends_every_rank_of_the_teacher(tmp_pat
 # What ends one side while the other stands.
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 def test_a_student_that_is_gone_is_waited_for_and_then_lost_to_every_teacher_rank(tmp_path):
     # Tensor rank 1, which never asks anything: it must be missed all the same.
     case, settings = Case(), link_settings(free_port(), rejoin_timeout=2.0)
@@ -319,6 +322,7 @@ def test_a_student_that_is_gone_is_waited_for_and_then_lost_to_every_teacher_ran
         all_said(jobs, "teacher", "within 2 seconds (rejoin_timeout)", case.teachers)
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 def test_idle_time_is_not_counted():
     """On either side: nothing is asked, nothing under way, for longer than every time-out."""
     settings = link_settings(free_port(), timeout=3.0, rejoin_timeout=3.0, connect_timeout=20.0)
@@ -331,6 +335,7 @@ def test_idle_time_is_not_counted():
     rendezvous.close()
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 def test_a_link_that_is_never_closed_ends_with_its_process(tmp_path):
     settings = link_settings(free_port(), rejoin_timeout=1.0)
     with Jobs(tmp_path) as jobs:
@@ -357,20 +362,19 @@ def forget_teacher(settings: LinkSettings) -> None:
         pass
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 def test_a_link_that_is_forgotten_leaves_nothing_behind():
     settings = link_settings(free_port())
     rendezvous = host_rendezvous(settings)
-    before = threading.active_count()
+    before = len(link_threads())
     student, teacher = connected(settings)
     exchange(student, teacher, 0)
     del student, teacher
-    deadline = time.monotonic() + LONG
-    while threading.active_count() > before:
-        assert time.monotonic() < deadline, threading.enumerate()
-        time.sleep(0.02)
+    wait_until(lambda: len(link_threads()) == before, LONG, "its threads end", link_threads)
     rendezvous.close()
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 def test_twenty_links_in_a_row_leave_nothing_behind():
     """Half of them part, half of them are dropped without a goodbye."""
     settings = link_settings(free_port())

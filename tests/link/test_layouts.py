@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from draw import Batch, Drawn
-from link_jobs import Jobs, Layout
+from link_jobs import Jobs, Layout, device
 from ports import free_port
 
 from vcrd.link import HandshakeRefused, Head, LinkSettings, StudentLink, TeacherLink, host_rendezvous, service
@@ -58,6 +58,7 @@ CORNERS = {
 }
 
 
+@pytest.mark.usefixtures("each_transport")
 @pytest.mark.parametrize("payload", ["float16", "float32", "logits_8bit", "topk", "hidden"])
 def test_each_rank_receives_its_part_of_the_truth_and_what_the_plan_says(payload, tmp_path):
     dice = random.Random(f"{payload} 2026")
@@ -65,6 +66,7 @@ def test_each_rank_receives_its_part_of_the_truth_and_what_the_plan_says(payload
     assert not failed, "\n".join(failed.values())
 
 
+@pytest.mark.usefixtures("each_transport")
 def test_corners(tmp_path):
     failed = draw.run(list(CORNERS.values()), tmp_path)
     assert not failed, "\n".join(failed.values())
@@ -95,7 +97,7 @@ HIDDEN = Drawn(
 def run_student(rank: int, port: int) -> None:
     settings, place = HIDDEN.settings(port, "epochs"), HIDDEN.layout.student(rank)
     rendezvous = host_rendezvous(settings) if rank == 0 else None
-    link = StudentLink.connect(settings, **place)
+    link = StudentLink.connect(settings, **place, device=device())
     wanted = epoch = 0
     for number, _ in enumerate(HIDDEN.batches):
         while not ((session := link._members.session) and session.epoch > epoch and link._members.linked):
@@ -104,7 +106,7 @@ def run_student(rank: int, port: int) -> None:
         dist.barrier()
         if link._place.asks:
             link.request(draw.tokens_of(HIDDEN, 0, number))
-        draw.check(HIDDEN, place, number, link.receive(number))
+        draw.check(HIDDEN, place, number, draw.on_cpu(link.receive(number)))
         once = replace(HIDDEN, batches=HIDDEN.batches[number : number + 1])
         wanted += draw.bytes_wanted(link, once, place, layer=number == 0)
         assert link.bytes_received == wanted, (number, link.bytes_received, wanted)
@@ -132,10 +134,11 @@ def run_teacher(rank: int, port: int, layout: Layout, head: Head, change: float)
     while (batch := link.next_batch(1)) is not None:
         for request in batch:
             if place["is_last_stage"]:
-                link.respond(request, draw.states_of(drawn, 0, request.number))
+                link.respond(request, draw.states_of(drawn, 0, request.number).to(device()))
     link.close()
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 def test_a_teacher_that_comes_back_in_another_layout_sends_nothing_of_the_same_output_layer(tmp_path):
     port, layout, head = free_port(), HIDDEN.layout, HIDDEN.head
     other = replace(layout, teacher_tensor=3, pipeline=1, teacher_padded=66)

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from link_jobs import Jobs, Layout, connected, exchange, part, true_logits
+from link_jobs import Jobs, Layout, connected, device, exchange, part, true_logits
 from ports import free_port
 
 from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_rendezvous
@@ -45,7 +45,7 @@ def run_student(rank: int, layout: Layout, port: int, runs: list[tuple[str, dict
     for name, extra in runs:
         settings = settings_of(layout, port, name)
         settings = LinkSettings(**{**vars(settings), **extra})
-        link = StudentLink.connect(settings, **layout.student(rank))
+        link = StudentLink.connect(settings, **layout.student(rank), device=device())
         receive_all(link, layout, settings, layout.student(rank)["data_rank"])
         link.close()
         link.close()
@@ -56,17 +56,21 @@ def run_student(rank: int, layout: Layout, port: int, runs: list[tuple[str, dict
 
 def receive_all(link: StudentLink, layout: Layout, settings: LinkSettings, data_rank: int) -> None:
     count, ahead, asks, moved = 11, settings.credits + 2, link._place.asks, 0
+    beside = torch.ones(1 << 18, device=device())
     for number in range(count):
         while asks and link._asked < min(count, number + ahead):
             link.request(micro_batch(layout, data_rank, link._asked))
-        logits = link.receive(number)
+        # As the collectives of a tensor-parallel student run while answers arrive.
+        work = dist.all_reduce(beside, async_op=True)
+        logits = link.receive(number).cpu()
+        work.wait()
         check(logits, micro_batch(layout, data_rank, number), layout, link.columns, settings.payload)
         moved += logits.numel() * logits.element_size()
     senders = len(link._members.session.expected)
-    assert link.bytes_received == moved + headers.BYTES * (
-        senders * count + asks
-    )  # a header a piece, and READY
+    # A header a piece, and READY.
+    assert link.bytes_received == moved + headers.BYTES * (senders * count + asks)
     assert 0 < link.waited
+    assert (beside == float(layout.students) ** count).all()
     dist.barrier()
     if asks:  # what was asked for and is never received must not keep anyone from parting
         link.request(micro_batch(layout, data_rank, count))
@@ -101,6 +105,7 @@ def run_teacher(rank: int, replica: int, layout: Layout, port: int, runs: list[t
             **layout.teacher(replica, rank),
             group=dist.group.WORLD,
             tensor_group=tensor_group if rank in last and layout.teacher_tensor > 1 else None,
+            device=device(),
         )
         while (batch := link.next_batch(limit=3)) is not None:
             assert 1 <= len(batch) <= 3
@@ -108,7 +113,9 @@ def run_teacher(rank: int, replica: int, layout: Layout, port: int, runs: list[t
             for request in batch:
                 assert torch.equal(request.tokens, micro_batch(layout, request.data_rank, request.number))
                 if rank in last:
-                    link.respond(request, shard_of(request.tokens, layout, rank - layout.pipeline))
+                    link.respond(
+                        request, shard_of(request.tokens, layout, rank - layout.pipeline).to(device())
+                    )
         link.close()
         link.close()
 
@@ -120,6 +127,7 @@ def shard_of(tokens: torch.Tensor, layout: Layout, tensor_rank: int) -> torch.Te
     return logits.chunk(layout.teacher_tensor, -1)[tensor_rank]
 
 
+@pytest.mark.usefixtures("each_transport")
 @pytest.mark.parametrize("grid", GRIDS)
 def test_each_student_rank_receives_its_columns(grid, tmp_path):
     layout, port = GRIDS[grid], free_port()
@@ -135,6 +143,7 @@ def test_each_student_rank_receives_its_columns(grid, tmp_path):
         jobs.succeed()
 
 
+@pytest.mark.usefixtures("each_transport")
 def test_credits_bound_what_is_asked_ahead():
     settings = LinkSettings(address=f"127.0.0.1:{free_port()}", credits=2, timeout=30)
     rendezvous = host_rendezvous(settings)
@@ -180,6 +189,7 @@ def test_an_answer_that_keeps_arriving_is_waited_for(monkeypatch):
     rendezvous.close()
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 def test_wrong_arguments_are_named_and_leave_the_link_usable():
     settings = LinkSettings(address=f"127.0.0.1:{free_port()}", timeout=30, max_tokens=32)
     rendezvous = host_rendezvous(settings)

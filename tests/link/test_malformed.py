@@ -22,10 +22,11 @@ from vcrd.link.header import Header, Kind
 from vcrd.link.intake import Intake
 from vcrd.link.plan import Place
 from vcrd.link.rendezvous import ask_until
-from vcrd.link.staging import Staged
+from vcrd.link.transport import Endpoint, Receiver
 from vcrd.link.wire import dial
 
 LONG = 60.0  # a time-out that no test here may reach
+ENDPOINT = Endpoint("auto", torch.device("cpu"))
 STUDENT = Facts(9, 16, "float16", 64, 9, tensor_size=1, copies=1, credits=2)
 
 
@@ -42,6 +43,18 @@ def pair() -> tuple[Connection, Connection]:
         near = socket.create_connection(listener.getsockname())
         far, _ = listener.accept()
         return Connection(near), Connection(far)
+
+
+def opened(connections: dict[Place, Connection], timeout: float, *students: Connection) -> Delivery:
+    """A delivery over TCP, to students that agree to that."""
+    delivery = Delivery(connections, dict.fromkeys(connections, 0), timeout, ENDPOINT)
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(delivery.open, "tcp")
+        for student in students:
+            Receiver(student, ENDPOINT).switch(student.receive_header())
+        assert opening.result() == ""
+    delivery.begin()
+    return delivery
 
 
 def changed(header: Header, **changes) -> bytes:
@@ -78,6 +91,8 @@ class FalseTeacher:
         hello = {**own, "epoch": reply["epoch"]}
         self.intake = let_in(address, {**hello, "role": "intake"})
         self.sender = let_in(address, {**hello, "role": "sender"})
+        self.sender.send(Header(Kind.TRANSPORT, 1), seconds=LONG)
+        assert self.sender.receive_header() == Header(Kind.TRANSPORT, 1)
         self.intake.send(Header(Kind.READY), seconds=LONG)
 
     def await_request(self) -> Header:
@@ -113,6 +128,8 @@ NO_RESPONSE = [
     (changed(GOOD_RESPONSE, stop=51), "its columns 0:51 are not 0:50"),
     (changed(GOOD_RESPONSE, payload=2), "its payload code 2 is not 1"),
     (changed(GOOD_RESPONSE, number=1), "its number 1 is not the next one, 0"),
+    (changed(Header(Kind.TRANSPORT, 9)), "its transport code 9 is not expected"),
+    (changed(Header(Kind.TRANSPORT, 2)), "its transport code 2 is not expected"),
     (changed(GOOD_RESPONSE, batch=1), r"its shape (4, 1) is not (4, 2), which was asked for"),
 ]
 NOT_FROM_INTAKE = [
@@ -269,7 +286,8 @@ def test_more_requests_than_credits_are_refused():
 def test_what_a_student_says_to_a_sender_is_refused_unless_it_is_goodbye(sent, reason):
     near, far = pair()
     place = Place(0, 0, 0)
-    delivery = Delivery({place: far}, {place: 0}, LONG)
+    delivery = Delivery({place: far}, {place: 0}, LONG, ENDPOINT)
+    delivery.begin()
     near.send(Raw(sent), seconds=LONG)
     wait_until(lambda: delivery.failure, LONG, "that is refused")
     assert str(delivery.failure) == f"{place} sent a header that is refused: {reason}"
@@ -280,11 +298,11 @@ def test_what_a_student_says_to_a_sender_is_refused_unless_it_is_goodbye(sent, r
 def test_a_student_that_takes_nothing_is_lost_and_blocks_nobody():
     near, far = pair()
     place = Place(0, 0, 0)
-    delivery = Delivery({place: far}, {place: 0}, 0.3)
+    delivery = opened({place: far}, 0.3, near)
     large = torch.zeros(1 << 24)
     for number in range(12):  # more than may be under way
         delivery.wait_for_room()
-        delivery.post([(place, Header(Kind.RESPONSE, number), [Staged(large)])])
+        delivery.post([(place, Header(Kind.RESPONSE, number), [delivery.stage(place, large)])])
     assert str(delivery.failure) == f"{place} did not take what was sent within 0.3 seconds"
     delivery.end(LONG)
     near.close()
@@ -294,12 +312,14 @@ def test_an_answer_that_cannot_be_sent_is_an_error_and_blocks_nobody():
     """As a copy from a GPU can fail."""
 
     class Broken:
+        is_empty = False
+
         def ready(self):
             raise RuntimeError("device-side assert triggered")
 
     near, far = pair()
     place = Place(0, 0, 0)
-    delivery = Delivery({place: far}, {place: 0}, LONG)
+    delivery = opened({place: far}, LONG, near)
     for number in range(12):
         delivery.wait_for_room()
         delivery.post([(place, Header(Kind.RESPONSE, number), [Broken()])])

@@ -14,6 +14,7 @@ from ports import free_port
 from rejoin_jobs import run_student, run_teacher, settings_for, tokens_of
 
 from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_rendezvous
+from vcrd.link.transport import fake
 
 
 def start_teacher(
@@ -49,6 +50,7 @@ def await_step(jobs: Jobs, name: str, step: int) -> None:
     jobs.await_output(name, f"step {step}\n")
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(tmp_path):
     """Of one rank, then of the whole job; also before it has joined. What comes back may be laid out otherwise."""
@@ -72,6 +74,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
         finish(jobs, [*students, *names])
 
 
+@pytest.mark.usefixtures("each_transport")
 @pytest.mark.parametrize("victim", [0, 1, 2, 3], ids=["first rank", "middle stage", "sender", "other sender"])
 def test_any_single_rank_may_die(victim, tmp_path):
     """The others of its replica end by themselves, with a sentence; a new replica goes on where it was."""
@@ -90,6 +93,7 @@ def test_any_single_rank_may_die(victim, tmp_path):
         finish(jobs, ["student0", "student1", *start_teacher(jobs, "second", layout, settings)])
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 def test_the_other_replicas_go_on(tmp_path):
     layout = Layout(student_data=2, teacher_tensor=2, replicas=2)
     settings = settings_for(free_port())
@@ -106,6 +110,7 @@ def test_the_other_replicas_go_on(tmp_path):
         finish(jobs, ["student0", "student1", *second, *again])
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 def test_a_stopped_teacher_is_lost_and_does_no_harm_when_it_goes_on(tmp_path):
     """It counts as lost after `timeout`, another one takes over; awake it stands by, to serve when that one dies."""
     layout = Layout(student_tensor=2, teacher_tensor=2, pipeline=1)
@@ -131,6 +136,7 @@ def test_a_stopped_teacher_is_lost_and_does_no_harm_when_it_goes_on(tmp_path):
         assert jobs.output("student0").count("is lost to") == 2
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 def test_a_teacher_that_stops_while_it_joins_keeps_no_other_out(tmp_path):
     layout = Layout()
     settings = settings_for(free_port(), timeout=2.0)
@@ -141,6 +147,32 @@ def test_a_teacher_that_stops_while_it_joins_keeps_no_other_out(tmp_path):
         second = start_teacher(jobs, "second", layout, settings)
         finish(jobs, ["student0", *second])
         assert "did not finish joining within 2 seconds" in jobs.output("student0")
+
+
+@pytest.mark.parametrize("when", ["before it makes its end", "before the probe"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_teacher_that_goes_while_a_communicator_is_made_keeps_no_other_out(how, when, tmp_path):
+    layout = Layout(student_tensor=2)
+    settings = settings_for(free_port(), timeout=2.0, transport="fake")
+    with Jobs(tmp_path) as jobs:
+        jobs.world("student", 2, run_student, layout, settings, 5)
+        jobs.start("first", go_while_a_communicator_is_made, settings, how, when)
+        jobs.await_output("first", "goes")
+        second = start_teacher(jobs, "second", layout, settings)
+        finish(jobs, ["student0", "student1", *second])
+        assert jobs.output("student0").count("is lost to") == 1
+
+
+def go_while_a_communicator_is_made(settings: LinkSettings, how: signal.Signals, when: str) -> None:
+    def go(*_):
+        print("goes", flush=True)
+        os.kill(os.getpid(), how)
+
+    if when == "before the probe":
+        fake.FakeCommunicator.send = go
+    else:
+        fake.FakeLibrary.communicator = go
+    TeacherLink.connect(settings, **Layout().teacher(0, 0), group=None, tensor_group=None)
 
 
 def stop_while_joining(settings: LinkSettings) -> None:
@@ -154,6 +186,7 @@ def stop_while_joining(settings: LinkSettings) -> None:
     TeacherLink.connect(settings, **Layout().teacher(0, 0), group=None, tensor_group=None)
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_student_that_comes_back_finds_the_same_teacher(how, tmp_path):
     layout = Layout(student_tensor=2, student_data=2, teacher_tensor=2, pipeline=1)
@@ -174,6 +207,7 @@ def test_a_student_that_comes_back_finds_the_same_teacher(how, tmp_path):
         assert "waiting up to 90 seconds for it to come back" in jobs.output("teacher0")
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 def test_a_stopped_student_goes_on_with_the_same_teacher(tmp_path):
     """It takes nothing for longer than the teacher waits, in the middle of an answer that no buffer holds."""
     layout = Layout(vocab=400_000)  # an answer of 51 MB
@@ -187,6 +221,7 @@ def test_a_stopped_student_goes_on_with_the_same_teacher(tmp_path):
         finish(jobs, ["student0", *teacher])
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 def test_no_teacher_within_rejoin_timeout_is_one_sentence_on_every_rank(tmp_path):
     layout = Layout(student_tensor=3, teacher_tensor=2)
     settings = settings_for(free_port(), rejoin_timeout=2.0)
@@ -232,6 +267,7 @@ def resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
+@pytest.mark.usefixtures("each_transport_at_leisure")
 @pytest.mark.slow
 def test_twenty_deaths_leave_nothing_behind(tmp_path):
     settings = settings_for(free_port())
@@ -249,4 +285,4 @@ def test_twenty_deaths_leave_nothing_behind(tmp_path):
         held = [tuple(map(int, line.split()[1:])) for line in output.splitlines() if line.startswith("held")]
         (files, threads, memory), (later_files, later_threads, later_memory) = held[5], held[-1]
         assert (later_files, later_threads) == (files, threads), held
-        assert later_memory < memory + 30, held  # three responses; one kept per death would be 150 MB
+        assert later_memory < memory + 30, str(held)  # three responses; one kept per death would be 150 MB

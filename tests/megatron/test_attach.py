@@ -82,8 +82,9 @@ def test_one_byte_per_logit_trains_almost_alike():
         assert cosine > 0.995, (name, cosine)
 
 
-def test_tensor_and_pipeline_parallel_student_equals_direct_computation():
-    chosen = settings(divergence="jeffreys", ce_weight=0.25)
+@pytest.mark.parametrize("transport", ["auto", "fake"])
+def test_tensor_and_pipeline_parallel_student_equals_direct_computation(transport):
+    chosen = settings(divergence="jeffreys", ce_weight=0.25, transport=transport)
     students, _, (truth,) = run_worlds(
         World(jobs.student_job, 4, tensor=2, pipeline=2, arguments=(chosen, 3)),
         World(jobs.teacher_job, 2, pipeline=2, arguments=(chosen,)),

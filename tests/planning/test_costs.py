@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from scenarios import scenario
 
 from vcrd import teacher_blocks
-from vcrd.link import delivery, inbox
+from vcrd.link import delivery
+from vcrd.link.transport import tcp
 from vcrd.planning import costs as module
 from vcrd.planning.catalogue import MODELS
 from vcrd.planning.costs import costs
@@ -156,4 +157,4 @@ def test_shares_are_shares(changes):
 def test_the_sizes_of_other_modules_are_theirs():
     assert module.RESPONSES_UNDER_WAY == delivery._UNDER_WAY
     assert module.BLOCK_BYTES == teacher_blocks.BLOCK_BYTES
-    assert module.ASSEMBLY_BYTES == inbox._AT_ONCE
+    assert module.ASSEMBLY_BYTES == tcp._AT_ONCE

@@ -8,21 +8,24 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from torch import Tensor
 
 from . import header as headers
 from .header import Header
-from .pairs import Pair
 
 _MOST_AT_ONCE = 1 << 20  # bytes per call, so that progress is seen while something large arrives
+_IDLE = 1.0  # seconds
+# The other end has closed or is gone. Linux has its own event for it; elsewhere it shows when something is read.
+_POLL_ENDED = getattr(select, "POLLRDHUP", select.POLLHUP)
 
 
 class Connection:
     """One end of a connection. One thread at a time may receive; any number may send, one after another.
 
-    heard: when something last arrived, by time.monotonic(). sent, received: bytes so far, headers included.
+    heard: when something last arrived, by time.monotonic(). sent, received: bytes, headers included, since `count_anew`.
     Every method raises ConnectionError once the connection has ended, from either side.
     """
 
@@ -35,7 +38,7 @@ class Connection:
         self.heard = time.monotonic()
         self.sent = 0
         self.received = 0
-        self.pair: Pair | None = None  # where tensors on a GPU travel
+        self._over = False
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A machine that loses power says nothing: notice it within a minute or so.
@@ -45,45 +48,66 @@ class Connection:
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def send(self, header: Header, *parts: Tensor | bytes, seconds: float) -> None:
-        """Sends a header and what belongs to it; parts are bytes, contiguous CPU tensors, or what `pair` carries.
+        """Sends a header and what belongs to it: bytes or contiguous CPU tensors.
 
         TimeoutError when nothing was taken for that many seconds; the connection is useless then.
         """
         with self._sending:
-            self._send_all(memoryview(header.pack()), seconds)
-            for part in parts:
-                if self.pair is not None and self.pair.carries(part):
-                    self.pair.send(part)
-                    self.sent += part.numel() * part.element_size()
-                else:
-                    self._send_all(memory(part), seconds)
+            for part in (header.pack(), *parts):
+                self._send_all(memory(part), seconds)
 
-    def receive_header(self) -> Header:
-        """The next header, however long it takes; LinkError if it is malformed."""
+    def send_bytes(self, part: Tensor | bytes, *, seconds: float) -> None:
+        """Sends more of what belongs to the last header. Errors as `send`."""
+        with self._sending:
+            self._send_all(memory(part), seconds)
+
+    def receive_header(self, idle: Callable[[], None] | None = None) -> Header:
+        """The next header, however long it takes; LinkError if it is malformed.
+
+        idle: called about once a second while none comes; what it raises ends the wait.
+        """
+        while idle is not None and not self.readable(_IDLE):
+            idle()
         raw = bytearray(headers.BYTES)
         self._fill(memoryview(raw))
         return headers.parse(bytes(raw))
 
     def receive(self, *parts: Tensor | bytearray) -> None:
-        """Fills contiguous CPU tensors, bytearrays, or tensors that `pair` carries, in order."""
+        """Fills contiguous CPU tensors or bytearrays, in order."""
         for part in parts:
-            if self.pair is not None and self.pair.carries(part):
-                self.pair.receive(part)
-                self.heard = time.monotonic()
-                self.received += part.numel() * part.element_size()
-            else:
-                self._fill(memory(part))
+            self._fill(memory(part))
 
     def receive_text(self, header: Header) -> str:
         """The text that follows a header."""
+        return self.receive_bytes(header).decode(errors="replace")
+
+    def receive_bytes(self, header: Header) -> bytes:
+        """What follows a header with a length."""
         raw = bytearray(header.length)
         self._fill(memoryview(raw))
-        return raw.decode(errors="replace")
+        return bytes(raw)
+
+    def readable(self, seconds: float) -> bool:
+        """Whether something can be read within that time, or the connection is over."""
+        return self._over or bool(self._poll(select.POLLIN, seconds))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether either end has ended it, known without reading: what the other end sent before may still be there."""
+        return self._over or bool(self._poll(_POLL_ENDED, 0.0))
+
+    def count_anew(self) -> None:
+        """From here on what is sent and received counts: all of it belongs to micro-batches or to the output layer."""
+        self.sent = self.received = 0
+
+    def note(self, received: int) -> None:
+        """Counts bytes that arrived for this connection by another way, which are a sign of life too."""
+        self.heard = time.monotonic()
+        self.received += received
 
     def end(self) -> None:
         """Ends the connection and releases every thread blocked in it. Idempotent, never blocks."""
-        if self.pair is not None:
-            self.pair.abort()
+        self._over = True
         with self._ending, suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -109,13 +133,18 @@ class Connection:
             view = view[count:]
 
     def _wait_for_room(self, seconds: float) -> None:
+        if not self._poll(select.POLLOUT, seconds):
+            raise TimeoutError(f"did not take what was sent within {seconds:g} seconds")
+
+    def _poll(self, events: int, seconds: float) -> int:
+        """Those of the events that came within that time, and whatever error or end; 0 if none did."""
         poll = select.poll()
         try:
-            poll.register(self._socket, select.POLLOUT)
-        except (OSError, ValueError) as error:  # closed meanwhile
-            raise ConnectionError(str(error)) from None
-        if not poll.poll(seconds * 1000):
-            raise TimeoutError(f"did not take what was sent within {seconds:g} seconds")
+            poll.register(self._socket, events)
+        except (OSError, ValueError):  # closed meanwhile
+            return select.POLLNVAL
+        found = poll.poll(seconds * 1000)
+        return found[0][1] if found else 0
 
     def _fill(self, view: memoryview) -> None:
         while view:

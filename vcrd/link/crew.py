@@ -99,6 +99,15 @@ class Crew:
         self.conclude(outcome, text)
         return self.share_text(result)
 
+    def first_text(self, text: str) -> str:
+        """The text of the first rank that has one, on every rank; "" if none has. At most 1 KB."""
+        if not self.agree([bool(text)])[0]:
+            return ""
+        raw = text.encode()[:_TEXT]
+        rows = self.gather([len(raw), *raw, *bytes(_TEXT - len(raw))])
+        length, *content = next(row for row in rows if row[0])
+        return bytes(content[:length]).decode(errors="replace")
+
     def share_text(self, text: str) -> str:
         """Rank 0's text on every rank, of any length."""
         raw = text.encode()

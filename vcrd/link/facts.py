@@ -50,6 +50,7 @@ class Facts:
 
     top_k: with the payload "topk", else 0. copies: the student's data-parallel size, or the teacher's replicas.
     context_size: 1 from the teacher. credits: 0 from the teacher. head: from the teacher, with "hidden" only.
+    transport: its setting. nccl: the version of NCCL, 22809 for 2.28.9, over which its tensors could travel; 0 if none.
     """
 
     vocab_size: int
@@ -63,7 +64,8 @@ class Facts:
     top_k: int = 0
     credits: int = 0
     head: Head | None = None
-    transport: str = "tcp"
+    transport: str = "auto"
+    nccl: int = 0
     protocol: int = field(default_factory=lambda: headers.PROTOCOL)
 
     @classmethod
@@ -80,6 +82,11 @@ class Facts:
         )
         _check_layout(facts)
         return facts
+
+    @property
+    def ranks(self) -> int:
+        """Of the student's last pipeline stage; from the student's facts."""
+        return self.copies * self.context_size * self.tensor_size
 
     def shards(self) -> tuple[Shard, ...]:
         return vocab_shards(self.vocab_size, self.padded_vocab_size, self.tensor_size)
@@ -133,9 +140,10 @@ def refusal(student: Facts, teacher: Facts, replicas: int) -> str | None:
         return _sentence([versions_differ(student.protocol, teacher.protocol)])
     reasons = [
         f"{name} is {getattr(student, name)} for the student and {getattr(teacher, name)} for the teacher"
-        for name in (*_EQUAL, "top_k", "transport")
+        for name in (*_EQUAL, "top_k")
         if getattr(student, name) != getattr(teacher, name)
     ]
+    reasons += _transport_misfits(student, teacher)
     if teacher.copies != replicas:
         reasons.append(f"one teacher replica counts {replicas} replicas, another {teacher.copies}")
     if teacher.copies > student.copies:
@@ -151,6 +159,38 @@ def refusal(student: Facts, teacher: Facts, replicas: int) -> str | None:
         states = "no" if teacher.head is None else "an"
         reasons.append(f"the teacher states {states} output layer with the payload {teacher.payload!r}")
     return _sentence(reasons) if reasons else None
+
+
+def transport_of(student: Facts, teacher: Facts, missing: str = "") -> tuple[str, str]:
+    """The transport that two jobs which fit will try; and, where that is TCP and nobody asked for TCP, why.
+
+    missing: what the teacher lacks for NCCL, in words. No reason where neither side could use it.
+    """
+    said = {student.transport, teacher.transport}
+    if said & {"tcp", "fake"}:
+        return said.pop() if len(said) == 1 else "tcp", ""
+    if student.nccl and student.nccl == teacher.nccl:
+        return "nccl", ""
+    versions = f"NCCL is {_versions(student, teacher)}" if student.nccl or teacher.nccl else ""
+    return "tcp", missing or versions
+
+
+def _transport_misfits(student: Facts, teacher: Facts) -> list[str]:
+    said = {student.transport, teacher.transport} - {"auto"}
+    if len(said) > 1 or (said == {"fake"} and student.transport != teacher.transport):
+        return [f"transport is {student.transport} for the student and {teacher.transport} for the teacher"]
+    if said == {"nccl"} and not (student.nccl and student.nccl == teacher.nccl):
+        return [f"transport is nccl, and NCCL is {_versions(student, teacher)}"]
+    return []
+
+
+def _versions(student: Facts, teacher: Facts) -> str:
+    def version(facts: Facts) -> str:
+        if not facts.nccl:
+            return "not available"
+        return f"{facts.nccl // 10000}.{facts.nccl // 100 % 100}.{facts.nccl % 100}"
+
+    return f"{version(student)} for the student and {version(teacher)} for the teacher"
 
 
 def served_by(student: Facts, replicas: int, data_rank: int) -> int:

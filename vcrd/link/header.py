@@ -8,7 +8,7 @@ from enum import IntEnum
 
 from .errors import LinkError
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAGIC = b"vcrdlink"
 _FORMAT = struct.Struct("<8sII8q")
 BYTES = _FORMAT.size
@@ -26,9 +26,12 @@ class Kind(IntEnum):
     LOST = 7  # between asker and sibling: epoch `number` is over; then the reason
     PROGRESS = 8  # sibling to asker: the responses below `number` are complete there
     GIVE_UP = 9  # between asker and sibling: no teacher is waited for any more; then the reason
+    # From sender to student: tensors travel by the transport with code `number`; then what it is made with, or the
+    # reason. 0: by none, and there is no link; then the reason. The answer: 1, or 0 and the reason why it is not there.
+    TRANSPORT = 10
 
 
-_WITH_TEXT = (Kind.LOST, Kind.GIVE_UP)
+_WITH_TEXT = (Kind.LOST, Kind.GIVE_UP, Kind.TRANSPORT)
 
 
 @dataclass(frozen=True)

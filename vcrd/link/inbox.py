@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -12,12 +12,10 @@ from torch import Tensor
 from .errors import LinkError
 from .facts import Facts
 from .header import Header, check_shape
-from .payload import Empty, Payload
+from .payload import Payload
 from .plan import Piece, Place
-from .staging import Upload
 from .tracing import span
-
-_AT_ONCE = 1 << 22  # bytes received before they are put in their columns, where a piece is not all of them
+from .transport import Arrived, Destination, Transport
 
 
 class _Response:
@@ -25,16 +23,14 @@ class _Response:
         self.shape = shape  # of the whole micro-batch, (s, b)
         self.tensors = tensors  # while they arrive
         self.missing = missing  # pieces
-        self.upload: Upload | None = None  # once they are all here
+        self.arrived: Arrived | None = None  # once they are all here
 
 
 class Inbox:
     """Assembles responses, in number order, for one epoch of the teacher after another.
 
     facts: the student's, which say what a header may hold at most; the rank that asks lets in what it asked for, the
-    others what it may have asked for by its credits. place: whose columns and positions these are. empty: makes the
-    tensors that the wire fills. upload: called with those of a response by the thread that received its last piece, so
-    that they are on their way to a device while others compute.
+    others what it may have asked for by its credits. place: whose columns and positions these are.
     All methods are safe to call from several threads; `changed` is notified of every piece.
     """
 
@@ -43,11 +39,7 @@ class Inbox:
         facts: Facts,
         place: Place,
         changed: threading.Condition,
-        empty: Empty,
-        upload: Callable[[list[Tensor]], Upload],
     ) -> None:
-        self._empty = empty
-        self._upload = upload
         self._columns = facts.shards()[place.tensor]
         self._facts = facts
         self._asks = place.asks
@@ -76,13 +68,13 @@ class Inbox:
             if number >= self.complete:  # else asked again for another rank
                 self._expected[number] = shape
 
-    def take(self, number: int) -> Upload | None:
+    def take(self, number: int) -> Arrived | None:
         """The payload of a complete response, which is forgotten here; None if it is not complete."""
         with self._changed:
             if number >= self.complete or number not in self._responses:
                 return None
             self._expected.pop(number, None)
-            return self._responses.pop(number).upload
+            return self._responses.pop(number).arrived
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
@@ -106,21 +98,18 @@ class Inbox:
             under_way = time.perf_counter() - self._arriving_since if self._arriving else 0.0
             return self._arrived_seconds + under_way
 
-    def place(
-        self, epoch: int, sender: int, header: Header, payload: Payload, receive: Callable[..., None]
-    ) -> bool:
+    def place(self, epoch: int, sender: int, header: Header, payload: Payload, transport: Transport) -> bool:
         """Takes in the piece that follows a header; whether that completed its response, or a later one too.
 
-        receive: fills contiguous tensors from the connection. LinkError if the piece may not come now,
+        transport: how the piece comes; the same for all senders of an epoch. LinkError if the piece may not come now,
         ConnectionError if its epoch is over.
         """
         with self._changed:
             self._check_epoch(epoch)
             piece = self._checked(sender, header, payload)
-            response = self._response(header, payload)
-        if payload.whole or piece.width:
-            with span("receive", header.number), self.arriving():
-                self._fill(response.tensors, piece, payload, receive)
+            response = self._response(header, payload, transport)
+        with span("receive", header.number), self.arriving():
+            transport.receive(self._destinations(response.tensors, piece, payload))
         with self._changed:
             self._check_epoch(epoch)
             self._next[sender] += 1
@@ -128,13 +117,13 @@ class Inbox:
             if response.missing:
                 self._changed.notify_all()
                 return False
-        upload = self._upload(response.tensors)
+        arrived = transport.arrived(response.tensors)  # on its way to the device while others compute
         with self._changed:
             self._check_epoch(epoch)
-            response.upload, response.tensors = upload, []
+            response.arrived, response.tensors = arrived, []
             before = self.complete
-            # Uploads by several threads may end in another order than they began in.
-            while (following := self._responses.get(self.complete)) and following.upload:
+            # Several threads may get here in another order than that of their responses.
+            while (following := self._responses.get(self.complete)) and following.arrived:
                 self.complete += 1
             self._changed.notify_all()
             return self.complete > before
@@ -162,7 +151,7 @@ class Inbox:
             raise LinkError(f"its number {header.number} has not been asked for")
         return piece
 
-    def _response(self, header: Header, payload: Payload) -> _Response:
+    def _response(self, header: Header, payload: Payload, transport: Transport) -> _Response:
         shape = (header.sequence, header.batch)
         response = self._responses.get(header.number)
         wanted = response.shape if response else self._expected.get(header.number, shape)
@@ -170,20 +159,12 @@ class Inbox:
             raise LinkError(f"its shape {shape} is not {wanted}, which was asked for")
         if response is None:
             local = header.sequence // self._facts.context_size
-            tensors = payload.blank(local, header.batch, self._columns.width, self._empty)
+            tensors = payload.blank(local, header.batch, self._columns.width, transport.empty)
             response = self._responses[header.number] = _Response(shape, tensors, len(self._pieces))
         return response
 
-    def _fill(
-        self, tensors: list[Tensor], piece: Piece, payload: Payload, receive: Callable[..., None]
-    ) -> None:
+    def _destinations(self, tensors: list[Tensor], piece: Piece, payload: Payload) -> list[Destination]:
         if payload.whole or piece.width == self._columns.width:
-            receive(*tensors)
-            return
-        wire = tensors[0].flatten(0, 1)
-        columns = slice(piece.start - self._columns.start, piece.stop - self._columns.start)
-        step = max(1, _AT_ONCE // (piece.width * wire.element_size()))
-        part = wire.new_empty(min(step, wire.shape[0]), piece.width)
-        for rows in wire.split(step):
-            receive(part[: rows.shape[0]])
-            rows[:, columns].copy_(part[: rows.shape[0]])
+            return [Destination(tensor) for tensor in tensors]
+        first = self._columns.start
+        return [Destination(tensor, slice(piece.start - first, piece.stop - first)) for tensor in tensors]

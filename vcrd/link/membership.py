@@ -12,8 +12,9 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from . import facts as stated
 from . import header as headers
@@ -22,12 +23,12 @@ from .errors import HandshakeRefused, LinkError, TeacherLost
 from .facts import Facts
 from .header import Header, Kind
 from .inbox import Inbox
-from .pairs import Pair
 from .plan import Place
 from .rendezvous import UNREADABLE
 from .session import Head, Session
 from .settings import LinkSettings
 from .siblings import Siblings
+from .transport import Endpoint, Receiver, TransportRefused
 from .wire import GREETING_SECONDS, Listener
 
 _log = logging.getLogger("vcrd")
@@ -40,8 +41,7 @@ class Membership:
     """The connections of one student rank.
 
     changed: guards everything here and in `inbox`; notified of every change. on_advance: called, without the lock, when
-    requests may have become possible: the teacher is ready, or a sibling got on. make_pair: the end of NCCL's that
-    belongs to a sender's store and a name; None where all travels over TCP.
+    requests may have become possible: the teacher is ready, or a sibling got on.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Membership:
         inbox: Inbox,
         changed: threading.Condition,
         on_advance: Callable[[], None],
-        make_pair: Callable[[Sequence, str], Pair] | None = None,
+        endpoint: Endpoint,
     ) -> None:
         self._settings = settings
         self._facts = facts
@@ -61,7 +61,7 @@ class Membership:
         self._inbox = inbox
         self._changed = changed
         self._on_advance = on_advance
-        self._make_pair = make_pair
+        self._endpoint = endpoint
         self.head = Head(facts.shards()[place.tensor])
         self.session: Session | None = None
         self.teacher_head: stated.Head | None = None
@@ -220,7 +220,7 @@ class Membership:
         self._siblings.tell(Header(Kind.JOIN, epoch))
         take = partial(self._from_intake, session)
         who = f"the first rank of teacher replica {replica}"
-        self._start(partial(self._read_teacher, session, take, who), connection)
+        self._start(partial(self._read_teacher, session, take, who), Receiver(connection, self._endpoint))
 
     def _sender(self, hello: dict) -> tuple[dict, Keep | None]:
         teacher, epoch = self._stated(hello)
@@ -235,18 +235,9 @@ class Membership:
         piece = session.head_pieces.get(sender)
         lacks_head = piece is not None and not self.head.has(piece, digest)
         reply = {"state": "welcome", "first": self._inbox.complete, "head": lacks_head}
-        return reply, partial(self._keep_sender, session, sender, digest, hello.get("store"))
+        return reply, partial(self._keep_sender, session, sender, digest)
 
-    def _keep_sender(
-        self, session: Session, sender: int, digest: str, store: Sequence, connection: Connection
-    ) -> None:
-        if self._make_pair is not None:
-            try:
-                connection.pair = self._make_pair(store, str(self._place))
-            except ConnectionError as error:
-                _log.debug("no pair with sender %d: %s", sender, error)
-                connection.close()  # its teacher hears of it and joins anew
-                return
+    def _keep_sender(self, session: Session, sender: int, digest: str, connection: Connection) -> None:
         with self._changed:
             if self.session is not session or sender in session.senders or self._parting:
                 connection.close()
@@ -254,8 +245,9 @@ class Membership:
             session.senders[sender] = connection
             self._changed.notify_all()
         who = f"tensor rank {sender} of teacher replica {self.replica}"
-        take = partial(self._from_sender, session, sender, digest)
-        self._start(partial(self._read_teacher, session, take, who), connection)
+        receiver = Receiver(connection, self._endpoint)
+        take = partial(self._from_sender, session, sender, digest, receiver)
+        self._start(partial(self._read_teacher, session, take, who), receiver)
 
     def _stated(self, hello: dict) -> tuple[Facts, int]:
         teacher = stated.read(hello["facts"], "teacher")
@@ -284,12 +276,12 @@ class Membership:
 
     # What arrives, each connection in a thread of its own.
 
-    def _start(self, read: Callable[[Connection], None], connection: Connection) -> None:
+    def _start(self, read: Callable[[Any], None], end: Connection | Receiver) -> None:
         def run() -> None:
             try:
-                read(connection)
+                read(end)
             finally:
-                connection.close()
+                end.close()
 
         thread = threading.Thread(target=run, name="vcrd-link-reader", daemon=True)
         # Started in here: whoever finds it in the list may join it, which a thread that never began does not allow.
@@ -304,22 +296,26 @@ class Membership:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     def _read_teacher(
-        self, session: Session, take: Callable[..., None], who: str, connection: Connection
+        self, session: Session, take: Callable[..., None], who: str, receiver: Receiver
     ) -> None:
+        connection = receiver.connection
         try:
-            while (header := connection.receive_header()).kind != Kind.GOODBYE:
-                take(header, connection)
+            while (header := connection.receive_header(receiver.check)).kind != Kind.GOODBYE:
+                take(header)
             self.lose(session.epoch, f"{who} said goodbye unasked")  # nothing is lost when this side parts
         except ConnectionError as error:
+            how = "closed its connection" if connection.is_over else f"cannot be received from: {error}"
             _log.debug("%s: %s", who, error)
-            self.lose(session.epoch, f"{who} closed its connection")
+            self.lose(session.epoch, f"{who} {how}")
+        except TransportRefused as error:
+            self.give_up(f"the link is refused: {error}")
         except LinkError as error:
             self.lose(session.epoch, f"{who} sent what is refused: {error}")
         except Exception as error:  # whatever it is, the waiting side must hear of it
             _log.exception("a reader of the link failed")
             self.lose(session.epoch, f"a reader of the link failed: {error!r}")
 
-    def _from_intake(self, session: Session, header: Header, _: Connection) -> None:
+    def _from_intake(self, session: Session, header: Header) -> None:
         if header.kind != Kind.READY:
             raise LinkError(f"a {header.kind.name.lower()} from there is not expected")
         with self._changed:
@@ -328,19 +324,24 @@ class Membership:
         self._on_advance()
 
     def _from_sender(
-        self, session: Session, sender: int, digest: str, header: Header, connection: Connection
+        self, session: Session, sender: int, digest: str, receiver: Receiver, header: Header
     ) -> None:
+        if header.kind == Kind.TRANSPORT:
+            receiver.switch(header)
+            if receiver.reason and self._place.asks and self._endpoint.is_news(receiver.reason):
+                _log.warning("tensors travel over TCP: %s", receiver.reason)
+            return
         if header.kind == Kind.HEAD and sender in session.head_pieces:
             piece = session.head_pieces[sender]
             with self._inbox.arriving():
-                self.head.receive(piece, header, digest, session, connection)
+                self.head.receive(piece, header, digest, session, receiver.connection)
             with self._changed:
                 self.head.arrived(piece, digest, session)
                 self._changed.notify_all()
             return
-        if header.kind != Kind.RESPONSE:
+        if header.kind != Kind.RESPONSE or receiver.transport is None:
             raise LinkError(f"a {header.kind.name.lower()} from there is not expected")
-        if self._inbox.place(session.epoch, sender, header, session.payload, connection.receive):
+        if self._inbox.place(session.epoch, sender, header, session.payload, receiver.transport):
             if self._place.asks:
                 self._on_advance()
             else:

@@ -12,6 +12,7 @@ that outlives it, and a process may die in the middle of anything. Roles:
 from __future__ import annotations
 
 import logging
+import random
 import socket
 import threading
 import time
@@ -32,6 +33,7 @@ _log = logging.getLogger("vcrd")
 Reply = dict
 UNREADABLE = (ArithmeticError, LookupError, TypeError, ValueError)  # what reading the wrong JSON raises
 _WAITING = {"state": "waiting"}
+_PAUSE, _LONGEST_PAUSE = 0.02, 0.25  # seconds between two questions
 _MOST_RUNS = 1024  # that one address book holds
 
 
@@ -194,12 +196,18 @@ def ask_until(
     ready: Callable[[Reply], bool],
     seconds: float,
     tick: Callable[[], None] = lambda: None,
+    apart: float = 0.0,
 ) -> tuple[Reply | None, bool]:
     """Asks again and again. The reply that is ready, or None; and whether the rendezvous answered the last time.
 
-    tick: called between two questions.
+    tick: called between two questions. apart: seconds that a rank of a large job leaves to the others between its
+    questions; below a quarter of a second it may ask sooner.
     """
-    answered, deadline, pause = False, time.monotonic() + seconds, 0.02
+    answered, deadline = False, time.monotonic() + seconds
+    longest = max(_LONGEST_PAUSE, apart)
+    pause = max(_PAUSE, apart / 2)
+    if apart > _LONGEST_PAUSE:
+        time.sleep(random.uniform(0.0, apart))
     while True:
         try:
             reply = ask(settings, hello)
@@ -213,7 +221,7 @@ def ask_until(
             return None, answered
         tick()
         time.sleep(pause)
-        pause = min(2 * pause, 0.25)
+        pause = min(2 * pause, longest)
 
 
 def _listening(settings: LinkSettings) -> socket.socket:

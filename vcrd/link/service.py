@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from . import facts as stated
@@ -17,17 +17,19 @@ from .errors import HandshakeRefused, LinkError, StudentLost
 from .facts import Facts
 from .header import Header, Kind
 from .intake import Intake, Request
-from .pairs import PairStore
 from .plan import Piece, Place, overlaps, pieces_of
-from .rendezvous import ask_until, local_host
+from .rendezvous import ask_until
 from .settings import LinkSettings
+from .transport import Endpoint
 from .wire import Address, dial
 
+_log = logging.getLogger("vcrd")
 _DIAL = (
     30.0  # seconds for a student rank to let a sender in, once the rank that asks has let the first one in
 )
 _PAUSE = 0.02  # seconds between two attempts at first; it doubles up to
 _LONGEST_PAUSE = 0.25
+_INSISTING = ("nccl",)  # the settings of `transport` that allow no other one
 
 
 class Service:
@@ -76,11 +78,17 @@ class Service:
         requests = self.intake.take(limit, seconds)
         return requests, not requests and self.intake.all_left
 
-    def admit(self, connections: dict[Place, Connection], replies: dict[Place, dict], timeout: float) -> None:
-        """Begins to deliver over what the students have let in."""
+    def admit(
+        self,
+        connections: dict[Place, Connection],
+        replies: dict[Place, dict],
+        timeout: float,
+        endpoint: Endpoint,
+    ) -> None:
+        """Takes over what the students have let in."""
         firsts = {place: reply["first"] for place, reply in replies.items()}
         self._lack_head = {place for place, reply in replies.items() if reply["head"]}
-        self.delivery = Delivery(connections, firsts, timeout)
+        self.delivery = Delivery(connections, firsts, timeout, endpoint)
 
     def send_head(self, weight: Tensor) -> None:
         """This rank's rows of the output layer [columns, size], to those who lack them."""
@@ -111,6 +119,7 @@ def join(
     settings: LinkSettings,
     facts: Facts,
     crew: Crew,
+    endpoint: Endpoint,
     replica: int,
     tensor_rank: int | None,
     head_weight: Tensor | None,
@@ -119,7 +128,8 @@ def join(
     """Collective over the crew: every rank's connections of a new epoch.
 
     Rank 0 first asks the rendezvous for an epoch and lets the ranks that ask admit it, all of which takes at most the
-    seconds of `setting`, connect_timeout or rejoin_timeout; then every rank of the last stage dials its students.
+    seconds of `setting`, connect_timeout or rejoin_timeout; then every rank of the last stage dials its students and
+    makes a transport to each of them.
     StudentLost, on every rank alike, when they do not come in time; HandshakeRefused when the jobs do not fit.
     """
     knocking = _Knocking(settings, facts, replica, setting)
@@ -145,7 +155,7 @@ def join(
         outcome, text = Outcome.DONE, ""
         try:
             if tensor_rank is not None:
-                _dial_students(settings, service, hello, addresses, head_weight)
+                _dial_students(settings, service, hello, addresses, head_weight, endpoint)
         except LinkError as error:
             outcome, text = outcome_of(error), str(error)
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
@@ -155,6 +165,7 @@ def join(
             )
         try:
             crew.conclude(outcome, text)
+            _open_transports(settings, student, facts, crew, service, endpoint)
         except (
             StudentLost
         ) as error:  # on every rank: a student rank that was there has gone, or changed its mind
@@ -164,9 +175,40 @@ def join(
         except LinkError:
             service.end()
             raise
+        if service.delivery:
+            service.delivery.begin()
         if service.intake:
             service.intake.begin(settings.timeout)
         return service
+
+
+def _open_transports(
+    settings: LinkSettings, student: Facts, teacher: Facts, crew: Crew, service: Service, endpoint: Endpoint
+) -> None:
+    """Collective over the crew. One transport for all pairs of the replica: TCP for all where it failed for one."""
+    name, reason = stated.transport_of(student, teacher, endpoint.missing)
+    why = _opened(crew, service, name, reason)
+    if why and {student.transport, teacher.transport} & {*_INSISTING}:
+        reason = f"transport is {name!r}, and {why}"
+        if service.delivery:
+            service.delivery.refuse(reason)
+        crew.conclude(Outcome.REFUSED, f"the link is refused: {reason}")
+    if why:
+        reason = why
+        _opened(crew, service, "tcp", reason)
+    if crew.leads and reason and endpoint.is_news(reason):
+        _log.warning("tensors travel over TCP: %s", reason)
+
+
+def _opened(crew: Crew, service: Service, name: str, reason: str) -> str:
+    """Collective over the crew: "" or, on every rank alike, why it could not be opened for some pair."""
+    outcome, text, why = Outcome.DONE, "", ""
+    try:
+        why = service.delivery.open(name, reason) if service.delivery else ""
+    except LinkError as error:
+        outcome, text = outcome_of(error), str(error)
+    crew.conclude(outcome, text)
+    return crew.first_text(why)
 
 
 class _Knocking:
@@ -250,31 +292,24 @@ def _dial_students(
     hello: dict,
     addresses: dict[Place, Address],
     head_weight: Tensor | None,
+    endpoint: Endpoint,
 ) -> None:
     connections: dict[Place, Connection] = {}
     replies: dict[Place, dict] = {}
     digests: dict[Piece, str] = {}
     secret = settings.shared_secret()
     try:
-        store = None
-        if settings.transport == "nccl" and service.receivers:
-            store = PairStore(local_host(settings))
-            hello = {**hello, "store": store.address}
         for place in service.receivers:
             piece = service.head_pieces.get(place)
             if piece is not None and piece not in digests:
                 digests[piece] = digest_of(service.rows_of(head_weight, piece))
             own = {**hello, "digest": digests.get(piece)}
             connections[place], replies[place] = _let_in(place, addresses[place], secret, own)
-            if store is not None:
-                connections[place].pair = store.pair(
-                    str(place), torch.device("cuda", torch.cuda.current_device())
-                )
     except BaseException:
         for connection in connections.values():
             connection.close()
         raise
-    service.admit(connections, replies, settings.timeout)
+    service.admit(connections, replies, settings.timeout, endpoint)
 
 
 def _let_in(place: Place, address: Address, secret: str, hello: dict) -> tuple[Connection, dict]:

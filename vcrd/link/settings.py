@@ -9,7 +9,7 @@ from pathlib import Path
 from . import meeting
 from .payload import payload_named
 
-TRANSPORTS = ("tcp", "nccl")
+TRANSPORTS = ("auto", "nccl", "tcp", "fake")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,13 @@ class LinkSettings:
         exact log of the mass of the rest (8 top_k + 4). "hidden": the teacher's last hidden states as they are (their
         size times that of their dtype); the student holds the teacher's output layer, sent once.
     top_k: tokens per position that "topk" carries; at most the vocabulary. Equal in both jobs.
-    transport: what carries answers: "tcp", by way of pinned host memory where they are on a GPU, or "nccl", from GPU to
-        GPU. Requests, and all that keeps the two jobs together, are TCP in either case.
+    transport: how tensors travel. "auto": over NCCL from GPU to GPU where both jobs can and a probe of every pair of
+        ranks succeeds, else over TCP through pinned host memory, with a warning that says why. "nccl": over NCCL, or
+        not at all. "tcp": without a look at NCCL. "fake": the code of "nccl" on the CPU over a stand-in that checks
+        NCCL's rules, for tests. The jobs may differ in it: a job that says "nccl" or "tcp" decides for one that says
+        "auto". Requests, and all that keeps the two jobs together, are TCP in any case.
+    nccl_max_ctas: blocks that each NCCL kernel of the link may take of its GPU, 1 to 32. The variable NCCL_MAX_CTAS
+        comes before it.
     credits: micro-batches that the teacher may hold or have answered ahead of the one in use, per student
         replica. Bounds memory on both sides. The student's setting counts.
     timeout: seconds without a sign of life while an answer is waited for (student), or without an answer being
@@ -48,7 +53,8 @@ class LinkSettings:
     interface: str | None = None
     payload: str = "float16"
     top_k: int = 64
-    transport: str = "tcp"
+    transport: str = "auto"
+    nccl_max_ctas: int = 2
     credits: int = 2
     timeout: float = 600.0
     connect_timeout: float = 600.0
@@ -64,10 +70,12 @@ class LinkSettings:
         payload_named(self.payload)
         if self.transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
-        for name in ("credits", "max_tokens", "top_k"):
+        for name in ("credits", "max_tokens", "top_k", "nccl_max_ctas"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.nccl_max_ctas > 32:
+            raise ValueError(f"nccl_max_ctas must be at most 32, got {self.nccl_max_ctas}")
         for name in ("timeout", "connect_timeout", "rejoin_timeout"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)

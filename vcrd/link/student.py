@@ -7,7 +7,6 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,19 +17,19 @@ from .facts import Facts, served_by
 from .header import Header, Kind
 from .inbox import Inbox
 from .membership import Membership
-from .pairs import receiving_pair
 from .plan import Place, check_boundaries
 from .rendezvous import ask, ask_until, listen, local_host
 from .settings import LinkSettings
-from .staging import OnDevice, Pinned, Pool, Upload
 from .tracing import span
+from .transport import Arrived, Endpoint
 from .waits import Waits
-from .wire import GREETING_SECONDS, dial
+from .wire import dial
 
 _log = logging.getLogger("vcrd")
 _PARTING = 10.0  # seconds that close() gives the goodbyes
 _SAY_AGAIN = 30.0  # seconds between two log lines while a teacher is waited for
 _LOOK = 0.5  # seconds between two questions for a refusal, while the first teacher is waited for
+_QUESTIONS = 500  # a second, from all ranks together: rank 0 answers each in a thread of its own
 _LINGER = 4 * _LOOK  # seconds for the others to ask for a refusal too: rank 0 takes the rendezvous along
 
 
@@ -40,27 +39,17 @@ class StudentLink:
     columns: the true vocabulary columns that `receive` returns. waits: how long `receive` waited, and for what.
     """
 
-    def __init__(self, settings: LinkSettings, facts: Facts, place: Place, device: torch.device) -> None:
+    def __init__(self, settings: LinkSettings, facts: Facts, place: Place, endpoint: Endpoint) -> None:
         self.columns = facts.shards()[place.tensor]
         self.waits = Waits()
         self._settings = settings
         self._facts = facts
         self._place = place
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device = endpoint.device
         self._head: Tensor | None = None  # the output layer on the device
         self._changed = threading.Condition()
-        # One more than are on their way or complete: the one in use, until the next one is taken.
-        memory = Pinned(self._stream.device) if self._stream else Pool(settings.credits + 1)
-        make_pair = None
-        if settings.transport == "nccl":
-            if self._stream is None:
-                raise ValueError(f"device must be a GPU for the transport 'nccl', got {device}")
-            memory = OnDevice(device, self._stream)
-            make_pair = partial(receiving_pair, device=device, seconds=GREETING_SECONDS)
-        self._inbox = Inbox(
-            facts, place, self._changed, memory.empty, partial(Upload, device=device, stream=self._stream)
-        )
+        self._apart = facts.ranks / _QUESTIONS  # seconds between two questions of this rank
+        self._inbox = Inbox(facts, place, self._changed)
         self._asking = threading.Lock()  # a loader thread may ask while the training loop receives
         self._asked = 0  # by request()
         self._sent = 0  # of these, those that went out to this epoch's teacher
@@ -77,7 +66,7 @@ class StudentLink:
             self._inbox,
             self._changed,
             lambda: (me() or (lambda: None))(),
-            make_pair,
+            endpoint,
         )
         # A forgotten link must not leave threads behind that would run into the interpreter's end.
         self._finalizer = weakref.finalize(self, self._members.drop)
@@ -114,6 +103,13 @@ class StudentLink:
             if not 0 <= rank < size:
                 raise ValueError(f"{name}_rank must be in [0, {size}), got {rank}")
         settings.shared_secret()  # a file that cannot be read is told before anything is opened
+        # One block more than are on their way or complete: the one in use, until the next one is taken.
+        endpoint = Endpoint(
+            settings.transport, torch.device(device), settings.credits + 1, settings.nccl_max_ctas
+        )
+        place = Place(data_rank, context_rank, tensor_rank)
+        if endpoint.missing and place.asks:
+            _log.warning("tensors will travel over TCP: %s", endpoint.missing)
         facts = Facts.of(
             settings,
             vocab_size=vocab_size,
@@ -123,12 +119,13 @@ class StudentLink:
             copies=data_size,
             context_size=context_size,
             credits=settings.credits,
+            nccl=endpoint.library_version,
         )
-        link = cls(settings, facts, Place(data_rank, context_rank, tensor_rank), torch.device(device))
+        link = cls(settings, facts, place, endpoint)
         try:
             link._join()
         except HandshakeRefused:
-            time.sleep(_LINGER)
+            time.sleep(max(_LINGER, 2 * link._apart))
             link.close()
             raise
         except BaseException:
@@ -196,11 +193,11 @@ class StudentLink:
             raise ValueError(f"number must have been asked for, below {self._asked}, got {number}")
         there = number < self._inbox.complete
         with self.waits.counted(there, lambda: self._inbox.seconds_arriving), span("wait", number):
-            upload = self._wait_for(number)
+            arrived = self._wait_for(number)
         with self._asking:
             self._given += 1
         self._send_what_credits_allow()
-        return self._formed(upload.ready())
+        return self._formed(arrived.ready())
 
     def close(self) -> None:
         """Parts from the teacher, or drops a link that failed. Idempotent; some 10 seconds at the very most."""
@@ -221,7 +218,13 @@ class StudentLink:
             "address": self._members.address,
             "facts": self._facts.plain(),
         }
-        reply, _ = ask_until(self._settings, hello, lambda r: "asker" in r, self._settings.connect_timeout)
+        reply, _ = ask_until(
+            self._settings,
+            hello,
+            lambda r: "asker" in r,
+            self._settings.connect_timeout,
+            apart=self._apart,
+        )
         if reply is None:
             raise LinkError(
                 f"the student's ranks did not all meet {self._within()}: rank 0 of its world hosts the rendezvous"
@@ -230,6 +233,7 @@ class StudentLink:
             self._join_asker(tuple(reply["asker"]), deadline)
         if self._place.asks:
             _log.info("waiting for a teacher at %s", self._settings.address)
+        next_question = time.monotonic()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._members.linked or self._members.failure, _LOOK)
@@ -240,10 +244,13 @@ class StudentLink:
             self._give_up_one_that_stopped()
             if time.monotonic() > deadline:
                 raise TeacherLost(self._nobody_came(reply))
+            if time.monotonic() < next_question:
+                continue
             try:
                 reply = ask(self._settings, hello)
             except ConnectionError:
                 pass  # the next question may be answered
+            next_question = time.monotonic() + self._apart
         _log.info("%s is linked to teacher replica %d", self._place, self._members.replica)
 
     def _give_up_one_that_stopped(self) -> None:
@@ -282,14 +289,14 @@ class StudentLink:
             f"to {self._settings.address} within {self._settings.connect_timeout:g} seconds (connect_timeout)"
         )
 
-    def _wait_for(self, number: int) -> Upload:
+    def _wait_for(self, number: int) -> Arrived:
         begun = said = time.monotonic()
         while True:
             with self._changed:
                 session = self._members.session
-                upload = self._inbox.take(number) if self._members.head_is_here else None
-                if upload is not None:
-                    return upload
+                arrived = self._inbox.take(number) if self._members.head_is_here else None
+                if arrived is not None:
+                    return arrived
                 if self._members.failure:
                     raise self._members.failure
                 now = time.monotonic()

@@ -8,7 +8,6 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,12 +19,12 @@ from .facts import Facts, Head
 from .header import Header, Kind
 from .intake import Request
 from .payload import STATE_DTYPES, encode, payload_named, row_max
-from .plan import context_rows
+from .plan import Place, context_rows
 from .service import Service, join
 from .settings import LinkSettings
-from .staging import Pool, Staged
 from .topk import top_k_of
 from .tracing import span
+from .transport import Endpoint, Outgoing
 
 _log = logging.getLogger("vcrd")
 _PARTING = 10.0  # seconds that close() gives the goodbyes
@@ -47,6 +46,7 @@ class TeacherLink:
         settings: LinkSettings,
         facts: Facts,
         crew: Crew,
+        endpoint: Endpoint,
         replica: int,
         tensor_rank: int | None,
         tensor_group: dist.ProcessGroup | None,
@@ -55,14 +55,13 @@ class TeacherLink:
         self._settings = settings
         self._facts = facts
         self._crew = crew
+        self._endpoint = endpoint
         self._replica = replica
         self._tensor_rank = tensor_rank  # None before the last stage
         self._tensor_group = tensor_group
         self._payload = facts.content()
         self._head_weight = head_weight
         self._shard = facts.shards()[tensor_rank or 0]
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._memory = Pool()  # holds no more than was ever under way at once
         self._done = False  # every student has said goodbye
         self.blocked = 0.0
         self._services: list[Service] = []  # the one that stands, if any: what a forgotten link has to end
@@ -86,6 +85,7 @@ class TeacherLink:
         tensor_group: dist.ProcessGroup | None,
         head: Head | None = None,
         head_weight: Tensor | None = None,
+        device: torch.device | str | None = None,
     ) -> TeacherLink:
         """Joins the student job; every rank of the replica calls it, and blocks until the students are there.
 
@@ -93,7 +93,8 @@ class TeacherLink:
         group: all ranks of this replica, any backend; None when this rank is all of it. Its rank 0 takes in
         the requests. tensor_group: the tensor-parallel group, for the row maximum and the top k; None when
         tensor_size is 1. head, head_weight: with the payload "hidden", on the last stage: what the output layer is,
-        and this rank's rows of it, [padded_vocab_size / tensor_size, head.size].
+        and this rank's rows of it, [padded_vocab_size / tensor_size, head.size]. device: where `respond`'s outputs lie;
+        None: the current GPU, or the CPU where torch finds none.
 
         Raises, on every rank alike, StudentLost or LinkError after `connect_timeout`, HandshakeRefused
         when the jobs do not fit, ValueError when the replica's ranks contradict each other.
@@ -102,11 +103,11 @@ class TeacherLink:
             raise ValueError(f"tensor_rank must be in [0, {tensor_size}), got {tensor_rank}")
         if not 0 <= replica < replicas:
             raise ValueError(f"replica must be in [0, {replicas}), got {replica}")
-        if settings.transport == "nccl" and not torch.cuda.is_available():
-            raise ValueError("transport must be 'tcp' where torch finds no GPU, got 'nccl'")
         if is_last_stage and tensor_size > 1 and tensor_group is None:
             raise ValueError(f"tensor_group must be given for tensor_size {tensor_size}, got None")
         settings.shared_secret()  # a file that cannot be read is told before any collective
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        endpoint = Endpoint(settings.transport, where, max_ctas=settings.nccl_max_ctas)
         facts = Facts.of(
             settings,
             vocab_size=vocab_size,
@@ -115,13 +116,14 @@ class TeacherLink:
             tensor_size=tensor_size,
             copies=replicas,
             head=head,
+            nccl=endpoint.library_version,
         )
         if settings.payload == "hidden" and is_last_stage:
             head_weight = _checked_head(head, head_weight, padded_vocab_size // tensor_size)
         crew = Crew(group)
         facts = _agreed(crew, facts, replica, tensor_rank if is_last_stage else -1)
         own = tensor_rank if is_last_stage else None
-        link = cls(settings, facts, crew, replica, own, tensor_group, head_weight)
+        link = cls(settings, facts, crew, endpoint, replica, own, tensor_group, head_weight)
         link._join("connect_timeout")
         return link
 
@@ -201,7 +203,7 @@ class TeacherLink:
 
     def _pieces(
         self, service: Service, request: Request, tensors: list[Tensor], top: Tensor | None
-    ) -> list[tuple[Any, Header, list[Staged]]]:
+    ) -> list[tuple[Place, Header, list[Outgoing]]]:
         """What this rank sends of one response: by receiver, the positions and columns that it lacks."""
         batch, sequence = request.tokens.shape
         boundaries, response = request.boundaries.tolist(), []
@@ -213,9 +215,9 @@ class TeacherLink:
             if not self._payload.whole:
                 columns = slice(piece.start - self._shard.start, piece.stop - self._shard.start)
                 shift = None if top is None else _rows(top, spans)
-                parts = [encode(self._payload, parts[0][..., columns], shift, self._memory.empty)]
+                parts = [encode(self._payload, parts[0][..., columns], shift, self._endpoint.memory.empty)]
             elif self._payload.name == "hidden":  # the caller may reuse its buffer
-                parts = [encode(self._payload, parts[0], empty=self._memory.empty)]
+                parts = [encode(self._payload, parts[0], empty=self._endpoint.memory.empty)]
             header = Header(
                 Kind.RESPONSE,
                 number=request.number,
@@ -226,17 +228,8 @@ class TeacherLink:
                 stop=piece.stop,
                 payload=self._payload.code,
             )
-            stays = self._settings.transport == "nccl"
-            staged = [Staged(part, self._stream(part.device), stays) for part in parts]
-            response.append((place, header, staged))
+            response.append((place, header, [service.delivery.stage(place, part) for part in parts]))
         return response
-
-    def _stream(self, device: torch.device) -> torch.cuda.Stream | None:
-        if device.type != "cuda":
-            return None
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
 
     def _check_output(self, request: Request, output: Tensor) -> None:
         batch, sequence = request.tokens.shape
@@ -252,8 +245,8 @@ class TeacherLink:
 
     def _join(self, setting: str) -> None:
         service = join(
-            *(self._settings, self._facts, self._crew, self._replica, self._tensor_rank, self._head_weight),
-            setting,
+            *(self._settings, self._facts, self._crew, self._endpoint, self._replica, self._tensor_rank),
+            *(self._head_weight, setting),
         )
         self._services.append(service)
         if service.delivery and self._head_weight is not None:
@@ -340,10 +333,10 @@ def _agreed(crew: Crew, facts: Facts, replica: int, sender: int) -> Facts:
         payload_named(facts.payload).code,
         replica,
     ]
-    rows = crew.gather([sender, *_head_numbers(facts.head), *own])
-    if any(row[5:] != rows[0][5:] for row in rows):
+    rows = crew.gather([sender, *_head_numbers(facts.head), facts.nccl, *own])
+    if any(row[6:] != rows[0][6:] for row in rows):
         raise ValueError(
-            f"the ranks of a teacher replica must be given equal facts, got {[row[5:] for row in rows]}"
+            f"the ranks of a teacher replica must be given equal facts, got {[row[6:] for row in rows]}"
         )
     senders = sorted(row[0] for row in rows if row[0] >= 0)
     if senders != list(range(facts.tensor_size)):
@@ -353,7 +346,9 @@ def _agreed(crew: Crew, facts: Facts, replica: int, sender: int) -> Facts:
     heads = [row[1:5] for row in rows if row[0] >= 0]
     if any(head != heads[0] for head in heads):
         raise ValueError(f"head must be equal on every rank of the last stage, got {heads}")
-    return replace(facts, head=_head_of(heads[0]))
+    versions = {row[5] for row in rows if row[0] >= 0}
+    nccl = versions.pop() if len(versions) == 1 else 0
+    return replace(facts, head=_head_of(heads[0]), nccl=nccl)
 
 
 def _head_numbers(head: Head | None) -> list[int]:

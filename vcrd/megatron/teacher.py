@@ -122,6 +122,7 @@ def _connect(settings: DistillSettings, layout: Layout, output_layer: OutputLaye
         tensor_group=layout.tensor_group,
         head=output_layer.head if output_layer else None,
         head_weight=output_layer.weight if output_layer else None,
+        device=layout.device,
     )
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from vcrd.link import LinkSettings, Piece, Place
+from vcrd.link.buffers import Pool
 from vcrd.link.facts import Facts
 from vcrd.link.header import Header, Kind
 from vcrd.link.inbox import Inbox
 from vcrd.link.payload import payload_named
-from vcrd.link.staging import Pool
 
 ROWS = 600  # [ROWS, 500] float32 is more than the pool leaves to the C library
 
@@ -99,14 +99,19 @@ def test_threads_never_write_into_each_others_tensors():
 
 
 class Uploads:
-    """An upload that ends when it is let."""
+    """A transport whose upload ends when it is let."""
 
     def __init__(self) -> None:
         self.begun = [threading.Event(), threading.Event()]
         self.let = [threading.Event(), threading.Event()]
         self.number = 0
 
-    def __call__(self, tensors):
+    empty = staticmethod(torch.empty)
+
+    def receive(self, destinations) -> None:
+        assert all(destination.columns.stop - destination.columns.start == 3 for destination in destinations)
+
+    def arrived(self, tensors):
         number, self.number = self.number, self.number + 1
         self.begun[number].set()
         assert self.let[number].wait(60)
@@ -121,7 +126,7 @@ FACTS = Facts.of(
 
 def test_an_answer_is_complete_when_it_is_on_its_way_to_the_device_and_all_before_it_are():
     uploads, payload = Uploads(), payload_named("float16")
-    inbox = Inbox(FACTS, Place(0, 0, 0), threading.Condition(), torch.empty, uploads)
+    inbox = Inbox(FACTS, Place(0, 0, 0), threading.Condition())
     # Two senders: the second one's part of answer 0 is the last of it, the first one's is that of answer 1.
     inbox.begin(1, {0: Piece(0, 0, 0, 3), 1: Piece(1, 0, 3, 6)})
     for number in range(2):
@@ -130,7 +135,7 @@ def test_an_answer_is_complete_when_it_is_on_its_way_to_the_device_and_all_befor
     def arrives(number: int, sender: int) -> bool:
         columns = dict(start=3 * sender, stop=3 * sender + 3)
         header = Header(Kind.RESPONSE, number=number, sequence=4, batch=1, payload=payload.code, **columns)
-        return inbox.place(1, sender, header, payload, lambda *parts: [part.zero_() for part in parts])
+        return inbox.place(1, sender, header, payload, uploads)
 
     with ThreadPoolExecutor(2) as threads:
         assert not arrives(0, 0)
@@ -150,19 +155,28 @@ def test_an_answer_is_complete_when_it_is_on_its_way_to_the_device_and_all_befor
 def test_bytes_that_arrive_after_their_epoch_count_for_no_epoch():
     """The next teacher has begun while the last bytes of the one before were read."""
     payload = payload_named("float16")
-    inbox = Inbox(FACTS, Place(0, 0, 0), threading.Condition(), torch.empty, list)
+    inbox = Inbox(FACTS, Place(0, 0, 0), threading.Condition())
     whole = {0: Piece(0, 0, 0, 6)}
     header = Header(Kind.RESPONSE, number=0, sequence=4, batch=1, stop=6, payload=payload.code)
     inbox.begin(1, whole)
     inbox.expect(0, (4, 1))
 
-    def read_late(part: torch.Tensor) -> None:
-        part.fill_(1.0)
-        inbox.begin(2, whole)
+    class Late:
+        """A transport that reads that slowly."""
+
+        empty = staticmethod(torch.empty)
+        arrived = staticmethod(list)
+
+        def __init__(self, value: float, then=lambda: None) -> None:
+            self.value, self.then = value, then
+
+        def receive(self, destinations) -> None:
+            destinations[0].tensor.fill_(self.value)
+            self.then()
 
     with pytest.raises(ConnectionError, match="epoch 1 is over"):
-        inbox.place(1, 0, header, payload, read_late)
+        inbox.place(1, 0, header, payload, Late(1.0, lambda: inbox.begin(2, whole)))
     assert inbox.complete == 0
-    assert inbox.place(2, 0, header, payload, lambda part: part.fill_(2.0))
+    assert inbox.place(2, 0, header, payload, Late(2.0))
     (logits,) = inbox.take(0)
     assert (logits == 2.0).all()

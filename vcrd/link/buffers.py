@@ -1,9 +1,10 @@
 """Memory for what travels, and the way between a device and the host, without making the host wait.
 
-Host synchronisations of the link on CUDA, all of them: a writer thread of the teacher waits for the copy of what it
-sends (`Staged.ready`); the first `Hidden` of a student waits for the output layer to be on the device; a request for
-tokens that lie on a GPU waits for them; ranks of a replica that agree over NCCL wait for that, on a stream of its own
-(`Crew`). The thread that trains and the thread that computes the teacher wait for no copy and for no kernel.
+Host synchronisations of the link on CUDA, all of them: the threads that own a transport wait for what they send and
+receive (`Staged.ready`, `transport.nccl`); the first `Hidden` of a student waits for the output layer to be on the
+device; a request for tokens that lie on a GPU waits for them; ranks of a replica that agree over NCCL wait for that,
+on a stream of its own (`Crew`). The thread that trains and the thread that computes the teacher wait for no copy and
+for no kernel.
 """
 
 from __future__ import annotations
@@ -69,33 +70,40 @@ class Pinned:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
-class OnDevice:
-    """Memory on a GPU that belongs to a stream of the link's own, for what comes from another GPU."""
+class HostMemory:
+    """One rank's host memory for tensors that travel, and the stream that copies them from and to its device.
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
-        self._device = device
-        self._stream = stream
+    device: where the rank computes. kept: see `Pool`.
+    """
+
+    def __init__(self, device: torch.device, kept: int | None = None) -> None:
+        self.device = device
+        self._pool = Pinned(device) if device.type == "cuda" else Pool(kept)
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        # On the stream that trains, memory could be given out again while what reads it is still to run.
-        with torch.cuda.stream(self._stream):
-            return torch.empty(shape, dtype=dtype, device=self._device)
+        """An uninitialised contiguous CPU tensor."""
+        return self._pool.empty(*shape, dtype=dtype)
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        """The stream for copies from and to a device, always the same one; None on the CPU, where none is needed."""
+        if device.type != "cuda":
+            return None
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
 
 
 class Staged:
     """A tensor on its way to the host. On the CPU it is there already, and nothing is copied.
 
-    It must not be changed any more. stream: of the link's own, which waits for the current one. stays: it travels from
-    its device, so only its making is waited for.
+    It must not be changed any more. stream: of the link's own, which waits for the current one; None on the CPU.
     """
 
-    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream | None = None, stays: bool = False) -> None:
+    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream | None = None) -> None:
         self._event = None
         self._tensor = tensor.contiguous()
         if tensor.device.type == "cpu":
-            return
-        if stays:
-            self._event = torch.cuda.current_stream(tensor.device).record_event()
             return
         buffer = Pinned(tensor.device).empty(*tensor.shape, dtype=tensor.dtype)
         current = torch.cuda.current_stream(tensor.device)
@@ -107,6 +115,10 @@ class Staged:
             self._event = stream.record_event()
         self._tensor = buffer
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._tensor.numel()
+
     def ready(self) -> Tensor:
         """The contiguous tensor; the calling thread waits for it, no other does."""
         if self._event is not None:
@@ -115,24 +127,20 @@ class Staged:
 
 
 class Upload:
-    """Tensors on their way from the host to a device, on a stream of the link's own. On the CPU: the tensors.
+    """Tensors on their way from the host to the rank's device. On the CPU: the tensors.
 
     Made by the thread that received them, so that the copy runs while others compute; the host waits for nothing.
     """
 
-    def __init__(
-        self, tensors: Sequence[Tensor], device: torch.device, stream: torch.cuda.Stream | None
-    ) -> None:
+    def __init__(self, tensors: Sequence[Tensor], memory: HostMemory) -> None:
         self._event = None
         self._tensors = list(tensors)
+        stream = memory.stream(memory.device)
         if stream is None:
-            return
-        if all(tensor.device == device for tensor in tensors):  # from another GPU, and received to the end
-            self._event = stream.record_event()
             return
         with torch.cuda.stream(stream):
             # The pinned memory is free for others once these copies have passed: torch sees to that.
-            self._tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
+            self._tensors = [tensor.to(memory.device, non_blocking=True) for tensor in tensors]
             self._event = stream.record_event()
 
     def ready(self) -> list[Tensor]:

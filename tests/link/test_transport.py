@@ -1,0 +1,416 @@
+"""Tensors travel whole, in order and untouched, by NCCL's rules; and where NCCL fails, over TCP with its words."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from link_jobs import Layout, connected, exchange, part
+from ports import free_port
+from waiting import wait_until
+
+from vcrd.link import HandshakeRefused, LinkSettings, StudentLink, TeacherLink, TeacherLost, host_rendezvous
+from vcrd.link import header as headers
+from vcrd.link.connection import Connection
+from vcrd.link.facts import Facts, refusal, transport_of
+from vcrd.link.header import Header, Kind
+from vcrd.link.transport import Destination, Endpoint, Receiver, Sender, cuda, fake
+from vcrd.link.transport.nccl import CommunicatorError
+
+LONG = 60.0
+DTYPES = (torch.float32, torch.float16, torch.uint8, torch.int32, torch.bfloat16)
+
+
+def connections() -> tuple[Connection, Connection]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        left = socket.create_connection(server.getsockname())
+        return Connection(left), Connection(server.accept()[0])
+
+
+class Pair:
+    """Both ends of one transport, each owned by a thread of its own."""
+
+    def __init__(self, name: str) -> None:
+        left, right = connections()
+        endpoint = Endpoint(name, torch.device("cpu"))
+        self.threads = [ThreadPoolExecutor(1) for _ in range(2)]
+        self.sender = self.send_thread.submit(Sender, left, endpoint).result()
+        self.receiver = self.receive_thread.submit(Receiver, right, endpoint).result()
+        opening = self.send_thread.submit(self.sender.open, name)
+        self.receive_thread.submit(lambda: self.receiver.switch(right.receive_header())).result(LONG)
+        assert opening.result(LONG) == ""
+
+    @property
+    def send_thread(self) -> ThreadPoolExecutor:
+        return self.threads[0]
+
+    @property
+    def receive_thread(self) -> ThreadPoolExecutor:
+        return self.threads[1]
+
+    def send(self, header: Header, tensors) -> None:
+        transport = self.sender.transport
+        parts = [transport.stage(tensor) for tensor in tensors]
+        self.sending = self.send_thread.submit(transport.send, header, parts, seconds=LONG)
+
+    def receive(self, destinations: list[Destination]) -> Header:
+        def run() -> Header:
+            header = self.receiver.connection.receive_header()
+            self.receiver.transport.receive(destinations)
+            return header
+
+        self.receiving = self.receive_thread.submit(run)
+        return self.receiving
+
+    def close(self) -> None:
+        for thread, end in zip(self.threads, (self.sender, self.receiver), strict=True):
+            thread.submit(end.close).result(LONG)
+            thread.shutdown()
+
+
+@contextmanager
+def pair(name: str) -> Iterator[Pair]:
+    both = Pair(name)
+    try:
+        yield both
+    finally:
+        both.close()
+
+
+@pytest.mark.parametrize("name", ["tcp", "fake"])
+def test_what_is_sent_arrives_where_it_belongs_whatever_its_shape(name):
+    dice, carried = random.Random(3), 0
+    with pair(name) as both:
+        for number in range(25):
+            shapes = [[dice.randint(1, 5), dice.randint(1, 3), dice.randint(0, 9)] for _ in range(3)]
+            sent, wanted, destinations = [], [], []
+            for shape in shapes:
+                dtype, spare = dice.choice(DTYPES), dice.choice([0, 0, 4])
+                tensor = (100 * torch.rand(shape)).to(dtype)
+                into = torch.zeros([*shape[:-1], shape[-1] + spare], dtype=dtype)
+                first = dice.randint(0, spare)
+                columns = slice(first, first + shape[-1]) if spare else None
+                expected = into.clone()
+                expected[..., first : first + shape[-1]] = tensor
+                sent.append(tensor)
+                carried += tensor.nbytes
+                wanted.append(expected)
+                destinations.append(Destination(into, columns))
+            header = Header(Kind.RESPONSE, number)
+            both.receive(destinations)
+            both.send(header, sent)
+            both.sending.result(LONG)
+            assert both.receiving.result(LONG) == header
+            for destination, expected in zip(destinations, wanted, strict=True):
+                assert torch.equal(destination.tensor, expected)
+        sent, received = both.sender.connection.sent, both.receiver.connection.received
+        assert sent == received == 25 * headers.BYTES + carried
+
+
+def test_a_piece_larger_than_what_is_read_at_once_arrives_in_its_columns():
+    tensor = torch.arange(3 * 2**21).view(6, 1, -1).to(torch.int32)
+    for name in ("tcp", "fake"):
+        into = torch.zeros(6, 1, 2**20 + 7, dtype=torch.int32)
+        with pair(name) as both:
+            both.receive([Destination(into, slice(5, 5 + tensor.shape[-1]))])
+            both.send(Header(Kind.RESPONSE), [tensor])
+            both.sending.result(LONG), both.receiving.result(LONG)
+        assert torch.equal(into[..., 5 : 5 + tensor.shape[-1]], tensor)
+
+
+def test_an_end_that_waits_for_a_transfer_sees_that_the_other_one_is_gone():
+    """NCCL itself would wait on: the fake does."""
+    with pair("fake") as both:
+        both.send(Header(Kind.RESPONSE), [torch.ones(4)])
+        both.sender.connection.end()
+        with pytest.raises(ConnectionError):
+            both.sending.result(LONG)
+    with pair("fake") as both:
+        both.receive([Destination(torch.zeros(4))])
+        both.sender.connection.send(Header(Kind.RESPONSE), seconds=LONG)
+        time.sleep(0.05)
+        both.sender.connection.end()
+        with pytest.raises(ConnectionError, match="the other end closed"):
+            both.receiving.result(LONG)
+
+
+def test_a_send_that_nobody_takes_ends_in_time():
+    with pair("fake") as both:
+        transport = both.sender.transport
+        parts = [transport.stage(torch.ones(4))]
+        sending = both.send_thread.submit(transport.send, Header(Kind.RESPONSE), parts, seconds=0.2)
+        with pytest.raises(TimeoutError, match="did not take what was sent within 0.2 seconds"):
+            sending.result(LONG)
+
+
+def test_streams_are_kept_and_sockets_and_threads_are_not():
+    def left() -> tuple[int, int]:
+        return threading.active_count(), len(fake.FakeLibrary._free)
+
+    with pair("fake"):
+        pass
+    before = left()
+    for _ in range(20):
+        with pair("fake"):
+            pass
+    assert left() == before
+
+
+def breaks(rule: str):
+    return pytest.raises(fake.RuleBroken, match=rule)
+
+
+class Library(fake.FakeLibrary):
+    """Both ends of a communicator in this process, made and settled."""
+
+    def both(self) -> tuple[fake.FakeCommunicator, fake.FakeCommunicator]:
+        unique_id = self.unique_id()
+        ends = self.communicator(0, unique_id), self.communicator(1, unique_id)
+        for end in ends:
+            wait_until(end.settled, LONG, "a communicator is made")
+        return ends
+
+
+@pytest.fixture
+def ends():
+    library = Library()
+    made = library.both()
+    streams = library.stream(), library.stream()
+    yield *made, *streams
+    for end, stream in zip(made, streams, strict=True):
+        end.abort()
+        library.give_back(stream)
+    fake.broken.clear()
+
+
+@pytest.mark.parametrize(
+    ("sent", "received", "rule"),
+    [
+        (torch.ones(8), torch.ones(4), "sends 8 elements of torch.float32, transfer 0 receives 4"),
+        (torch.ones(8), torch.ones(8).int(), "receives 8 of torch.int32"),
+    ],
+)
+def test_sides_that_do_not_agree_break_a_rule(ends, sent, received, rule):
+    left, right, one, other = ends
+    left.send(sent, one)
+    right.receive(received, other)
+    wait_until(lambda: fake.broken, LONG, "the rule is broken")
+    assert rule in fake.broken[0]
+
+
+def test_a_tensor_that_is_touched_while_it_travels_breaks_a_rule(ends):
+    left, right, one, other = ends
+    sent, received = torch.ones(1 << 20), torch.zeros(1 << 20)
+    left.send(sent, one)
+    wait_until(left.settled, LONG, "the call is over")
+    time.sleep(0.05)  # it waits for the receiver
+    sent[5] = 2.0
+    right.receive(received, other)
+    wait_until(lambda: fake.broken, LONG, "the rule is broken")
+    assert fake.broken == ["a tensor was changed while it was sent"]
+    fake.broken.clear()
+
+
+def test_a_destination_that_is_written_to_meanwhile_breaks_a_rule(ends):
+    left, right, one, other = ends
+    received = torch.zeros(1 << 10)
+    right.receive(received, other)
+    wait_until(lambda: received[0] != 0.0, LONG, "the transfer has begun")
+    received[7] = 1.0
+    left.send(torch.ones(1 << 10), one)
+    wait_until(lambda: fake.broken, LONG, "the rule is broken")
+    assert fake.broken == ["a tensor was written to while it was received into"]
+
+
+def test_each_call_that_nccl_forbids_breaks_a_rule(ends):
+    left, _, stream, other = ends
+    with breaks("without elements"):
+        left.send(torch.empty(0), stream)
+    with breaks("not contiguous"):
+        left.send(torch.ones(4, 4).T, stream)
+    with breaks("a thread that did not make it"), ThreadPoolExecutor(1) as pool:
+        pool.submit(left.send, torch.ones(4), stream).result()
+    left.send(torch.ones(4), stream)
+    left._calls_settle_at = time.monotonic() + LONG
+    stream.in_progress = lambda: True
+    with breaks("while its last call was in progress"):
+        left.send(torch.ones(4), stream)
+    with breaks("a stream was given work while a call"):
+        stream.record()
+
+
+FACTS = dict(
+    vocab_size=8,
+    sequence_length=4,
+    payload="float16",
+    max_tokens=64,
+    padded_vocab_size=8,
+    tensor_size=1,
+    copies=1,
+)
+
+
+def sides(student: tuple[str, int], teacher: tuple[str, int]) -> tuple[Facts, Facts]:
+    return tuple(Facts(**FACTS, transport=said, nccl=version) for said, version in (student, teacher))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "transport", "reason"),
+    [
+        (("auto", 22809), ("auto", 22809), "nccl", ""),
+        (("auto", 22809), ("nccl", 22809), "nccl", ""),
+        (("auto", 0), ("auto", 0), "tcp", ""),
+        (("tcp", 0), ("auto", 22809), "tcp", ""),
+        (("fake", 1), ("fake", 1), "fake", ""),
+        (
+            *(("auto", 22809), ("auto", 23005), "tcp"),
+            "NCCL is 2.28.9 for the student and 2.30.5 for the teacher",
+        ),
+        (
+            ("auto", 0),
+            ("auto", 22809),
+            "tcp",
+            "NCCL is not available for the student and 2.28.9 for the teacher",
+        ),
+    ],
+)
+def test_two_jobs_take_the_best_transport_that_both_can(student, teacher, transport, reason):
+    facts = sides(student, teacher)
+    assert refusal(*facts, 1) is None
+    assert transport_of(*facts) == (transport, reason)
+    assert transport_of(*reversed(facts))[0] == transport
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "reason"),
+    [
+        (("nccl", 22809), ("tcp", 0), "transport is nccl for the student and tcp for the teacher"),
+        (("fake", 1), ("auto", 0), "transport is fake for the student and auto for the teacher"),
+        (
+            *(("nccl", 22809), ("auto", 0)),
+            "transport is nccl, and NCCL is 2.28.9 for the student and not available for the teacher",
+        ),
+    ],
+)
+def test_jobs_that_insist_on_what_cannot_be_are_refused(student, teacher, reason):
+    assert refusal(*sides(student, teacher), 1) == f"the link is refused: {reason}"
+
+
+PLACE = dict(vocab_size=8, padded_vocab_size=8, sequence_length=4, tensor_rank=0, tensor_size=1)
+
+
+def test_nccl_needs_a_gpu():
+    settings = LinkSettings(transport="nccl")
+    refused = pytest.raises(
+        ValueError,
+        match="transport must be 'auto' or 'tcp' where this rank computes on cpu, not on a GPU, got 'nccl'",
+    )
+    with refused:
+        StudentLink.connect(settings, **PLACE, data_rank=0, data_size=1)
+    place = dict(**PLACE, replica=0, replicas=1, is_last_stage=True, group=None, tensor_group=None)
+    with refused:
+        TeacherLink.connect(settings, **place, device="cpu")
+    with pytest.raises(ValueError, match="transport must be one of auto, nccl, tcp, fake, got 'rdma'"):
+        LinkSettings(transport="rdma")
+
+
+def test_the_binding_finds_the_nccl_that_torch_brings_or_says_what_is_missing():
+    if importlib.util.find_spec("nccl") is None:
+        with pytest.raises(
+            ImportError, match=r"the package nccl4py cannot be imported \(pip install 'vcrd\[nccl\]'\)"
+        ):
+            cuda.version()
+        return
+    major, minor, patch = torch.cuda.nccl.version()
+    assert cuda.version() == 10000 * major + 100 * minor + patch
+
+
+@contextmanager
+def failing(monkeypatch, rank: int, words: str):
+    """One end's communicator cannot be made."""
+    make = fake.FakeLibrary.communicator
+
+    def communicator(self, own: int, unique_id: bytes):
+        if own == rank:
+            raise CommunicatorError(words)
+        return make(self, own, unique_id)
+
+    monkeypatch.setattr(fake.FakeLibrary, "communicator", communicator)
+    yield
+
+
+WORDS = "NCCL: SystemError: no route to host"
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["the teacher's end", "the student's end"])
+def test_where_nccl_fails_tensors_travel_over_tcp_and_its_words_are_logged_once(monkeypatch, caplog, rank):
+    settings = LinkSettings(address=f"127.0.0.1:{free_port()}", transport="fake", timeout=LONG)
+    caplog.set_level(logging.WARNING, "vcrd")
+    with failing(monkeypatch, rank, WORDS):
+        rendezvous = host_rendezvous(settings)
+        student, teacher = connected(settings)
+        for number in range(3):
+            exchange(student, teacher, number)
+        part(student, teacher)
+        rendezvous.close()
+    assert "student data rank 0, tensor rank 0: " + WORDS in caplog.text
+    assert caplog.text.count(WORDS) == 2  # once in each job
+
+
+def test_one_pair_that_fails_takes_all_of_the_replica_to_tcp(monkeypatch, caplog):
+    """Tensors of one response never come by two ways."""
+    settings = LinkSettings(address=f"127.0.0.1:{free_port()}", transport="fake", timeout=LONG)
+    layout, names = Layout(student_tensor=2, vocab=50), []
+    made: list[int] = []
+    make = fake.FakeLibrary.communicator
+
+    def communicator(self, own: int, unique_id: bytes):
+        made.append(own)
+        if own == 1 and made.count(1) == 2:
+            raise CommunicatorError(WORDS)
+        return make(self, own, unique_id)
+
+    monkeypatch.setattr(fake.FakeLibrary, "communicator", communicator)
+    arrived = Receiver.switch
+
+    def switch(self, header, **kwargs):
+        arrived(self, header, **kwargs)
+        names.append(self.transport.name if self.transport else None)
+
+    monkeypatch.setattr(Receiver, "switch", switch)
+    rendezvous = host_rendezvous(settings)
+    with ThreadPoolExecutor(3) as pool:
+        coming = [pool.submit(StudentLink.connect, settings, **layout.student(rank)) for rank in range(2)]
+        teacher = TeacherLink.connect(settings, **layout.teacher(0, 0), group=None, tensor_group=None)
+        students = [each.result(LONG) for each in coming]
+    wait_until(lambda: len(names) == 4, LONG, "both ranks have heard twice")
+    assert sorted(names[:2], key=str) == [None, "fake"] and names[2:] == ["tcp", "tcp"]
+    for student in students:
+        student.close()
+    teacher.close()
+    rendezvous.close()
+
+
+def test_a_job_that_insists_ends_with_the_words_of_nccl(monkeypatch):
+    """As "nccl" does, for which "fake" stands here."""
+    monkeypatch.setattr("vcrd.link.service._INSISTING", ("nccl", "fake"))
+    settings = LinkSettings(address=f"127.0.0.1:{free_port()}", transport="fake", timeout=LONG)
+    with failing(monkeypatch, 0, WORDS), ThreadPoolExecutor(1) as pool:
+        rendezvous = host_rendezvous(settings)
+        coming = pool.submit(StudentLink.connect, settings, **Layout().student(0))
+        with pytest.raises(HandshakeRefused, match=f"transport is 'fake', and .*{WORDS}"):
+            TeacherLink.connect(settings, **Layout().teacher(0, 0), group=None, tensor_group=None)
+        with pytest.raises(TeacherLost, match=f"the link is refused: transport is 'fake', and .*{WORDS}"):
+            student = coming.result(LONG)
+            student.request(torch.zeros(1, 4, dtype=torch.long))
+            student.receive(0)
+        rendezvous.close()
