@@ -5,6 +5,7 @@ from __future__ import annotations
 from faults import LINK, Fault
 
 _PLAN = "tests/link/test_plan.py"
+_TRANSPORT = "tests/link/test_transport.py"
 _LINK = "tests/link/test_link.py"
 _LAYOUTS = "tests/link/test_layouts.py"
 _OUTSIDE = "tests/megatron/test_outside.py"
@@ -42,7 +43,7 @@ FAULTS = [
         "link/inbox.py",
         "        if epoch != self._epoch:",
         "        if epoch > self._epoch:",
-        *("tests/link/test_staging.py", "-k", "answer or epoch"),
+        *("tests/link/test_buffers.py", "-k", "answer or epoch"),
     ),
     _fault(
         "the maxima of a sequence's first positions are taken for every context rank's",
@@ -120,5 +121,41 @@ FAULTS = [
         "and not self._measuring and self._layout.tensor_rank == 0:",
         "and not self._measuring:",
         *("tests/megatron/test_bad_rows.py", "-k", "stop"),
+    ),
+    _fault(
+        "a piece that is narrower than the shard is received in parts, and sent whole",
+        "link/transport/nccl.py",
+        "        self._transfer(self._communicator.receive, target, self._wait)\n        if",
+        "        for part in target.split(2):\n"
+        "            self._transfer(self._communicator.receive, part, self._wait)\n        if",
+        *(_TRANSPORT, "-k", "whatever_its_shape"),
+    ),
+    _fault(
+        "what was received is copied to its columns at once, not after the transfer",
+        "link/transport/nccl.py",
+        "self._stream.copy(tensor[..., destination.columns], target)",
+        "tensor[..., destination.columns].copy_(target)",
+        *(_TRANSPORT, "-k", "whatever_its_shape"),
+    ),
+    _fault(
+        "a rank that holds padding only is sent nothing, in a transfer of its own",
+        "link/transport/base.py",
+        "            if not part.is_empty:\n                self._send",
+        "            if True:\n                self._send",
+        *(_TRANSPORT, "-k", "whatever_its_shape"),
+    ),
+    _fault(
+        "a rank that waits for a transfer does not look at the connection",
+        "link/transport/nccl.py",
+        "            if self.connection.is_over:\n                raise",
+        "            if False:\n                raise",
+        *(_TRANSPORT, "-k", "sees_that_the_other_one_is_gone"),
+    ),
+    _fault(
+        "one pair of a replica uses NCCL while another one falls back to TCP",
+        "link/service.py",
+        '        _opened(crew, service, "tcp", reason)\n',
+        "        pass\n",
+        *(_TRANSPORT, "-k", "takes_all_of_the_replica"),
     ),
 ]
