@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from doctor_runs import Step
 
-from vcrd.doctor import link
+from vcrd.doctor import link, network
 from vcrd.doctor.bandwidth import Measurement, Pair, pairs_of
-from vcrd.doctor.findings import FAULT, OK
+from vcrd.doctor.findings import FACT, FAULT, OK
 from vcrd.doctor.job import Job
 from vcrd.doctor.world import World
 from vcrd.link.settings import LinkSettings
@@ -112,6 +112,36 @@ def test_a_link_on_which_a_micro_batch_takes_longer_than_the_compute_is_a_fault(
     assert got.status == FAULT and got.found.endswith("so the student waits")
     assert re.fullmatch(r"Set VCRD_PAYLOAD=\w+ in both jobs, or use a faster network\.", got.mend)
     assert judged({(1, 0): 0.99 * enough}, known=False).status == OK
+
+
+@pytest.mark.parametrize(
+    ("setting", "version", "judges"),
+    [("auto", "", True), ("auto", "2.28.9", False), ("nccl", "2.28.9", False), ("tcp", "2.28.9", True)],
+)
+def test_tcp_is_judged_where_the_run_uses_it(setting, version, judges, monkeypatch):
+    (pair,) = pairs_of(RUN, "float16")
+    monkeypatch.setattr(link, "nccl_version", lambda: (version, ""))
+    job = Job(World(), {}, LinkSettings(transport=setting), scenario=RUN, models_known=True)
+    slow = {(1, 0): 0.5 * pair.bytes / student_seconds(RUN)}
+    got = link.measured(job, [pair], slow, {rank: f"rank {rank}" for rank in range(2)})
+    assert got.status == (FAULT if judges else OK)
+    assert ("(over TCP; NCCL, which the run uses, was not measured)" in got.found) == (not judges)
+
+
+@pytest.mark.parametrize(
+    ("setting", "version", "why", "status", "found"),
+    [
+        ("auto", "2.28.9", "", OK, "NCCL 2.28.9, GPU to GPU, if the other job has it too"),
+        ("auto", "", "torch reaches no GPU", FACT, "TCP: torch reaches no GPU"),
+        ("tcp", "2.28.9", "", FACT, "tcp, as VCRD_TRANSPORT says"),
+        ("nccl", "", "no binding", FAULT, "VCRD_TRANSPORT is nccl, and no binding"),
+    ],
+)
+def test_how_tensors_would_travel_is_a_line(setting, version, why, status, found, monkeypatch):
+    monkeypatch.setattr(network, "nccl_version", lambda: (version, why))
+    (line,) = network.transport(Job(World(), {}, LinkSettings(transport=setting)))
+    assert (line.name, line.status, line.found) == ("transport", status, found)
+    assert bool(line.mend) == (status == FAULT)
 
 
 def test_the_payload_that_is_proposed_is_the_plan_s():

@@ -8,6 +8,7 @@ from dataclasses import replace
 from vcrd.doctor.bandwidth import Pair
 from vcrd.doctor.findings import Finding, fact, fault, ok
 from vcrd.doctor.job import Job
+from vcrd.doctor.network import nccl_version
 from vcrd.link.payload import PAYLOADS, payload_named
 from vcrd.planning.choice import choose
 from vcrd.planning.costs import cost, student_seconds
@@ -27,6 +28,13 @@ def unreached(pairs: Mapping[tuple[int, int], str], name_of: Mapping[int, str]) 
     return found
 
 
+def _uses_nccl(job: Job) -> bool:
+    """Whether the run will use NCCL, as far as can be seen from this process."""
+    if job.link.transport == "auto":
+        return bool(nccl_version()[0])
+    return job.link.transport == "nccl"
+
+
 def measured(
     job: Job, pairs: Sequence[Pair], rates: Mapping[tuple[int, int], float], name_of: Mapping[int, str]
 ) -> Finding:
@@ -42,8 +50,8 @@ def measured(
     else:
         text = f"{least / 1e9:.3g} GB/s {who}, the slowest of {len(pairs)} pairs at once"
         text += f"; {total / 1e9:.3g} GB/s together"
-    if job.link.transport == "nccl":
-        text += " (over TCP; NCCL, which VCRD_TRANSPORT asks for, was not measured)"
+    if _uses_nccl(job):
+        text += " (over TCP; NCCL, which the run uses, was not measured)"
     if not job.models_known:
         return ok("link", f"{text}; give both models, as to `plan`, to know whether that is enough")
     return _judged(job, pairs, rates, text)
@@ -54,7 +62,7 @@ def _judged(job: Job, pairs: Sequence[Pair], rates: Mapping[tuple[int, int], flo
     seconds = max(pair.bytes / rates[pair.sender, pair.receiver] for pair in pairs)
     compute = student_seconds(run)
     text += f"; a micro-batch as {payload.name} takes {seconds:.3g} s on it, the student's compute {compute:.3g} s"
-    if seconds <= compute or job.link.transport == "nccl":
+    if seconds <= compute or _uses_nccl(job):
         return ok("link", text)
     # The speed of one rank's network at which the plan would have arrived at these seconds.
     alone = cost(replace(run, network=1.0), payload).network_seconds

@@ -10,6 +10,7 @@ from vcrd.doctor.job import Job
 from vcrd.link import meeting
 from vcrd.link.errors import LinkError
 from vcrd.link.rendezvous import listen, local_host
+from vcrd.link.transport import cuda
 
 
 def own_address(job: Job) -> str:
@@ -21,6 +22,33 @@ def own_address(job: Job) -> str:
         if not _loopback(place[0]):
             return local_host(job.link)
     return meeting.outward_address() if job.world.size > 1 and not _alone(job) else "127.0.0.1"
+
+
+def nccl_version() -> tuple[str, str]:
+    """Of NCCL as the link would use it here, or "" and why it would not."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "", "torch reaches no GPU"
+    try:
+        number = cuda.version()
+    except ImportError as error:
+        return "", str(error)
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}", ""
+
+
+def transport(job: Job) -> list[Finding]:
+    """How tensors would travel from this process; whether a pair of GPUs connects shows when the jobs join."""
+    setting = job.link.transport
+    if setting not in ("auto", "nccl"):
+        return [fact("transport", f"{setting}, as VCRD_TRANSPORT says")]
+    version, why = nccl_version()
+    if version:
+        return [ok("transport", f"NCCL {version}, GPU to GPU, if the other job has it too")]
+    if setting == "nccl":
+        mend = "Run `pip install 'vcrd[nccl]'`, give the process a GPU, or set VCRD_TRANSPORT=auto."
+        return [fault("transport", f"VCRD_TRANSPORT is nccl, and {why}", mend)]
+    return [fact("transport", f"TCP: {why}")]
 
 
 def _alone(job: Job) -> bool:
@@ -146,4 +174,4 @@ def _loopback(host: str) -> bool:
     return host.startswith("127.") or host in ("localhost", "::1", "[::1]")
 
 
-CHECKS = (host_name, link_interface, address, ports)
+CHECKS = (host_name, link_interface, address, ports, transport)
