@@ -55,7 +55,11 @@ class Stage:
         return None
 
 
-PACKAGES = {"megatron.core": "megatron-core", "transformer_engine": "Transformer Engine"}
+PACKAGES = {
+    "megatron.core": "megatron-core",
+    "transformer_engine": "Transformer Engine",
+    "nccl": "nccl4py",
+}
 
 
 def tool(name: str) -> str | None:
@@ -96,9 +100,10 @@ class Tests:
 
     paths: tuple[str, ...]
     most_workers: int = 8
+    keyword: str = "cuda"  # in the names of those tests
 
     def __call__(self, seconds: float) -> Finding:
-        return run_tests(self.paths, seconds, workers(self.most_workers))
+        return run_tests(self.paths, seconds, workers(self.most_workers), self.keyword)
 
 
 def build(seconds: float) -> Finding:
@@ -125,7 +130,7 @@ LOSS = (
     # Not of the loss.
     *("!vcrd/__main__.py", "!vcrd/gpu.py", "!vcrd/journal.py", "!vcrd/starvation.py", "!vcrd/telemetry.py"),
 )
-LINK = (*LOSS, "vcrd/link/*.py")
+LINK = (*LOSS, "vcrd/link/**/*.py")
 MEGATRON = (*LINK, "vcrd/starvation.py", "vcrd/megatron/*.py", "benchmarks/gpu_models.py")
 BENCHMARK = (
     *LOSS,
@@ -151,16 +156,16 @@ def of_loss(*names: str) -> dict:
     }
 
 
-def of_link(name: str) -> dict:
-    path = f"tests/link/test_{name}.py"
+def of_link(*names: str, keyword: str = "cuda") -> dict:
+    paths = tuple(f"tests/link/test_{name}.py" for name in names)
     return {
         # They time what the host waits for, so they run one after another.
-        "work": Tests((path,), 1),
+        "work": Tests(paths, 1, keyword),
         "sources": (
-            *(*LINK, *HARNESS, "tests/ports.py", path),
-            *(f"tests/link/{helper}.py" for helper in ("conftest", "link_jobs", "listening")),
+            *(*LINK, *HARNESS, "tests/ports.py", "tests/waiting.py"),
+            *("tests/link/*.py", "!tests/link/test_*.py", *paths),
         ),
-        "modules": MODULES_OF_TESTS,
+        "modules": (*MODULES_OF_TESTS, *(["nccl"] if "nccl" in keyword else [])),
         "expected": 30,
     }
 
@@ -268,9 +273,29 @@ STAGES = (
         **of_link("cuda_link"),
     ),
     Stage(
-        "link-nccl",
-        "NCCL from one GPU to itself: streams, events, buffers and an abort that harms nobody.",
-        **of_link("cuda_pairs"),
+        "nccl-ranks",
+        "Two processes on one GPU are two ranks for NCCL: what the next stages rest on.",
+        Script(("benchmarks/gpu_nccl.py", "ranks")),
+        ("benchmarks/gpu_nccl.py",),
+        expected=20,
+    ),
+    Stage(
+        "nccl-link",
+        "Two jobs over NCCL: every payload and layout arrives exactly, also large pieces and at ranks of padding.",
+        **of_link("transport", "link", "layouts", keyword="nccl"),
+    ),
+    Stage(
+        "nccl-kill",
+        "A teacher rank dies or stops in the middle of a transfer: the student lives, and its weights stay equal.",
+        **of_link("rejoin", keyword="nccl and (any_single or stopped or twenty)"),
+    ),
+    Stage(
+        "nccl-speed",
+        "GB/s of the link beside bare ncclSend and ncclRecv and beside TCP, and what is left of products beside it.",
+        Script(("benchmarks/gpu_nccl.py", "speed")),
+        (*LINK, "benchmarks/gpu_nccl.py"),
+        expected=60,
+        modules=("nccl",),
     ),
     Stage(
         "fp8-micro-batch",

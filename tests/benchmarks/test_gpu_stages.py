@@ -21,7 +21,9 @@ NAMES = [stage.name for stage in STAGES]
 
 
 def shards() -> list[str]:
-    return [path for stage in STAGES if isinstance(stage.work, gpu_stages.Tests) for path in stage.work.paths]
+    """The files of the stages that run tests on CUDA tensors; tests over NCCL are chosen by its name."""
+    tests = [stage.work for stage in STAGES if isinstance(stage.work, gpu_stages.Tests)]
+    return [path for work in tests if work.keyword == "cuda" for path in work.paths]
 
 
 def on_cuda(path: Path) -> bool:
@@ -53,7 +55,8 @@ def test_a_stage_is_short_and_says_what_it_proves_of_which_files(stage):
     if isinstance(stage.work, gpu_stages.Tests):
         assert {ROOT / path for path in stage.work.paths} <= set(files(stage.sources))
         # tests/conftest.py imports hypothesis for all.
-        assert set(stage.modules) == {"pytest", "hypothesis"}
+        assert set(stage.modules) - {"nccl"} == {"pytest", "hypothesis"}
+        assert ("nccl" in stage.modules) == ("nccl" in stage.work.keyword)
 
 
 def test_every_test_of_the_loss_on_cuda_tensors_belongs_to_one_stage():
