@@ -25,7 +25,7 @@ _POLL_ENDED = getattr(select, "POLLRDHUP", select.POLLHUP)
 class Connection:
     """One end of a connection. One thread at a time may receive; any number may send, one after another.
 
-    heard: when something last arrived, by time.monotonic(). sent, received: bytes, headers included, since `count_anew`.
+    heard: when something last arrived, by time.monotonic(). sent, received: bytes with headers since `count_anew`.
     Every method raises ConnectionError once the connection has ended, from either side.
     """
 

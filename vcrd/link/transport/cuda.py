@@ -35,10 +35,10 @@ def version() -> int:
 
 class CudaEvent:
     def __init__(self, event: torch.cuda.Event) -> None:
-        self.event = event
+        self._event = event
 
     def done(self) -> bool:
-        return self.event.query()
+        return self._event.query()
 
 
 class CudaStream:
@@ -52,9 +52,6 @@ class CudaStream:
             own.set_current()
             self._stream = own.create_stream()  # kept: it is destroyed with this object
             self.stream = torch.cuda.ExternalStream(int(self._stream.handle), device)
-
-    def wait(self, event: CudaEvent) -> None:
-        self.stream.wait_event(event.event)
 
     def copy(self, destination: Tensor, source: Tensor) -> None:
         with torch.cuda.stream(self.stream):

@@ -10,7 +10,7 @@ their own, and later than the caller. Whatever NCCL forbids is a `RuleBroken`, w
 - a communicator used by a thread that did not make it;
 - a tensor that is changed while it is sent, or written to while it is received into;
 - work given to a stream while a call on it is in progress;
-- a stream that two pairs have at once, or that is given back with work left and no abort.
+- a communicator used on two streams, or a stream given back twice.
 """
 
 from __future__ import annotations
@@ -73,12 +73,9 @@ class FakeStream:
         self.in_progress: Callable[[], bool] = lambda: False
         self._work: queue.SimpleQueue = queue.SimpleQueue()
         self._dropped = threading.Event()  # the work before this was aborted
-        self._left = 0
+        self.dropped: Callable[[], bool] = lambda: False  # of the work that runs now
         self._thread = threading.Thread(target=self._run, name="fake-stream", daemon=True)
         self._thread.start()
-
-    def wait(self, event: FakeEvent) -> None:
-        self._put(lambda: self._until(event.done))
 
     def copy(self, destination: Tensor, source: Tensor) -> None:
         self._put(lambda: destination.copy_(source))
@@ -91,10 +88,6 @@ class FakeStream:
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    @property
-    def idle(self) -> bool:
-        return not self._left
-
     def drop(self) -> None:
         """What an abort does to the work that is left: it ends, and nobody hears of it."""
         dropped, self._dropped = self._dropped, threading.Event()
@@ -106,7 +99,6 @@ class FakeStream:
         self.enqueue(work)
 
     def enqueue(self, work: Callable[[], object]) -> None:
-        self._left += 1
         self._work.put((work, self._dropped))
 
     def _run(self) -> None:
@@ -124,15 +116,11 @@ class FakeStream:
                     broken.append(f"the fake itself failed: {error!r}")
             finally:
                 del work
-                self._left -= 1
 
-    def _until(self, done: Callable[[], bool]) -> bool:
-        """Waits in this stream's thread; False if the work was dropped."""
-        while not done():
-            if self.dropped():
-                return False
-            time.sleep(_LATE / 10)
-        return True
+    def until_dropped(self) -> None:
+        """How a transfer ends whose other side is gone: with the abort."""
+        while not self.dropped():
+            time.sleep(_LATE)
 
 
 class FakeCommunicator:
@@ -191,8 +179,8 @@ class FakeCommunicator:
             _break("a tensor without elements was sent or received")
         if not tensor.is_contiguous():
             _break("a tensor that is not contiguous was sent or received")
-        if self._stream not in (None, stream) and not self._stream.idle:
-            _break("a communicator was used on two streams at once")
+        if self._stream not in (None, stream):
+            _break("a communicator was used on two streams")
         self._stream = stream
         self._calls_settle_at = time.monotonic() + random.random() * _LATE
         settles_at = self._calls_settle_at
@@ -233,7 +221,7 @@ class FakeCommunicator:
                 if zlib.crc32(memory(tensor)) != before:
                     _break("a tensor was changed while it was sent")
                 return
-        stream._until(lambda: False)
+        stream.until_dropped()
 
     def _receive(self, stream: FakeStream, number: int, tensor: Tensor) -> None:
         tensor.view(-1).view(torch.uint8).fill_(_POISON)
@@ -253,7 +241,7 @@ class FakeCommunicator:
             if not left:
                 self._socket.sendall(b"!")
                 return
-        stream._until(lambda: False)
+        stream.until_dropped()
 
     def _compare(self, about: bytes, number: int, tensor: Tensor) -> None:
         theirs, count, dtype = _MESSAGE.unpack(about)

@@ -9,7 +9,7 @@ Rules, and how they are kept:
   error and aborts it. Calls that give NCCL work, of all communicators of the link in this process, come one after
   another (`cuda`). It is non-blocking, so no call in here can hang. The owner waits by looking, in one loop, at the
   transfer's event, at the communicator's error, at the connection and at the clock: NCCL by itself notices neither a
-  process that stopped nor, in time, one that died.
+  process that stopped nor, in time, one that died. The threads that train or compute the teacher never wait for it.
 - After each call the owner waits until the communicator is no longer "in progress", before it gives the stream anything
   else.
 - A tensor that is sent or received stays alive, and is touched by nobody, until an event behind the transfer has
@@ -20,16 +20,16 @@ Why the link's kernels and the jobs' own collectives cannot wait for each other 
 of `max_ctas` blocks (2) each, one on either GPU. A kernel of the link waits for
 
 1. earlier transfers of its own pair, on its own stream;
-2. the tensor that it sends: kernels that the teacher's stream got before. What it receives into is free already;
-3. its other half. Both are launched without waiting for each other, as soon as the header has been sent or read;
-4. room on its GPU: two blocks. A GPU of the H100's kind has 132 multiprocessors; NCCL's collectives take at most 32
+2. its other half. Both are launched without waiting for each other, as soon as the header has been sent or read, and
+   the header is sent when what it announces has been computed. What is received into is free already;
+3. room on its GPU: two blocks. A GPU of the H100's kind has 132 multiprocessors; NCCL's collectives take at most 32
    blocks each, and all other kernels end by themselves.
 
 Nothing that a job launches waits for a kernel of the link: the loss is given its tensors when the transfer has ended,
 and until then the training thread waits on the host, between two kernels. So each chain of waiting ends at kernels that
 run. That holds as well with CUDA_DEVICE_MAX_CONNECTIONS=1, where streams share one queue and a kernel cannot overtake
-one that waits for an event: a send's event stands for kernels that are before it in the queue, and a kernel that has
-begun blocks nobody behind it.
+one that waits for an event: no stream of the link waits for an event, and a kernel that has begun blocks nobody behind
+it.
 
 What would break the argument: giving the loss its tensors before the transfer has ended, with an event for the training
 stream to wait on (a collective of the student behind that event would wait for the teacher); so many pairs at once on
@@ -47,6 +47,7 @@ import torch
 from torch import Tensor
 
 from ..connection import Connection
+from ..header import Header
 from .base import Arrived, Destination, Transport
 
 _PROBE_BYTES = 1 << 16
@@ -63,8 +64,6 @@ class Event(Protocol):
 
 class Stream(Protocol):
     """One of the link's own, on the rank's device."""
-
-    def wait(self, event: Event) -> None: ...
 
     def copy(self, destination: Tensor, source: Tensor) -> None: ...
 
@@ -166,7 +165,7 @@ class NcclTransport(Transport):
         pattern = (torch.arange(_PROBE_BYTES) * 31 % 251).to(torch.uint8)
         if rank == 0:
             probe = self._library.on_device(pattern)
-            self._stream.wait(self._library.computed())
+            wait(self._library.computed().done)
             self._transfer(self._communicator.send, probe, wait)
         else:
             probe = self._library.empty(_PROBE_BYTES, dtype=torch.uint8)
@@ -179,6 +178,12 @@ class NcclTransport(Transport):
     def stage(self, tensor: Tensor) -> Departing:
         tensor = self._library.on_device(tensor.contiguous())
         return Departing(tensor, self._library.computed())
+
+    def send(self, header: Header, parts: Sequence[Departing], *, seconds: float) -> None:
+        # With the header the receiver launches its half, which should not wait for the teacher's model on its GPU.
+        for part in parts:
+            self._wait(part.computed.done)
+        super().send(header, parts, seconds=seconds)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return self._library.empty(*shape, dtype=dtype)
@@ -205,13 +210,12 @@ class NcclTransport(Transport):
         def wait(done: Callable[[], bool]) -> None:
             self._wait(done, deadline, what)
 
-        self._stream.wait(part.computed)
         self._transfer(self._communicator.send, part.tensor, wait)
         wait(self._stream.record().done)
         self.connection.sent += part.tensor.nbytes
 
     def _receive(self, destination: Destination) -> None:
-        # Without a limit of its own: who waits for the answer ends the connection when he has waited long enough.
+        # Without a time limit: `StudentLink.receive`, which waits for the answer, ends the connection at its timeout.
         tensor = destination.tensor
         target = tensor if destination.columns is None else self._buffer_for(destination)
         self._transfer(self._communicator.receive, target, self._wait)
