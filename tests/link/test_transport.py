@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import random
+import select
 import socket
 import threading
 import time
@@ -137,7 +138,6 @@ def test_an_end_that_waits_for_a_transfer_sees_that_the_other_one_is_gone():
     with pair("fake") as both:
         both.receive([Destination(torch.zeros(4))])
         both.sender.connection.send(Header(Kind.RESPONSE), seconds=LONG)
-        time.sleep(0.05)
         both.sender.connection.end()
         with pytest.raises(ConnectionError, match="the other end closed"):
             both.receiving.result(LONG)
@@ -211,8 +211,7 @@ def test_a_tensor_that_is_touched_while_it_travels_breaks_a_rule(ends):
     left, right, one, other = ends
     sent, received = torch.ones(1 << 20), torch.zeros(1 << 20)
     left.send(sent, one)
-    wait_until(left.settled, LONG, "the call is over")
-    time.sleep(0.05)  # it waits for the receiver
+    wait_until(lambda: select.select([right._socket], [], [], 0)[0], LONG, "the transfer has begun")
     sent[5] = 2.0
     right.receive(received, other)
     wait_until(lambda: fake.broken, LONG, "the rule is broken")
