@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -380,10 +380,14 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20, help="layouts to draw")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--at-once", type=int, default=5, help="layouts that share a pair of worlds")
+    parser.add_argument("--transport", default="auto", choices=["auto", "tcp", "fake"])
     arguments = parser.parse_args()
     dice, failed = random.Random(arguments.seed), 0
     for first in range(0, arguments.count, arguments.at_once):
-        cases = [draw(dice) for _ in range(min(arguments.at_once, arguments.count - first))]
+        cases = [
+            replace(draw(dice), transport=arguments.transport)
+            for _ in range(min(arguments.at_once, arguments.count - first))
+        ]
         with tempfile.TemporaryDirectory() as folder:
             outputs = run(cases, Path(folder))
         for index, drawn in enumerate(cases):
