@@ -91,7 +91,8 @@ class FalseTeacher:
         hello = {**own, "epoch": reply["epoch"]}
         self.intake = let_in(address, {**hello, "role": "intake"})
         self.sender = let_in(address, {**hello, "role": "sender"})
-        self.sender.send(Header(Kind.TRANSPORT, 1), seconds=LONG)
+        over_tcp = b'{"reason": "", "sockets": 1}'
+        self.sender.send(Header(Kind.TRANSPORT, 1, length=len(over_tcp)), over_tcp, seconds=LONG)
         assert self.sender.receive_header() == Header(Kind.TRANSPORT, 1)
         self.intake.send(Header(Kind.READY), seconds=LONG)
 
@@ -128,6 +129,7 @@ NO_RESPONSE = [
     (changed(GOOD_RESPONSE, stop=51), "its columns 0:51 are not 0:50"),
     (changed(GOOD_RESPONSE, payload=2), "its payload code 2 is not 1"),
     (changed(GOOD_RESPONSE, number=1), "its number 1 is not the next one, 0"),
+    (changed(Header(Kind.TRANSPORT, 1)), "what it says of its connections cannot be read"),
     (changed(Header(Kind.TRANSPORT, 9)), "its transport code 9 is not expected"),
     (changed(Header(Kind.TRANSPORT, 2)), "its transport code 2 is not expected"),
     (changed(GOOD_RESPONSE, batch=1), r"its shape (4, 1) is not (4, 2), which was asked for"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import random
 import select
@@ -11,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ from vcrd.link import header as headers
 from vcrd.link.connection import Connection
 from vcrd.link.facts import Facts, refusal, transport_of
 from vcrd.link.header import Header, Kind
-from vcrd.link.transport import Destination, Endpoint, Receiver, Sender, cuda, fake
+from vcrd.link.transport import Destination, Endpoint, Receiver, Sender, cuda, fake, opening
 from vcrd.link.transport.nccl import CommunicatorError
+from vcrd.link.transport.stripes import Stripes, stripes_to
 
 LONG = 60.0
 DTYPES = (torch.float32, torch.float16, torch.uint8, torch.int32, torch.bfloat16)
@@ -40,14 +42,15 @@ def connections() -> tuple[Connection, Connection]:
 class Pair:
     """Both ends of one transport, each owned by a thread of its own."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, sockets: int = 1) -> None:
         left, right = connections()
-        endpoint = Endpoint(name, torch.device("cpu"))
+        endpoint = Endpoint(name, torch.device("cpu"), sockets=sockets)
         self.threads = [ThreadPoolExecutor(1) for _ in range(2)]
         self.sender = self.send_thread.submit(Sender, left, endpoint).result()
         self.receiver = self.receive_thread.submit(Receiver, right, endpoint).result()
         opening = self.send_thread.submit(self.sender.open, name)
-        self.receive_thread.submit(lambda: self.receiver.switch(right.receive_header())).result(LONG)
+        while self.receiver.transport is None:  # twice, where the sender says something else
+            self.receive_thread.submit(lambda: self.receiver.switch(right.receive_header())).result(LONG)
         assert opening.result(LONG) == ""
 
     @property
@@ -79,8 +82,8 @@ class Pair:
 
 
 @contextmanager
-def pair(name: str) -> Iterator[Pair]:
-    both = Pair(name)
+def pair(name: str, sockets: int = 1) -> Iterator[Pair]:
+    both = Pair(name, sockets)
     try:
         yield both
     finally:
@@ -126,6 +129,75 @@ def test_a_piece_larger_than_what_is_read_at_once_arrives_in_its_columns():
             both.send(Header(Kind.RESPONSE), [tensor])
             both.sending.result(LONG), both.receiving.result(LONG)
         assert torch.equal(into[..., 5 : 5 + tensor.shape[-1]], tensor)
+
+
+@pytest.mark.parametrize("shape", [(7, 1, 1 << 19), (1 << 20, 1), (1 << 22,), (3, 5, 7), (1, 1, 1 << 22)])
+def test_large_tensors_are_divided_among_several_connections(shape):
+    tensor = (torch.arange(torch.Size(shape).numel()) % 8191).float().view(shape)
+    into = [torch.zeros(shape)]
+    if len(shape) > 1:  # and once into columns of what is wider
+        wide = torch.zeros(*shape[:-1], shape[-1] + 3)
+        into.append(wide)
+    with pair("tcp", sockets=3) as both:
+        used = both.sender.connection.stripes
+        assert len(used) == 2
+        for number, target in enumerate(into):
+            columns = slice(1, 1 + shape[-1]) if target.shape != tensor.shape else None
+            both.receive([Destination(target, columns)])
+            both.send(Header(Kind.RESPONSE, number), [tensor])
+            both.sending.result(LONG), both.receiving.result(LONG)
+            got = target if columns is None else target[..., columns]
+            assert torch.equal(got, tensor) and int(target.count_nonzero()) == int(tensor.count_nonzero())
+        large = tensor.nbytes >= 8 << 20 and (len(shape) == 1 or tensor.shape[:-1].numel() > 1)
+        assert [stripe.sent > 0 for stripe in used] == [large, large and tensor.nbytes >= 12 << 20]
+        counted = both.sender.connection.sent, both.receiver.connection.received
+        assert counted == (len(into) * (tensor.nbytes + headers.BYTES),) * 2
+
+
+def test_a_connection_that_breaks_ends_the_others():
+    tensor = torch.zeros(1 << 24)
+    with pair("tcp", sockets=2) as both:
+        both.send(Header(Kind.RESPONSE), [tensor])
+        (stripe,) = both.receiver.connection.stripes
+        stripe.end()
+        both.receive([Destination(torch.zeros(1 << 24))])
+        with pytest.raises(ConnectionError):
+            both.receiving.result(LONG)
+
+
+@pytest.mark.parametrize("stranger", [b"", bytes(17), b"GET / HTTP/1.1\r\n\r\n"])
+def test_a_stranger_at_the_port_of_the_stripes_is_not_taken_for_one(stranger):
+    left, right = connections()
+    with Stripes(right) as coming, ThreadPoolExecutor(1) as pool:
+        port = json.loads(coming.invitation)["port"]
+        accepting = pool.submit(coming.accept, 1, LONG)
+        with socket.create_connection(("127.0.0.1", port)) as unknown:
+            unknown.sendall(stranger)
+            with suppress(OSError):  # it is shown the door at once
+                unknown.shutdown(socket.SHUT_WR)
+            (mine,) = stripes_to(left, coming.invitation, 1, LONG)
+            (theirs,) = accepting.result(LONG)
+        mine.send_bytes(b"hello", seconds=LONG)
+        got = bytearray(5)
+        theirs.receive(got)
+        assert got == b"hello"
+    for each in (left, right, mine, theirs):
+        each.close()
+
+
+def test_where_no_more_connections_can_be_made_one_is_used(monkeypatch, caplog):
+    def refused(*_):
+        raise OSError("no more connections to 127.0.0.1: a firewall")
+
+    monkeypatch.setattr(opening, "stripes_to", refused)
+    with pair("tcp", sockets=4) as both:
+        assert both.sender.connection.stripes == both.receiver.connection.stripes == ()
+        into = torch.zeros(1 << 22)
+        both.receive([Destination(into)])
+        both.send(Header(Kind.RESPONSE), [torch.ones(1 << 22)])
+        both.sending.result(LONG), both.receiving.result(LONG)
+        assert into.all()
+    assert "one connection instead of 4 is used: no more connections to 127.0.0.1: a firewall" in caplog.text
 
 
 def test_an_end_that_waits_for_a_transfer_sees_that_the_other_one_is_gone():

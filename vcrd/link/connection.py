@@ -39,6 +39,7 @@ class Connection:
         self.sent = 0
         self.received = 0
         self._over = False
+        self.stripes: tuple[Connection, ...] = ()  # which end with this one
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A machine that loses power says nothing: notice it within a minute or so.
@@ -92,6 +93,14 @@ class Connection:
         return self._over or bool(self._poll(select.POLLIN, seconds))
 
     @property
+    def hosts(self) -> tuple[str, str]:
+        """The IP addresses of this end and of the other one; ConnectionError once it is over."""
+        try:
+            return self._socket.getsockname()[0], self._socket.getpeername()[0]
+        except OSError as error:
+            raise ConnectionError(str(error)) from None
+
+    @property
     def is_over(self) -> bool:
         """Whether either end has ended it, known without reading: what the other end sent before may still be there."""
         return self._over or bool(self._poll(_POLL_ENDED, 0.0))
@@ -108,6 +117,8 @@ class Connection:
     def end(self) -> None:
         """Ends the connection and releases every thread blocked in it. Idempotent, never blocks."""
         self._over = True
+        for stripe in self.stripes:
+            stripe.end()
         with self._ending, suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 

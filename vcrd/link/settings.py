@@ -34,6 +34,8 @@ class LinkSettings:
         not at all. "tcp": without a look at NCCL. "fake": the code of "nccl" on the CPU over a stand-in that checks
         NCCL's rules, for tests. The jobs may differ in it: a job that says "nccl" or "tcp" decides for one that says
         "auto". Requests, and all that keeps the two jobs together, are TCP in any case.
+    sockets: TCP connections between a teacher rank and a student rank, 1 to 16. Tensors of 8 MB and more are divided
+        among those that get 4 MB each. The teacher's setting counts.
     nccl_max_ctas: blocks that each NCCL kernel of the link may take of its GPU, 1 to 32. The variable NCCL_MAX_CTAS
         comes before it.
     credits: micro-batches that the teacher may hold or have answered ahead of the one in use, per student
@@ -54,6 +56,7 @@ class LinkSettings:
     payload: str = "float16"
     top_k: int = 64
     transport: str = "auto"
+    sockets: int = 1
     nccl_max_ctas: int = 2
     credits: int = 2
     timeout: float = 600.0
@@ -70,12 +73,13 @@ class LinkSettings:
         payload_named(self.payload)
         if self.transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
-        for name in ("credits", "max_tokens", "top_k", "nccl_max_ctas"):
+        for name in ("credits", "max_tokens", "top_k", "sockets", "nccl_max_ctas"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.nccl_max_ctas > 32:
-            raise ValueError(f"nccl_max_ctas must be at most 32, got {self.nccl_max_ctas}")
+        for name, most in (("sockets", 16), ("nccl_max_ctas", 32)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
         for name in ("timeout", "connect_timeout", "rejoin_timeout"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -107,7 +107,9 @@ class TeacherLink:
             raise ValueError(f"tensor_group must be given for tensor_size {tensor_size}, got None")
         settings.shared_secret()  # a file that cannot be read is told before any collective
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        endpoint = Endpoint(settings.transport, where, max_ctas=settings.nccl_max_ctas)
+        endpoint = Endpoint(
+            settings.transport, where, max_ctas=settings.nccl_max_ctas, sockets=settings.sockets
+        )
         facts = Facts.of(
             settings,
             vocab_size=vocab_size,

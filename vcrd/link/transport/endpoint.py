@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..buffers import HostMemory
@@ -22,16 +24,23 @@ class Endpoint:
     """A rank's device and memory, and its library of communicators where it has one.
 
     setting: the setting `transport`. device: where the rank computes; a GPU without an index is the current one. kept:
-    blocks of host memory that may wait for use (`buffers.Pool`). max_ctas: see `cuda`.
+    blocks of host memory that may wait for use (`buffers.Pool`). max_ctas: see `cuda`. sockets: connections of a pair
+    over TCP, where this rank sends.
     library_version: of NCCL, 0 where tensors can travel over TCP only. missing: why, where the setting asks for more;
     else "". ValueError where the setting insists on NCCL.
     """
 
     def __init__(
-        self, setting: str, device: torch.device, kept: int | None = None, max_ctas: int = 2
+        self,
+        setting: str,
+        device: torch.device,
+        kept: int | None = None,
+        max_ctas: int = 2,
+        sockets: int = 1,
     ) -> None:
         self.device = indexed(device)
         self.memory = HostMemory(self.device, kept)
+        self.sockets = sockets
         self.library_version = 0
         self.missing = ""
         self._max_ctas = max_ctas
@@ -55,8 +64,8 @@ class Endpoint:
         self._told.add(reason)
         return news
 
-    def tcp(self, connection: Connection) -> TcpTransport:
-        return TcpTransport(connection, self.memory)
+    def tcp(self, connection: Connection, stripes: Sequence[Connection] = ()) -> TcpTransport:
+        return TcpTransport(connection, self.memory, stripes)
 
     def nccl(self, connection: Connection) -> NcclTransport:
         """Not open yet."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from contextlib import suppress
 
@@ -11,7 +13,10 @@ from ..header import LONGEST_TEXT, Header, Kind
 from .base import Transport
 from .endpoint import CODES, Endpoint, name_of
 from .nccl import CommunicatorError, NcclTransport
+from .stripes import MOST_SOCKETS, Stripes, stripes_to
 
+_log = logging.getLogger("vcrd")
+_LONGEST_REASON = 600  # characters, each of which may take more than a byte
 SECONDS = 30.0  # for the communicator and the probe, and once more for the answer
 
 
@@ -40,9 +45,7 @@ class Sender:
         _abandon(self.transport)
         self.transport = None
         if name == "tcp":
-            transport = self._endpoint.tcp(self.connection)
-            self._say(CODES["tcp"], reason.encode()[:LONGEST_TEXT], seconds)
-            why = self._answer(seconds)
+            transport, why = self._over_tcp(reason, seconds, self._endpoint.sockets), ""
         else:
             transport = self._endpoint.nccl(self.connection)
             why = self._over_nccl(transport, name, seconds)
@@ -66,6 +69,19 @@ class Sender:
 
     def close(self) -> None:
         (self.transport or self.connection).close()
+
+    def _over_tcp(self, reason: str, seconds: float, sockets: int) -> Transport:
+        detail = {"reason": reason[:_LONGEST_REASON], "sockets": sockets}
+        self._say(CODES["tcp"], json.dumps(detail).encode(), seconds)
+        answer = self._answer(seconds)
+        if not answer:
+            return self._endpoint.tcp(self.connection)
+        try:
+            stripes = stripes_to(self.connection, answer, sockets - 1, seconds)
+        except OSError as error:
+            _log.warning("one connection instead of %d is used: %s", sockets, error)
+            return self._over_tcp(reason, seconds, 1)
+        return self._endpoint.tcp(self.connection, stripes)
 
     def _over_nccl(self, transport: NcclTransport, name: str, seconds: float) -> str:
         answer: str | None = None
@@ -93,7 +109,7 @@ class Sender:
         self._answers_due += bool(code)
 
     def _answer(self, seconds: float) -> str:
-        """The student's answer to what was said last."""
+        """The student's answer to what was said last: "" for yes, else why not, or where to connect once more."""
         deadline, text = time.monotonic() + seconds, ""
         while self._answers_due:
             if not self.connection.readable(max(0.0, deadline - time.monotonic())):
@@ -102,7 +118,8 @@ class Sender:
             if header.kind != Kind.TRANSPORT:
                 raise LinkError(f"a {header.kind.name.lower()} from there is not expected")
             text = self.connection.receive_text(header)
-            text = "" if header.number == 1 else text or "the student gives no reason"
+            if not header.number:
+                text = text or "the student gives no reason"
             self._answers_due -= 1
         return text
 
@@ -133,8 +150,7 @@ class Receiver:
         if header.number == 0:
             raise TransportRefused(detail.decode(errors="replace"))
         if name == "tcp":
-            self.transport, self.reason = self._endpoint.tcp(self.connection), detail.decode(errors="replace")
-            self._answer("", seconds)
+            self._over_tcp(detail, seconds)
             return
         if name is None or not self._endpoint.library_version or name != self._endpoint.library().name:
             raise LinkError(f"its transport code {header.number} is not expected")
@@ -160,8 +176,30 @@ class Receiver:
     def close(self) -> None:
         (self.transport or self.connection).close()
 
-    def _answer(self, why_not: str, seconds: float) -> None:
-        text = why_not.encode()[:LONGEST_TEXT]
+    def _over_tcp(self, detail: bytes, seconds: float) -> None:
+        try:
+            said = json.loads(detail)
+            reason, sockets = said["reason"], said["sockets"]
+            if not (isinstance(reason, str) and type(sockets) is int and 1 <= sockets <= MOST_SOCKETS):
+                raise ValueError
+        except (LookupError, TypeError, ValueError, RecursionError):
+            raise LinkError("what it says of its connections cannot be read") from None
+        self.reason = reason
+        stripes: list[Connection] = []
+        if sockets > 1:
+            with Stripes(self.connection) as coming:
+                self._answer("", seconds, coming.invitation)
+                stripes = coming.accept(sockets - 1, seconds)
+            if len(stripes) < sockets - 1:  # the teacher could not connect, and will say so
+                for stripe in stripes:
+                    stripe.close()
+                return
+        else:
+            self._answer("", seconds)
+        self.transport = self._endpoint.tcp(self.connection, stripes)
+
+    def _answer(self, why_not: str, seconds: float, more: str = "") -> None:
+        text = (why_not or more).encode()[:LONGEST_TEXT]
         header = Header(Kind.TRANSPORT, number=int(not why_not), length=len(text))
         self.connection.send(header, text, seconds=seconds)
         self.connection.count_anew()
