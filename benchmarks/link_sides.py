@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -40,6 +41,7 @@ class Work:
     state_size: int
     top_k: int
     credits: int
+    sockets: int = 1
     ports: dict[str, int] = field(default_factory=dict)
     trace_folder: Path | None = None
 
@@ -49,6 +51,7 @@ class Work:
             payload=payload,
             top_k=self.top_k,
             credits=self.credits,
+            sockets=self.sockets,
             max_tokens=self.tokens,
             name=payload,
         )
@@ -201,19 +204,17 @@ class Student(_Side):
         return self._listener.getsockname()[1]
 
     def bare_accept(self) -> None:
-        self._socket, _ = self._listener.accept()
+        self._sockets = [self._listener.accept()[0] for _ in range(self._work.sockets)]
         self._listener.close()
 
     def bare(self, count: int, times: int) -> dict:
         """Receives that many bytes so often, into memory that is there already."""
-        memory = memoryview(bytearray(count))
 
-        def receive(_: int) -> None:
-            left = memory
+        def receive(sock: socket.socket, left: memoryview) -> None:
             while left:
-                left = left[self._socket.recv_into(left) :]
+                left = left[sock.recv_into(left) :]
 
-        return timed(receive, times)
+        return timed(side_by_side(receive, self._sockets, memoryview(bytearray(count))), times)
 
 
 class Teacher(_Side):
@@ -256,12 +257,30 @@ class Teacher(_Side):
             return self.linked(payload, steps, True)
 
     def bare_dial(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port))
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(self._work.sockets)]
+        for sock in self._sockets:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def bare(self, count: int, times: int) -> dict:
-        memory = bytearray(os.urandom(1 << 16)) * (count // (1 << 16) + 1)
-        return timed(lambda _: self._socket.sendall(memoryview(memory)[:count]), times)
+        memory = memoryview(bytearray(os.urandom(1 << 16)) * (count // (1 << 16) + 1))[:count]
+        return timed(side_by_side(socket.socket.sendall, self._sockets, memory), times)
+
+
+def side_by_side(
+    move: Callable[[socket.socket, memoryview], object], sockets: list[socket.socket], memory: memoryview
+) -> Callable[[int], None]:
+    """A step that moves equal parts of the memory over the sockets, the first of them in this thread."""
+    edges = [part * len(memory) // len(sockets) for part in range(len(sockets) + 1)]
+    parts = [memory[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    threads = ThreadPoolExecutor(max(1, len(sockets) - 1))
+
+    def step(_: int) -> None:
+        others = [threads.submit(move, *each) for each in zip(sockets[1:], parts[1:], strict=True)]
+        move(sockets[0], parts[0])
+        for each in others:
+            each.result()
+
+    return step
 
 
 def timed(step: Callable[[int], None], steps: int) -> dict:
