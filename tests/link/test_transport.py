@@ -185,11 +185,12 @@ def test_a_stranger_at_the_port_of_the_stripes_is_not_taken_for_one(stranger):
         each.close()
 
 
-def test_where_no_more_connections_can_be_made_one_is_used(monkeypatch, caplog):
+@pytest.mark.parametrize("end", ["stripes_to", "Stripes"])
+def test_where_no_more_connections_can_be_made_one_is_used(end, monkeypatch, caplog):
     def refused(*_):
         raise OSError("no more connections to 127.0.0.1: a firewall")
 
-    monkeypatch.setattr(opening, "stripes_to", refused)
+    monkeypatch.setattr(opening, end, refused)
     with pair("tcp", sockets=4) as both:
         assert both.sender.connection.stripes == both.receiver.connection.stripes == ()
         into = torch.zeros(1 << 22)

@@ -185,17 +185,22 @@ class Receiver:
         except (LookupError, TypeError, ValueError, RecursionError):
             raise LinkError("what it says of its connections cannot be read") from None
         self.reason = reason
+        try:
+            coming = Stripes(self.connection) if sockets > 1 else None
+        except OSError as error:
+            _log.warning("one connection instead of %d is used: %s", sockets, error)
+            coming = None
         stripes: list[Connection] = []
-        if sockets > 1:
-            with Stripes(self.connection) as coming:
+        if coming is None:
+            self._answer("", seconds)
+        else:
+            with coming:
                 self._answer("", seconds, coming.invitation)
                 stripes = coming.accept(sockets - 1, seconds)
             if len(stripes) < sockets - 1:  # the teacher could not connect, and will say so
                 for stripe in stripes:
                     stripe.close()
                 return
-        else:
-            self._answer("", seconds)
         self.transport = self._endpoint.tcp(self.connection, stripes)
 
     def _answer(self, why_not: str, seconds: float, more: str = "") -> None:
