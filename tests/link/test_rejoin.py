@@ -270,7 +270,7 @@ def resident() -> int:
 @pytest.mark.usefixtures("each_transport_at_leisure")
 @pytest.mark.slow
 def test_twenty_deaths_leave_nothing_behind(tmp_path):
-    settings = settings_for(free_port())
+    settings = settings_for(free_port(), sockets=2)
     with Jobs(tmp_path) as jobs:
         jobs.start("holder", count_what_is_held, settings, 20)
         for death in range(20):  # each answers once, and dies sending its second answer
