@@ -86,7 +86,8 @@ class TcpTransport(Transport):
         try:
             move(self.connection, rows[: edges[1]])
         except BaseException:
-            self.connection.end()  # and with it the others
+            for stripe in self.connection.stripes:  # the first connection is ended by its owner, who says why
+                stripe.end()
             raise
         finally:
             wait(moving)
