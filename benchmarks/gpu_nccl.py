@@ -195,7 +195,7 @@ class Bare:
         import torch
 
         self._sends = given.rank == 1
-        self._owner = ThreadPoolExecutor(1)  # of the communicator
+        self._owner = ThreadPoolExecutor(1)  # the thread that uses the communicator
         self._tensor = torch.zeros(rows, VOCAB, dtype=torch.float16, device=device)
         self._owner.submit(self._open, given, device, given.folder / f"bare{rows}").result()
 

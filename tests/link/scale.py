@@ -94,7 +94,7 @@ def say(rank: int, what: str, seconds: float) -> None:
 def wait_for(what: object, folder: str | None = None) -> None:
     path = Path(folder or os.environ["VCRD_SCALE_FOLDER"]) / f"go {what}"
     while what != 0 and not path.exists():
-        time.sleep(0.5)  # of a thousand threads
+        time.sleep(0.5)  # a thousand threads wait here
 
 
 def in_folder(folder: str, target, *args) -> None:

@@ -119,7 +119,7 @@ class StudentLink:
             copies=data_size,
             context_size=context_size,
             credits=settings.credits,
-            nccl=endpoint.library_version,
+            nccl=endpoint.nccl_version,
         )
         link = cls(settings, facts, place, endpoint)
         try:

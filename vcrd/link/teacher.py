@@ -118,7 +118,7 @@ class TeacherLink:
             tensor_size=tensor_size,
             copies=replicas,
             head=head,
-            nccl=endpoint.library_version,
+            nccl=endpoint.nccl_version,
         )
         if settings.payload == "hidden" and is_last_stage:
             head_weight = _checked_head(head, head_weight, padded_vocab_size // tensor_size)

@@ -26,7 +26,7 @@ class Endpoint:
     setting: the setting `transport`. device: where the rank computes; a GPU without an index is the current one. kept:
     blocks of host memory that may wait for use (`buffers.Pool`). max_ctas: see `cuda`. sockets: connections of a pair
     over TCP, where this rank sends.
-    library_version: of NCCL, 0 where tensors can travel over TCP only. missing: why, where the setting asks for more;
+    nccl_version: of NCCL, 0 where tensors can travel over TCP only. missing: why, where the setting asks for more;
     else "". ValueError where the setting insists on NCCL.
     """
 
@@ -41,16 +41,16 @@ class Endpoint:
         self.device = indexed(device)
         self.memory = HostMemory(self.device, kept)
         self.sockets = sockets
-        self.library_version = 0
+        self.nccl_version = 0
         self.missing = ""
         self._max_ctas = max_ctas
         self._told: set[str] = set()
         self._library: Library | None = None
         if setting == "fake":
-            self.library_version, self._library = fake.VERSION, fake.FakeLibrary()
+            self.nccl_version, self._library = fake.VERSION, fake.FakeLibrary()
         elif setting in ("auto", "nccl") and self.device.type == "cuda":
             try:
-                self.library_version = cuda.version()
+                self.nccl_version = cuda.version()
             except ImportError as error:
                 self.missing = str(error)
         elif setting == "nccl":
@@ -69,9 +69,9 @@ class Endpoint:
 
     def nccl(self, connection: Connection) -> NcclTransport:
         """Not open yet."""
-        return NcclTransport(connection, self.library())
+        return NcclTransport(connection, self.nccl_library())
 
-    def library(self) -> Library:
+    def nccl_library(self) -> Library:
         if self._library is None:
             self._library = cuda.CudaLibrary(self.device, self._max_ctas)
         return self._library

@@ -94,7 +94,7 @@ class Sender:
             return bool(answer)
 
         try:
-            unique_id = self._endpoint.library().unique_id()
+            unique_id = self._endpoint.nccl_library().unique_id()
             self._say(CODES[name], unique_id, seconds)
             transport.open(0, unique_id, seconds, given_up=refused)
         except (CommunicatorError, ConnectionError, TimeoutError) as error:
@@ -152,7 +152,7 @@ class Receiver:
         if name == "tcp":
             self._over_tcp(detail, seconds)
             return
-        if name is None or not self._endpoint.library_version or name != self._endpoint.library().name:
+        if name is None or not self._endpoint.nccl_version or name != self._endpoint.nccl_library().name:
             raise LinkError(f"its transport code {header.number} is not expected")
         transport = self._endpoint.nccl(self.connection)
         try:
