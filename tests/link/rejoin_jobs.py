@@ -160,7 +160,7 @@ def die_in_the_middle_of_sending() -> None:
 
     def send_half_over_nccl(transport: NcclTransport, part: Departing, _: float) -> None:
         transport._communicator.send(part.tensor, transport._stream)
-        time.sleep(0.002)
+        time.sleep(0.002)  # so that the kill falls into the transfer; the test does not depend on it
         os.kill(os.getpid(), signal.SIGKILL)
 
     Connection._send_all = send_half

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,16 @@ from link_jobs import Layout, connected, exchange, part
 from ports import free_port
 from waiting import wait_until
 
-from vcrd.link import HandshakeRefused, LinkSettings, StudentLink, TeacherLink, TeacherLost, host_rendezvous
+from vcrd.link import (
+    HandshakeRefused,
+    LinkError,
+    LinkSettings,
+    StudentLink,
+    TeacherLink,
+    TeacherLost,
+    host_rendezvous,
+    service,
+)
 from vcrd.link import header as headers
 from vcrd.link.connection import Connection
 from vcrd.link.facts import Facts, refusal, transport_of
@@ -40,7 +50,7 @@ def connections() -> tuple[Connection, Connection]:
 
 
 class Pair:
-    """Both ends of one transport, each owned by a thread of its own."""
+    """Both ends of one transport, each used by one thread."""
 
     def __init__(self, name: str, sockets: int = 1) -> None:
         left, right = connections()
@@ -436,6 +446,35 @@ def test_where_nccl_fails_tensors_travel_over_tcp_and_its_words_are_logged_once(
         rendezvous.close()
     assert "student data rank 0, tensor rank 0: " + WORDS in caplog.text
     assert caplog.text.count(WORDS) == 2  # once in each job
+
+
+def test_whatever_breaks_while_a_transport_opens_is_told_to_the_other_ranks_of_the_replica():
+    class Crew:
+        def conclude(self, outcome, text: str) -> None:
+            raise LinkError(f"{outcome.name}: {text}")
+
+    class Delivery:
+        def open(self, *_) -> str:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(
+        LinkError, match=r"BROKEN: .* cannot open its transports: RuntimeError\('out of memory'\)"
+    ):
+        service._opened(Crew(), SimpleNamespace(delivery=Delivery()), "nccl", "")
+
+
+@pytest.mark.parametrize("reason", ["x" * 1024, "\N{SNOWMAN}" * 341, '"' * 1024])
+def test_a_reason_of_any_length_and_letters_fits_a_header(reason):
+    left, right = connections()
+    endpoint = Endpoint("tcp", torch.device("cpu"))
+    receiver = Receiver(right, endpoint)
+    with ThreadPoolExecutor(1) as pool:
+        opening_it = pool.submit(Sender(left, endpoint).open, "tcp", reason)
+        receiver.switch(right.receive_header())
+        assert opening_it.result(LONG) == ""
+    assert receiver.reason and reason.startswith(receiver.reason)
+    left.close()
+    right.close()
 
 
 def test_one_pair_that_fails_takes_all_of_the_replica_to_tcp(monkeypatch, caplog):

@@ -138,7 +138,7 @@ FAULTS = [
         *(_TRANSPORT, "-k", "whatever_its_shape"),
     ),
     _fault(
-        "a rank that holds padding only is sent nothing, in a transfer of its own",
+        "an empty tensor is sent to a rank that holds only padding",
         "link/transport/base.py",
         "            if not part.is_empty:\n                self._send",
         "            if True:\n                self._send",

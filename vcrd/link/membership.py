@@ -328,8 +328,9 @@ class Membership:
     ) -> None:
         if header.kind == Kind.TRANSPORT:
             receiver.switch(header)
-            if receiver.reason and self._place.asks and self._endpoint.is_news(receiver.reason):
-                _log.warning("tensors travel over TCP: %s", receiver.reason)
+            reason = receiver.reason and (self._endpoint.missing or receiver.reason)
+            if reason and self._place.asks and self._endpoint.is_news(reason):
+                _log.warning("tensors travel over TCP: %s", reason)
             return
         if header.kind == Kind.HEAD and sender in session.head_pieces:
             piece = session.head_pieces[sender]

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -191,7 +192,8 @@ def _open_transports(
     if why and {student.transport, teacher.transport} & {*_INSISTING}:
         reason = f"transport is {name!r}, and {why}"
         if service.delivery:
-            service.delivery.refuse(reason)
+            with suppress(LinkError):  # a student that is gone need not hear it, and the other ranks wait
+                service.delivery.refuse(reason)
         crew.conclude(Outcome.REFUSED, f"the link is refused: {reason}")
     if why:
         reason = why
@@ -207,6 +209,11 @@ def _opened(crew: Crew, service: Service, name: str, reason: str) -> str:
         why = service.delivery.open(name, reason) if service.delivery else ""
     except LinkError as error:
         outcome, text = outcome_of(error), str(error)
+    except Exception as error:  # whatever it is, the other ranks wait to hear of it
+        outcome, text = (
+            Outcome.BROKEN,
+            f"a rank of this teacher replica cannot open its transports: {error!r}",
+        )
     crew.conclude(outcome, text)
     return crew.first_text(why)
 

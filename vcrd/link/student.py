@@ -108,8 +108,6 @@ class StudentLink:
             settings.transport, torch.device(device), settings.credits + 1, settings.nccl_max_ctas
         )
         place = Place(data_rank, context_rank, tensor_rank)
-        if endpoint.missing and place.asks:
-            _log.warning("tensors will travel over TCP: %s", endpoint.missing)
         facts = Facts.of(
             settings,
             vocab_size=vocab_size,

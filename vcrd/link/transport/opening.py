@@ -16,7 +16,6 @@ from .nccl import CommunicatorError, NcclTransport
 from .stripes import MOST_SOCKETS, Stripes, stripes_to
 
 _log = logging.getLogger("vcrd")
-_LONGEST_REASON = 600  # characters, each of which may take more than a byte
 SECONDS = 30.0  # for the communicator and the probe, and once more for the answer
 
 
@@ -71,8 +70,11 @@ class Sender:
         (self.transport or self.connection).close()
 
     def _over_tcp(self, reason: str, seconds: float, sockets: int) -> Transport:
-        detail = {"reason": reason[:_LONGEST_REASON], "sockets": sockets}
-        self._say(CODES["tcp"], json.dumps(detail).encode(), seconds)
+        detail = _detail(reason, sockets)
+        while len(detail) > LONGEST_TEXT:  # JSON may take several bytes for a character
+            reason = reason[: len(reason) // 2]
+            detail = _detail(reason, sockets)
+        self._say(CODES["tcp"], detail, seconds)
         answer = self._answer(seconds)
         if not answer:
             return self._endpoint.tcp(self.connection)
@@ -208,6 +210,11 @@ class Receiver:
         header = Header(Kind.TRANSPORT, number=int(not why_not), length=len(text))
         self.connection.send(header, text, seconds=seconds)
         self.connection.count_anew()
+
+
+def _detail(reason: str, sockets: int) -> bytes:
+    """What a sender says about TCP."""
+    return json.dumps({"reason": reason, "sockets": sockets}).encode()
 
 
 def _abandon(transport: Transport | None) -> None:
