@@ -124,6 +124,7 @@ def test_numbers_may_be_written_with_an_exponent(capsys):
         ({"--micro-batches": "-1"}, "--micro-batches: expected an integer of at least 1, got '-1'"),
         ({"--credits": "nan"}, "--credits: expected an integer of at least 1, got 'nan'"),
         ({"--top-k": "1e6"}, "--top-k: must be at most the vocabulary of 151936, got 1000000"),
+        ({"--transport": "ib"}, "--transport: expected one of auto, nccl, tcp, got 'ib'"),
         ({"--network": "inf"}, "--network: expected a positive number, got 'inf'"),
         ({"--student-mfu": "40"}, "--student-mfu: expected a number above 0 and at most 1, got '40'"),
         ({"--teacher-mfu": "0"}, "--teacher-mfu: expected a number above 0 and at most 1, got '0'"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scenarios import scenario
+from scenarios import GPU, scenario
 
 from vcrd import teacher_blocks
 from vcrd.link import delivery
@@ -23,7 +25,7 @@ def by_name(**changes) -> dict:
 
 def test_one_rank_each_by_hand():
     """200 tokens, 1000 columns, states of 512; forward FLOPs of a token 4,204,800 (student), 20,614,400 (teacher)."""
-    got = by_name()
+    got = by_name(over_nccl=False)
     assert {name: cost.received - HEADER for name, cost in got.items()} == {
         "float16": 400_000,
         "float32": 800_000,
@@ -68,6 +70,7 @@ def test_many_ranks_by_hand():
         student_context=2,
         student_data=3,
         network=1e15,
+        over_nccl=False,
     )
     half, top, hidden = got["float16"], got["topk"], got["hidden"]
     assert half.received == 100 * 512 * 2 + 2 * HEADER  # from two teacher ranks
@@ -95,10 +98,31 @@ def test_many_ranks_by_hand():
         student_context=2,
         student_data=3,
         network=1e15,
+        over_nccl=False,
         replicas=1,
     )["float16"]
     assert slow.round_seconds == pytest.approx(3 * each * 5 / 4)
     assert (slow.replicas_needed, slow.replicas) == (3, 1)
+
+
+def test_over_nccl_answers_lie_on_the_gpus():
+    layout = dict(teacher_tensor=4, student_tensor=2, student_context=2, student_data=3)
+    tcp, nccl = by_name(**layout, over_nccl=False), by_name(**layout)
+    half = nccl["float16"]
+    assert (half.received, half.sent) == (tcp["float16"].received, tcp["float16"].sent)
+    assert (
+        half.student_gpu_bytes == 3 * 102_400 + 2 * 100 * 256 * 2
+    )  # and two buffers, each for a whole piece
+    assert half.teacher_gpu_bytes == 4 * half.sent
+    assert half.student_host_bytes == half.teacher_host_bytes == 0
+    assert nccl["topk"].student_gpu_bytes == tcp["topk"].student_gpu_bytes  # it comes in one piece
+    # The output layer comes over the connection.
+    assert nccl["hidden"].student_host_bytes == 512 * 1024
+    assert nccl["hidden"].teacher_host_bytes == 256 * 1024
+    # PCIe of 1 MB/s holds only TCP up.
+    slow = replace(GPU, host=1e6)
+    assert by_name(student_gpu=slow, network=1e15)["float16"].waiting == 0
+    assert by_name(student_gpu=slow, network=1e15, over_nccl=False)["float16"].waiting > 0.9
 
 
 def test_recompute_fp8_and_mfu_scale_the_compute():
@@ -129,6 +153,7 @@ runs = st.fixed_dictionaries(
         "student_context": st.sampled_from([1, 2, 5]),
         "student_data": st.integers(1, 7),
         "credits": st.integers(1, 4),
+        "over_nccl": st.booleans(),
         "network": st.sampled_from([1e9, 1e11, 1e13]),
         "teacher_mfu": st.sampled_from([0.01, 0.1, 1.0]),
     }

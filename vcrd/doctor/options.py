@@ -87,7 +87,7 @@ def _scenario(options: argparse.Namespace) -> tuple[Scenario, bool]:
         side: f"{_ANY_MODEL},{getattr(options, side)}" if bare[side] else getattr(options, side)
         for side in bare
     }
-    full = argparse.Namespace(**{**vars(options), **texts, "network": "1"})
+    full = argparse.Namespace(**{**vars(options), **texts, "network": "1", "transport": "tcp"})
     return scenario_of(full), not bare["teacher"]
 
 

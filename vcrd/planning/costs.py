@@ -6,8 +6,8 @@ The model, per micro-batch of one data rank:
 - its last stage also reads the answer in the loss: `loss_seconds`;
 - the teacher computes its forward FLOPs on tp x pp GPUs, for every data rank that the replica serves. Requests go
   through its stages in groups, and its pipeline has a bubble;
-- the network carries the answer meanwhile, and PCIe takes it to the student's GPU. What counts is the busiest rank on
-  either side.
+- the network carries the answer meanwhile, and over TCP, PCIe takes it to the student's GPU. What counts is the busiest
+  rank on either side.
 
 The slowest of student, teacher, network and PCIe sets the pace. Where that is not the student, it waits.
 """
@@ -121,9 +121,9 @@ def cost(scenario: Scenario, payload: Payload) -> Cost:
         round_seconds=pace,
         waiting=1 - student / pace,
         step_seconds=pace * scenario.micro_batches,
-        student_gpu_bytes=student_gpu_bytes(scenario, payload, traffic.widest),
+        student_gpu_bytes=student_gpu_bytes(scenario, traffic),
         student_host_bytes=student_host_bytes(scenario, traffic),
-        teacher_gpu_bytes=sent,
+        teacher_gpu_bytes=RESPONSES_UNDER_WAY * sent if scenario.over_nccl else sent,
         teacher_host_bytes=teacher_host_bytes(scenario, payload, sent),
         replicas=replicas,
         replicas_needed=needed,
@@ -186,7 +186,9 @@ def loss_seconds(scenario: Scenario, payload: Payload, columns: int) -> float:
 
 
 def _upload(scenario: Scenario, traffic: Traffic) -> float:
-    """Seconds from the host to the GPU, while the student computes."""
+    """Seconds from the host to the GPU, while the student computes. Over NCCL nothing comes that way."""
+    if scenario.over_nccl:
+        return 0.0
     tokens = scenario.tokens // scenario.student_context
     return traffic.payload.bytes(tokens, traffic.widest) / scenario.student_gpu.host
 
@@ -224,12 +226,16 @@ def replicas_needed(scenario: Scenario, traffic: Traffic, student: float) -> int
     return None
 
 
-def student_gpu_bytes(scenario: Scenario, payload: Payload, columns: int) -> int:
-    """On a GPU of the last stage: the answer in use and those that credits let come, and what the loss makes of one."""
+def student_gpu_bytes(scenario: Scenario, traffic: Traffic) -> int:
+    """On a GPU of the last stage: the answer in use and those that credits let come, and what the loss makes of one.
+
+    Over NCCL also a buffer for each sender whose pieces are narrower than the rank's columns, as large as a piece.
+    """
+    payload, columns = traffic.payload, traffic.widest
     tokens = scenario.tokens // scenario.student_context
     used = (scenario.credits + 1) * payload.bytes(tokens, columns)
     if not payload.whole:
-        return used
+        return used + (_most_assembled(traffic, tokens, None) if scenario.over_nccl else 0)
     used += 4 * columns * min(tokens, block_rows(columns))
     if payload.name == "topk":
         return used + 12 * payload.top_k * tokens  # int64 tokens, and logarithms once more
@@ -237,31 +243,36 @@ def student_gpu_bytes(scenario: Scenario, payload: Payload, columns: int) -> int
 
 
 def student_host_bytes(scenario: Scenario, traffic: Traffic) -> int:
-    """On the host of a last-stage rank: answers that arrive, the output layer, pieces that are put together."""
+    """On the host of a last-stage rank: the output layer, and over TCP answers that arrive and pieces that are put
+    together."""
     payload = traffic.payload
     tokens = scenario.tokens // scenario.student_context
-    held = scenario.credits * payload.bytes(tokens, traffic.widest)
-    if payload.name == "hidden":
-        held += payload.bytes(traffic.widest, 0)
-    if payload.whole:
+    held = payload.bytes(traffic.widest, 0) if payload.name == "hidden" else 0
+    if scenario.over_nccl:
         return held
-    return held + max(_assembly(traffic, tokens, rank) for rank in range(traffic.student_tensor))
+    held += scenario.credits * payload.bytes(tokens, traffic.widest)
+    return held if payload.whole else held + _most_assembled(traffic, tokens, ASSEMBLY_BYTES)
 
 
-def _assembly(traffic: Traffic, tokens: int, rank: int) -> int:
-    """Of the buffers, one per sender, through which pieces narrower than the rank's columns pass."""
+def _most_assembled(traffic: Traffic, tokens: int, most: int | None) -> int:
+    """Bytes of the buffers, one per sender, through which pieces narrower than a rank's columns pass, on the rank that
+    has most of them. most: bytes of one buffer, but at least a row; None for whole pieces."""
+    return max(_assembled(traffic, tokens, most, rank) for rank in range(traffic.student_tensor))
+
+
+def _assembled(traffic: Traffic, tokens: int, most: int | None, rank: int) -> int:
     mine, total = traffic.student_shards[rank], 0
     for theirs in traffic.teacher_shards:
         width = min(mine.stop, theirs.stop) - max(mine.start, theirs.start)
         if 0 < width < mine.width:
             row = traffic.payload.bytes(1, width)
-            total += row * min(tokens, max(1, ASSEMBLY_BYTES // row))
+            total += row * (tokens if most is None else min(tokens, max(1, most // row)))
     return total
 
 
 def teacher_host_bytes(scenario: Scenario, payload: Payload, sent: int) -> int:
-    """On the host of a last-stage rank: answers on their way, and its part of the output layer."""
-    held = RESPONSES_UNDER_WAY * sent
+    """On the host of a last-stage rank: its part of the output layer, and over TCP answers on their way."""
+    held = 0 if scenario.over_nccl else RESPONSES_UNDER_WAY * sent
     if payload.name == "hidden":
         held += payload.bytes(scenario.teacher_padded // scenario.teacher_tensor, 0)
     return held

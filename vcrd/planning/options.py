@@ -22,6 +22,7 @@ _TEACHER_LAYOUT = ("tp", "pp", "replicas")
 _STUDENT_LAYOUT = ("tp", "pp", "cp", "dp", "ep")
 _MODEL_KEYS = ("params", "hidden", "layers", "vocab")
 _MODEL_EXTRAS = ("active", "attention", "tied")
+_TRANSPORTS = {"auto": True, "nccl": True, "tcp": False}  # whether the plan is for NCCL
 _GPU_KEYS = ("bf16", "memory", "bandwidth", "host")
 _LARGEST = 1e15  # above every count here, and still exact as a float
 
@@ -35,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
     add = parser.add_argument
     add("--network", default="5", help="GB/s of one rank in each direction (5; a NIC of 400 Gb/s carries 50)")
+    add("--transport", default="auto", help="as the link's setting: auto (planned as nccl), nccl, tcp (auto)")
     add("--json", action="store_true", help="everything as JSON instead")
 
 
@@ -97,6 +99,7 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
         credits=whole("--credits", options.credits),
         top_k=whole("--top-k", options.top_k),
         network=_positive("--network", options.network) * 1e9,
+        over_nccl=_over_nccl(options.transport),
         student_mfu=_share("--student-mfu", options.student_mfu),
         teacher_mfu=_share("--teacher-mfu", options.teacher_mfu),
         recompute=options.recompute,
@@ -160,6 +163,12 @@ def _side(option: str, text: str, layout: tuple[str, ...]) -> tuple[Model, dict[
         places["replicas"] = None
     model = _described(option, pairs) if name is None else _named(option, name)
     return model, places
+
+
+def _over_nccl(name: str) -> bool:
+    if name not in _TRANSPORTS:
+        raise OptionError(f"--transport: expected one of {', '.join(_TRANSPORTS)}, got {name!r}")
+    return _TRANSPORTS[name]
 
 
 def _named(option: str, name: str) -> Model:

@@ -93,7 +93,8 @@ def _assumed(run: Scenario) -> list[str]:
         f"assumed  student: {_gpu(run.student_gpu, run.student_fp8)}, MFU {run.student_mfu:g}{recompute}: "
         f"{_seconds(compute)} per micro-batch",
         f"         teacher: {_gpu(run.teacher_gpu, run.teacher_fp8)}, MFU {run.teacher_mfu:g}, forward only",
-        f"         network: {run.network / 1e9:g} GB/s of each rank in each direction",
+        f"         network: {run.network / 1e9:g} GB/s of each rank in each direction, over "
+        f"{'NCCL' if run.over_nccl else 'TCP'}",
     ]
 
 

@@ -58,10 +58,10 @@ class Scenario:
     """One plan's input, already valid.
 
     replicas: of the teacher; None for as many as are needed. sequence, batch: of a micro-batch. micro_batches: per step
-    and data rank. network: bytes/s of one rank in each direction. teacher_mfu, student_mfu: share of the peak that is
-    reached, pipeline bubbles of the student included. recompute: the student runs its forward pass once more in
-    backward. vocab_multiple: the vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron
-    does.
+    and data rank. network: bytes/s of one rank in each direction. over_nccl: responses travel from GPU to GPU, and
+    otherwise over TCP through both hosts. teacher_mfu, student_mfu: share of the peak that is reached, pipeline bubbles
+    of the student included. recompute: the student runs its forward pass once more in backward. vocab_multiple: the
+    vocabulary is padded to a multiple of this times the tensor-parallel size, as Megatron does.
     """
 
     teacher: Model
@@ -82,6 +82,7 @@ class Scenario:
     credits: int = 2
     top_k: int = 64
     network: float = 5e9
+    over_nccl: bool = True
     teacher_mfu: float = 0.4
     student_mfu: float = 0.4
     teacher_fp8: bool = False
