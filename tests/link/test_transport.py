@@ -26,6 +26,7 @@ from vcrd.link import (
     LinkError,
     LinkSettings,
     StudentLink,
+    StudentLost,
     TeacherLink,
     TeacherLost,
     host_rendezvous,
@@ -461,6 +462,37 @@ def test_whatever_breaks_while_a_transport_opens_is_told_to_the_other_ranks_of_t
         LinkError, match=r"BROKEN: .* cannot open its transports: RuntimeError\('out of memory'\)"
     ):
         service._opened(Crew(), SimpleNamespace(delivery=Delivery()), "nccl", "")
+
+
+def test_a_student_that_is_gone_when_it_is_refused_keeps_no_rank_of_the_replica_waiting(monkeypatch):
+    """The other ranks of the replica are in the collective that says why; this one must come to it too."""
+    monkeypatch.setattr("vcrd.link.service._INSISTING", ("nccl", "fake"))
+    endpoint = Endpoint("fake", torch.device("cpu"))
+    facts = SimpleNamespace(transport="fake", ranks=1, nccl=endpoint.nccl_version)
+    concluded = []
+
+    class Crew:
+        leads = True
+
+        def conclude(self, outcome, text: str) -> None:
+            concluded.append(outcome.name)
+            if outcome.name != "DONE":
+                raise HandshakeRefused(text)
+
+        def first_text(self, text: str) -> str:
+            return text
+
+    class Delivery:
+        def open(self, *_) -> str:
+            return WORDS
+
+        def refuse(self, reason: str) -> None:
+            raise StudentLost("student data rank 0, tensor rank 0 closed its connection")
+
+    replica = SimpleNamespace(delivery=Delivery())
+    with pytest.raises(HandshakeRefused, match=WORDS):
+        service._open_transports(SimpleNamespace(), facts, facts, Crew(), replica, endpoint)
+    assert concluded == ["DONE", "REFUSED"]
 
 
 @pytest.mark.parametrize("reason", ["x" * 1024, "\N{SNOWMAN}" * 341, '"' * 1024])
