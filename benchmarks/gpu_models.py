@@ -1,4 +1,4 @@
-"""Megatron GPT models of one rank with bfloat16 parameters, for what `make gpu-check` trains."""
+"""Megatron GPT models for what `make gpu-check` trains, most of them of one rank with bfloat16 parameters."""
 
 from __future__ import annotations
 
@@ -31,8 +31,17 @@ class Shape:
     init_std: float = 0.02
 
 
-def build(shape: Shape, seed: int, recipe: str | None, engine: bool, **settings: Any) -> torch.nn.Module:
-    """recipe: of FP8. engine: of Transformer Engine's layers. settings: of Megatron's configuration, besides."""
+def build(
+    shape: Shape,
+    seed: int,
+    recipe: str | None,
+    engine: bool,
+    dtype: torch.dtype = torch.bfloat16,
+    layers: Any = None,
+    **settings: Any,
+) -> torch.nn.Module:
+    """recipe: of FP8. engine: of Transformer Engine's layers. dtype: of the parameters, bfloat16 or float32.
+    layers: Megatron's specification of them, in place of its own. settings: of its configuration, besides."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
@@ -56,9 +65,9 @@ def build(shape: Shape, seed: int, recipe: str | None, engine: bool, **settings:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        bf16=True,
-        params_dtype=torch.bfloat16,
-        pipeline_dtype=torch.bfloat16,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -71,20 +80,22 @@ def build(shape: Shape, seed: int, recipe: str | None, engine: bool, **settings:
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    spec = (
-        get_gpt_layer_with_transformer_engine_spec()
-        if engine
-        else get_gpt_layer_local_spec(normalization="RMSNorm")
-    )
+    if layers is None:
+        layers = (
+            get_gpt_layer_with_transformer_engine_spec()
+            if engine
+            else get_gpt_layer_local_spec(normalization="RMSNorm")
+        )
     model = GPTModel(
         config,
-        spec,
+        layers,
         shape.vocab,
         shape.sequence,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=shape.tied,
     )
-    return Float16Module(config, model.cuda())
+    model = model.cuda()
+    return Float16Module(config, model) if config.bf16 else model
 
 
 @contextlib.contextmanager

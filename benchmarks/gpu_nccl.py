@@ -3,10 +3,8 @@
     python benchmarks/gpu_nccl.py ranks [--json ranks.json]
     python benchmarks/gpu_nccl.py speed [--megabytes 8 64 256] [--json speed.json]
 
-NCCL refuses two ranks on one device where host and bus are equal. With another NCCL_HOSTID in each process (from NCCL
-2.30 on with NCCL_MULTI_RANK_GPU_ENABLE) they count as two hosts and talk over sockets of the loopback interface. That
-is the path between nodes without GPUDirect, so its speed says what the link costs beside NCCL, not what NVLink or
-InfiniBand reach.
+They talk over sockets of the loopback interface (gpu_ranks.py). That is the path between nodes without GPUDirect, so
+its speed says what the link costs beside NCCL, not what NVLink or InfiniBand reach.
 
 ranks: torch's own all-reduce, send and receive between two processes; exits with 1 where a value is wrong.
 speed: a teacher process and a student process, in turns: bare ncclSend and ncclRecv of one tensor, the link over NCCL
@@ -19,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -33,15 +29,8 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
 
-ONE_GPU = {
-    "NCCL_SOCKET_IFNAME": "lo",
-    "NCCL_MULTI_RANK_GPU_ENABLE": "1",
-    "NCCL_IB_DISABLE": "1",
-    "NCCL_NVLS_ENABLE": "0",
-    "NCCL_MNNVL_ENABLE": "0",
-    "NCCL_RAS_ENABLE": "0",
-    "NCCL_MAX_CTAS": "2",
-}
+from gpu_ranks import run_together
+
 VOCAB = 32768
 ROUNDS, WARMUPS = 5, 2
 SECONDS = 80  # that both processes may take
@@ -76,26 +65,10 @@ def main() -> int:
 
 def both(folder: str) -> dict | None:
     """What rank 0 found, once both processes have ended well."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder]
-    processes = [
-        subprocess.Popen(
-            [*command, "--rank", str(rank)],
-            env={**os.environ, **ONE_GPU, "NCCL_HOSTID": f"host{rank}"},
-        )
-        for rank in range(2)
-    ]
-    deadline = time.monotonic() + SECONDS
-    try:
-        codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in processes]
-    except subprocess.TimeoutExpired:
-        print(f"the two processes did not end within {SECONDS} seconds", file=sys.stderr)
-        return None
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    if any(codes):
-        print(f"the two processes ended with {codes}", file=sys.stderr)
+    given = [__file__, *sys.argv[1:], "--folder", folder]
+    error = run_together({f"rank{rank}": [*given, "--rank", str(rank)] for rank in range(2)}, SECONDS)
+    if error:
+        print(error, file=sys.stderr)
         return None
     return json.loads((Path(folder) / "figures0.json").read_text())
 

@@ -21,9 +21,11 @@ from gpu_process import run
 from gpu_results import Finding
 from gpu_tests import run_tests, workers
 
-LIMIT = 90  # seconds of any stage but the build
+LIMIT = 90  # seconds of any stage but these two
 # The whole extension, torch's headers among it, on however many cores there are. Nothing can run before it.
 LIMIT_OF_THE_BUILD = 300
+# Two minutes in which a student trains on, and what comes before them.
+LIMIT_OF_THE_LOOK = 200
 
 Work = Callable[[float], Finding]
 
@@ -156,7 +158,7 @@ def of_loss(*names: str) -> dict:
     }
 
 
-def of_link(*names: str, keyword: str = "cuda") -> dict:
+def of_link(*names: str, keyword: str = "cuda", expected: int = 30) -> dict:
     paths = tuple(f"tests/link/test_{name}.py" for name in names)
     return {
         # They time what the host waits for, so they run one after another.
@@ -166,7 +168,7 @@ def of_link(*names: str, keyword: str = "cuda") -> dict:
             *("tests/link/*.py", "!tests/link/test_*.py", *paths),
         ),
         "modules": (*MODULES_OF_TESTS, *(["nccl"] if "nccl" in keyword else [])),
-        "expected": 30,
+        "expected": expected,
     }
 
 
@@ -276,7 +278,7 @@ STAGES = (
         "nccl-ranks",
         "Two processes on one GPU are two ranks for NCCL: what the next stages rest on.",
         Script(("benchmarks/gpu_nccl.py", "ranks")),
-        ("benchmarks/gpu_nccl.py",),
+        ("benchmarks/gpu_nccl.py", "benchmarks/gpu_ranks.py"),
         expected=20,
     ),
     Stage(
@@ -290,12 +292,26 @@ STAGES = (
         **of_link("rejoin", keyword="nccl and (any_single or stopped or twenty)"),
     ),
     Stage(
+        "nccl-alive",
+        "Two minutes after a teacher rank died while it sent, the student trains on, with torch's monitors set tight.",
+        **of_link("long_after", keyword="nccl", expected=165),
+        limit=LIMIT_OF_THE_LOOK,
+    ),
+    Stage(
         "nccl-speed",
         "GB/s of the link beside bare ncclSend and ncclRecv and beside TCP, and what is left of products beside it.",
         Script(("benchmarks/gpu_nccl.py", "speed")),
-        (*LINK, "benchmarks/gpu_nccl.py"),
+        (*LINK, "benchmarks/gpu_nccl.py", "benchmarks/gpu_ranks.py"),
         expected=60,
         modules=("nccl",),
+    ),
+    Stage(
+        "megatron-sp-cp",
+        "Four ranks with sequence parallelism, with context parallelism and with both train as one rank does.",
+        Script(("benchmarks/gpu_parallel.py",)),
+        (*MEGATRON, "benchmarks/gpu_parallel.py", "benchmarks/gpu_ranks.py"),
+        expected=85,
+        modules=("transformer_engine", "megatron.core"),
     ),
     Stage(
         "fp8-micro-batch",

@@ -52,7 +52,10 @@ class Weights:
         difference = features @ self._weight.T - teacher.float()
         gradient = difference.flatten(0, 1).T @ features.flatten(0, 1)
         if self._group is not None:
-            dist.all_reduce(gradient, group=self._group)
+            # On a GPU over NCCL, like the collectives of a training job.
+            shared = gradient.to(device())
+            dist.all_reduce(shared, group=self._group)
+            gradient = shared.cpu()
         self._weight -= 1e-3 * gradient
 
     def digest(self) -> str:

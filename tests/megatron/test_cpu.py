@@ -42,6 +42,29 @@ def test_cuda_answers_for_the_cpu_inside():
         assert [int(batch) for batch in loader] == [1, 2]
 
 
+class MadeInBackward(torch.autograd.Function):
+    """Allocates where Megatron's layers do under sequence parallelism: on the current device, inside backward."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + torch.ones(len(gradient), device=torch.cuda.current_device())
+
+
+def test_cuda_answers_for_the_cpu_inside_a_backward():
+    with cpu.on_cpu():
+        tensor = torch.ones(2, requires_grad=True)
+        MadeInBackward.apply(tensor).sum().backward()
+        assert tensor.grad.tolist() == [2, 2]
+        torch.autograd.backward(MadeInBackward.apply(tensor).sum())
+        assert tensor.grad.tolist() == [4, 4]
+        (gradient,) = torch.autograd.grad(MadeInBackward.apply(tensor).sum(), tensor)
+        assert gradient.tolist() == [2, 2]
+
+
 def test_random_states_are_the_cpus():
     with cpu.on_cpu():
         torch.cuda.manual_seed(5)
@@ -58,6 +81,7 @@ def test_everything_is_as_before_outside():
         torch.cuda.graphs,
         torch.cuda.nvtx,
         torch.accelerator,
+        torch.autograd,
     )
 
     def snapshot():

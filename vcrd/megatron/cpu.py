@@ -39,7 +39,7 @@ def on_cpu() -> Iterator[None]:
     Build models, initialise `parallel_state` and train inside the block, in the thread that opened it. The
     process group must be gloo; in Megatron's configuration choose the local layer specification,
     `use_cpu_initialization`, `persist_layer_norm=False` and no fusions. Sequence parallelism and context
-    parallelism need GPU packages. Megatron modules first imported inside the block keep their torch norms after it.
+    parallelism need a norm and an attention of your own, for Megatron's local ones refuse them. Megatron modules first imported inside the block keep their torch norms after it.
 
     Raises RuntimeError when Transformer Engine or apex is already imported: hiding them must come first.
     """
@@ -231,6 +231,13 @@ def _stand_ins(rng: types.ModuleType) -> list[tuple[Any, dict[str, Any]]]:
         "reset_peak_memory_stats": nothing,
     }
     tensors = {f"{kind}Tensor": getattr(torch, f"{kind}Tensor") for kind in _TENSOR_TYPES}
+    run_backward = torch.autograd._engine_run_backward
+
+    def redirected_backward(*args: Any, **kwargs: Any) -> Any:
+        # torch suspends a function mode inside a call that has passed through it, and so in all of a backward.
+        with _Redirect():
+            return run_backward(*args, **kwargs)
+
     loader_init = torch.utils.data.DataLoader.__init__
 
     def init_loader(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -242,6 +249,7 @@ def _stand_ins(rng: types.ModuleType) -> list[tuple[Any, dict[str, Any]]]:
         (torch.cuda.memory, counters),
         (torch.cuda.graphs, {"is_current_stream_capturing": streams["is_current_stream_capturing"]}),
         (torch.cuda.nvtx, {"range_push": zero, "range_pop": zero}),
+        (torch.autograd, {"_engine_run_backward": redirected_backward}),
         (torch.utils.data.DataLoader, {"__init__": init_loader}),
         # Not in the function mode: torch would refuse the stand-in stream before the mode hears of the call.
         (torch.Tensor, {"record_stream": nothing}),
