@@ -237,6 +237,64 @@ def test_report_averages_over_tokens_and_not_over_micro_batches():
     assert report.take().tokens == 0
 
 
+def call_with_a_state() -> SimpleNamespace:
+    """Megatron-Bridge's form of a forward step, and calls in other forms: losses, what was given, and sentences."""
+    import inspect
+
+    import mask_jobs
+
+    from vcrd.megatron import distill
+
+    model, state, seen = jobs.model(jobs.STUDENT, seed=1), SimpleNamespace(timers=None), []
+    teacher = jobs.model(mask_jobs.TEACHER, seed=2)
+    losses: list[torch.Tensor] = []
+
+    def forward_step(state, data_iterator, model, return_schedule_plan=False):
+        seen.append((state, return_schedule_plan))
+        output, loss_func = jobs.plain_forward_step(losses)(data_iterator, model)
+        loss_func(output)
+        return output, loss_func
+
+    plug = distill(forward_step, DistillSettings(vocab_size=jobs.TRUE_VOCAB), teacher=teacher)
+    data, sentences = jobs.batches(1), []
+    plug(state, iter(data), model)
+    plug(state, iter(data), model, True)
+    plug(state, data_iterator=iter(data), model=model, return_schedule_plan=True)
+    for arguments in ((model,), (state, iter(data), "a model"), ()):
+        with pytest.raises(ValueError) as error:
+            plug(*arguments)
+        sentences.append(str(error.value))
+    plug.close()
+    two = distill(
+        jobs.plain_forward_step(losses), DistillSettings(vocab_size=jobs.TRUE_VOCAB), teacher=teacher
+    )
+    two(iter(data), model)
+    two(model=model, data_iterator=iter(data))
+    for output, loss_func in (two(iter(data), model), two(iter(data), model=model)):
+        loss_func(output)
+    two.close()
+    return SimpleNamespace(
+        losses=losses,
+        given=[(each is state, plan) for each, plan in seen],
+        sentences=sentences,
+        parameters=list(inspect.signature(plug).parameters),
+    )
+
+
+def test_a_forward_step_may_take_a_state_before_its_data_iterator():
+    ((found,),) = run_worlds(World(call_with_a_state))
+    assert found.given == [(True, False), (True, True), (True, True)]
+    assert len(found.losses) == 5 and all(torch.equal(loss, found.losses[0]) for loss in found.losses)
+    assert found.parameters == ["state", "data_iterator", "model", "return_schedule_plan"]
+    for sentence, types in zip(
+        found.sentences, ("GPTModel", "SimpleNamespace, list_iterator, str", ""), strict=True
+    ):
+        assert sentence.startswith(
+            "forward_step: expected a call with (data_iterator, model, ...) or (state, "
+        )
+        assert sentence.endswith(f"got positional arguments of the types ({types}) and keywords ()")
+
+
 def refuse_what_cannot_be_distilled(settings: DistillSettings) -> list[str]:
     """Sentences, in order: port taken, no loss, nothing drawn, another iterator, another model."""
     import socket

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import jobs
+import mask_jobs
 import pytest
 import torch
 from test_attach import settings
@@ -40,8 +41,8 @@ def serve_bad_rows(chosen: DistillSettings) -> int:
     return serve(teacher, chosen)
 
 
-def step(chosen: DistillSettings, fused: bool = False) -> SimpleNamespace:
-    """One step of two micro-batches; gradients, or the sentence with which it stopped before the optimizer."""
+def step(chosen: DistillSettings, micro_batches: int) -> SimpleNamespace:
+    """One step; gradients, or the sentence with which it stopped before the optimizer."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed import finalize_model_grads as finalize
@@ -59,9 +60,9 @@ def step(chosen: DistillSettings, fused: bool = False) -> SimpleNamespace:
     try:
         get_forward_backward_func()(
             forward_step_func=plug,
-            data_iterator=iter(jobs.batches(2)),
+            data_iterator=iter(jobs.batches(micro_batches)),
             model=wrapped,
-            num_microbatches=2,
+            num_microbatches=micro_batches,
             seq_length=jobs.SEQUENCE,
             micro_batch_size=2,
             forward_only=False,
@@ -81,26 +82,32 @@ def step(chosen: DistillSettings, fused: bool = False) -> SimpleNamespace:
     )
 
 
-def masks() -> list[torch.Tensor]:
-    return [batch["loss_mask"] for batch in jobs.batches(2)]
+def mean_step(chosen: DistillSettings) -> SimpleNamespace:
+    """A step whose weights have the mean 1, of one micro-batch, as Megatron's calculator has to say."""
+    with mask_jobs.calculator(1):
+        return step(chosen, 1)
+
+
+def masks(micro_batches: int) -> list[torch.Tensor]:
+    return [batch["loss_mask"] for batch in jobs.batches(micro_batches)]
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_bad_rows_of_the_teacher_are_skipped_and_counted(payload):
     chosen = settings(payload=payload, top_k=7, normalization="mean")
     students, _ = run_worlds(
-        World(step, 2, tensor=2, arguments=(chosen,)),
+        World(mean_step, 2, tensor=2, arguments=(chosen,)),
         World(serve_bad_rows, 2, tensor=2, arguments=(chosen,)),
     )
     for rank in students:
         assert rank.error is None and rank.own_again
         bad = 0
-        for loss, mask in zip(rank.losses, masks(), strict=True):
+        for loss, mask in zip(rank.losses, masks(1), strict=True):
             assert loss.isfinite().all()
             assert (loss[:, list(BAD)] == 0).all()
             bad += int(mask[:, list(BAD)].sum())
         assert rank.figures.bad_rows == bad > 0
-        assert rank.figures.tokens == sum(int(mask.sum()) for mask in masks()) - bad
+        assert rank.figures.tokens == sum(int(mask.sum()) for mask in masks(1)) - bad
         assert rank.figures.loss > 0 and rank.figures.weight == pytest.approx(1, rel=1e-5)
         assert sum(rank.figures.weight_histogram) == rank.figures.tokens
         assert all(gradient.isfinite().all() for gradient in rank.gradients)
@@ -110,10 +117,10 @@ def test_bad_rows_of_the_teacher_are_skipped_and_counted(payload):
 def test_a_run_that_is_to_stop_does_so_on_every_rank_before_the_optimizer():
     chosen = settings(bad_rows="stop")
     students, _ = run_worlds(
-        World(step, 4, tensor=2, pipeline=2, arguments=(chosen,)),
+        World(step, 4, tensor=2, pipeline=2, arguments=(chosen, 2)),
         World(serve_bad_rows, arguments=(chosen,)),
     )
-    bad = sum(int(mask[:, list(BAD)].sum()) for mask in masks())
+    bad = sum(int(mask[:, list(BAD)].sum()) for mask in masks(2))
     for rank in students:
         assert rank.error.startswith(
             f"bad_rows: expected a teacher of finite logits, got {bad} tokens in this step with a NaN"

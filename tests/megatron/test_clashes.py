@@ -82,6 +82,22 @@ def test_a_mean_over_more_than_one_micro_batch_is_refused(monkeypatch, parts, re
         check(settings=settings)
 
 
+@pytest.mark.parametrize("name", ["rampup_batch_size", "step_batch_size_schedule"])
+def test_a_mean_is_refused_before_the_number_of_micro_batches_grows(monkeypatch, name):
+    from megatron.core import num_microbatches_calculator, parallel_state
+
+    monkeypatch.setattr(num_microbatches_calculator, "get_num_microbatches", lambda: 1)
+    monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda **_: 1)
+    check(args={name: None}, settings=DistillSettings(normalization="mean"))
+    with pytest.raises(ValueError, match=f"normalization: .* got 'mean' with {name} 2 2 10"):
+        check(args={name: "2 2 10"}, settings=DistillSettings(normalization="mean"))
+
+
+def test_a_mean_is_refused_where_nobody_says_how_many_micro_batches_a_step_has():
+    with pytest.raises(ValueError, match="normalization: .* init_num_microbatches_calculator has not said"):
+        check(settings=DistillSettings(normalization="mean"))
+
+
 def test_the_documentation_lists_what_is_refused_and_nothing_else():
     text = (ROOT / "docs" / "pretraining.md").read_text()
     table = text.split("## What is refused")[1].split("\n\n")[1]
@@ -99,7 +115,7 @@ def test_the_documentation_lists_what_is_refused_and_nothing_else():
     besides = {
         "cuda_graph_scope", "vcrd_fused_head", "mtp_num_layers", "defer_embedding_wgrad_compute", "fp8_output_proj",
         "fp8_recipe", "vcrd_normalization", "reset_position_ids", "reset_attention_mask",
-        "dataloader_inter_document_masking",
+        "dataloader_inter_document_masking", "vcrd_steps", "rampup_batch_size", "step_batch_size_schedule",
     }  # fmt: skip
     assert documented - besides == refused - {"parallel_output", "normalization"}
     assert "`parallel_output`" in table

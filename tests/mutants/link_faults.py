@@ -76,8 +76,8 @@ FAULTS = [
     _fault(
         "the loss mask is read in the wrong order, not transposed",
         "megatron/attach.py",
-        "mask = None if loss_mask is None else loss_mask.transpose(0, 1)",
-        "mask = None if loss_mask is None else loss_mask.reshape(loss_mask.shape[::-1])",
+        "mask = loss_mask.transpose(0, 1)",
+        "mask = loss_mask.reshape(loss_mask.shape[::-1])",
         *("tests/megatron/test_attach.py", "-k", "tensor_and_pipeline_parallel"),
     ),
     _fault(

@@ -25,7 +25,8 @@ _TEXTS = {
     "beta": "the mixture of jsd.",
     "validity": "the estimator of local validity: label, margin, confidence, scores or uniform.",
     "steps": "micro-batches carry the reasoning step of each token, over which log validity is averaged.",
-    "normalization": "of the weights: none, or mean, which divides by their masked mean.",
+    "normalization": "of the weights: none, or mean, which divides by their masked mean and needs steps of one "
+    "micro-batch on one data-parallel rank.",
     "ce_weight": "weight of the hard-label cross-entropy that is added; not calibrated.",
     "secret_file": "a file with the secret that both jobs must know; VCRD_SECRET holds the secret itself.",
 }

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from vcrd.loss import CalibratedLoss, validity_calibrated_kl
 from vcrd.megatron.ahead import TokensOf
-from vcrd.megatron.clashes import refuse_clashes
+from vcrd.megatron.clashes import MeanOfStep, refuse_clashes
 from vcrd.megatron.fused_head import FusedHead
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.linked import LinkedTeacher
 from vcrd.megatron.local import LocalTeacher, TeacherModel
+from vcrd.megatron.loss_mask import LossMask
 from vcrd.megatron.metrics import STEP_KEYS, IntervalLog, megatron_globals, with_step_sums
 from vcrd.megatron.outside import Outside, Verifier
 from vcrd.megatron.report import Figures, Report
@@ -33,7 +35,7 @@ class Observation(NamedTuple):
 
     number: int
     labels: Tensor
-    loss_mask: Tensor | None
+    loss_mask: Tensor
     out: CalibratedLoss
 
 
@@ -50,9 +52,12 @@ def distill(
 ) -> Distillation:
     """Turns a script's `forward_step(data_iterator, model, ...)` into one that distils from the linked teacher.
 
+    Positional arguments may come before these two, as Megatron-Bridge's `state` does.
+
     The script's model, `loss_func`, masks, token counts, schedules and reporting stay as they are: only the
     per-token loss [b, s] that the model computes becomes the validity-calibrated one. Evaluation
-    (`model.training` False) stays plain cross-entropy and asks the teacher nothing.
+    (`model.training` False) stays plain cross-entropy and asks the teacher nothing. Which tokens count is read from the
+    `loss_mask` that the model is given, or else from the micro-batch, or from labels below 0 (`LossMask`).
 
     settings: default `DistillSettings.from_environment()`, the VCRD_* variables.
     tokens: the key of the input tokens [b, s] in what the data iterator yields, or a function that finds them.
@@ -88,9 +93,13 @@ class Distillation:
         self.settings = settings
         self.report = Report()
         self._forward_step = forward_step
+        # Whoever looks at the parameters, as Megatron-Bridge does before it passes its state, sees the script's own.
+        self.__wrapped__ = forward_step
         linked = teacher is None
         self._teacher = LinkedTeacher(settings, tokens_of) if linked else LocalTeacher(settings, teacher)
         self._outside = Outside(settings, tokens_of, verifier)
+        self._mask = LossMask(settings, self._outside)
+        self._mean = MeanOfStep(settings)
         self._layout: Layout | None = None
         self._attached: Attachment | None = None
         self._fused_head: FusedHead | None = None
@@ -106,14 +115,17 @@ class Distillation:
         # Weakly, so that a forgotten plug can be collected; strongly held it would outlive every test.
         atexit.register(_close_if_alive, weakref.ref(self))
 
-    def __call__(self, data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        first, data_iterator, model, args, kwargs = _parted(self._forward_step, args, kwargs)
+        forward_step = partial(self._forward_step, *first)
         chunk = unwrap(model)
         if not (chunk.training or self._measuring):
-            return self._forward_step(data_iterator, model, *args, **kwargs)
+            return forward_step(data_iterator, model, *args, **kwargs)
         if not self._checked:
             refuse_clashes(chunk, self.settings, linked=isinstance(self._teacher, LinkedTeacher))
             self._checked = True
         if chunk.training:
+            self._mean.begin(chunk)
             self._step_end.watch(chunk.config)
             self._watch(chunk)
         self._teacher.host()
@@ -122,7 +134,7 @@ class Distillation:
             if chunk.training:
                 self._log.begin(None)
             with self._timed(chunk), alongside:
-                return self._forward_step(data_iterator, model, *args, **kwargs)
+                return forward_step(data_iterator, model, *args, **kwargs)
         attachment = self._attach(chunk)
         if chunk.training:
             self._log.begin(self._layout)
@@ -130,7 +142,7 @@ class Distillation:
         before = self._done
         captured = contextlib.nullcontext() if self._fused_head is None else self._fused_head.captured()
         with self._timed(chunk), alongside, attachment.active(), captured:
-            result = self._forward_step(iterator, model, *args, **kwargs)
+            result = forward_step(iterator, model, *args, **kwargs)
         if self._done != before + 1:
             raise ValueError(
                 f"forward_step: expected one loss from labels given to the model, got {self._done - before}; "
@@ -151,6 +163,7 @@ class Distillation:
 
     def _end_step(self) -> None:
         self._log.clock.end_step()
+        self._mean.end_step()
         repeated = running_again()
         self.report.end_step(repeated)
         if self.settings.bad_rows == "stop":
@@ -204,6 +217,8 @@ class Distillation:
                     chunk, self._layout.tensor_group, self.settings.fused_head_recompute
                 )
             self._attached = Attachment(chunk, self._loss)
+            if self._layout.tensor_rank == 0 and not self._measuring:
+                self.report.warns(bool(getattr(chunk.config, "calculate_per_token_loss", False)))
         elif self._attached.chunk is not chunk:
             raise ValueError("model: expected the model that was distilled before, got another one")
         self._teacher.connect(self._layout)
@@ -212,14 +227,16 @@ class Distillation:
     def _loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
         """labels, loss_mask [b, s], logits [s, b, v/tp] -> [b, s]: the loss of the next micro-batch."""
         number = self._done
+        loss_mask = self._mask.of(self._layout, labels, loss_mask)
         outside = self._outside.arguments(labels, loss_mask)
+        loss_mask = outside.pop("loss_mask", loss_mask)
         answer = self._teacher.answer(number)
         self._done = number + 1
         # Bytes also arrive between two losses: they are counted with the next.
         counted = self._counted
         self._counted = (self._teacher.waited, self._teacher.bytes_received)
         self.report.add_link(self._counted[0] - counted[0], self._counted[1] - counted[1])
-        mask = None if loss_mask is None else loss_mask.transpose(0, 1)
+        mask = loss_mask.transpose(0, 1)
         calibrated = self._fused_head.loss if self._fused_head else _in_place
         out = calibrated(
             logits,
@@ -231,6 +248,8 @@ class Distillation:
             **{**self.settings.loss_arguments(), **outside},
         )
         self.report.add(out, mask)
+        if out.loss.requires_grad:
+            out.loss.register_hook(partial(self.report.compare, mask))
         if self.settings.bad_rows == "stop" and not self._measuring and self._layout.tensor_rank == 0:
             self._bad_rows.append(self.report.last("bad_rows")[0])
         self.report.add_verifier(self._outside.take_seconds())
@@ -281,6 +300,25 @@ class Attachment:
         if not self._active or of_extra_head:
             return self._plain(labels, logits)
         return self._loss(labels, self._loss_mask, logits)
+
+
+def _parted(forward_step: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """A call of a forward step: what comes before the data iterator, the iterator, the model, and the rest of both."""
+    if kwargs:
+        try:
+            given = inspect.signature(forward_step).bind(*args, **kwargs)
+            args, kwargs = given.args, given.kwargs  # positional wherever they can be
+        except ValueError:  # a callable written in C need not have a signature
+            pass
+    place = next((n for n, value in enumerate(args) if isinstance(value, torch.nn.Module)), 0)
+    if not place:
+        got = [type(value).__name__ for value in args]
+        raise ValueError(
+            "forward_step: expected a call with (data_iterator, model, ...) or (state, data_iterator, model, ...), the "
+            f"model a torch module, got positional arguments of the types ({', '.join(got)}) and keywords "
+            f"({', '.join(kwargs)})"
+        )
+    return args[: place - 1], args[place - 1], args[place], args[place + 1 :], kwargs
 
 
 def _in_place(logits: Tensor, *given: Any, **arguments: Any) -> CalibratedLoss:

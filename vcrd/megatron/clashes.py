@@ -61,7 +61,11 @@ def refuse_clashes(
     _refuse_other_losses(args)
     if linked:
         _refuse_half_resets(args)
-    _refuse_mean_of_parts(settings, args)
+    if settings.normalization == "mean":
+        _refuse_mean_of_parts()
+        for name in ("rampup_batch_size", "step_batch_size_schedule"):
+            if getattr(args, name, None):
+                _refuse_mean(f"'mean' with {name} {getattr(args, name)}")
 
 
 def _refuse_other_losses(args: Any) -> None:
@@ -90,25 +94,54 @@ def _refuse_half_resets(args: Any) -> None:
             )
 
 
-def _refuse_mean_of_parts(settings: DistillSettings, args: Any) -> None:
-    """The mean weight of a step is known after its last micro-batch, when the first has gone backward long ago."""
-    if settings.normalization != "mean":
-        return
+class MeanOfStep:
+    """Refuses normalization "mean", on every rank alike, unless a step is one micro-batch on one data-parallel rank.
+
+    The mean weight of a step is known after its last micro-batch, when the first has gone backward long ago. How many
+    there are Megatron's calculator says, whose number may grow during a run; that it is right is seen by counting.
+    """
+
+    def __init__(self, settings: DistillSettings) -> None:
+        self._used = settings.normalization == "mean"
+        self._begun: set[int] = set()  # chunks of the model whose micro-batch of this step has begun
+
+    def begin(self, chunk: torch.nn.Module) -> None:
+        """Before each training micro-batch of a chunk of the model. ValueError; no collectives."""
+        if not self._used:
+            return
+        _refuse_mean_of_parts()
+        if not torch.is_grad_enabled():
+            return
+        if id(chunk) in self._begun:
+            _refuse_mean("'mean' with two micro-batches before finalize_model_grads_func ended the step")
+        self._begun.add(id(chunk))
+
+    def end_step(self) -> None:
+        self._begun.clear()
+
+
+def _refuse_mean_of_parts() -> None:
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     try:
         parts = get_num_microbatches()
-    except AttributeError:  # the script has no calculator: it counts by itself
-        parts = 1
+    except AttributeError:  # it was never set up
+        _refuse_mean(
+            "'mean' where Megatron's init_num_microbatches_calculator has not said how many there are"
+        )
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     if parts * replicas > 1:
-        _refuse(
-            "normalization",
-            "'none' where several micro-batches or data-parallel ranks share a step's loss",
-            f"'mean' with {parts} micro-batches on {replicas} ranks",
-            "the mean over all of them is known only after the first has gone backward",
-        )
+        _refuse_mean(f"'mean' with {parts} micro-batches on {replicas} ranks")
+
+
+def _refuse_mean(got: str) -> None:
+    _refuse(
+        "normalization",
+        "'none' unless a step is known to be one micro-batch on one data-parallel rank",
+        got,
+        "the mean over all of them is known only after the first has gone backward",
+    )
 
 
 def _refuse(name: str, expected: str, got: str, reason: str) -> None:

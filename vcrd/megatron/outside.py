@@ -28,9 +28,10 @@ Verifier = Callable[..., tuple[Tensor, Tensor]]
 # The key of each argument of the loss in a micro-batch, [b, s] as its tokens are.
 STEPS_KEY = "vcrd_steps"
 SCORE_KEYS = ("vcrd_student_validity", "vcrd_teacher_validity")
+MASK_KEY = "loss_mask"  # Megatron's own
 
-# What a message says of a token when it could not be made: no step, and both models equally valid.
-_NO_STEP, _EQUAL = -1, int(torch.ones((), dtype=torch.float32).view(torch.int32))
+# What a message says of a token when it could not be made: no step, both models equally valid, and that it counts.
+_NO_STEP, _ONE = -1, int(torch.ones((), dtype=torch.float32).view(torch.int32))
 _HEADER = 2  # bytes of the sentence that says what went wrong, 0 if nothing; microseconds
 
 
@@ -39,7 +40,8 @@ class Outside:
 
     Fields are int steps and float scores [b, s], one per token, in what the data iterator yields: `STEPS_KEY` where the
     settings have `steps`, `SCORE_KEYS` where their validity is "scores". The steps of a sample are numbered by
-    themselves. With context parallelism each rank takes the positions that Megatron leaves it.
+    themselves. With context parallelism each rank takes the positions that Megatron leaves it. After `take_mask` the
+    loss mask, `MASK_KEY`, is such a field too, for scripts that do not give it to the model (`LossMask`).
 
     verifier: called on tensor rank 0 with CPU tensors (tokens, student_action, teacher_action), each int64 [b, s], and
     with the micro-batch as it was drawn where it has a parameter named `batch`; packed samples are one row, as Megatron
@@ -63,6 +65,7 @@ class Outside:
             )
         scores = settings.validity == "scores"
         self.keys = ((STEPS_KEY,) if settings.steps else ()) + (SCORE_KEYS if scores else ())
+        self.looks_for_mask = False  # whether `why_no_mask` is still to be asked
         self._verifier = verifier
         self._wants_batch = verifier is not None and "batch" in _parameters(verifier)
         self._tokens_of = tokens_of
@@ -89,7 +92,8 @@ class Outside:
     def watched(self, data_iterator: Any) -> Any:
         """The iterator to draw this call's micro-batch from. It hides the fields from the script."""
         self._drawn = []
-        if not self.used or self._layout.tensor_rank != 0 or data_iterator is None:
+        wanted = self.used or self.looks_for_mask
+        if not wanted or self._layout.tensor_rank != 0 or data_iterator is None:
             return data_iterator
         return self._watch(data_iterator)
 
@@ -105,8 +109,22 @@ class Outside:
                 batch = {key: value for key, value in batch.items() if key not in (STEPS_KEY, *SCORE_KEYS)}
             yield batch
 
+    def why_no_mask(self, shape: torch.Size) -> str:
+        """On tensor rank 0, of the micro-batch of labels [b, s]: why it has no loss mask, "" where it has one."""
+        try:
+            self._mask(shape)
+        except Exception as error:  # whatever it is, the other ranks wait for this one
+            return str(error)
+        return ""
+
+    def take_mask(self) -> None:
+        """From here on `arguments` brings the loss mask that rides in the micro-batch."""
+        self.keys += (MASK_KEY,)
+
     def arguments(self, labels: Tensor, loss_mask: Tensor | None) -> dict[str, Any]:
         """Arguments of `validity_calibrated_kl`, [s, b], for the micro-batch of this rank's labels [b, s].
+
+        After `take_mask` also `loss_mask`, float32 [b, s], unless the one that is given is not None.
 
         ValueError, on every tensor rank, for fields that are missing or wrong, here or in the micro-batch before.
         """
@@ -117,14 +135,15 @@ class Outside:
         if self.keys:
             count = len(self.keys) * labels.numel()
             sent = self._share(lambda: self._fields(labels.shape), count, ValueError, self._neutral(labels))
-            rows = list(sent.view(len(self.keys), *labels.shape).transpose(1, 2))
-            if STEPS_KEY in self.keys:
-                found["steps"] = rows.pop(0).long()
+            rows = dict(zip(self.keys, sent.view(len(self.keys), *labels.shape), strict=True))
+            if STEPS_KEY in rows:
+                found["steps"] = rows[STEPS_KEY].t().long()
                 found["steps_group"] = self._groups[1]
-            if rows:
-                found["student_validity"], found["teacher_validity"] = (
-                    row.contiguous().view(torch.float32) for row in rows
-                )
+            for key, name in zip(SCORE_KEYS, ("student_validity", "teacher_validity"), strict=True):
+                if key in rows:
+                    found[name] = rows[key].t().contiguous().view(torch.float32)
+            if MASK_KEY in rows and loss_mask is None:
+                found["loss_mask"] = loss_mask = rows[MASK_KEY].view(torch.float32)
         if self._verifier is not None:
             found["validity"] = lambda stats: self._verdicts(stats, labels, loss_mask)
         return found
@@ -188,35 +207,58 @@ class Outside:
         return message[_HEADER:]
 
     def _neutral(self, labels: Tensor) -> Tensor:
-        values = [_NO_STEP if key == STEPS_KEY else _EQUAL for key in self.keys]
+        values = [_NO_STEP if key == STEPS_KEY else _ONE for key in self.keys]
         return torch.tensor(values, dtype=torch.int32).repeat_interleave(labels.numel())
 
-    def _batch(self, shape: torch.Size) -> tuple[Any, Tensor, Tensor, Tensor]:
-        """What was drawn, its tokens [b, s], packed sequences' edges, and this rank's columns of the tokens."""
+    def _drawn_batch(self) -> Any:
         if len(self._drawn) != 1:
             raise ValueError(
                 "data_iterator: expected forward_step to draw one micro-batch from it per call on tensor rank 0 of "
                 f"the last stage, got {len(self._drawn)}"
             )
-        (batch,) = self._drawn
+        return self._drawn[0]
+
+    def _batch(self, shape: torch.Size) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """What was drawn, its tokens [b, s], packed sequences' edges, and this rank's columns of the tokens."""
+        batch = self._drawn_batch()
         tokens, edges = packed(batch, tokens_in(batch, self._tokens_of))
+        return batch, tokens, edges, self._columns("tokens", tokens, edges, shape)
+
+    def _columns(self, name: str, values: Tensor, edges: Tensor, shape: torch.Size) -> Tensor:
+        """This rank's columns of values [b, s] of the micro-batch; ValueError unless they fit labels of `shape`."""
         layout = self._layout
-        if (tokens.shape[0], tokens.shape[1]) != (shape[0], shape[1] * layout.context_size):
+        if (values.shape[0], values.shape[1]) != (shape[0], shape[1] * layout.context_size):
             raise ValueError(
-                f"tokens: expected {[shape[0], shape[1] * layout.context_size]} in the micro-batch, for the labels "
-                f"that the model was given, got {list(tokens.shape)}"
+                f"{name}: expected {[shape[0], shape[1] * layout.context_size]} in the micro-batch, for the labels "
+                f"that the model was given, got {list(values.shape)}"
             )
-        spans = context_rows(tokens.shape[1], layout.context_rank, layout.context_size, edges.tolist())
-        return batch, tokens, edges, torch.cat([torch.arange(span.start, span.stop) for span in spans])
+        spans = context_rows(values.shape[1], layout.context_rank, layout.context_size, edges.tolist())
+        return torch.cat([torch.arange(span.start, span.stop) for span in spans])
 
     def _fields(self, shape: torch.Size) -> tuple[Tensor, float]:
-        batch, tokens, edges, columns = self._batch(shape)
         rows = []
-        for key in self.keys:
+        own = [key for key in self.keys if key != MASK_KEY]
+        if own:
+            batch, tokens, edges, columns = self._batch(shape)
+        for key in own:
             value = _field(batch, key, tokens_in(batch, self._tokens_of).shape).reshape(tokens.shape)
             value = _numbered(value, edges) if key == STEPS_KEY else _score(key, value).view(torch.int32)
             rows.append(value[:, columns])
+        if MASK_KEY in self.keys:
+            rows.append(self._mask(shape).view(torch.int32))
         return torch.stack(rows), 0.0
+
+    def _mask(self, shape: torch.Size) -> Tensor:
+        """The loss mask of this rank's labels [b, s], float32. It needs no tokens, which a local teacher does not."""
+        batch = self._drawn_batch()
+        value = batch.get(MASK_KEY) if isinstance(batch, dict) else None
+        if not isinstance(value, Tensor) or value.dim() != 2:
+            found = f"the keys {sorted(map(str, batch))}" if isinstance(batch, dict) else type(batch).__name__
+            if value is not None:
+                found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{MASK_KEY}: expected a tensor [b, s] in the micro-batch, got {found}")
+        value, edges = packed(batch, value.detach().cpu().float())
+        return value[:, self._columns(MASK_KEY, value, edges, shape)].contiguous()
 
     def _judge(self, stats: DivergenceStats, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, float]:
         batch, tokens, _, columns = self._batch(labels.shape)

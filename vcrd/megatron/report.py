@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from vcrd.bad_rows import bad_rows
 from vcrd.loss import CalibratedLoss
 
+_log = logging.getLogger("vcrd")
 BINS = 40
 # Of the weights, each 2^(1/16) wide, from 2^-8 on: any floor, ceiling and normalisation, to 2.2 % either way.
 WEIGHT_BINS, _PER_OCTAVE, _LOWEST_OCTAVE = 256, 16, -8
@@ -24,6 +26,9 @@ _SUMS = (
     "agreement",
     "bad_rows",
 )
+# Micro-batches; the tokens of each that the mask keeps, and their squares, which tell whether the numbers are equal.
+_COUNTS = ("micro_batches", "kept", "kept_squared")
+_BEFORE_BINS = len(_SUMS) + len(_COUNTS)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,9 @@ class Figures:
     this rank stood still for answers. link_bytes: payload bytes that reached this rank. verifier_time: seconds that
     tensor rank 0 spent in the verifier, the same on each of its tensor ranks. bad_rows: tokens that were skipped, for
     their teacher was no distribution; in no other figure. weight_histogram: see `weight_quantile`.
+    micro_batches: how many there were, those of all ranks. micro_batch_tokens, micro_batch_deviation: mean and standard
+    deviation of the tokens that the mask keeps in each; the deviation is exactly 0 where they are equal.
+    unlike_mask: tokens of training that the mask keeps and loss_func gives no gradient, or the other way round.
     """
 
     tokens: int
@@ -51,6 +59,10 @@ class Figures:
     verifier_time: float = 0.0
     bad_rows: int = 0
     weight_histogram: tuple[int, ...] = ()
+    micro_batches: int = 0
+    micro_batch_tokens: float = 0.0
+    micro_batch_deviation: float = 0.0
+    unlike_mask: int = 0
 
     def weight_quantile(self, share: float) -> float:
         """The weight that this share of the tokens stays below, to 2.2 %, from a histogram of 16 bins per octave.
@@ -75,6 +87,14 @@ class Report:
         self._wait = 0.0
         self._bytes = 0
         self._verifier_time = 0.0
+        self._unlike: Tensor | None = None  # tokens, of those that went backward
+        self._to_warn_of: set[str] = set()
+
+    def warns(self, per_token: bool) -> None:
+        """From here on `take` warns, once each: where loss_func masks other tokens than the mask, and where
+        micro-batches hold different numbers of tokens and the loss is the mean of their means (`per_token` False).
+        """
+        self._to_warn_of = {"mask"} if per_token else {"mask", "counts"}
 
     @torch.no_grad()
     def add(self, out: CalibratedLoss, mask: Tensor | None) -> None:
@@ -102,9 +122,17 @@ class Report:
         bins = torch.zeros(BINS + WEIGHT_BINS, dtype=torch.float64, device=rho.device)
         bins.index_add_(0, slots.flatten(), kept)
         bins.index_add_(0, BINS + weight_slots.flatten(), kept)
-        sums = torch.cat([counted.flatten(1).sum(1, dtype=torch.float64), bins])
+        number = read.sum().double()
+        counts = torch.stack([torch.ones_like(number), number, number * number])
+        sums = torch.cat([counted.flatten(1).sum(1, dtype=torch.float64), counts, bins])
         self._last = sums
         self._step = sums if self._step is None else self._step + sums
+
+    @torch.no_grad()
+    def compare(self, mask: Tensor, gradient: Tensor) -> None:
+        """Counts the tokens of a micro-batch whose gradient of the loss [s, b] says otherwise than the mask [s, b]."""
+        unlike = ((gradient != 0) != (mask != 0)).sum()
+        self._unlike = unlike if self._unlike is None else self._unlike + unlike
 
     def last(self, name: str) -> Tensor:
         """[2] float32 on the device, of the last micro-batch: a figure's sum over tokens, and how many these are."""
@@ -135,23 +163,56 @@ class Report:
         of its ranks. Without it, the tokens of this rank. Only ranks of the last pipeline stage have any.
         """
         self.end_step()
-        size = len(_SUMS) + BINS + WEIGHT_BINS
-        sums = torch.zeros(size, dtype=torch.float64) if self._sums is None else self._sums
+        size = _BEFORE_BINS + BINS + WEIGHT_BINS + 1
+        sums = torch.zeros(size, dtype=torch.float64)
+        if self._sums is not None:
+            unlike = self._sums.new_zeros(()) if self._unlike is None else self._unlike
+            sums = torch.cat([self._sums, unlike.double()[None]])
         if group is not None:
             if "nccl" in dist.get_backend(group):
                 sums = sums.to(torch.device("cuda", torch.cuda.current_device()))
             dist.all_reduce(sums, group=group)
-        values = sums.tolist()
+        *values, unlike = sums.tolist()
         wait, received, verifier_time = self._wait, self._bytes, self._verifier_time
         self._sums, self._wait, self._bytes, self._verifier_time = None, 0.0, 0, 0.0
+        self._unlike = None
         tokens = values[0]
         means = {name: value / max(tokens, 1.0) for name, value in zip(_SUMS, values, strict=False)}
-        bins = tuple(int(value) for value in values[len(_SUMS) :])
-        return Figures(
+        micro_batches, kept, squares = (int(value) for value in values[len(_SUMS) : _BEFORE_BINS])
+        bins = tuple(int(value) for value in values[_BEFORE_BINS:])
+        figures = Figures(
             **{**means, "tokens": int(tokens), "bad_rows": int(values[_SUMS.index("bad_rows")])},
             validity_histogram=bins[:BINS],
             weight_histogram=bins[BINS:],
             teacher_wait=wait,
             link_bytes=received,
             verifier_time=verifier_time,
+            micro_batches=micro_batches,
+            micro_batch_tokens=kept / max(micro_batches, 1),
+            # Of integers, so that equal numbers give 0 and nothing else does.
+            micro_batch_deviation=(micro_batches * squares - kept * kept) ** 0.5 / max(micro_batches, 1),
+            unlike_mask=int(unlike),
         )
+        if group is None or dist.get_rank(group) == 0:
+            self._warn(figures)
+        return figures
+
+    def _warn(self, figures: Figures) -> None:
+        if "mask" in self._to_warn_of and figures.unlike_mask:
+            self._to_warn_of.discard("mask")
+            _log.warning(
+                "loss_mask: expected the tokens that count in loss_func, got others: for %d tokens the gradient of the "
+                "loss is 0 and the mask is not, or the other way round, beside %d that the mask keeps; vcrd's figures, "
+                "steps and normalization go by the mask: give the model the loss_mask that loss_func uses",
+                figures.unlike_mask,
+                round(figures.micro_batches * figures.micro_batch_tokens),
+            )
+        if "counts" in self._to_warn_of and figures.micro_batch_deviation:
+            self._to_warn_of.discard("counts")
+            _log.warning(
+                "the micro-batches hold different numbers of tokens that count (%.6g on average, standard deviation "
+                "%.3g): Megatron averages over each of them first, so loss and gradient depend on the micro-batch size; "
+                "--calculate-per-token-loss gives all tokens of a step the same weight",
+                figures.micro_batch_tokens,
+                figures.micro_batch_deviation,
+            )
