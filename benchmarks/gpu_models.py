@@ -136,7 +136,8 @@ class Batch:
 def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable]:
     """As in any Megatron script: draw a batch, call the model, say how its losses become one."""
     batch = next(data_iterator)
-    losses = model(batch.tokens, batch.positions, None, labels=batch.labels)
+    every = torch.ones_like(batch.labels)
+    losses = model(batch.tokens, batch.positions, None, labels=batch.labels, loss_mask=every)
     return losses, lambda losses: (losses.sum(), torch.tensor(losses.numel(), dtype=torch.int), {})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -97,7 +97,8 @@ def step(
     micro_batches: int = 1,
     steps: int = 1,
     data: list[dict[str, Tensor]] | None = None,
-    seen: Callable[[list[dict[str, Tensor]]], list[dict[str, Tensor]]] = lambda found: found,
+    seen: Callable[[list[dict[str, Tensor]]], Iterable[dict[str, Tensor]]] = lambda found: found,
+    measured_first: bool = False,
     **config: Any,
 ) -> SimpleNamespace:
     """Steps through Megatron's schedule with a teacher in the same ranks. seen: changes what is drawn here."""
@@ -120,6 +121,9 @@ def step(
     error = figures = None
     with warnings() as said:
         try:
+            if measured_first:
+                with plug.measure():
+                    plug(iter([drawn(data[0], place)]), wrapped)
             for _ in range(steps):
                 wrapped.zero_grad_buffer()
                 get_forward_backward_func()(

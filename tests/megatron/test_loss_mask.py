@@ -211,6 +211,7 @@ def numbers_of_tokens() -> dict[str, SimpleNamespace]:
     return {
         "even": mask_jobs.step(plain, "model", 2, 2, data=even),
         "uneven": mask_jobs.step(plain, "model", 2, 2, data=uneven),
+        "measured": mask_jobs.step(plain, "model", 2, 2, data=uneven, measured_first=True),
         "per token": mask_jobs.step(plain, "model", 2, 2, data=uneven, calculate_per_token_loss=True),
     }
 
@@ -218,12 +219,13 @@ def numbers_of_tokens() -> dict[str, SimpleNamespace]:
 def test_micro_batches_of_different_numbers_of_tokens_are_said_once():
     ((found,),) = run_worlds(World(numbers_of_tokens))
     assert found["even"].warnings == [] and found["per token"].warnings == []
-    (said,) = found["uneven"].warnings
+    (said,), (again,) = found["uneven"].warnings, found["measured"].warnings
+    assert again.startswith(said.split(" (")[0])
     assert said.startswith(
         "the micro-batches hold different numbers of tokens that count (14 on average, standard"
     )
     assert "--calculate-per-token-loss" in said
-    assert [found[name].figures.micro_batches for name in found] == [4, 4, 4]
+    assert [found[name].figures.micro_batches for name in found] == [4, 4, 4, 4]
     assert found["even"].figures.micro_batch_deviation == 0
 
 
@@ -244,7 +246,7 @@ def test_data_ranks_of_different_numbers_of_tokens_are_said_on_one_of_them():
 
 def test_a_deviation_is_exact_for_many_micro_batches_and_a_warning_comes_once():
     report = Report()
-    report.warns(per_token=False)
+    report.per_token_loss = False
     field = torch.ones(2**15 + 1, 1)
     stats = SimpleNamespace(
         divergence=field,

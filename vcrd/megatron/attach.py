@@ -217,10 +217,10 @@ class Distillation:
                     chunk, self._layout.tensor_group, self.settings.fused_head_recompute
                 )
             self._attached = Attachment(chunk, self._loss)
-            if self._layout.tensor_rank == 0 and not self._measuring:
-                self.report.warns(bool(getattr(chunk.config, "calculate_per_token_loss", False)))
         elif self._attached.chunk is not chunk:
             raise ValueError("model: expected the model that was distilled before, got another one")
+        if self._layout.tensor_rank == 0 and not self._measuring:
+            self.report.per_token_loss = bool(getattr(chunk.config, "calculate_per_token_loss", False))
         self._teacher.connect(self._layout)
         return self._attached
 

@@ -196,7 +196,7 @@ class Outside:
             dist.broadcast(message, dist.get_global_rank(group, 0), group=group)
             known = message
         self._sent += 1
-        late = _Late(message, error, cause)
+        late = _Late(known, error, cause)  # without other ranks the host knows, and need not ask the device
         # Where a dataset lacks a field it does so from the start: that is waited for, and nothing after it.
         if self._defers and neutral is not None and group is not None and self._sent > 1:
             self._late = late

@@ -88,13 +88,10 @@ class Report:
         self._bytes = 0
         self._verifier_time = 0.0
         self._unlike: Tensor | None = None  # tokens, of those that went backward
-        self._to_warn_of: set[str] = set()
-
-    def warns(self, per_token: bool) -> None:
-        """From here on `take` warns, once each: where loss_func masks other tokens than the mask, and where
-        micro-batches hold different numbers of tokens and the loss is the mean of their means (`per_token` False).
-        """
-        self._to_warn_of = {"mask"} if per_token else {"mask", "counts"}
+        # `take` warns, once each, where loss_func keeps other tokens than the mask and, without
+        # calculate_per_token_loss, where the numbers of tokens differ. None: it never warns.
+        self.per_token_loss: bool | None = None
+        self._warned_of: set[str] = set()
 
     @torch.no_grad()
     def add(self, out: CalibratedLoss, mask: Tensor | None) -> None:
@@ -198,8 +195,10 @@ class Report:
         return figures
 
     def _warn(self, figures: Figures) -> None:
-        if "mask" in self._to_warn_of and figures.unlike_mask:
-            self._to_warn_of.discard("mask")
+        if self.per_token_loss is None:
+            return
+        if figures.unlike_mask and "mask" not in self._warned_of:
+            self._warned_of.add("mask")
             _log.warning(
                 "loss_mask: expected the tokens that count in loss_func, got others: for %d tokens the gradient of the "
                 "loss is 0 and the mask is not, or the other way round, beside %d that the mask keeps; vcrd's figures, "
@@ -207,12 +206,12 @@ class Report:
                 figures.unlike_mask,
                 round(figures.micro_batches * figures.micro_batch_tokens),
             )
-        if "counts" in self._to_warn_of and figures.micro_batch_deviation:
-            self._to_warn_of.discard("counts")
+        if figures.micro_batch_deviation and not self.per_token_loss and "counts" not in self._warned_of:
+            self._warned_of.add("counts")
             _log.warning(
                 "the micro-batches hold different numbers of tokens that count (%.6g on average, standard deviation "
-                "%.3g): Megatron averages over each of them first, so loss and gradient depend on the micro-batch size; "
-                "--calculate-per-token-loss gives all tokens of a step the same weight",
+                "%.3g): Megatron averages over each of them first, so loss and gradient depend on the micro-batch "
+                "size; --calculate-per-token-loss gives all tokens of a step the same weight",
                 figures.micro_batch_tokens,
                 figures.micro_batch_deviation,
             )
