@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -70,7 +71,7 @@ def test_a_mask_that_the_script_alone_knows_is_said_at_once_and_what_needs_it_is
         torch.testing.assert_close(run.norm / scale, truth.norm / scale, atol=2e-4, rtol=0)
         first, second = run.warnings
         assert first.startswith(
-            "loss_mask: the model is given none, the micro-batch has none (loss_mask: expected a "
+            "loss_mask: the model is given none, the micro-batch has none (loss_mask: expected in "
         )
         assert "got the keys ['labels', 'tokens', 'vcrd_steps']" in first
         assert "the settings steps and normalization 'mean' are refused" in first
@@ -155,7 +156,11 @@ def masks_that_go_or_differ() -> dict[str, SimpleNamespace]:
             plain, "batch", 2, data=data, seen=lambda batches: batches[:1] + without_masks(batches[1:])
         ),
         "differs": mask_jobs.step(plain, "batch", 2, data=data, seen=lambda _: other),
+        "no dict": mask_jobs.step(plain, "batch", 2, data=data, seen=lambda found: map(UserDict, found)),
     }
+    flat = [{**batch, "loss_mask": batch["loss_mask"].flatten()} for batch in data]
+    found["flat in the model"] = mask_jobs.step(plain, "model", 2, data=flat)
+    found["flat in the batch"] = mask_jobs.step(plain, "batch", 2, data=data, seen=lambda _: flat)
     with patch.object(mask_jobs, "forward_step_of", given_once):
         found["goes from the model"] = mask_jobs.step(plain, "batch", 2, data=data)
     return found
@@ -167,8 +172,11 @@ def test_a_mask_that_goes_is_refused_and_another_than_the_losses_is_said():
         "loss_mask: expected one with every micro-batch, as with the first, got None"
     )
     assert found["goes from the batch"].error == (
-        "loss_mask: expected a tensor [b, s] in the micro-batch, got the keys ['labels', 'tokens']"
+        "loss_mask: expected in the micro-batch, got the keys ['labels', 'tokens']"
     )
+    assert found["no dict"].error is None and found["no dict"].figures.tokens == 14 + 5
+    assert found["flat in the model"].error == "loss_mask: expected the labels' shape [2, 12], got [24]"
+    assert "expected a tensor [b, s] in the micro-batch, got [24])" in found["flat in the batch"].warnings[0]
     assert found["differs"].error is None and found["differs"].figures.unlike_mask == 48
     said = [text for text in found["differs"].warnings if text.startswith("loss_mask: ")]
     assert len(said) == 1 and "for 48 tokens the gradient of the loss is 0" in said[0]

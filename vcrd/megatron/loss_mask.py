@@ -43,12 +43,17 @@ class LossMask:
         given: the model's own argument. Collectives, with the first micro-batch alone: one all-reduce of 4 int32 over
         the tensor-parallel ranks, and one over the data- and context-parallel ranks.
 
-        ValueError, on every rank of the last stage alike, where some ranks have a mask and others have none, and where
-        none is found and the settings need one; and where the model got one before and gets none now.
+        ValueError for another shape, and where the model got one before and gets none now. On every rank of the last
+        stage alike, where some ranks have a mask and others have none, and where the settings need one and none is
+        found.
         """
         if self._in_model is None:
             self._find(layout, labels, given)
         if given is not None:
+            if given.shape != labels.shape:
+                raise ValueError(
+                    f"loss_mask: expected the labels' shape {list(labels.shape)}, got {list(given.shape)}"
+                )
             return given
         if self._in_model:
             raise ValueError("loss_mask: expected one with every micro-batch, as with the first, got None")

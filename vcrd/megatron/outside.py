@@ -251,12 +251,14 @@ class Outside:
     def _mask(self, shape: torch.Size) -> Tensor:
         """The loss mask of this rank's labels [b, s], float32. It needs no tokens, which a local teacher does not."""
         batch = self._drawn_batch()
-        value = batch.get(MASK_KEY) if isinstance(batch, dict) else None
-        if not isinstance(value, Tensor) or value.dim() != 2:
+        try:
+            value = batch[MASK_KEY]
+        except (KeyError, TypeError, IndexError):
             found = f"the keys {sorted(map(str, batch))}" if isinstance(batch, dict) else type(batch).__name__
-            if value is not None:
-                found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{MASK_KEY}: expected a tensor [b, s] in the micro-batch, got {found}")
+            raise ValueError(f"{MASK_KEY}: expected in the micro-batch, got {found}") from None
+        if not isinstance(value, Tensor) or value.dim() != 2:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{MASK_KEY}: expected a tensor [b, s] in the micro-batch, got {got}")
         value, edges = packed(batch, value.detach().cpu().float())
         return value[:, self._columns(MASK_KEY, value, edges, shape)].contiguous()
 
