@@ -5,7 +5,7 @@ Knows nothing of losses or of Megatron: integer tokens in, logits out.
 
 from .answers import Hidden, TopK
 from .errors import HandshakeRefused, LinkError, StudentLost, TeacherLost
-from .facts import Head
+from .facts import Head, Tokenizer
 from .intake import Request
 from .plan import Piece, Place, Shard, Span, context_rows, overlaps, replica_of, students_of, vocab_shards
 from .rendezvous import Rendezvous, host_rendezvous
@@ -30,6 +30,7 @@ __all__ = [
     "StudentLost",
     "TeacherLink",
     "TeacherLost",
+    "Tokenizer",
     "TopK",
     "context_rows",
     "host_rendezvous",

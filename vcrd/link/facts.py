@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -10,7 +11,7 @@ from . import header as headers
 from .errors import HandshakeRefused
 from .payload import STATE_DTYPES, Payload, payload_named
 from .plan import Place, Shard, places, replica_of, students_of, vocab_shards
-from .settings import TRANSPORTS, LinkSettings
+from .settings import IDENTITIES, TRANSPORTS, LinkSettings
 from .wire import versions_differ
 
 _EQUAL = ("vocab_size", "sequence_length", "payload", "max_tokens")
@@ -18,6 +19,8 @@ _EQUAL = ("vocab_size", "sequence_length", "payload", "max_tokens")
 _MOST_COLUMNS = (1 << 31) - 1  # tokens travel as int32
 _MOST_RANKS = 1 << 16
 _LARGEST_STATE = 1 << 16
+LONGEST_NAME = 200  # characters of a tokenizer's type, or of a checkpoint's name
+_DIGEST = re.compile(r"[0-9a-f]{0,64}")
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,36 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Tokenizer:
+    """Which tokenizer made a job's tokens. kind: its type, up to 200 characters. size: its tokens. digest: of its
+    vocabulary, 64 hexadecimal digits, equal where every id stands for the same token; "" where it has none, as
+    Megatron's NullTokenizer. ValueError for anything else."""
+
+    kind: str
+    size: int
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, str) or not 0 < len(self.kind) <= LONGEST_NAME:
+            raise ValueError(f"kind must be a text of 1 to {LONGEST_NAME} characters, got {self.kind!r:.300}")
+        if type(self.size) is not int or not 0 <= self.size <= _MOST_COLUMNS:
+            raise ValueError(f"size must be an integer from 0 to {_MOST_COLUMNS}, got {self.size!r:.300}")
+        _check_digest("digest", self.digest)
+
+    def __str__(self) -> str:
+        vocabulary = f"vocabulary {self.digest[:12]}" if self.digest else "no vocabulary"
+        return f"{self.kind} of {self.size} tokens ({vocabulary})"
+
+
+@dataclass(frozen=True)
 class Facts:
     """One side's statement. vocab_size .. max_tokens must be equal on both sides.
 
     top_k: with the payload "topk", else 0. copies: the student's data-parallel size, or the teacher's replicas.
     context_size: 1 from the teacher. credits: 0 from the teacher. head: from the teacher, with "hidden" only.
     transport: its setting. nccl: the version of NCCL, 22809 for 2.28.9, over which its tensors could travel; 0 if none.
+    tokenizer: None if not known. weights: from the teacher, the digest of its weights, hexadecimal; "" if not known.
+    checkpoint: from the teacher, what people call these weights. identity: from the student, its setting.
     """
 
     vocab_size: int
@@ -66,6 +93,10 @@ class Facts:
     head: Head | None = None
     transport: str = "auto"
     nccl: int = 0
+    tokenizer: Tokenizer | None = None
+    weights: str = ""
+    checkpoint: str = ""
+    identity: str = "check"
     protocol: int = field(default_factory=lambda: headers.PROTOCOL)
 
     @classmethod
@@ -102,6 +133,11 @@ class Facts:
         """The student's ranks that a teacher replica serves; from the student's facts."""
         return places(students_of(replica, self.copies, replicas), self.context_size, self.tensor_size)
 
+    @property
+    def named_weights(self) -> str:
+        """The teacher's weights, as a sentence names them."""
+        return f"{self.weights} ({self.checkpoint})" if self.checkpoint else self.weights
+
     def plain(self) -> dict:
         """As JSON holds it."""
         return asdict(self)
@@ -120,21 +156,24 @@ def read(values: Any, whose: str) -> Facts:
     try:
         if values.keys() != {each.name for each in fields(Facts)} or not isinstance(values["payload"], str):
             raise ValueError
-        if values["transport"] not in TRANSPORTS:
+        if values["transport"] not in TRANSPORTS or values["identity"] not in IDENTITIES:
             raise ValueError
         head = None if values["head"] is None else Head(**values["head"])
-        facts = Facts(**{**values, "head": head})
+        tokenizer = None if values["tokenizer"] is None else Tokenizer(**values["tokenizer"])
+        facts = Facts(**{**values, "head": head, "tokenizer": tokenizer})
         _check_numbers(facts)
+        _check_identity(facts)
     except (TypeError, ValueError):
         reason = f"the {whose}'s facts are not those of protocol {headers.PROTOCOL}"
         raise HandshakeRefused(f"the link is refused: {reason}") from None
     return facts
 
 
-def refusal(student: Facts, teacher: Facts, replicas: int) -> str | None:
+def refusal(student: Facts, teacher: Facts, replicas: int, first: Facts | None = None) -> str | None:
     """Why these two may not be linked, in one sentence that reads the same on both sides; None if they may.
 
-    replicas: the number that the first replica to come announced.
+    replicas: the number that the first replica to come announced. first: the facts of the first teacher that this run
+    had, whose weights are compared; None for none.
     """
     if student.protocol != teacher.protocol:
         return _sentence([versions_differ(student.protocol, teacher.protocol)])
@@ -158,7 +197,54 @@ def refusal(student: Facts, teacher: Facts, replicas: int) -> str | None:
     if (teacher.payload == "hidden") != (teacher.head is not None):
         states = "no" if teacher.head is None else "an"
         reasons.append(f"the teacher states {states} output layer with the payload {teacher.payload!r}")
+    if student.identity != "warn":
+        reasons += [
+            f"{each}; identity 'warn' would let it in" for each in _differences(student, teacher, first)
+        ]
+    if student.identity == "insist":
+        reasons += _unstated(student, teacher)
     return _sentence(reasons) if reasons else None
+
+
+def doubts(student: Facts, teacher: Facts, first: Facts | None = None) -> list[str]:
+    """What people should know of two that may be linked. first: as for `refusal`."""
+    said = _differences(student, teacher, first) if student.identity == "warn" else []
+    mine, theirs = student.tokenizer, teacher.tokenizer
+    known = mine and theirs and mine.digest and theirs.digest
+    if mine and theirs and not known and (mine.kind, mine.size) != (theirs.kind, theirs.size):
+        said.append(
+            f"tokenizer is {mine} for the student and {theirs} for the teacher: these cannot be compared"
+        )
+    if first is not None and first.weights and not teacher.weights:
+        said.append(f"this teacher's weights are not known, the first of this run has {first.named_weights}")
+    return said
+
+
+def _differences(student: Facts, teacher: Facts, first: Facts | None) -> list[str]:
+    """Digests that say that an id stands for different tokens, or that a teacher has other weights than before."""
+    found = []
+    mine, theirs = student.tokenizer, teacher.tokenizer
+    if mine and theirs and mine.digest and theirs.digest and mine.digest != theirs.digest:
+        found.append(
+            f"tokenizer is {mine} for the student and {theirs} for the teacher, which give other tokens to the same ids"
+        )
+    if first is not None and first.weights and teacher.weights and teacher.weights != first.weights:
+        found.append(
+            f"this teacher has the weights {teacher.named_weights}, the first of this run {first.named_weights}"
+        )
+    return found
+
+
+def _unstated(student: Facts, teacher: Facts) -> list[str]:
+    """What identity "insist" asks for and a side does not state."""
+    reasons = [
+        f"identity is 'insist', and the {whose} states no tokenizer with a vocabulary"
+        for whose, facts in (("student", student), ("teacher", teacher))
+        if facts.tokenizer is None or not facts.tokenizer.digest
+    ]
+    if not teacher.weights:
+        reasons.append("identity is 'insist', and the teacher states no digest of its weights")
+    return reasons
 
 
 def transport_of(student: Facts, teacher: Facts, missing: str = "") -> tuple[str, str]:
@@ -202,9 +288,7 @@ def _check_numbers(facts: Facts) -> None:
     """ValueError for what is no count, or so large that to walk through it would take for ever."""
     for each in fields(facts):
         value = getattr(facts, each.name)
-        if each.name not in ("payload", "head", "transport") and (
-            type(value) is not int or not 0 <= value < 1 << 48
-        ):
+        if each.type == "int" and (type(value) is not int or not 0 <= value < 1 << 48):
             raise ValueError(f"{each.name} must be an integer of at least 0, got {value!r}")
     if facts.padded_vocab_size > _MOST_COLUMNS:
         raise ValueError(f"padded_vocab_size must be at most {_MOST_COLUMNS}, got {facts.padded_vocab_size}")
@@ -213,8 +297,23 @@ def _check_numbers(facts: Facts) -> None:
         raise ValueError(f"a side must have at most {_MOST_RANKS} ranks, got {' x '.join(map(str, sizes))}")
 
 
+def _check_identity(facts: Facts) -> None:
+    """ValueError for what is no digest, or no name."""
+    _check_digest("weights", facts.weights)
+    if not isinstance(facts.checkpoint, str) or len(facts.checkpoint) > LONGEST_NAME:
+        raise ValueError(
+            f"checkpoint must be a text of at most {LONGEST_NAME} characters, got {facts.checkpoint!r:.300}"
+        )
+
+
+def _check_digest(name: str, digest: Any) -> None:
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise ValueError(f"{name} must be at most 64 hexadecimal digits, got {digest!r:.300}")
+
+
 def _check_layout(facts: Facts) -> None:
     _check_numbers(facts)
+    _check_identity(facts)
     for name in ("sequence_length", "tensor_size", "copies", "context_size"):
         if getattr(facts, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(facts, name)}")

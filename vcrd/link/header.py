@@ -8,7 +8,7 @@ from enum import IntEnum
 
 from .errors import LinkError
 
-PROTOCOL = 3
+PROTOCOL = 4
 MAGIC = b"vcrdlink"
 _FORMAT = struct.Struct("<8sII8q")
 BYTES = _FORMAT.size

@@ -6,7 +6,8 @@ that outlives it, and a process may die in the middle of anything. Roles:
 - "student": a rank of the student's last stage registers its facts and where it listens; it asks again until all ranks
   of its data rank are known, and again while it waits for a teacher, to hear of a refusal.
 - "teacher": the first rank of a teacher replica states its facts; once the students are complete it gets theirs, every
-  address it has to dial, and an epoch of its own, larger than any before.
+  address it has to dial, and an epoch of its own, larger than any before. Every replica and every one that comes back
+  passes here, so here its weights are compared with those of the run's first teacher.
 """
 
 from __future__ import annotations
@@ -95,6 +96,8 @@ class _Run:
         self._students: dict[Place, Address] = {}
         self._replicas = 0  # 0 until the first of them has got an epoch
         self._epochs: dict[int, int] = {}
+        self._first: Facts | None = None  # of the first teacher that got an epoch, and stated its weights
+        self._said: set[str] = set()  # doubts that were named
         # By replica: how many it said there are, and why it may not join.
         self._refusals: dict[int, tuple[int, str]] = {}
 
@@ -135,7 +138,7 @@ class _Run:
             return self._turned_away(replica, replicas, reason)
         if self._facts is None:
             return _WAITING
-        if reason := stated.refusal(self._facts, facts, replicas):
+        if reason := stated.refusal(self._facts, facts, replicas, self._first):
             return self._turned_away(replica, replicas, reason)
         self._refusals.pop(replica, None)
         wanted = self._facts.places(replica, replicas)
@@ -143,8 +146,17 @@ class _Run:
             return _WAITING
         self._replicas = replicas
         self._epochs[replica] = self._epochs.get(replica, 0) + 1
+        doubts = [
+            doubt for doubt in stated.doubts(self._facts, facts, self._first) if doubt not in self._said
+        ]
+        for doubt in doubts:
+            _log.warning("teacher replica %d: %s", replica, doubt)
+        self._said.update(doubts)
+        if self._first is None and facts.weights:
+            self._first = facts
         return {
             "state": "ready",
+            "doubts": doubts,
             "epoch": self._epochs[replica],
             "facts": self._facts.plain(),
             "addresses": [self._students[place] for place in wanted],
@@ -174,6 +186,9 @@ def ask(settings: LinkSettings, hello: dict) -> Reply:
         for host, port in [*reply.get("addresses", ()), *([reply["asker"]] if "asker" in reply else ())]:
             if not isinstance(host, str) or type(port) is not int:
                 raise ValueError
+        doubts = reply.get("doubts", [])
+        if not isinstance(doubts, list) or not all(isinstance(doubt, str) for doubt in doubts):
+            raise ValueError
         if reply["state"] not in ("waiting", "ready"):
             raise ValueError
     except UNREADABLE:

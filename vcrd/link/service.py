@@ -141,6 +141,9 @@ def join(
             knocking.give_up()
             raise
         student = stated.read(found["facts"], "student")
+        if crew.leads:
+            for doubt in found.get("doubts", []):  # the student's log has it too
+                _log.warning("teacher replica %d: %s", replica, doubt)
         service = Service(student, facts, student.places(replica, facts.copies), tensor_rank)
         if crew.leads:
             service.intake = Intake(student, knocking.connections)

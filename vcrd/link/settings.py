@@ -10,6 +10,7 @@ from . import meeting
 from .payload import payload_named
 
 TRANSPORTS = ("auto", "nccl", "tcp", "fake")
+IDENTITIES = ("check", "insist", "warn")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class LinkSettings:
     name: name of the run; two links at one address need two names.
     max_tokens: tokens in the largest micro-batch, b times s; a header that says more is refused before
         anything is allocated.
+    identity: what becomes of a teacher whose tokenizer gives other tokens to the same ids than the student's, or whose
+        weights are not those of the run's first teacher: one that comes back, or another replica. "check": it is
+        refused. "insist": also one where either cannot be compared, because a job does not state it. "warn": it is let
+        in, with a warning. The student's setting counts.
     secret: when set, only who knows it can join. secret_file: where to read it from; its owner alone should be
         able to.
     """
@@ -64,6 +69,7 @@ class LinkSettings:
     rejoin_timeout: float = 600.0
     name: str = "vcrd"
     max_tokens: int = 1 << 20
+    identity: str = "check"
     secret: str = field(default="", repr=False)
     secret_file: str | PathLike | None = None
 
@@ -73,6 +79,8 @@ class LinkSettings:
         payload_named(self.payload)
         if self.transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
+        if self.identity not in IDENTITIES:
+            raise ValueError(f"identity must be one of {', '.join(IDENTITIES)}, got {self.identity!r}")
         for name in ("credits", "max_tokens", "top_k", "sockets", "nccl_max_ctas"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -105,7 +113,7 @@ class LinkSettings:
 
 def _check_texts(settings: LinkSettings) -> None:
     optional = {"interface": str, "secret_file": (str, PathLike)}
-    texts = dict.fromkeys(("address", "payload", "transport", "name", "secret"), str)
+    texts = dict.fromkeys(("address", "payload", "transport", "name", "identity", "secret"), str)
     for name, kind in {**texts, **optional}.items():
         value = getattr(settings, name)
         if not isinstance(value, kind) and not (name in optional and value is None):

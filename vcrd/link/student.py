@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .answers import Hidden, TopK
 from .errors import HandshakeRefused, LinkError, TeacherLost
-from .facts import Facts, served_by
+from .facts import Facts, Tokenizer, served_by
 from .header import Header, Kind
 from .inbox import Inbox
 from .membership import Membership
@@ -86,13 +86,15 @@ class StudentLink:
         context_rank: int = 0,
         context_size: int = 1,
         device: torch.device | str = "cpu",
+        tokenizer: Tokenizer | None = None,
     ) -> StudentLink:
         """Joins the teacher; every rank of the student's last pipeline stage calls it, and blocks until it is
         there. Rank 0 of the student's world has called `host_rendezvous` before, or is about to.
 
         vocab_size: true columns. padded_vocab_size: the student's, divided evenly over tensor_size.
         sequence_length: the longest that will be asked for, before any split over context_size. data_rank: without
-        context parallelism. device: where `receive` puts its result. Raises TeacherLost or LinkError after
+        context parallelism. device: where `receive` puts its result. tokenizer: whose ids are asked for, the same on
+        every rank; None if not known. Raises TeacherLost or LinkError after
         `connect_timeout`, HandshakeRefused when the jobs do not fit.
         """
         for name, rank, size in (
@@ -118,6 +120,8 @@ class StudentLink:
             context_size=context_size,
             credits=settings.credits,
             nccl=endpoint.nccl_version,
+            tokenizer=tokenizer,
+            identity=settings.identity,
         )
         link = cls(settings, facts, place, endpoint)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import struct
 import time
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .crew import KEEPALIVE, Crew, Outcome, outcome_of
 from .errors import LinkError, StudentLost
-from .facts import Facts, Head
+from .facts import Facts, Head, Tokenizer
 from .header import Header, Kind
 from .intake import Request
 from .payload import STATE_DTYPES, encode, payload_named, row_max
@@ -28,6 +29,7 @@ from .transport import Endpoint, Outgoing
 
 _log = logging.getLogger("vcrd")
 _PARTING = 10.0  # seconds that close() gives the goodbyes
+_WEIGHTS = 1 << 62  # the modulus of what stands for the weights: a share fits into int64
 _IDLE, _BATCH, _DONE = range(3)  # what rank 0 says to the others
 
 
@@ -86,6 +88,9 @@ class TeacherLink:
         head: Head | None = None,
         head_weight: Tensor | None = None,
         device: torch.device | str | None = None,
+        tokenizer: Tokenizer | None = None,
+        weights: int | None = None,
+        checkpoint: str = "",
     ) -> TeacherLink:
         """Joins the student job; every rank of the replica calls it, and blocks until the students are there.
 
@@ -94,7 +99,10 @@ class TeacherLink:
         the requests. tensor_group: the tensor-parallel group, for the row maximum and the top k; None when
         tensor_size is 1. head, head_weight: with the payload "hidden", on the last stage: what the output layer is,
         and this rank's rows of it, [padded_vocab_size / tensor_size, head.size]. device: where `respond`'s outputs lie;
-        None: the current GPU, or the CPU where torch finds none.
+        None: the current GPU, or the CPU where torch finds none. tokenizer: that the model was trained with, None if
+        not known. weights: this rank's share of a number that stands for the replica's weights, from 0 to 2^62 - 1: the
+        shares of its ranks are added modulo 2^62; None if not known. checkpoint: what people call these weights. Of
+        tokenizer and checkpoint rank 0's count.
 
         Raises, on every rank alike, StudentLost or LinkError after `connect_timeout`, HandshakeRefused
         when the jobs do not fit, ValueError when the replica's ranks contradict each other.
@@ -119,11 +127,14 @@ class TeacherLink:
             copies=replicas,
             head=head,
             nccl=endpoint.nccl_version,
+            tokenizer=tokenizer,
+            checkpoint=checkpoint,
         )
         if settings.payload == "hidden" and is_last_stage:
             head_weight = _checked_head(head, head_weight, padded_vocab_size // tensor_size)
         crew = Crew(group)
         facts = _agreed(crew, facts, replica, tensor_rank if is_last_stage else -1)
+        facts = _identified(crew, facts, weights)
         own = tensor_rank if is_last_stage else None
         link = cls(settings, facts, crew, endpoint, replica, own, tensor_group, head_weight)
         link._join("connect_timeout")
@@ -351,6 +362,18 @@ def _agreed(crew: Crew, facts: Facts, replica: int, sender: int) -> Facts:
     versions = {row[5] for row in rows if row[0] >= 0}
     nccl = versions.pop() if len(versions) == 1 else 0
     return replace(facts, head=_head_of(heads[0]), nccl=nccl)
+
+
+def _identified(crew: Crew, facts: Facts, weights: int | None) -> Facts:
+    """The facts on every rank with rank 0's tokenizer and checkpoint, and the digest of the replica's weights."""
+    own = {name: facts.plain()[name] for name in ("tokenizer", "checkpoint")}
+    found = json.loads(crew.share_text(json.dumps(own)))
+    tokenizer = None if found["tokenizer"] is None else Tokenizer(**found["tokenizer"])
+    shares = crew.gather([weights is not None, (weights or 0) % _WEIGHTS])
+    digest = (
+        f"{sum(share for _, share in shares) % _WEIGHTS:016x}" if all(known for known, _ in shares) else ""
+    )
+    return replace(facts, tokenizer=tokenizer, checkpoint=found["checkpoint"], weights=digest)
 
 
 def _head_numbers(head: Head | None) -> list[int]:

@@ -11,12 +11,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from vcrd.loss import CalibratedLoss, validity_calibrated_kl
 from vcrd.megatron.ahead import TokensOf
 from vcrd.megatron.clashes import MeanOfStep, refuse_clashes
 from vcrd.megatron.fused_head import FusedHead
+from vcrd.megatron.identity import tokenizer_of
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.linked import LinkedTeacher
 from vcrd.megatron.local import LocalTeacher, TeacherModel
@@ -27,6 +29,7 @@ from vcrd.megatron.report import Figures, Report
 from vcrd.megatron.rerun import running_again
 from vcrd.megatron.settings import DistillSettings
 from vcrd.megatron.step_end import StepEnd, raise_if_bad
+from vcrd.megatron.teacher_check import TeacherCheck
 from vcrd.megatron.watching import telemetry_of
 
 
@@ -49,6 +52,7 @@ def distill(
     tokens: TokensOf = "tokens",
     verifier: Verifier | None = None,
     teacher: TeacherModel | None = None,
+    tokenizer: Any = None,
 ) -> Distillation:
     """Turns a script's `forward_step(data_iterator, model, ...)` into one that distils from the linked teacher.
 
@@ -65,13 +69,15 @@ def distill(
     teacher: None for the linked one. Or a frozen Megatron model inside the student's own ranks: this rank's part, the
         list of its chunks where the student interleaves, or a function that returns either and is called at the first
         training step; see `LocalTeacher` for what it must have in common with the student and for how to build it.
+    tokenizer: that made the data, to be compared with the linked teacher's: Megatron's, Hugging Face's or a
+        `vcrd.link.Tokenizer`, the same on every rank. None: that of `megatron.training`, where it runs.
 
     Every rank calls it; the process group and Megatron's parallel state must exist by the first training step,
     where rank 0 opens the rendezvous and the ranks of the last stage wait for the teacher job. That step raises
     ValueError for what cannot be distilled, and LinkError when the teacher does not come or does not fit.
     """
     settings = DistillSettings.from_environment() if settings is None else settings
-    return Distillation(forward_step, settings, tokens, verifier, teacher)
+    return Distillation(forward_step, settings, tokens, verifier, teacher, tokenizer)
 
 
 class Distillation:
@@ -89,9 +95,13 @@ class Distillation:
         tokens_of: TokensOf,
         verifier: Verifier | None = None,
         teacher: TeacherModel | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self.settings = settings
-        self.report = Report()
+        self._check = TeacherCheck()
+        self._first_step_checked = False
+        self.report = Report(self._check)
+        self._tokenizer = tokenizer
         self._forward_step = forward_step
         # Whoever looks at the parameters, as Megatron-Bridge does before it passes its state, sees the script's own.
         self.__wrapped__ = forward_step
@@ -169,6 +179,10 @@ class Distillation:
         if self.settings.bad_rows == "stop":
             counts, self._bad_rows = self._bad_rows, []
             raise_if_bad(counts, 0 if self._layout is None else self._layout.data_rank)
+        if self._attached is not None and not self._first_step_checked:
+            self._first_step_checked = True
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            self._check.tell("in the first step", group)
         if not repeated:
             self._log.end_step(None if self._attached is None else self.report)
 
@@ -216,12 +230,15 @@ class Distillation:
                 self._fused_head = FusedHead(
                     chunk, self._layout.tensor_group, self.settings.fused_head_recompute
                 )
+            self._tokenizer = tokenizer_of(self._tokenizer)
+            sizes = (self.settings.vocab_size, self._tokenizer and self._tokenizer.size)
+            self._check.place(self._layout, [size for size in sizes if size], self._teacher)
             self._attached = Attachment(chunk, self._loss)
         elif self._attached.chunk is not chunk:
             raise ValueError("model: expected the model that was distilled before, got another one")
         if self._layout.tensor_rank == 0 and not self._measuring:
             self.report.per_token_loss = bool(getattr(chunk.config, "calculate_per_token_loss", False))
-        self._teacher.connect(self._layout)
+        self._teacher.connect(self._layout, self._tokenizer)
         return self._attached
 
     def _loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
@@ -250,6 +267,8 @@ class Distillation:
         self.report.add(out, mask)
         if out.loss.requires_grad:
             out.loss.register_hook(partial(self.report.compare, mask))
+        if not self._measuring:
+            self._check.add(out, mask, labels.transpose(0, 1))
         if self.settings.bad_rows == "stop" and not self._measuring and self._layout.tensor_rank == 0:
             self._bad_rows.append(self.report.last("bad_rows")[0])
         self.report.add_verifier(self._outside.take_seconds())

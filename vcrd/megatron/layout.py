@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from vcrd.link.facts import Tokenizer
 from vcrd.link.student import StudentLink
 from vcrd.megatron.settings import DistillSettings
 
@@ -67,7 +68,7 @@ class Layout:
             device=next((p.device for p in chunk.parameters()), torch.device("cpu")),
         )
 
-    def connect(self, settings: DistillSettings) -> StudentLink:
+    def connect(self, settings: DistillSettings, tokenizer: Tokenizer | None) -> StudentLink:
         """Joins the teacher's job as the student; blocks until it is there."""
         return StudentLink.connect(
             settings.link,
@@ -81,6 +82,7 @@ class Layout:
             context_rank=self.context_rank,
             context_size=self.context_size,
             device=self.device,
+            tokenizer=tokenizer,
         )
 
 

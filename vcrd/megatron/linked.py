@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import deque
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.link.answers import Hidden, TopK
+from vcrd.link.facts import Tokenizer
 from vcrd.link.rendezvous import Rendezvous, host_rendezvous
 from vcrd.link.student import StudentLink
 from vcrd.link.waits import Waits
@@ -21,6 +23,7 @@ from vcrd.megatron.rerun import AskAgain, keeps_micro_batches, running_again
 from vcrd.megatron.settings import DistillSettings
 from vcrd.teacher_forms import HiddenStates, TopKLogits
 
+_log = logging.getLogger("vcrd")
 TeacherForm = Tensor | TopKLogits | HiddenStates
 
 
@@ -71,11 +74,15 @@ class LinkedTeacher:
         if self._rendezvous is None and self._link is None and dist.get_rank() == 0:
             self._rendezvous = host_rendezvous(self._settings.link)
 
-    def connect(self, layout: Layout) -> None:
-        """Waits for the teacher's job, the first time."""
+    def connect(self, layout: Layout, tokenizer: Tokenizer | None) -> None:
+        """Waits for the teacher's job, the first time. tokenizer: of the student, to be compared with the teacher's."""
         if self._link is None:
+            if tokenizer is None and layout.asks and layout.data_rank == 0:
+                _log.warning(
+                    "tokenizer: not known in the student's job, so it is not compared: pass one to distill()"
+                )
             self._layout = layout
-            self._link = layout.connect(self._settings)
+            self._link = layout.connect(self._settings, tokenizer)
 
     def watched(self, data_iterator: Any) -> Any:
         """On the rank that asks: the iterator that looks ahead. Elsewhere the script's own.

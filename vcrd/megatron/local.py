@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vcrd.link.facts import Tokenizer
 from vcrd.link.waits import Waits
 from vcrd.megatron.fp8 import refuse_delayed_scaling, refuse_uneven_tokens
 from vcrd.megatron.layout import Layout, unwrap
@@ -93,7 +94,7 @@ class LocalTeacher:
     def host(self) -> None:
         """Nothing to open."""
 
-    def connect(self, layout: Layout) -> None:
+    def connect(self, layout: Layout, tokenizer: Tokenizer | None) -> None:
         """Nothing to wait for."""
 
     def watched(self, data_iterator: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vcrd.bad_rows import bad_rows
 from vcrd.loss import CalibratedLoss
+from vcrd.megatron.teacher_check import TeacherCheck
 
 _log = logging.getLogger("vcrd")
 BINS = 40
@@ -78,9 +79,13 @@ class Figures:
 
 
 class Report:
-    """Running sums on the device of the losses: adding a micro-batch never waits for the device."""
+    """Running sums on the device of the losses: adding a micro-batch never waits for the device.
 
-    def __init__(self) -> None:
+    check: tells with each `take` if the teacher's figures can only mean an error.
+    """
+
+    def __init__(self, check: TeacherCheck | None = None) -> None:
+        self._check = check
         self._sums: Tensor | None = None
         self._step: Tensor | None = None  # of the step under way
         self._last: Tensor | None = None  # of its last micro-batch
@@ -156,10 +161,12 @@ class Report:
     def take(self, group: dist.ProcessGroup | None = None) -> Figures:
         """Figures since the last call, and starts anew. Waits for the device.
 
-        group: ranks whose tokens are added, for example the data-parallel group: one all-reduce, on every one
+        group: ranks whose tokens are added, for example the data-parallel group: two all-reduces, on every one
         of its ranks. Without it, the tokens of this rank. Only ranks of the last pipeline stage have any.
         """
         self.end_step()
+        if self._check is not None:
+            self._check.tell("since the last report", group)
         size = _BEFORE_BINS + BINS + WEIGHT_BINS + 1
         sums = torch.zeros(size, dtype=torch.float64)
         if self._sums is not None:

@@ -10,13 +10,16 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from vcrd.link.errors import HandshakeRefused, StudentLost
+from vcrd.link.facts import LONGEST_NAME
 from vcrd.link.teacher import Request, TeacherLink
 from vcrd.megatron.fp8 import refuse_delayed_scaling, refuse_uneven_tokens
+from vcrd.megatron.identity import checkpoint_name, tokenizer_of, weights_of
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.output_layer import OutputLayer
 from vcrd.megatron.packing import PackedInputs
@@ -33,6 +36,8 @@ def serve(
     *,
     microbatches: int | None = None,
     stay: bool = False,
+    tokenizer: Any = None,
+    checkpoint: str | None = None,
 ) -> int:
     """Answers requests with the model's logits until every student has said goodbye; returns how many.
 
@@ -45,7 +50,13 @@ def serve(
         fewer are queued. Default: twice the pipeline's stages.
     stay: after a student job's goodbye, or its end without one, wait for the next, until none has come for
         `connect_timeout` seconds. Jobs that do not fit are turned away and do not end it.
+    tokenizer: that the model was trained with, to be compared with the student's: Megatron's, Hugging Face's or a
+        `vcrd.link.Tokenizer`. Default: that of `megatron.training`, where it runs.
+    checkpoint: what people call these weights, for messages. Default: the --load of `megatron.training`.
 
+    The student refuses a teacher whose vocabulary is another one, and one with other weights than the first teacher of
+    the run: after a restart, or in another replica (the setting `identity`). For that each rank reads its weights
+    once, before it joins.
     Every rank of the job calls it. Each data-parallel rank is a replica of its own. Tensor and pipeline
     parallelism of any size; the students' may differ. No logits are gathered: each rank sends its own columns.
     Raises LinkError, alike on every rank of a replica, when a student is lost or the jobs do not fit, and ValueError
@@ -65,13 +76,14 @@ def serve(
     output_layer = None
     if settings.link.payload == "hidden" and parallel_state.is_pipeline_last_stage():
         output_layer = OutputLayer(chunk, layout.tensor_group)
+    identity = _identity(chunk, layout, tokenizer, checkpoint)
     limit = microbatches or 2 * parallel_state.get_pipeline_model_parallel_world_size()
     served = 0
     training = chunk.training
     serving = Serving(telemetry_of(chunk, settings, "teacher"), layout.data_rank)
     chunk.eval()
     try:
-        for link in _links(settings, layout, output_layer, stay):
+        for link in _links(settings, layout, output_layer, identity, stay):
             try:
                 served += _serve_job(chunks[0], link, limit, output_layer, layout.device, serving)
             except StudentLost as error:
@@ -84,14 +96,34 @@ def serve(
         chunk.train(training)
 
 
+def _identity(
+    chunk: torch.nn.Module, layout: Layout, tokenizer: Any, checkpoint: str | None
+) -> dict[str, Any]:
+    """What this rank states of tokenizer and weights; what it does not know it says."""
+    found = tokenizer_of(tokenizer)
+    if found is None and dist.get_rank() == 0:
+        _log.warning("tokenizer: not known in the teacher's job, so it is not compared: pass one to serve()")
+    try:
+        weights = weights_of(chunk, layout.vocab_size)
+    except ValueError as error:
+        weights = None
+        _log.warning("a teacher that comes back with other weights will not be noticed: %s", error)
+    name = checkpoint_name() if checkpoint is None else checkpoint
+    return {"tokenizer": found, "weights": weights, "checkpoint": name[-LONGEST_NAME:]}
+
+
 def _links(
-    settings: DistillSettings, layout: Layout, output_layer: OutputLayer | None, stay: bool
+    settings: DistillSettings,
+    layout: Layout,
+    output_layer: OutputLayer | None,
+    identity: dict[str, Any],
+    stay: bool,
 ) -> Iterator[TeacherLink]:
     """One to each student job, of which there is one unless the teacher is to stay."""
     came = False
     while stay or not came:
         try:
-            link = _connect(settings, layout, output_layer)
+            link = _connect(settings, layout, output_layer, identity)
         except HandshakeRefused as error:
             if not stay:
                 raise
@@ -107,7 +139,9 @@ def _links(
         yield link
 
 
-def _connect(settings: DistillSettings, layout: Layout, output_layer: OutputLayer | None) -> TeacherLink:
+def _connect(
+    settings: DistillSettings, layout: Layout, output_layer: OutputLayer | None, identity: dict[str, Any]
+) -> TeacherLink:
     return TeacherLink.connect(
         settings.link,
         vocab_size=layout.vocab_size,
@@ -123,6 +157,7 @@ def _connect(settings: DistillSettings, layout: Layout, output_layer: OutputLaye
         head=output_layer.head if output_layer else None,
         head_weight=output_layer.weight if output_layer else None,
         device=layout.device,
+        **identity,
     )
 
 

@@ -1,0 +1,143 @@
+"""What a job states of itself when it joins the other: its tokenizer, and of a teacher also its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from vcrd.link.facts import LONGEST_NAME, Tokenizer
+from vcrd.megatron.metrics import megatron_globals
+
+_log = logging.getLogger("vcrd")
+_BLOCK = 1 << 22  # elements that are mixed at once: some 100 MB of int64 on the way
+_MODULUS = 1 << 62
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+# Odd, with well mixed bits: the constants of splitmix64, as signed numbers.
+_FACTORS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
+
+
+def tokenizer_of(tokenizer: Any = None) -> Tokenizer | None:
+    """What to state of a tokenizer: Megatron's, Hugging Face's, or any with a `vocab_size` and maybe a vocabulary.
+
+    tokenizer: None for that of `megatron.training`, where it runs and has built one. None if there is none either.
+    """
+    if tokenizer is None:
+        found = megatron_globals()
+        tokenizer = None if found is None else getattr(found, "_GLOBAL_TOKENIZER", None)
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    # Megatron's own classes hold one of a library's, whose name says more.
+    inner = getattr(tokenizer, "_tokenizer", None) if hasattr(tokenizer, "library") else None
+    kind = type(tokenizer if inner is None else inner).__name__.lstrip("_")[:LONGEST_NAME]
+    vocabulary = _vocabulary(tokenizer)
+    size = len(vocabulary) if vocabulary else getattr(tokenizer, "vocab_size", None)
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(
+            f"tokenizer: expected a tokenizer with a vocab_size or a vocabulary, got {type(tokenizer).__name__}"
+        )
+    digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest() if vocabulary else ""
+    return Tokenizer(kind, size, digest)
+
+
+def _vocabulary(tokenizer: Any) -> list[tuple[int, str]]:
+    """Ids and their tokens in the order of the ids; empty where the tokenizer has no such list."""
+    for name in ("get_vocab", "vocab", "inv_vocab"):
+        try:
+            found = getattr(tokenizer, name)
+            found = found() if callable(found) else found
+            if isinstance(found, (list, tuple)):
+                found = dict(enumerate(found))
+            # By id, or by token.
+            pairs = [(k, v) if isinstance(k, int) else (v, k) for k, v in found.items()]
+            return sorted((int(number), _text(token)) for number, token in pairs)
+        except Exception as error:  # Megatron's NullTokenizer raises, others do as they like
+            _log.debug("the tokenizer's %s does not say its vocabulary: %r", name, error)
+    return []
+
+
+def _text(token: Any) -> str:
+    return token.decode("latin-1") if isinstance(token, bytes) else str(token)
+
+
+def checkpoint_name() -> str:
+    """The folder that `megatron.training` loaded the model from; "" where it does not run."""
+    found = megatron_globals()
+    return "" if found is None else str(getattr(found.get_args(), "load", None) or "")
+
+
+def weights_of(chunk: torch.nn.Module, vocab_size: int) -> int:
+    """This rank's share of a number that stands for the model's weights: `TeacherLink.connect` adds the shares up.
+
+    The sum depends on every bit of every weight and on its place in the whole model, as the distributed checkpoint
+    counts it, and not on tensor or pipeline parallelism. Rows of the vocabulary from `vocab_size` on are padding and
+    not counted. Takes one pass over the weights and waits for the device once. ValueError for a model that has no
+    distributed checkpoint.
+    """
+    try:
+        parts = list(_sharded(chunk.sharded_state_dict()))
+    except Exception as error:  # whatever a model of somebody else's raises
+        raise ValueError(f"model: expected a sharded_state_dict, got {error!r:.300}") from None
+    total = None
+    for part in parts:
+        # Copies on other pipeline or tensor ranks are not counted; the last entry is the data-parallel rank.
+        copy = part.replica_id if isinstance(part.replica_id, int) else any(part.replica_id[:-1])
+        if copy or part.data is None:
+            continue
+        share = _mixed(part, vocab_size)
+        total = share if total is None else total + share
+    return 0 if total is None else int(total) % _MODULUS
+
+
+def _sharded(state: Any) -> Iterator[ShardedTensor]:
+    if isinstance(state, ShardedTensorFactory):
+        state = state.build()
+    if isinstance(state, ShardedTensor):
+        yield state
+    elif not isinstance(state, ShardedBase):  # what is left are objects, such as the extra state of FP8
+        values = (
+            state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+        )
+        for value in values:
+            yield from _sharded(value)
+
+
+@torch.no_grad()
+def _mixed(part: ShardedTensor, vocab_size: int) -> Tensor:
+    """int64, wrapped around: the sum over elements of their bits and their place in the whole tensor, well mixed."""
+    data, before = part.data.detach(), part.prepend_axis_num
+    if type(data) not in (Tensor, torch.nn.Parameter):  # FP8 weights are kept in a class of their own
+        data = torch.empty(data.shape, dtype=data.dtype, device=data.device).copy_(data)
+    strides = [1]
+    for size in reversed(part.global_shape[1:]):
+        strides.insert(0, strides[0] * size)
+    start = int.from_bytes(hashlib.sha256(part.key.encode()).digest()[:6], "little")
+    start += sum(o * s for o, s in zip(part.global_offset[:before], strides[:before], strict=True))
+    offsets, strides = part.global_offset[before:], strides[before:]
+    if not data.dim():
+        data, offsets, strides = data.view(1), (0,), (1,)
+    if part.allow_shape_mismatch and not before:  # rows of the vocabulary
+        data = data[: max(0, vocab_size - offsets[0])]
+    places = torch.full((), start, dtype=torch.int64, device=data.device)
+    for axis, (offset, stride) in enumerate(zip(offsets, strides, strict=True)):
+        if axis:
+            own = (torch.arange(data.shape[axis], device=data.device) + offset) * stride
+            places = places + own.view(-1, *[1] * (data.dim() - axis - 1))
+    rows = max(1, _BLOCK // max(1, data[0].numel())) if len(data) else 1
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for first in range(0, len(data), rows):
+        block = data[first : first + rows].contiguous()
+        numbers = torch.arange(first, first + len(block), device=data.device) + offsets[0]
+        place = numbers.view(-1, *[1] * (data.dim() - 1)) * strides[0] + places
+        bits = block.view(_BITS[block.element_size()]).long()
+        mixed = place * _FACTORS[0] + bits * _FACTORS[1]
+        mixed = (mixed ^ (mixed >> 30)) * _FACTORS[2]
+        mixed = (mixed ^ (mixed >> 27)) * _FACTORS[1]
+        total += (mixed ^ (mixed >> 31)).sum()
+    return total

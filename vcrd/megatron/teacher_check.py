@@ -1,0 +1,171 @@
+"""Warnings for a teacher whose figures can only mean an error: in the first step, and with each report."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vcrd.bad_rows import bad_rows
+from vcrd.loss import CalibratedLoss
+from vcrd.megatron.layout import Layout
+
+_log = logging.getLogger("vcrd")
+# Uniform: the most probable token has this little more than 1 / columns, in nats. A layer of zeros has 0; the smallest
+# untrained models of the tests, with 16 hidden units and weights of 0.02, have 0.2, and larger ones more.
+_UNIFORM = 0.01
+# Ignorant: the cross-entropy of the labels is at least this share of ln(columns). Who knows nothing but how often each
+# token occurs needs 0.6 to 0.8 of it, on text by bytes as by 150,000 tokens; a permuted vocabulary gives 1 and more.
+_IGNORANT = 0.9
+# .. and the agreement at most this above what two guesses have, and three standard deviations of that.
+_NEAR_CHANCE = 0.05
+_FEWEST = (
+    16  # tokens for that, and for a padding that is not known: one rare label in a row of few is no error
+)
+# Padding: the share of tokens whose best token is in it. Half where its columns are known; an untrained teacher has
+# there what share of the vocabulary they are.
+_KNOWN_PADDING = 0.5
+# Where they are not, columns that no label of a micro-batch reaches are taken for it, under three conditions: nearly
+# all best tokens are there, they are at most half of the vocabulary, and labels are less probable than by a guess.
+_SEEMING_PADDING, _MOST_SPARE, _WORSE_THAN_A_GUESS = 0.9, 0.5, 1.0
+_SUMS = ("rows", "bad", "tokens", "agreement", "best", "labelled", "label", "beyond", "spare")
+_BAD, _PADDING, _UNIFORM_TEACHER, _IGNORANT_TEACHER = range(4)
+_ERRORS = 4
+
+
+class TeacherCheck:
+    """Sums over this rank's tokens, on their device. Adding never waits; `tell` waits once, and starts anew."""
+
+    def __init__(self) -> None:
+        self._layout: Layout | None = None
+        self._known: int | None = None  # columns that have a token
+        self._teacher: Any = None
+        self._sums: Tensor | None = None
+
+    def place(self, layout: Layout, sizes: Sequence[int], teacher: Any) -> None:
+        """Before the first micro-batch. sizes: of the true vocabulary, as far as somebody states them: the smallest
+        counts. teacher: `LinkedTeacher` or `LocalTeacher`, to name the replica that serves this rank."""
+        self._layout = layout
+        self._known = min([layout.vocab_size, *sizes]) if sizes else None
+        self._teacher = teacher
+
+    @torch.no_grad()
+    def add(self, out: CalibratedLoss, mask: Tensor | None, labels: Tensor) -> None:
+        """Adds one micro-batch; mask [s, b] or None and labels [s, b], as given to the loss."""
+        stats, columns = out.stats, self._layout.vocab_size
+        bad = bad_rows(stats)
+        read = torch.ones_like(bad) if mask is None else mask != 0
+        keep = read & ~bad
+        # One label of probability 0 must not decide for a thousand others.
+        most = 2 * math.log(columns) + 2
+        first_spare = torch.clamp(labels.max() + 1, max=columns) if self._known is None else self._known
+        label = -stats.teacher_label_logprob
+        rows = (
+            torch.ones_like(label),
+            stats.student_action == stats.teacher_action,
+            (-stats.teacher_logprob_of_teacher_action).clamp(max=most),
+            # Both are 0 where there is no label; where both models are sure of theirs, nothing is wrong.
+            (label != 0) | (stats.cross_entropy != 0),
+            label.clamp(max=most),
+            stats.teacher_action >= first_spare,
+            torch.ones_like(label) * (columns - first_spare) / columns,
+        )
+        kept = (
+            torch.where(keep, torch.stack([row.float() for row in rows]), 0.0).nan_to_num(nan=0.0).flatten(1)
+        )
+        counts = torch.stack([read.sum(), (read & bad).sum()]).double()
+        sums = torch.cat([counts, kept.sum(1, dtype=torch.float64)])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def tell(self, when: str, group: dist.ProcessGroup | None = None) -> None:
+        """Warns, if there is a reason, and starts anew.
+
+        when: as the sentence begins. group: of ranks that call it too, for example the data-parallel group: one
+        all-reduce of 14 float64; where all of them find the same error its last rank says so for all, else each that
+        does for itself. Waits for the device.
+        """
+        mine = torch.zeros(len(_SUMS), dtype=torch.float64) if self._sums is None else self._sums
+        self._sums = None
+        if group is not None and "nccl" in dist.get_backend(group):
+            mine = mine.to(torch.device("cuda", torch.cuda.current_device()))
+        own = torch.cat([mine, self._errors(mine), (mine[:1] > 0).double()])
+        total = own.clone()
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        own, total = torch.stack([own, total]).tolist()
+        # The tensor ranks have the same figures.
+        if self._layout is None or self._layout.tensor_rank != self._layout.tensor_size - 1:
+            return
+        found, ranks = own[len(_SUMS) : -1], total[-1]
+        everywhere = [error for error in range(_ERRORS) if total[len(_SUMS) + error] == ranks > 0]
+        if everywhere:
+            if group is None or group.rank() == group.size() - 1:
+                _log.warning("%s: the teacher %s", when, self._sentence(everywhere[0], total))
+        elif any(found):
+            replica, _ = self._teacher.served_by
+            which = "the teacher" if replica is None else f"teacher replica {replica}"
+            said = self._sentence(found.index(1.0), own)
+            _log.warning("%s: %s, on data rank %d, %s", when, which, self._layout.data_rank, said)
+
+    def _errors(self, sums: Tensor) -> Tensor:
+        """float64 [4], of which one at most is 1: what is wrong, by the first reason that holds."""
+        if self._layout is None:
+            return sums.new_zeros(_ERRORS)
+        columns, found = self._layout.vocab_size, dict(zip(_SUMS, sums, strict=True))
+        tokens, even, labelled = found["tokens"], math.log(columns), found["labelled"]
+        enough = (tokens >= _FEWEST) & (labelled >= _FEWEST)
+        chance = tokens / columns
+        padding = found["beyond"] >= _KNOWN_PADDING * tokens
+        if self._known is None:
+            padding = (found["beyond"] >= _SEEMING_PADDING * tokens) & enough
+            padding &= found["spare"] <= _MOST_SPARE * tokens
+            padding &= found["label"] >= (even + _WORSE_THAN_A_GUESS) * labelled
+        reasons = (
+            (tokens == 0) & (found["bad"] > 0),
+            padding & (tokens > 0),
+            (found["best"] >= (even - _UNIFORM) * tokens) & (tokens > 0),
+            (found["label"] >= _IGNORANT * even * labelled)
+            & (found["agreement"] <= chance + 3 * chance.sqrt() + _NEAR_CHANCE * tokens)
+            & enough,
+        )
+        reasons = torch.stack(reasons).double()
+        return reasons * (reasons.cumsum(0) == 1)
+
+    def _sentence(self, error: int, sums: list[float]) -> str:
+        found, columns = dict(zip(_SUMS, sums, strict=False)), self._layout.vocab_size
+        if error == _BAD:
+            return (
+                f"is no distribution for any of {found['bad']:.0f} tokens: a NaN, a +inf or nothing above -inf is "
+                "among its logits, and nothing is learnt; look at its weights and at its precision"
+            )
+        tokens, even = found["tokens"], f"ln {columns} = {math.log(columns):.4g}"
+        if error == _PADDING:
+            padding = (
+                f"columns {self._known} to {columns - 1}, to which no token belongs"
+                if self._known is not None
+                else "columns that no label reaches, which look like padding"
+            )
+            return (
+                f"has its most probable token in {padding}, for {_percent(found['beyond'] / tokens)} of the tokens: "
+                "give both jobs the true vocab_size"
+            )
+        if error == _UNIFORM_TEACHER:
+            return (
+                f"gives every token the same probability: its most probable token has {found['best'] / tokens:.4g} "
+                f"nats, of {even}; its output layer is zero, or its weights were not loaded"
+            )
+        return (
+            f"predicts the labels no better than a guess, with a cross-entropy of "
+            f"{found['label'] / found['labelled']:.4g} nats at {even}, and agrees with the student on "
+            f"{_percent(found['agreement'] / tokens)} of the tokens: its tokenizer is another one, its weights were "
+            "not loaded or never trained, or the labels are not what it was trained on"
+        )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
