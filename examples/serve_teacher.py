@@ -10,9 +10,10 @@ torch_dist; a legacy one (torch) keeps its own. Needs Python 3.12 and megatron-c
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,6 +27,7 @@ if not torch.cuda.is_available():
     cpu.enable()  # before anything of Megatron is imported
 
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args  # noqa: E402
 from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 from megatron.training.checkpointing import (  # noqa: E402
@@ -63,6 +65,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def tokenizer_of(args: argparse.Namespace) -> Any:
+    """That of the arguments, to be compared with the student's; None where its files are not here."""
+    try:
+        return build_tokenizer(copy.copy(args))
+    except Exception as error:  # of whatever library
+        print(
+            f"the tokenizer {args.tokenizer_type} cannot be built here: {error!r}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+
+
 def main() -> None:
     """Loads this rank's part of the teacher and serves it until every student has said goodbye."""
     keep_compiled_helpers()
@@ -75,7 +90,7 @@ def main() -> None:
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args)
     validate_args(args, DEFAULTS)
-    # Requests are tokens already, so there may be no tokenizer here at all.
+    # Requests are tokens already, so the tokenizer's files need not be here.
     set_global_variables(args, build_tokenizer=False)
     initialize_megatron()
     config_from_args = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
@@ -85,13 +100,19 @@ def main() -> None:
         ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
     try:
-        load_checkpoint(model, None, None, strict=True)
+        iteration, _ = load_checkpoint(model, None, None, strict=True)
     except SystemExit:  # Megatron has printed why, and would end as if all were well
         refuse(
             f"--load: expected a checkpoint in {args.load} that fits these arguments, got none; one in the legacy "
             "format (--ckpt-format torch) keeps the tensor and pipeline parallelism it was saved with"
         )
-    served = vcrd.megatron.serve(model, settings_from_args(args), stay=args.vcrd_stay)
+    served = vcrd.megatron.serve(
+        model,
+        settings_from_args(args),
+        stay=args.vcrd_stay,
+        tokenizer=tokenizer_of(args),
+        checkpoint=f"{args.load}, iteration {iteration}",
+    )
     if args.rank == 0:
         print(f"served {served} micro-batches", flush=True)
     torch.distributed.destroy_process_group()
