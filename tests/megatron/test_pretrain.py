@@ -47,6 +47,21 @@ def test_a_layout_changes_no_loss(one_process, name):
     assert pretrain_jobs.curve(folder, LAYOUTS[name], STEPS) == pytest.approx(expected, rel=1e-5)
 
 
+def test_both_scripts_state_the_tokenizer_of_their_arguments(one_process):
+    folder, _ = one_process
+    student = f"{pretrain_jobs.STUDENT} --train-iters 2 --eval-interval 2"
+    teacher = f"{pretrain_jobs.TEACHER} --global-batch-size 1 --load {folder / 'teacher'}"
+    said = pretrain_jobs.train(folder, student, f"{teacher} --vocab-size 126")
+    assert (
+        said.count(
+            "tokenizer is NullTokenizer of 127 tokens (no vocabulary) for the student and NullTokenizer of 126 tokens "
+            "(no vocabulary) for the teacher: these cannot be compared"
+        )
+        == 1
+    )
+    assert "tokenizer: not known" not in said
+
+
 def test_help_shows_the_arguments_of_both():
     command = [sys.executable, "examples/pretrain_vcrd.py", "--help"]
     done = subprocess.run(command, cwd=pretrain_jobs.ROOT, capture_output=True, text=True, timeout=120)

@@ -47,11 +47,17 @@ def test_what_can_only_be_an_error_is_said_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("payload", "change", "said"), [("float16", "NaN", NOTHING), ("logits_8bit", "zeroed", UNIFORM)]
+    ("payload", "change", "said"),
+    [
+        ("float16", "NaN", NOTHING),
+        ("logits_8bit", "zeroed", UNIFORM),
+        ("topk", "zeroed", UNIFORM),
+        ("topk", "permuted", GUESS),
+    ],
 )
 def test_over_the_link_the_replica_is_named(payload, change, said):
     """Data ranks 0 and 1 have a replica each; the second one's teacher is wrong. Its weights are the same."""
-    chosen = settings(payload=payload, vocab_size=45)
+    chosen = settings(payload=payload, top_k=5, vocab_size=48 if change == "permuted" else 45)
     students, _ = run_worlds(
         World(linked_student, 2, arguments=(chosen,)),
         World(serve, 2, arguments=(chosen, change, 1)),

@@ -268,7 +268,7 @@ class Distillation:
         if out.loss.requires_grad:
             out.loss.register_hook(partial(self.report.compare, mask))
         if not self._measuring:
-            self._check.add(out, mask, labels.transpose(0, 1))
+            self._check.add(out, mask, labels.transpose(0, 1), answer)
         if self.settings.bad_rows == "stop" and not self._measuring and self._layout.tensor_rank == 0:
             self._bad_rows.append(self.report.last("bad_rows")[0])
         self.report.add_verifier(self._outside.take_seconds())

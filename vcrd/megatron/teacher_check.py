@@ -14,19 +14,21 @@ from torch import Tensor
 from vcrd.bad_rows import bad_rows
 from vcrd.loss import CalibratedLoss
 from vcrd.megatron.layout import Layout
+from vcrd.megatron.linked import TeacherForm
+from vcrd.teacher_forms import TopKLogits
 
 _log = logging.getLogger("vcrd")
-# Uniform: the most probable token has this little more than 1 / columns, in nats. A layer of zeros has 0; the smallest
-# untrained models of the tests, with 16 hidden units and weights of 0.02, have 0.2, and larger ones more.
+# Uniform: the most probable token has this little more than 1 / columns, in nats. An output layer of zeros has 0, a
+# random one with Megatron's weights of 0.02 has 0.13 with 8 hidden units and 45 columns, and more with more of either.
 _UNIFORM = 0.01
 # Ignorant: the cross-entropy of the labels is at least this share of ln(columns). Who knows nothing but how often each
-# token occurs needs 0.6 to 0.8 of it, on text by bytes as by 150,000 tokens; a permuted vocabulary gives 1 and more.
+# token occurs needs 0.63 of it for this repository's pages by bytes, 0.65 by words and 0.84 by letters; a teacher of
+# another tokenizer needs 1 and more.
 _IGNORANT = 0.9
 # .. and the agreement at most this above what two guesses have, and three standard deviations of that.
 _NEAR_CHANCE = 0.05
-_FEWEST = (
-    16  # tokens for that, and for a padding that is not known: one rare label in a row of few is no error
-)
+# Fewer tokens than this say nothing of either, nor of a padding that is not known: one rare label is no error.
+_FEWEST = 16
 # Padding: the share of tokens whose best token is in it. Half where its columns are known; an untrained teacher has
 # there what share of the vocabulary they are.
 _KNOWN_PADDING = 0.5
@@ -55,8 +57,8 @@ class TeacherCheck:
         self._teacher = teacher
 
     @torch.no_grad()
-    def add(self, out: CalibratedLoss, mask: Tensor | None, labels: Tensor) -> None:
-        """Adds one micro-batch; mask [s, b] or None and labels [s, b], as given to the loss."""
+    def add(self, out: CalibratedLoss, mask: Tensor | None, labels: Tensor, answer: TeacherForm) -> None:
+        """Adds one micro-batch; mask [s, b] or None, labels [s, b] and the teacher's answer, as given to the loss."""
         stats, columns = out.stats, self._layout.vocab_size
         bad = bad_rows(stats)
         read = torch.ones_like(bad) if mask is None else mask != 0
@@ -64,22 +66,25 @@ class TeacherCheck:
         # One label of probability 0 must not decide for a thousand others.
         most = 2 * math.log(columns) + 2
         first_spare = torch.clamp(labels.max() + 1, max=columns) if self._known is None else self._known
-        label = -stats.teacher_label_logprob
+        # Both are 0 where there is no label; where both models are sure of theirs, nothing is wrong.
+        labelled = (stats.teacher_label_logprob != 0) | (stats.cross_entropy != 0)
+        facts = (stats.teacher_action, stats.teacher_logprob_of_teacher_action, stats.teacher_label_logprob)
+        if isinstance(answer, TopKLogits):
+            facts = _known(answer, labels, columns)
+        action, best, label = facts
         rows = (
             torch.ones_like(label),
-            stats.student_action == stats.teacher_action,
-            (-stats.teacher_logprob_of_teacher_action).clamp(max=most),
-            # Both are 0 where there is no label; where both models are sure of theirs, nothing is wrong.
-            (label != 0) | (stats.cross_entropy != 0),
-            label.clamp(max=most),
-            stats.teacher_action >= first_spare,
+            stats.student_action == action,
+            (-best).clamp(max=most),
+            labelled,
+            torch.where(labelled, -label, 0.0).clamp(max=most),
+            action >= first_spare,
             torch.ones_like(label) * (columns - first_spare) / columns,
         )
-        kept = (
-            torch.where(keep, torch.stack([row.float() for row in rows]), 0.0).nan_to_num(nan=0.0).flatten(1)
-        )
+        # What the student's NaN leave counts for nothing.
+        kept = torch.where(keep, torch.stack([row.float() for row in rows]), 0.0).nan_to_num(nan=0.0)
         counts = torch.stack([read.sum(), (read & bad).sum()]).double()
-        sums = torch.cat([counts, kept.sum(1, dtype=torch.float64)])
+        sums = torch.cat([counts, kept.flatten(1).sum(1, dtype=torch.float64)])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def tell(self, when: str, group: dist.ProcessGroup | None = None) -> None:
@@ -165,6 +170,18 @@ class TeacherCheck:
             f"{_percent(found['agreement'] / tokens)} of the tokens: its tokenizer is another one, its weights were "
             "not loaded or never trained, or the labels are not what it was trained on"
         )
+
+
+def _known(answer: TopKLogits, labels: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's best token, its log-probability and the label's, each [s, b], from what travels of the top k.
+
+    A label that is not among them has the mean probability of all that are not.
+    """
+    best, place = answer.logprobs.max(-1)
+    action = answer.ids.gather(-1, place[..., None])[..., 0].long()
+    mean = answer.log_tail - math.log(max(1, columns - answer.ids.shape[-1]))
+    known = answer.logprobs.masked_fill(answer.ids != labels[..., None], -torch.inf).amax(-1)
+    return action, best, torch.where(known > -torch.inf, known, mean)
 
 
 def _percent(share: float) -> str:
