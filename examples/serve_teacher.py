@@ -70,11 +70,9 @@ def tokenizer_of(args: argparse.Namespace) -> Any:
     try:
         return build_tokenizer(copy.copy(args))
     except Exception as error:  # of whatever library
-        print(
-            f"the tokenizer {args.tokenizer_type} cannot be built here: {error!r}",
-            file=sys.stderr,
-            flush=True,
-        )
+        if args.rank == 0:
+            sentence = f"the tokenizer {args.tokenizer_type} cannot be built here: {error!r}"
+            print(sentence, file=sys.stderr, flush=True)
         return None
 
 

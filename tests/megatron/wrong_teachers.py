@@ -115,16 +115,16 @@ def local_students(settings: DistillSettings, cases: list[tuple[str, str, str, i
     return found
 
 
-def linked_student(settings: DistillSettings, **given) -> list[list[str]]:
+def linked_student(settings: DistillSettings) -> list[list[str]]:
     """With the teacher's weights, on this data rank's data."""
     from megatron.core import parallel_state
 
     student = jobs.model(jobs.STUDENT, seed=2)
-    return steps(settings, student, jobs.batches(4, parallel_state.get_data_parallel_rank()), **given)
+    return steps(settings, student, jobs.batches(4, parallel_state.get_data_parallel_rank()))
 
 
-def serve(settings: DistillSettings, change: str, only: int | None = None) -> list[str]:
-    """only: the replica whose teacher is changed; None for every one. Returns what this rank's log said."""
+def serve(settings: DistillSettings, change: str, only: int | None = None) -> int:
+    """only: the replica whose teacher is changed; None for every one."""
     from megatron.core import parallel_state
 
     from vcrd.megatron import serve
@@ -132,6 +132,4 @@ def serve(settings: DistillSettings, change: str, only: int | None = None) -> li
     teacher = jobs.model(jobs.STUDENT, seed=2)
     if only in (None, parallel_state.get_data_parallel_rank()):
         spoil(teacher, CHANGES[change])
-    with Said() as lines:
-        serve(teacher, settings)
-    return list(lines)
+    return serve(teacher, settings)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
 from vcrd.link.facts import LONGEST_NAME, Tokenizer
@@ -27,8 +27,10 @@ def tokenizer_of(tokenizer: Any = None) -> Tokenizer | None:
     """What to state of a tokenizer: Megatron's, Hugging Face's, or any with a `vocab_size` and maybe a vocabulary.
 
     tokenizer: None for that of `megatron.training`, where it runs and has built one. None if there is none either.
+    TypeError for what is no tokenizer.
     """
-    if tokenizer is None:
+    given = tokenizer is not None
+    if not given:
         found = megatron_globals()
         tokenizer = None if found is None else getattr(found, "_GLOBAL_TOKENIZER", None)
     if tokenizer is None or isinstance(tokenizer, Tokenizer):
@@ -39,6 +41,8 @@ def tokenizer_of(tokenizer: Any = None) -> Tokenizer | None:
     vocabulary = _vocabulary(tokenizer)
     size = len(vocabulary) if vocabulary else getattr(tokenizer, "vocab_size", None)
     if isinstance(size, bool) or not isinstance(size, int):
+        if not given:
+            return None
         raise TypeError(
             f"tokenizer: expected a tokenizer with a vocab_size or a vocabulary, got {type(tokenizer).__name__}"
         )
@@ -96,15 +100,14 @@ def weights_of(chunk: torch.nn.Module, vocab_size: int) -> int:
 
 
 def _sharded(state: Any) -> Iterator[ShardedTensor]:
+    if isinstance(state, (list, tuple)):
+        state = dict(enumerate(state))
     if isinstance(state, ShardedTensorFactory):
         state = state.build()
     if isinstance(state, ShardedTensor):
         yield state
-    elif not isinstance(state, ShardedBase):  # what is left are objects, such as the extra state of FP8
-        values = (
-            state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-        )
-        for value in values:
+    elif isinstance(state, dict):  # what is left are objects, such as the extra state of FP8
+        for value in state.values():
             yield from _sharded(value)
 
 
