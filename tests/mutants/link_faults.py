@@ -97,8 +97,8 @@ FAULTS = [
     _fault(
         "the edges of packed samples all begin at 0",
         "megatron/packing.py",
-        "(edges + sequence * torch.arange(size)[:, None]).flatten()",
-        "edges.flatten()",
+        "merged.append(row + width * number)",
+        "merged.append(row)",
         *("tests/megatron/test_payloads.py", "-k", "edges"),
     ),
     _fault(

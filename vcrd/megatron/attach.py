@@ -233,7 +233,7 @@ class Distillation:
             self._tokenizer = tokenizer_of(self._tokenizer)
             sizes = (self.settings.vocab_size, self._tokenizer and self._tokenizer.size)
             self._check.place(self._layout, [size for size in sizes if size], self._teacher)
-            self._attached = Attachment(chunk, self._loss)
+            self._attached = Attachment(chunk, self._loss, self._teacher.given)
         elif self._attached.chunk is not chunk:
             raise ValueError("model: expected the model that was distilled before, got another one")
         if self._layout.tensor_rank == 0 and not self._measuring:
@@ -244,6 +244,7 @@ class Distillation:
     def _loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
         """labels, loss_mask [b, s], logits [s, b, v/tp] -> [b, s]: the loss of the next micro-batch."""
         number = self._done
+        self._outside.given = self._attached.given
         loss_mask = self._mask.of(self._layout, labels, loss_mask)
         outside = self._outside.arguments(labels, loss_mask)
         loss_mask = outside.pop("loss_mask", loss_mask)
@@ -278,19 +279,25 @@ class Distillation:
 
 
 class Attachment:
-    """One model instance with a loss of its own: `loss(labels, loss_mask, logits)`, used while `active`."""
+    """One model instance with a loss of its own: `loss(labels, loss_mask, logits)`, used while `active`.
+
+    given: while active, the arguments of the model's forward by name, of which `see` is told before it.
+    """
 
     def __init__(
-        self, chunk: torch.nn.Module, loss: Callable[[Tensor, Tensor | None, Tensor], Tensor]
+        self,
+        chunk: torch.nn.Module,
+        loss: Callable[[Tensor, Tensor | None, Tensor], Tensor],
+        see: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.chunk = chunk
+        self.given: dict[str, Any] = {}
         self._loss = loss
+        self._see_arguments = see
         self._plain = chunk.compute_language_model_loss
         self._signature = inspect.signature(chunk.forward)
         self._extra_heads = bool(getattr(chunk.config, "mtp_num_layers", None))
         self._active = False
-        self._labels: Tensor | None = None
-        self._loss_mask: Tensor | None = None
         self._hook = chunk.register_forward_pre_hook(self._see, with_kwargs=True)
         chunk.compute_language_model_loss = self._compute
 
@@ -302,7 +309,7 @@ class Attachment:
             yield
         finally:
             self._active = False
-            self._labels = self._loss_mask = None
+            self.given = {}
 
     def detach(self) -> None:
         """Leaves the model as it was found."""
@@ -310,15 +317,18 @@ class Attachment:
         vars(self.chunk).pop("compute_language_model_loss", None)
 
     def _see(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        self._labels, self._loss_mask = given.get("labels"), given.get("loss_mask")
+        if not self._active:
+            return
+        self.given = self._signature.bind_partial(*args, **kwargs).arguments
+        if self._see_arguments is not None:
+            self._see_arguments(self.given)
 
     def _compute(self, labels: Tensor, logits: Tensor) -> Tensor:
         # Multi-token prediction asks first for losses of its own heads, with shifted copies of the labels.
-        of_extra_head = self._extra_heads and labels is not self._labels
+        of_extra_head = self._extra_heads and labels is not self.given.get("labels")
         if not self._active or of_extra_head:
             return self._plain(labels, logits)
-        return self._loss(labels, self._loss_mask, logits)
+        return self._loss(labels, self.given.get("loss_mask"), logits)
 
 
 def _parted(forward_step: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple:

@@ -61,6 +61,7 @@ def refuse_clashes(
     _refuse_other_losses(args)
     if linked:
         _refuse_half_resets(args)
+        _refuse_other_splits(config, args)
     if settings.normalization == "mean":
         _refuse_mean_of_parts()
         for name in ("rampup_batch_size", "step_batch_size_schedule"):
@@ -92,6 +93,20 @@ def _refuse_half_resets(args: Any) -> None:
                 "True",
                 "the teacher would look across the documents; dataloader_inter_document_masking tells it their edges",
             )
+
+
+def _refuse_other_splits(config: Any, args: Any) -> None:
+    """Context parallelism that cuts packed sequences otherwise than each by itself in the zig-zag order."""
+    size = getattr(config, "context_parallel_size", 1)
+    if size == 1:
+        return
+    reason = "the teacher's answer is cut by packed sequences, each of them in the zig-zag order"
+    if (mode := getattr(config, "cp_partition_mode", "zigzag")) not in (None, "zigzag"):
+        _refuse("cp_partition_mode", "'zigzag'", repr(mode), reason)
+    if getattr(args, "dataloader_inter_document_masking", False) and not getattr(args, "sft", False):
+        _refuse(
+            "dataloader_inter_document_masking", f"False with context_parallel_size {size}", "True", reason
+        )
 
 
 class MeanOfStep:

@@ -10,15 +10,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from vcrd.link.answers import Hidden, TopK
 from vcrd.link.facts import Tokenizer
+from vcrd.link.plan import context_rows
 from vcrd.link.rendezvous import Rendezvous, host_rendezvous
 from vcrd.link.student import StudentLink
 from vcrd.link.waits import Waits
-from vcrd.megatron.ahead import AskAhead, TokensOf
+from vcrd.megatron.ahead import AskAhead, TokensOf, question, tokens_in
+from vcrd.megatron.borders import Doubts, look_for_borders, look_for_other_edges, refuse_other_split
 from vcrd.megatron.layout import Layout
+from vcrd.megatron.packing import edges_in, packed
 from vcrd.megatron.rerun import AskAgain, keeps_micro_batches, running_again
 from vcrd.megatron.settings import DistillSettings
 from vcrd.teacher_forms import HiddenStates, TopKLogits
@@ -34,6 +38,10 @@ class LinkedTeacher:
 
     A step that Megatron runs again, rewinding its micro-batches, asks for them again. The answers to what was asked
     ahead come first; every rank keeps them for later. It has `ahead` of them, so ranks need not tell each other.
+
+    The first micro-batch is asked for when the model is called (`given`): its arguments say whether the edges of packed
+    sequences come from the micro-batch. If so, or if nothing is packed, later ones are asked for ahead. Where the
+    script makes the edges in its step, none is.
     """
 
     def __init__(self, settings: DistillSettings, tokens_of: TokensOf) -> None:
@@ -48,6 +56,10 @@ class LinkedTeacher:
         self._source: Any = None  # the script's iterator, of which both draw
         self._drawn = 0  # from iterators that were replaced
         self._running_again = False
+        self._agreed = False  # on the first micro-batch, between the ranks of the last stage
+        self._late = True  # whether micro-batches are asked for when the model is called
+        self._told = 0  # micro-batches whose arguments were seen
+        self._doubts = Doubts()
         self._received = 0  # answers taken from the link
         self._kept: deque[Any] = deque()  # of these, those to micro-batches that are still to be drawn
         self._head_weight: Tensor | None = None  # of the teacher's output layer, as it is multiplied
@@ -101,6 +113,7 @@ class LinkedTeacher:
         if again:
             if not before:
                 self._again = AskAgain(data_iterator, self._link.request, self._tokens_of)
+                self._again.late = self._late
             return self._again
         if self._again is not None:
             self._drawn += self._again.drawn
@@ -122,6 +135,7 @@ class LinkedTeacher:
         rewinds = keeps_micro_batches(data_iterator)
         source = data_iterator.iterable if rewinds else data_iterator
         self._ahead = AskAhead(source, self._link.request, self._credit, self._tokens_of)
+        self._ahead.late = self._late
         if rewinds:
             data_iterator.iterable = self._ahead
 
@@ -144,9 +158,85 @@ class LinkedTeacher:
         """Around a forward step of a chunk of the student's: nothing, for this teacher runs elsewhere."""
         return contextlib.nullcontext()
 
+    def given(self, arguments: dict[str, Any]) -> None:
+        """Before the model's forward, on every rank of the last stage: its arguments by name.
+
+        Asks for what is asked late, and compares the borders that the arguments show with those that the teacher was
+        told. ValueError where it would look across a border. With the first micro-batch on every rank of the last stage
+        alike, by one broadcast to the context-parallel ranks and one to the tensor ranks; later on the rank that asks,
+        where arguments on a GPU are waited for with the next micro-batch.
+        """
+        problem = None
+        if self._layout.asks:
+            try:
+                self._see(arguments)
+            except ValueError as error:
+                problem = error
+        first = not self._agreed
+        if first:
+            problem = self._agree(problem)
+        if problem is not None:
+            raise problem
+        if first and not self._late and self._ahead is not None:
+            self._ahead.late = False
+            self._ahead.fill()
+
+    def _see(self, arguments: dict[str, Any]) -> None:
+        iterator = self._ahead if self._again is None else self._again
+        drawn = self._count_drawn()
+        if drawn == self._told:  # nothing was drawn, or the model is called again
+            return
+        self._told = drawn
+        self._settle()
+        batch, split = iterator.batch, self._layout.context_size > 1
+        by_batch, by_model = edges_in(batch), edges_in(arguments)
+        if split:
+            refuse_other_split(batch, arguments)
+        if iterator.late:
+            if not self._agreed:
+                self._late = self._credit == 0 or (by_batch is None and by_model is not None)
+            # With context parallelism the model is given a part of the tokens.
+            known = {**arguments, "input_ids": None} if split else arguments
+            tokens, edges = question(batch, self._tokens_of, known)
+            self._link.request(tokens, edges)
+        elif by_batch is None and by_model is not None:
+            raise ValueError(
+                f"{by_model[0]}: expected in the micro-batch, or among the model's arguments from the first one on, "
+                "got it later: the teacher was asked ahead and without it (ahead=0 asks for none early)"
+            )
+        else:
+            tokens, edges = packed(batch, tokens_in(batch, self._tokens_of))
+        rows, width = tokens.shape
+        spans = context_rows(width, 0, self._layout.context_size, edges.tolist())
+        columns = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+        if by_model is not None:
+            look_for_other_edges(self._doubts, *by_model, edges, width)
+        look_for_borders(self._doubts, arguments, edges, columns, rows, (arguments, batch))
+        self._doubts.send()
+        if not self._agreed or self._layout.device.type != "cuda":
+            self._settle()
+
+    def _settle(self) -> None:
+        doubts, self._doubts = self._doubts, Doubts()
+        doubts.check()
+
+    def _agree(self, problem: ValueError | None) -> ValueError | None:
+        """What the rank that asks found, on every rank of the last stage."""
+        said = [None if problem is None else str(problem), self._late]
+        layout = self._layout
+        context = parallel_state.get_context_parallel_group() if layout.context_size > 1 else None
+        for group in (context, layout.tensor_group):
+            if group is not None:
+                dist.broadcast_object_list(said, dist.get_global_rank(group, 0), group=group)
+        self._agreed = True
+        sentence, self._late = said
+        if self._late:
+            self._credit = 0
+        return problem if problem is not None or sentence is None else ValueError(sentence)
+
     def answer(self, number: int) -> TeacherForm:
         """The teacher's answer to micro-batch `number`, in the form that the loss takes; blocks until it is here."""
-        drawn = self._drawn + sum(each.drawn for each in (self._ahead, self._again) if each is not None)
+        drawn = self._count_drawn()
         if self._layout.asks and drawn != number + 1:
             raise ValueError(
                 "data_iterator: expected forward_step to draw one micro-batch from it per call, got none or several"
@@ -157,6 +247,9 @@ class LinkedTeacher:
             return TopKLogits(answer.logprobs, answer.ids, answer.log_tail)
         return self._hidden_states(answer) if isinstance(answer, Hidden) else answer
 
+    def _count_drawn(self) -> int:
+        return self._drawn + sum(each.drawn for each in (self._ahead, self._again) if each is not None)
+
     def _hidden_states(self, answer: Hidden) -> HiddenStates:
         if self._head_weight is None:
             # On the CPU the loss multiplies in float32: converted here once, not once per micro-batch.
@@ -164,7 +257,7 @@ class LinkedTeacher:
         return HiddenStates(answer.states, self._head_weight, answer.scale, answer.softcap or None)
 
     def close(self) -> None:
-        """Says goodbye. Idempotent; not a collective."""
+        """Says goodbye. Idempotent; not a collective. ValueError as of `given`, for the last micro-batch."""
         if self._ahead is not None:
             self._ahead.stop()
         if self._link is not None:
@@ -173,3 +266,4 @@ class LinkedTeacher:
         if self._rendezvous is not None:
             self._rendezvous.close()
             self._rendezvous = None
+        self._settle()

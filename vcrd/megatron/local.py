@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from vcrd.link.facts import Tokenizer
 from vcrd.link.waits import Waits
+from vcrd.megatron.borders import Doubts, look_for_borders
+from vcrd.megatron.extra_heads import ExtraHeads
 from vcrd.megatron.fp8 import refuse_delayed_scaling, refuse_uneven_tokens
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.linked import TeacherForm
 from vcrd.megatron.output_layer import OutputLayer
+from vcrd.megatron.packing import by_engine
 from vcrd.megatron.settings import DistillSettings
 from vcrd.teacher_forms import HiddenStates
 
@@ -31,6 +34,7 @@ _EQUAL = (
 )
 # What the student's forward is given and its teacher's is not: with labels it would return a loss.
 _STUDENTS_OWN = ("labels", "loss_mask")
+_WHO_SEES_WHOM = ("packed_seq_params", "packing_kwargs", "attention_mask")
 
 
 class LocalTeacher:
@@ -97,6 +101,9 @@ class LocalTeacher:
     def connect(self, layout: Layout, tokenizer: Tokenizer | None) -> None:
         """Nothing to wait for."""
 
+    def given(self, arguments: dict[str, Any]) -> None:
+        """Nothing to compare: this teacher is given the same arguments."""
+
     def watched(self, data_iterator: Any) -> Any:
         """The script's own: what the teacher needs is what the student is given."""
         return data_iterator
@@ -162,6 +169,8 @@ class _Part:
         self.hidden: Tensor | None = None
         self.answer: TeacherForm | None = None
         self._teacher = teacher
+        self._extra_heads = ExtraHeads(teacher)
+        self._ignores_masks = by_engine(teacher) and not by_engine(student)
         self._signature = inspect.signature(student.forward)
         self._takes = inspect.signature(teacher.forward).parameters
         self._first, self._last = student.pre_process, student.post_process
@@ -178,6 +187,7 @@ class _Part:
             raise ValueError(
                 "decoder_input: expected None, for the teacher embeds the tokens itself, got a tensor"
             )
+        self._refuse_other_borders(given)
         given = {k: v for k, v in given.items() if k in self._takes and k not in _STUDENTS_OWN}
         teacher = self._teacher
         if self._first and (tokens := given.get("input_ids")) is not None:
@@ -188,9 +198,10 @@ class _Part:
             if not self._first:
                 teacher.set_input_tensor(self._split())
             with (
+                self._extra_heads.off(),
                 contextlib.nullcontext()
                 if self._output_layer is None
-                else self._output_layer.captured() as states
+                else self._output_layer.captured() as states,
             ):
                 output = teacher(**given)
             if not self._first:
@@ -199,6 +210,23 @@ class _Part:
                 self.answer = self._form(output, states[-1] if states else None)
             else:
                 self.hidden = output.detach()
+
+    def _refuse_other_borders(self, given: dict[str, Any]) -> None:
+        """ValueError where the student is told whom its tokens may see, and the teacher cannot be told so."""
+        for name in _WHO_SEES_WHOM:
+            if given.get(name) is not None and name not in self._takes:
+                raise ValueError(
+                    f"teacher: expected a model whose forward takes {name}, which the student is given, "
+                    f"got {type(self._teacher).__name__}, which would look across the borders of packed sequences"
+                )
+        mask = given.get("attention_mask")
+        if self._ignores_masks and isinstance(mask, Tensor):
+            doubts, none = Doubts(), torch.empty(0, dtype=torch.int64)
+            look_for_borders(
+                doubts, {"attention_mask": mask}, none, torch.arange(mask.shape[-1]), len(mask), ()
+            )
+            doubts.send()
+            doubts.check()
 
     def pass_on(self, student: nn.Module, args: tuple, output: Any) -> Any:
         """After it: the student's hidden states and the teacher's, [s, b, both sizes], for the next stage."""

@@ -72,6 +72,8 @@ class Outside:
         self._layout: Layout | None = None
         self._groups: tuple[Any, Any] = (None, None)  # tensor, context
         self._drawn: list[Any] = []
+        # Of the model's forward for this micro-batch, for edges of packed sequences that the micro-batch has not.
+        self.given: dict[str, Any] = {}
         self._late: _Late | None = None  # what the last message has still to be asked
         self._sent = 0
         self._defers = False  # whether fields are checked with the next micro-batch's
@@ -221,7 +223,7 @@ class Outside:
     def _batch(self, shape: torch.Size) -> tuple[Any, Tensor, Tensor, Tensor]:
         """What was drawn, its tokens [b, s], packed sequences' edges, and this rank's columns of the tokens."""
         batch = self._drawn_batch()
-        tokens, edges = packed(batch, tokens_in(batch, self._tokens_of))
+        tokens, edges = packed(batch, tokens_in(batch, self._tokens_of), self.given)
         return batch, tokens, edges, self._columns("tokens", tokens, edges, shape)
 
     def _columns(self, name: str, values: Tensor, edges: Tensor, shape: torch.Size) -> Tensor:
@@ -259,7 +261,7 @@ class Outside:
         if not isinstance(value, Tensor) or value.dim() != 2:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{MASK_KEY}: expected a tensor [b, s] in the micro-batch, got {got}")
-        value, edges = packed(batch, value.detach().cpu().float())
+        value, edges = packed(batch, value.detach().cpu().float(), self.given)
         return value[:, self._columns(MASK_KEY, value, edges, shape)].contiguous()
 
     def _judge(self, stats: DivergenceStats, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, float]:

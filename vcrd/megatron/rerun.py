@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vcrd.megatron.ahead import TokensOf, tokens_in
-from vcrd.megatron.packing import packed
+from vcrd.megatron.ahead import TokensOf, question
 
 _MODULE = "megatron.core.rerun_state_machine"
 
@@ -32,11 +31,16 @@ def keeps_micro_batches(data_iterator: Any) -> bool:
 
 
 class AskAgain:
-    """An iterator over `source`, rewound, that calls `ask(tokens, edges)` for each micro-batch when it is drawn."""
+    """An iterator over `source`, rewound, that calls `ask(tokens, edges)` for each micro-batch when it is drawn.
+
+    batch, late: as of `AskAhead`.
+    """
 
     def __init__(self, source: Any, ask: Callable[[Tensor, Tensor], int], tokens_of: TokensOf) -> None:
         self.source = source
         self.drawn = 0
+        self.batch: Any = None
+        self.late = False
         self._ask = ask
         self._tokens_of = tokens_of
 
@@ -44,7 +48,8 @@ class AskAgain:
         return self
 
     def __next__(self) -> Any:
-        batch = next(self.source)
-        self._ask(*packed(batch, tokens_in(batch, self._tokens_of)))
+        self.batch = next(self.source)
+        if not self.late:
+            self._ask(*question(self.batch, self._tokens_of))
         self.drawn += 1
-        return batch
+        return self.batch

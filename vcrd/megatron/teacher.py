@@ -18,6 +18,7 @@ from torch import Tensor
 from vcrd.link.errors import HandshakeRefused, StudentLost
 from vcrd.link.facts import LONGEST_NAME
 from vcrd.link.teacher import Request, TeacherLink
+from vcrd.megatron.extra_heads import ExtraHeads
 from vcrd.megatron.fp8 import refuse_delayed_scaling, refuse_uneven_tokens
 from vcrd.megatron.identity import checkpoint_name, tokenizer_of, weights_of
 from vcrd.megatron.layout import Layout, unwrap
@@ -44,7 +45,8 @@ def serve(
     model: this rank's part of the teacher (in a list or not, wrapped or not), with positions 0 .. s-1 and a
         causal mask of its own: it is called as model(tokens [b, s], position_ids [b, s], None) and must return
         logits [b, s, padded vocabulary / tensor size] on the last stage. For sequences that are packed into one row
-        see `PackedInputs`. With the payload "hidden" its output layer is not run, but for the first answer.
+        see `PackedInputs`. Its heads of multi-token prediction, if it has any, are not run. With the payload "hidden"
+        its output layer is not run, but for the first answer.
     settings: default `DistillSettings.from_environment()`; the loss fields are not read.
     microbatches: queued requests that go through the pipeline together, so that its stages overlap; fewer when
         fewer are queued. Default: twice the pipeline's stages.
@@ -207,16 +209,17 @@ def _answer(
             output = model(tokens, positions, mask, **packed)
         return output, partial(_respond, link, request, output_layer, states[-1] if states else None)
 
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(requests),
-        model=model,
-        num_microbatches=len(requests),
-        seq_length=sequence,
-        micro_batch_size=batch,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
+    with ExtraHeads(unwrap(model)).off():
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(requests),
+            model=model,
+            num_microbatches=len(requests),
+            seq_length=sequence,
+            micro_batch_size=batch,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
 
 
 def _respond(
