@@ -173,3 +173,53 @@ def unseen(settings, kind: str) -> list[Any]:
     return train(
         settings, [{**packed, "cu_seqlens": torch.tensor([EDGES])}], lambda b: parametrized(b, [0, 4, 12])
     )
+
+
+class TEDotProductAttention(torch.nn.Module):
+    """By its name attention of Transformer Engine, which reads no mask."""
+
+
+def beside(settings) -> list[list[Any]]:
+    """Losses or the sentence for teachers in the same ranks, which are given the student's masks and edges.
+
+    Of one that reads both, then of one whose forward takes no edges, and of one whose attention reads no mask.
+    """
+    from megatron.core.models.gpt import GPTModel
+
+    class WithoutEdges(GPTModel):
+        def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+            return super().forward(input_ids, position_ids, attention_mask)
+
+    def teacher(kind: str = "") -> torch.nn.Module:
+        found = jobs.model(jobs.TEACHER, seed=2)
+        if kind == "edges":
+            found.__class__ = WithoutEdges
+        if kind == "mask":
+            found.add_module("engine", TEDotProductAttention())
+        return found
+
+    attend_within_documents()
+    batch = micro_batch(0)
+    causal = {**masked(batch), "attention_mask": blocks([0, jobs.SEQUENCE])}
+    runs = [
+        (teacher(), masked),
+        (teacher(), parametrized),
+        (teacher("edges"), masked),
+        (teacher("mask"), lambda _: dict(causal)),
+        (teacher("edges"), parametrized),
+        (teacher("mask"), masked),
+    ]
+    return [train(settings, [batch], arguments, teacher=model) for model, arguments in runs]
+
+
+def steps_of_samples(settings) -> Tensor:
+    """The steps that a validity is averaged over, of a row that the step packs."""
+    from outside_jobs import layout
+
+    from vcrd.megatron.outside import STEPS_KEY, Outside
+
+    outside = Outside(settings, "tokens", None)
+    outside.place(layout())
+    batch = {**micro_batch(0), STEPS_KEY: torch.zeros(1, jobs.SEQUENCE, dtype=torch.int64)}
+    next(outside.watched(iter([batch])))
+    return outside.arguments(batch["labels"], None, parametrized(batch))["steps"]

@@ -241,8 +241,20 @@ def test_borders_that_the_teacher_does_not_know_end_the_run(kind, ranks, before,
         check_no_divergence(losses[:-1], before)
 
 
-class TEDotProductAttention(torch.nn.Module):
-    """By its name attention of Transformer Engine."""
+def test_a_teacher_in_the_same_ranks_keeps_sequences_apart_as_the_student_does_or_refuses():
+    chosen = settings(**PLAIN)
+    ((found,),) = run_worlds(World(packing_jobs.beside, arguments=(chosen,)))
+    for losses in found[:4]:
+        check_no_divergence(losses, 1)
+    (edges,), (mask,) = found[4:]
+    assert edges.startswith("teacher: expected a model whose forward takes packed_seq_params"), edges
+    assert mask.startswith("attention_mask: expected a causal mask"), mask
+
+
+def test_samples_that_the_step_packs_have_steps_of_their_own():
+    chosen = settings(steps=True)
+    ((steps,),) = run_worlds(World(packing_jobs.steps_of_samples, arguments=(chosen,)))
+    assert len(steps.unique()) == 3
 
 
 class MambaMixer(torch.nn.Module):
@@ -251,7 +263,7 @@ class MambaMixer(torch.nn.Module):
 
 def test_a_teacher_with_a_state_is_told_where_it_ends_or_refuses():
     request = Request(0, 0, ROW, torch.tensor([0, 5, 12]))
-    chunk = torch.nn.ModuleList([MambaMixer(), TEDotProductAttention()])
+    chunk = torch.nn.ModuleList([MambaMixer(), packing_jobs.TEDotProductAttention()])
     chunk.config = SimpleNamespace()
     given = PackedInputs(chunk, torch.device("cpu")).of(request)[2]["packed_seq_params"]
     assert given.cu_seqlens_q.tolist() == [0, 5, 12]

@@ -77,6 +77,18 @@ def test_heads_that_predict_further_tokens_keep_their_own_loss(folder):
 
 
 @pytest.mark.slow
+def test_a_teacher_with_further_heads_teaches_alike_in_another_job_and_in_the_same_ranks(folder):
+    heads = folder / "teacher_with_heads"
+    jobs.save_weights(heads, f"{jobs.TEACHER} {HEADS}", 120)
+    jobs.save_weights(folder / "beginner", jobs.STUDENT, 120)
+    student = f"{jobs.STUDENT} --load {folder / 'beginner'} {FRESH} {STEPS_OF}"
+    teacher = f"{jobs.TEACHER} {HEADS} --load {heads} --global-batch-size 1"
+    linked = jobs.losses(jobs.train(folder, student, teacher), STEPS)
+    beside = jobs.train(folder, f"{student} --vcrd-local-teacher {heads}", "", 1, 0)
+    assert jobs.losses(beside, STEPS) == pytest.approx(linked, rel=1e-6)
+
+
+@pytest.mark.slow
 def test_a_teacher_with_the_students_weights_sees_the_same_documents(folder):
     """Megatron packs documents of a few tokens into samples, and two samples into a row: no divergence at any token."""
     same = jobs.TEACHER.replace(" --mock-data", "")
