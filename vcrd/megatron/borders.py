@@ -108,10 +108,11 @@ def _last_counted(sources: tuple[Any, ...], rows: int, columns: Tensor) -> Tenso
     """[rows]: the index in `columns` of each row's last token that counts, -1 where none does."""
     counts = torch.ones(rows, len(columns), dtype=torch.bool, device=columns.device)
     for source in sources:
-        for name, ignored in (("loss_mask", 0), ("labels", -100)):
+        for name in ("loss_mask", "labels"):
             found = field(source, name)
             if isinstance(found, Tensor) and found.numel() == counts.numel():
-                counts &= (found.reshape(counts.shape) != ignored).to(counts.device, non_blocking=True)
+                found = found.reshape(counts.shape).to(counts.device, non_blocking=True)
+                counts &= found != 0 if name == "loss_mask" else found >= 0  # -100 marks what does not count
     index = torch.arange(len(columns), device=columns.device)
     return torch.where(counts, index, -1).amax(1)
 

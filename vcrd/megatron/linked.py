@@ -56,7 +56,7 @@ class LinkedTeacher:
         self._source: Any = None  # the script's iterator, of which both draw
         self._drawn = 0  # from iterators that were replaced
         self._running_again = False
-        self._agreed = False  # on the first micro-batch, between the ranks of the last stage
+        self._agreed = False  # on the first micro-batch, between the ranks that share its answers
         self._late = True  # whether micro-batches are asked for when the model is called
         self._told = 0  # micro-batches whose arguments were seen
         self._doubts = Doubts()
@@ -162,9 +162,9 @@ class LinkedTeacher:
         """Before the model's forward, on every rank of the last stage: its arguments by name.
 
         Asks for what is asked late, and compares the borders that the arguments show with those that the teacher was
-        told. ValueError where it would look across a border. With the first micro-batch on every rank of the last stage
-        alike, by one broadcast to the context-parallel ranks and one to the tensor ranks; later on the rank that asks,
-        where arguments on a GPU are waited for with the next micro-batch.
+        told. ValueError where it would look across a border: with the first micro-batch on every tensor- and
+        context-parallel rank alike, by a broadcast of some bytes to either; later on the rank that asks, where findings
+        on a GPU are waited for with the next micro-batch.
         """
         problem = None
         if self._layout.asks:
@@ -221,7 +221,7 @@ class LinkedTeacher:
         doubts.check()
 
     def _agree(self, problem: ValueError | None) -> ValueError | None:
-        """What the rank that asks found, on every rank of the last stage."""
+        """What the rank that asks found with the first micro-batch, on every rank that shares its answers."""
         said = [None if problem is None else str(problem), self._late]
         layout = self._layout
         context = parallel_state.get_context_parallel_group() if layout.context_size > 1 else None
