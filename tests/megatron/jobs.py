@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -242,3 +245,20 @@ def direct(settings, micro_batches: int, data_size: int = 1) -> SimpleNamespace:
         plain=[loss.detach() for loss in plain],
         gradients=to_hugging_face({Place(): gradients}, STUDENT, STUDENT.layers),
     )
+
+
+# How each warning of a teacher that is plainly wrong begins: vcrd.megatron.teacher_check.
+OF_TEACHER = ("in the first step: ", "since the last report: ")
+
+
+@contextlib.contextmanager
+def warnings() -> Iterator[list[str]]:
+    """What vcrd warns of in this process while the block is open."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    logging.getLogger("vcrd").addHandler(handler)
+    try:
+        yield found
+    finally:
+        logging.getLogger("vcrd").removeHandler(handler)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,19 +17,6 @@ from vcrd.megatron.settings import DistillSettings
 TEACHER = replace(jobs.TEACHER, vocab_size=jobs.STUDENT.vocab_size)
 # Where a script keeps its loss mask.
 PLACES = ("model", "batch", "labels", "script")
-
-
-@contextlib.contextmanager
-def warnings() -> Iterator[list[str]]:
-    """What vcrd warns of in the block."""
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())
-    logging.getLogger("vcrd").addHandler(handler)
-    try:
-        yield found
-    finally:
-        logging.getLogger("vcrd").removeHandler(handler)
 
 
 @contextlib.contextmanager
@@ -119,7 +105,7 @@ def step(
     plug = distill(forward_step_of(place, data, losses), settings, teacher=jobs.model(TEACHER, seed=2))
     iterator = iter(seen([drawn(batch, place) for batch in data]))
     error = figures = None
-    with warnings() as said:
+    with jobs.warnings() as said:
         try:
             if measured_first:
                 with plug.measure():
@@ -144,7 +130,8 @@ def step(
         losses=losses,
         norm=model.decoder.final_layernorm.weight.main_grad.clone() if last else None,
         figures=figures,
-        warnings=said,
+        # These teachers know nothing, which is said too.
+        warnings=[line for line in said if not line.startswith(jobs.OF_TEACHER)],
         error=error,
     )
 

@@ -10,7 +10,7 @@ import jobs
 import torch
 from test_attach import settings
 from worlds import World, run_worlds
-from wrong_teachers import Said, steps
+from wrong_teachers import steps
 
 from vcrd.link.errors import HandshakeRefused, LinkError
 from vcrd.megatron.settings import DistillSettings
@@ -26,7 +26,7 @@ def tokenizer_with(vocabulary: dict[str, int] | None) -> Any:
 
 def refused(work: Callable[[], Any]) -> SimpleNamespace:
     """The sentence with which this job was refused, "" for none, and the warnings that it logged."""
-    with Said() as lines:
+    with jobs.warnings() as lines:
         try:
             work()
         except HandshakeRefused as error:
@@ -36,7 +36,9 @@ def refused(work: Callable[[], Any]) -> SimpleNamespace:
 
 def join(settings: DistillSettings, vocabulary: dict[str, int] | None) -> SimpleNamespace:
     student, tokenizer = jobs.model(jobs.STUDENT, seed=2), tokenizer_with(vocabulary)
-    return refused(lambda: steps(settings, student, jobs.batches(4), tokenizer=tokenizer))
+    # Every token counts: different numbers of them would be said as well.
+    data = [{**batch, "loss_mask": torch.ones_like(batch["loss_mask"])} for batch in jobs.batches(4)]
+    return refused(lambda: steps(settings, student, data, tokenizer=tokenizer))
 
 
 def teach(

@@ -266,7 +266,7 @@ def test_a_deviation_is_exact_for_many_micro_batches_and_a_warning_comes_once():
     )
     out = SimpleNamespace(loss=field, weight=field, relative_validity=field / 2, stats=stats)
     mask = torch.ones_like(field)
-    with mask_jobs.warnings() as said:
+    with jobs.warnings() as said:
         report.add(out, mask)
         # What 2^16 micro-batches of as many tokens add up to.
         report._step = report._step * 2**16

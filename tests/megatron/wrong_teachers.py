@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import jobs
@@ -28,22 +27,6 @@ def spoil(model: torch.nn.Module, change: Change) -> torch.nn.Module:
     if getattr(model, "post_process", True):
         model.output_layer.register_forward_hook(lambda _, __, output: (change(output[0]), *output[1:]))
     return model
-
-
-class Said(logging.Handler):
-    """The warnings of this process, while open."""
-
-    def __enter__(self) -> list[str]:
-        self.lines: list[str] = []
-        logging.getLogger("vcrd").addHandler(self)
-        return self.lines
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("vcrd").removeHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.WARNING:
-            self.lines.append(record.getMessage())
 
 
 def untrained(seed: int) -> torch.nn.Module:
@@ -77,7 +60,7 @@ def steps(settings: DistillSettings, student: torch.nn.Module, data: list, **giv
 
     student.config.finalize_model_grads_func = lambda *_, **__: None
     found = []
-    with Said() as lines:
+    with jobs.warnings() as lines:
         plug = distill(jobs.plain_forward_step([]), settings, **given)
         source = iter(data)
         for _ in range(2):
@@ -90,10 +73,10 @@ def steps(settings: DistillSettings, student: torch.nn.Module, data: list, **giv
                 micro_batch_size=2,
                 forward_only=False,
             )
-            found.append([line for line in lines if not line.startswith("tokenizer: not known")])
+            found.append([line for line in lines if line.startswith(jobs.OF_TEACHER)])
             lines.clear()
         plug.report.take(parallel_state.get_data_parallel_group(with_context_parallel=True))
-        found.append(list(lines))
+        found.append([line for line in lines if line.startswith(jobs.OF_TEACHER)])
         plug.close()
     return found
 

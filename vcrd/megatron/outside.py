@@ -20,7 +20,7 @@ from vcrd.divergence import DivergenceStats
 from vcrd.link.plan import context_rows
 from vcrd.megatron.ahead import TokensOf, tokens_in
 from vcrd.megatron.layout import Layout
-from vcrd.megatron.packing import packed
+from vcrd.megatron.packing import field, packed
 from vcrd.megatron.settings import DistillSettings
 
 Verifier = Callable[..., tuple[Tensor, Tensor]]
@@ -253,11 +253,10 @@ class Outside:
     def _mask(self, shape: torch.Size) -> Tensor:
         """The loss mask of this rank's labels [b, s], float32. It needs no tokens, which a local teacher does not."""
         batch = self._drawn_batch()
-        try:
-            value = batch[MASK_KEY]
-        except (KeyError, TypeError, IndexError):
+        value = field(batch, MASK_KEY)
+        if value is None:
             found = f"the keys {sorted(map(str, batch))}" if isinstance(batch, dict) else type(batch).__name__
-            raise ValueError(f"{MASK_KEY}: expected in the micro-batch, got {found}") from None
+            raise ValueError(f"{MASK_KEY}: expected in the micro-batch, got {found}")
         if not isinstance(value, Tensor) or value.dim() != 2:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{MASK_KEY}: expected a tensor [b, s] in the micro-batch, got {got}")
