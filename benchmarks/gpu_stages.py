@@ -219,7 +219,7 @@ STAGES = (
     Stage(
         "kernels-topk",
         "The loss from a teacher's top k agrees with the float64 reference.",
-        **of_loss("topk"),
+        **of_loss("topk", "topk_facts"),
     ),
     Stage(
         "kernels-hidden",

@@ -22,7 +22,7 @@ class _Entropies(Protocol):
 def bad_rows(stats: _Entropies) -> Tensor:
     """Bool [...]: rows of `DivergenceStats` whose teacher is no distribution. Codes: those that were skipped, alone.
 
-    Not where the student holds a NaN: with a teacher of which only the top k are known that makes the teacher's NaN.
+    Not where the student holds a NaN.
     """
     return stats.teacher_entropy.isnan() & ~stats.student_entropy.isnan()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from vcrd.layout import DIVERGENCES, Layout, settle_layout
 from vcrd.teacher_blocks import (
     BLOCK_BYTES,
     DenseBlocks,
+    Restate,
     TeacherBlocks,
     as_rows,
     blocks_of,
@@ -23,14 +25,20 @@ from vcrd.teacher_blocks import (
 )
 from vcrd.teacher_forms import HiddenStates, TopKLogits
 
+_TEACHER_LABEL = 3  # a row of the merged statistics
+
 
 class DivergenceStats(NamedTuple):
     """Per-token statistics, each [...], float32 (actions int64), equal on every rank of the group.
 
     Only `divergence` and `cross_entropy` carry a gradient. Logarithms are natural: nats. Everything but `divergence` is
     read at temperature 1. An action is the model's most probable next token. Rows whose mask is 0 hold zeros; without a
-    label (or with a negative one) `cross_entropy` and both label log-probabilities are 0. What the teacher's mean where
-    only its top k are known: `TopKLogits`.
+    label (or with a negative one) `cross_entropy` and both label log-probabilities are 0. Of equal logits the action is
+    the one with the lowest id.
+
+    With `TopKLogits` they are facts of the teacher all the same. `teacher_action` is its most probable token, and -1
+    where no token is known; a log-probability of a token that is not known is an upper bound, and `teacher_entropy` a
+    lower one.
     """
 
     divergence: Tensor
@@ -121,7 +129,7 @@ def vocab_parallel_divergence(
     Accumulates in float32. Inputs are never modified, unless `inplace_gradient` says so.
 
     Collectives: forward one all-gather of 17 floats per token; `jsd` and the skewed ones one all-reduce of 2 floats per
-    token more; `TopKLogits` one all-gather of 2 floats per token before these; backward none. With one rank, none.
+    token more; `TopKLogits` one all-gather of 3 floats per token before these; backward none. With one rank, none.
 
     Under torch.compile a dense teacher is traced without a graph break; the other forms break the graph.
 
@@ -129,6 +137,45 @@ def vocab_parallel_divergence(
     `vocab_size`, or an id of the teacher's outside the vocabulary, is a ValueError on CPU; on other devices, where
     reading it would stall, that token's loss is NaN.
     """
+    return measure(
+        *(student_logits, teacher_logits, labels, divergence, temperature, alpha, beta, vocab_size),
+        *(mask, group, inplace_gradient, teacher_max, skip_bad_teacher, _block_bytes),
+    ).stats
+
+
+class Measured(NamedTuple):
+    """The statistics, and what the loss alone needs besides."""
+
+    stats: DivergenceStats
+    # log V of the teacher for validity "label", where that is not its log-probability of the label: see `TopKLogits`.
+    label_validity: Tensor | None
+
+
+def measured_of(fields: Iterable[Tensor]) -> Measured:
+    """From the fields of DivergenceStats in their order, and the label validity where there is one."""
+    *stats, last = fields
+    if len(stats) < len(DivergenceStats._fields):
+        return Measured(DivergenceStats(*stats, last), None)
+    return Measured(DivergenceStats(*stats), last)
+
+
+def measure(
+    student_logits: Tensor,
+    teacher_logits: Tensor | TopKLogits | HiddenStates,
+    labels: Tensor | None,
+    divergence: str,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    vocab_size: int | None,
+    mask: Tensor | None,
+    group: dist.ProcessGroup | None,
+    inplace_gradient: bool,
+    teacher_max: Tensor | None,
+    skip_bad_teacher: bool,
+    block_bytes: int = BLOCK_BYTES,
+) -> Measured:
+    """What `vocab_parallel_divergence` gives, and the label validity."""
     call = settle(
         student_logits,
         teacher_logits,
@@ -153,9 +200,9 @@ def vocab_parallel_divergence(
         call.plan,
         call.group,
         inplace_gradient,
-        (teacher_logits, call.teacher_max, rows, *call.layout, _block_bytes),
+        (teacher_logits, call.teacher_max, rows, *call.layout, block_bytes),
     )
-    return DivergenceStats(*(field.view(leading) for field in fields))
+    return measured_of(field.view(leading) for field in fields)
 
 
 class Call(NamedTuple):
@@ -197,7 +244,8 @@ def settle(
         labels = labels.to(torch.int64).reshape(rows).contiguous()
         _check_ids("labels", labels, mask, None, layout.vocab_size)
     if isinstance(teacher_logits, TopKLogits):
-        ids = teacher_logits.ids.to(torch.int64).reshape(rows, teacher_logits.ids.shape[-1])
+        ids = teacher_logits.ids.to(torch.int64).masked_fill(teacher_logits.logprobs == -torch.inf, 0)
+        ids = ids.reshape(rows, teacher_logits.ids.shape[-1])
         _check_ids("teacher_logits.ids", ids, mask, 0, layout.vocab_size)
     if alpha == 0 and divergence.startswith("skew"):
         divergence = "forward_kl" if divergence == "skew_kl" else "reverse_kl"
@@ -245,14 +293,18 @@ def statistics_pass(
     form: TeacherBlocks,
     group: dist.ProcessGroup | None,
     teacher: tuple[Tensor | None, ...],
+    restate: Restate | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor | None, tuple[Tensor | None, ...], Tensor | None]]:
-    """Rows in; the fields of DivergenceStats, each [rows], and what the gradient needs: constants, sums, teacher, mask.
+    """Rows in; the fields of `measured_of`, each [rows], and what the gradient needs: constants, sums, teacher, mask.
+
+    restate: where the teacher was made dense already, what its form's `prepare` gave.
 
     Reads the teacher block by block of rows; a dense one is one block. What the blocks hold is joined before ranks
     meet, so that ranks may cut their rows differently and the number of collectives is that of one block.
     """
     spans = form.spans(student.shape[0])
-    teacher = form.prepare(teacher, student, mask, group)
+    teacher, own = form.prepare(teacher, student, mask, group)
+    restate = own if restate is None else restate
     partials = []
     for first, last in spans:
         rows, *read = rows_of(first, last, student, labels, mask)
@@ -264,6 +316,9 @@ def statistics_pass(
         )
     partials = gather_shards(joined(partials), group)
     statistics, actions, constants = ops.merge_statistics(partials, labels, mask, plan.temperature, plan.code)
+    if restate is not None:
+        statistics = torch.cat([statistics, statistics[_TEACHER_LABEL, None]])
+        restate(statistics, actions, constants, labels, mask)
     if plan.skip_bad_teacher:
         coded = isinstance(form, DenseBlocks) and teacher[0].dtype == torch.uint8 and teacher[1] is None
         mask = skip_bad_rows(partials, statistics, actions, mask, coded)
@@ -283,11 +338,12 @@ def statistics_pass(
         if group is not None and sums.shape[0]:
             dist.all_reduce(sums, group=group)
         divergence = sums[:, 0].clamp(min=0)  # rounding may leave a hair below
-    return (divergence, *rest, *actions.unbind(0)), (constants, sums, teacher, mask)
+    rest[ops.STATISTICS - 1 : ops.STATISTICS - 1] = actions.unbind(0)
+    return (divergence, *rest), (constants, sums, teacher, mask)
 
 
 class _VocabParallelDivergence(torch.autograd.Function):
-    """Rows in, the fields of DivergenceStats out, each [rows]."""
+    """Rows in, the fields of `measured_of` out, each [rows]."""
 
     @staticmethod
     def forward(ctx, student, labels, mask, plan, form, group, inplace_gradient, *teacher):

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.agreement import Facts, agree, refuse
-from vcrd.divergence import DivergenceStats, settle
+from vcrd.divergence import DivergenceStats, Measured, settle
 from vcrd.head_chunks import FusedHead, Rows, Task, part_of
 from vcrd.layout import STUDENT_DTYPES
 from vcrd.loss import CalibratedLoss, require_labels
@@ -90,7 +90,7 @@ def fused_validity_calibrated_kl(
     Returns a `CalibratedLoss` with `loss`, `stats.divergence` and `stats.cross_entropy` differentiable, once.
 
     Collectives over `group`, none with one rank: forward one all-gather of 17 floats per token for each chunk
-    (mixture divergences: one all-reduce of 2 floats per token more; `TopKLogits`: one all-gather of 2 floats per token
+    (mixture divergences: one all-reduce of 2 floats per token more; `TopKLogits`: one all-gather of 3 floats per token
     more), so that a chunk is done with while it is in memory; backward one all-reduce of the gradient of `hidden`, in
     its dtype. With `sequence_parallel` one all-gather of `hidden` forward, and a reduce-scatter in the place of the
     all-reduce. Normalization "mean" adds its own.
@@ -138,15 +138,20 @@ def fused_validity_calibrated_kl(
         for score in (student_validity, teacher_validity)
     ]
 
-    def weigh(stats: DivergenceStats, chunk: Rows | None, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+    def weigh(measured: Measured, chunk: Rows | None, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+        stats, label_validity = measured
         if chunk is not None:
             parts = [part_of(score, chunk) for score in scores]
-            return validity_weights(stats, validity, sharpness, floor, ceiling, None, *parts, counted)
+            return validity_weights(
+                *(stats, validity, sharpness, floor, ceiling, None, *parts, counted),
+                label_validity=label_validity,
+            )
         stats = DivergenceStats(*(field.view(leading) for field in stats))
         counted = None if counted is None else counted.view(leading)
+        label_validity = None if label_validity is None else label_validity.view(leading)
         found = validity_weights(
             *(stats, validity, sharpness, floor, ceiling, steps, student_validity, teacher_validity),
-            *(counted, normalization, normalization_group, steps_group),
+            *(counted, normalization, normalization_group, steps_group, label_validity),
         )
         return tuple(field.reshape(rows) for field in found)
 

@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd import ops
-from vcrd.divergence import DivergenceStats, Plan, statistics_pass
+from vcrd.divergence import DivergenceStats, Measured, Plan, measured_of, statistics_pass
 from vcrd.teacher_blocks import DenseBlocks, HiddenBlocks, TeacherBlocks, TopKBlocks, padded_columns
 from vcrd.teacher_forms import HiddenStates
 from vcrd.validity import mean_weight
 
 Rows = slice | Tensor  # of all tokens: from .. to, or their indices
-Weigh = Callable[[DivergenceStats, "Rows | None", "Tensor | None"], tuple[Tensor, Tensor]]
+Weigh = Callable[[Measured, "Rows | None", "Tensor | None"], tuple[Tensor, Tensor]]
 # By which upstream gradients may differ from a common multiple of those expected: rounding, and nothing more.
 _ROUNDING = 4e-7
 
@@ -32,7 +32,7 @@ _ROUNDING = 4e-7
 class Task(NamedTuple):
     """Everything but tensors that autograd follows.
 
-    weigh(stats, rows, mask): weight and relative validity of these tokens, not normalised; of all tokens, and final,
+    weigh(measured, rows, mask): weight and relative validity of these tokens, not normalised; of all tokens, and final,
         for rows None.
     """
 
@@ -123,6 +123,7 @@ class FusedHead(torch.autograd.Function):
         floats = hidden.new_zeros((ops.STATISTICS, rows), dtype=torch.float32)
         actions = hidden.new_zeros((2, rows), dtype=torch.int64)
         weights = hidden.new_zeros((2, rows), dtype=torch.float32)
+        label_validity = torch.zeros_like(floats[0]) if isinstance(task.form, TopKBlocks) else None
         keep = (
             None
             if mask is None and not task.plan.skip_bad_teacher
@@ -134,10 +135,10 @@ class FusedHead(torch.autograd.Function):
             logits = layer.logits(states, task.scale, task.softcap)
             label, counted = part_of(labels, chunk), part_of(chunk_mask, chunk)
             blocks = teacher_part(task.form, teacher, chunk)
-            blocks = task.form.prepare(blocks, logits, counted, task.group)
+            blocks, restate = task.form.prepare(blocks, logits, counted, task.group)
             dense = task.form.logits(blocks, logits, 0, len(logits), layer.teacher_memory)
             fields, (constants, sums, _, counted) = statistics_pass(
-                logits, label, counted, task.plan, DenseBlocks(), task.group, dense
+                logits, label, counted, task.plan, DenseBlocks(), task.group, dense, restate
             )
             prepared = blocks if isinstance(task.form, TopKBlocks) else None
             measured = (label, counted, constants, sums)
@@ -145,10 +146,13 @@ class FusedHead(torch.autograd.Function):
             if keep is not None:
                 keep[chunk] = 1 if counted is None else counted
             floats[:, chunk] = torch.stack(fields[: ops.STATISTICS])
-            actions[:, chunk] = torch.stack(fields[ops.STATISTICS :])
+            actions[:, chunk] = torch.stack(fields[ops.STATISTICS : ops.STATISTICS + 2])
+            measurement = measured_of(fields)
+            if label_validity is not None:
+                label_validity[chunk] = measurement.label_validity
             if not task.in_forward:
                 continue
-            weights[:, chunk] = torch.stack(task.weigh(DivergenceStats(*fields), chunk, counted))
+            weights[:, chunk] = torch.stack(task.weigh(measurement, chunk, counted))
             if not (need_hidden or need_weight):
                 continue
             upstream = (weights[0, chunk], torch.full_like(fields[0], task.ce_weight))
@@ -163,7 +167,7 @@ class FusedHead(torch.autograd.Function):
         stats = DivergenceStats(*floats.unbind(0), *actions.unbind(0))
         ctx.mean = None
         if not task.in_forward:
-            weights = torch.stack(task.weigh(stats, None, keep))
+            weights = torch.stack(task.weigh(Measured(stats, label_validity), None, keep))
         elif task.with_mean:
             ctx.mean = mean_weight(weights[0], keep, task.mean_group)
             weights[0] /= ctx.mean

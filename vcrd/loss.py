@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.bad_rows import bad_rows
-from vcrd.divergence import DivergenceStats, vocab_parallel_divergence
+from vcrd.divergence import DivergenceStats, measure
 from vcrd.teacher_forms import HiddenStates, TopKLogits
 from vcrd.validity import Estimator, validity_weights
 
@@ -62,20 +62,9 @@ def validity_calibrated_kl(
     Raises TypeError or ValueError that names the argument.
     """
     require_labels(labels, validity, ce_weight)
-    stats = vocab_parallel_divergence(
-        student_logits,
-        teacher_logits,
-        labels,
-        divergence=divergence,
-        temperature=temperature,
-        alpha=alpha,
-        beta=beta,
-        vocab_size=vocab_size,
-        mask=mask,
-        group=group,
-        inplace_gradient=inplace_gradient,
-        teacher_max=teacher_max,
-        skip_bad_teacher=skip_bad_teacher,
+    stats, label_validity = measure(
+        *(student_logits, teacher_logits, labels, divergence, temperature, alpha, beta, vocab_size),
+        *(mask, group, inplace_gradient, teacher_max, skip_bad_teacher),
     )
     if skip_bad_teacher:
         kept = ~bad_rows(stats)
@@ -93,6 +82,7 @@ def validity_calibrated_kl(
         normalization,
         normalization_group,
         steps_group,
+        label_validity,
     )
     loss = weight * stats.divergence
     if ce_weight != 0:

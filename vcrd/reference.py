@@ -109,54 +109,75 @@ def topk_statistics(
     vocab_size: int | None = None,
     mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """As `statistics`, from a teacher of which k tokens are known and the log of the mass of all others, the tail.
+    """As `statistics`, from a teacher of which k tokens are known, its most probable ones, and the mass of all others.
 
     The divergence is over the outcomes: the distinct ids, the largest log-probability of each, and the tail, unless the
-    student gives it nothing. All else is read from the teacher whose tail has the student's shape.
+    student gives it nothing.
+
+    The teacher's statistics are facts of the teacher, whatever the student says. Its masses add up to 1, those of the
+    ids and, where there are tokens beside them, the tail's. Its action is the most probable id, of equal ones the
+    lowest; -1 where no id is given. A token that is no id has the log-probability `bound` at most: that of the least
+    probable id, and that of the tail. The statistics take the bound in its place, so `teacher_entropy` is a lower bound
+    of the entropy. Where the action is unknown its probabilities are bounds too: the student's is that of its own.
+
+    One key more, `teacher_label_log_validity`: what validity "label" sets against the student's log-probability of the
+    label. For an id it is the teacher's. For any other label the ratio of the two validities is that of the tails.
     """
     vocab_size = vocab_size or student_logits.shape[-1]
     student = student_logits[..., :vocab_size].double().reshape(-1, vocab_size)
     keep = torch.ones(len(student), dtype=torch.bool) if mask is None else mask.reshape(-1) != 0
+    shape = student_logits.shape[:-1]
+    out = statistics(student_logits, student_logits, labels, vocab_size=vocab_size, mask=mask)
+    out = {key: value.reshape(-1).clone() for key, value in out.items()}
+    out["teacher_label_log_validity"] = out["teacher_label_logprob"].clone()
     log_q = torch.where(keep[:, None], student, 0.0).log_softmax(-1)
     k = ids.shape[-1]
-    entries = zip(ids.reshape(-1, k).tolist(), logprobs.reshape(-1, k).double().tolist(), strict=True)
-    log_tail = log_tail.reshape(-1).double()
-    teacher = torch.zeros_like(log_q)
-    divergences = []
-    for row, (row_ids, row_logprobs) in enumerate(entries):
-        if not keep[row]:
-            divergences.append(torch.zeros((), dtype=torch.float64))
-            continue
-        known: dict[int, float] = {}
-        for token, logprob in zip(row_ids, row_logprobs, strict=True):
+    entries = list(zip(ids.reshape(-1, k).tolist(), logprobs.reshape(-1, k).double().tolist(), strict=True))
+    for row in keep.nonzero().flatten().tolist():
+        found: dict[int, float] = {}
+        for token, logprob in zip(*entries[row], strict=True):
             if logprob != -torch.inf:
-                known[token] = max(logprob, known.get(token, -torch.inf))
-        tokens = torch.tensor(list(known), dtype=torch.long)
-        rest = torch.tensor([j for j in range(vocab_size) if j not in known], dtype=torch.long)
-        log_p_outcomes = torch.tensor(list(known.values()), dtype=torch.float64)
-        log_q_outcomes = log_q[row, tokens]
-        teacher[row, tokens] = log_p_outcomes
-        log_q_tail = log_q[row, rest].logsumexp(-1)
+                found[token] = max(logprob, found.get(token, -torch.inf))
+        tokens = torch.tensor(sorted(found), dtype=torch.long)
+        log_p = torch.tensor([found[token] for token in sorted(found)], dtype=torch.float64)
+        rest = torch.tensor([j for j in range(vocab_size) if j not in found], dtype=torch.long)
+        log_q_tail, log_p_tail = log_q[row, rest].logsumexp(-1), log_tail.reshape(-1)[row : row + 1].double()
+
+        def divergence_of(log_p_outcomes: Tensor, log_q_outcomes: Tensor) -> Tensor:
+            return divergence(log_p_outcomes.log_softmax(-1), log_q_outcomes, name, alpha, beta)
+
         if log_q_tail > -torch.inf:
-            log_p_outcomes = torch.cat([log_p_outcomes, log_tail[row : row + 1]])
-            log_q_outcomes = torch.cat([log_q_outcomes, log_q_tail[None]])
-            teacher[row, rest] = (log_tail[row] + log_q[row, rest] - log_q_tail).detach()
+            outcomes = torch.cat([log_q[row, tokens], log_q_tail[None]])
+            out["divergence"][row] = divergence_of(torch.cat([log_p, log_p_tail]), outcomes)
         else:
-            teacher[row, rest] = -torch.inf
-        log_p_outcomes = log_p_outcomes.log_softmax(-1)
-        divergences.append(divergence(log_p_outcomes, log_q_outcomes, name, alpha, beta))
-    shape = student_logits.shape[:-1]
-    out = statistics(
-        student_logits, teacher.reshape(*shape, vocab_size), labels, vocab_size=vocab_size, mask=mask
-    )
-    total = torch.stack(divergences) if divergences else torch.zeros(0, dtype=torch.float64)
-    return {**out, "divergence": total.reshape(shape)}
+            out["divergence"][row] = divergence_of(log_p, log_q[row, tokens])
+
+        log_p_tail = log_p_tail if len(rest) else torch.full((1,), -torch.inf, dtype=torch.float64)
+        *log_p, log_p_tail = torch.cat([log_p, log_p_tail]).log_softmax(-1)
+        known = dict(zip(tokens.tolist(), log_p, strict=True))
+        bound = min([log_p_tail, *log_p])
+        action = max(known, key=known.get, default=-1)  # of equal ones the first
+        tail_term = torch.where(log_p_tail == -torch.inf, 0.0, log_p_tail.exp() * bound)
+        own_action = int(out["student_action"][row])
+        out["teacher_action"][row] = action
+        out["teacher_entropy"][row] = -sum((one.exp() * one for one in log_p), tail_term)
+        out["teacher_logprob_of_teacher_action"][row] = known.get(action, bound)
+        out["teacher_logprob_of_student_action"][row] = known.get(own_action, bound)
+        out["student_logprob_of_teacher_action"][row] = log_q[row, action if known else own_action]
+        label = -1 if labels is None else int(labels.reshape(-1)[row])
+        if label >= 0:
+            out["teacher_label_logprob"][row] = known.get(label, bound)
+            relative = log_q[row, label] + log_p_tail - log_q_tail
+            relative = torch.where(log_q_tail == -torch.inf, -torch.inf, relative)
+            out["teacher_label_log_validity"][row] = known.get(label, relative)
+    return {key: value.reshape(shape) for key, value in out.items()}
 
 
 def log_validities(stats: dict[str, Tensor], validity: str) -> tuple[Tensor, Tensor]:
     """log V of the student and of the teacher, [...], for the estimators that read nothing but the statistics."""
     if validity == "label":
-        return stats["student_label_logprob"], stats["teacher_label_logprob"]
+        teacher = stats.get("teacher_label_log_validity", stats["teacher_label_logprob"])
+        return stats["student_label_logprob"], teacher
     if validity == "margin":
         return (
             (stats["student_logprob_of_student_action"] + stats["teacher_logprob_of_student_action"]) / 2,

@@ -6,6 +6,8 @@ what it computes from: a block is the same in forward and in backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd import ops
+from vcrd.known_tokens import known_tokens
 from vcrd.teacher_forms import HiddenStates, TopKLogits
 
 # Bytes of a block of float32 logits. It is written and at once read again, so it should stay in a cache (an H100's L2
@@ -23,6 +26,8 @@ BLOCK_BYTES = 31 << 20
 
 Tensors = tuple["Tensor | None", ...]
 Group = "dist.ProcessGroup | None"
+# Given the merged statistics, actions and constants, labels and mask: see `KnownTokens.restate`.
+Restate = Callable[["Tensor", "Tensor", "Tensor", "Tensor | None", "Tensor | None"], None]
 
 
 class TeacherBlocks(Protocol):
@@ -31,8 +36,13 @@ class TeacherBlocks(Protocol):
     def spans(self, rows: int) -> list[tuple[int, int]]:
         """[first, last) of each block; one empty block for no rows."""
 
-    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group) -> Tensors:
-        """Before the first pass, the tensors that `logits` takes, with what had to be computed once."""
+    def prepare(
+        self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
+    ) -> tuple[Tensors, Restate | None]:
+        """Before the first pass, the tensors that `logits` takes, with what had to be computed once.
+
+        And what puts the teacher's own statistics in the place of those of its logits, where they differ.
+        """
 
     def logits(
         self, tensors: Tensors, student: Tensor, first: int, last: int, memory: Tensor | None = None
@@ -50,8 +60,10 @@ class DenseBlocks(NamedTuple):
     def spans(self, rows: int) -> list[tuple[int, int]]:
         return [(0, rows)]
 
-    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group) -> Tensors:
-        return tensors
+    def prepare(
+        self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
+    ) -> tuple[Tensors, Restate | None]:
+        return tensors, None
 
     def logits(
         self, tensors: Tensors, student: Tensor, first: int, last: int, memory: Tensor | None = None
@@ -70,8 +82,10 @@ class HiddenBlocks(NamedTuple):
     def spans(self, rows: int) -> list[tuple[int, int]]:
         return _spans(rows, self.columns, self.block_bytes)
 
-    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group) -> Tensors:
-        return tensors
+    def prepare(
+        self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
+    ) -> tuple[Tensors, Restate | None]:
+        return tensors, None
 
     def logits(
         self, tensors: Tensors, student: Tensor, first: int, last: int, memory: Tensor | None = None
@@ -98,6 +112,9 @@ class TopKBlocks(NamedTuple):
     Once prepared, the latter's place is taken by what is subtracted from the student's logits [rows], so that they are
     log p' in the tail. Logarithms of p' are small where the mass is, however large the student's logits are, and so
     lose no digits in float32.
+
+    These logits are for the divergence and its gradient alone: what they say of the teacher in the tail is the
+    student's. `known_tokens` has what is the teacher's.
     """
 
     columns: int
@@ -108,31 +125,39 @@ class TopKBlocks(NamedTuple):
     def spans(self, rows: int) -> list[tuple[int, int]]:
         return _spans(rows, self.columns, self.block_bytes)
 
-    def prepare(self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group) -> Tensors:
-        """One all-gather of 2 floats per token: of the student's tail. 1 - sum q_i would cancel."""
+    def prepare(
+        self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
+    ) -> tuple[Tensors, Restate | None]:
+        """One all-gather of 3 floats per token: of the student's tail, since 1 - sum q_i would cancel, and its logit at
+        the teacher's action."""
         logprobs, ids, log_tail = tensors
+        known = known_tokens(logprobs, ids, log_tail, self.vocab_size)
         tails = []
         for first, last in self.spans(len(student)):
             rows, kept = rows_of(first, last, student, mask)
             # As if it were a teacher: the kernel then finds its maximum and its sum.
             tail = self._block(rows)
             tail[:, : self.columns].copy_(rows[:, : self.columns])
-            tail.scatter_(1, self._places(logprobs[first:last], ids[first:last]), -torch.inf)
+            tail[:, self.columns :] = -torch.inf
+            at_action = tail.gather(1, self._places(known.action[first:last, None]))
+            tail.scatter_(1, self._places(ids[first:last], logprobs[first:last]), -torch.inf)
             partials = ops.row_statistics(
                 rows, tail, None, None, kept, 1.0, self.columns, self.first_column, 0
             )
-            tails.append(partials[:, 1:4:2])  # teacher_max and teacher_sum of a RowPartial, csrc/params.h
-        maxima, sums = gather_shards(joined(tails).contiguous(), group).double().unbind(-1)
+            # teacher_max and teacher_sum of a RowPartial, csrc/params.h
+            tails.append(torch.cat([partials[:, 1:4:2], at_action], -1))
+        maxima, sums, at_action = gather_shards(joined(tails), group).double().unbind(-1)
         top = maxima.amax(0)
         sums = (sums * (maxima - top).exp()).sum(0)
         # A maximum of -inf: the student has no tail. Then there is no ratio of the two, and the ids are all there is.
         log_ratio = torch.where(top == -torch.inf, 0.0, top + sums.log() - log_tail)
-        # On the CPU these were refused; elsewhere reading them would stall, and so the token's loss says it.
-        log_ratio = log_ratio.masked_fill(((ids < 0) | (ids >= self.vocab_size)).any(-1), torch.nan)
+        # NaN also says that an id lies outside the vocabulary, which is refused on the CPU; elsewhere reading it would
+        # stall.
+        log_ratio = log_ratio.masked_fill(known.entropy.isnan(), torch.nan)
         subtracted = log_ratio.float()
         # What is lost in rounding it, the ids make up for: what counts is how far the tail lies from them.
         lost = torch.where(subtracted.isinf(), 0.0, log_ratio - subtracted).float()
-        return logprobs + lost[:, None], ids, subtracted
+        return (logprobs + lost[:, None], ids, subtracted), partial(known.restate, at_action.amax(0))
 
     def logits(
         self, tensors: Tensors, student: Tensor, first: int, last: int, memory: Tensor | None = None
@@ -141,7 +166,7 @@ class TopKBlocks(NamedTuple):
         block = self._block(student, memory)
         torch.sub(student[:, : self.columns], subtracted[:, None], out=block[:, : self.columns])
         # The largest of an id's entries, in any order of theirs: the same block in backward.
-        places = self._places(logprobs, ids)
+        places = self._places(ids, logprobs)
         block.scatter_reduce_(1, places, logprobs, "amax", include_self=False)
         return block, None
 
@@ -149,10 +174,12 @@ class TopKBlocks(NamedTuple):
         """Uninitialised float32 [rows, columns and 1 to 4 more], the first of which takes what lies elsewhere."""
         return _matrix(memory, len(student), padded_columns(self.columns), student)
 
-    def _places(self, logprobs: Tensor, ids: Tensor) -> Tensor:
+    def _places(self, ids: Tensor, logprobs: Tensor | None = None) -> Tensor:
         """Where in a block each entry belongs, int64 [rows, k]: safe for any ids, since masked rows may hold any."""
         local = ids - self.first_column
-        here = (local >= 0) & (local < self.columns) & (logprobs != -torch.inf)
+        here = (local >= 0) & (local < self.columns)
+        if logprobs is not None:
+            here &= logprobs != -torch.inf
         return torch.where(here, local, self.columns)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class TopKLogits:
-    """The teacher's log-probabilities of k tokens, and of all others together: the tail, one outcome more.
+    """The teacher's log-probabilities of its k best tokens, and of all others together: the tail, one outcome more.
 
     The divergence is that of two distributions over k + 1 outcomes. No mass is dropped and none is made up, so it is a
     lower bound of the divergence over the whole vocabulary (data processing inequality), and equal to it where k covers
@@ -27,9 +27,18 @@ class TopKLogits:
     agree. At fixed p' the derivative to q_j is phi(r) - r phi'(r), and so is that of q_T phi(p_T / q_T) to q_T: the
     gradients agree, although p' is made from q. (This project's own derivation.)
 
-    So the statistics of the teacher are those of p': `teacher_entropy` and both actions too. For a label in the tail
-    `teacher_label_logprob` is log p_T + log q_y - log q_T, so that the ratio of the two label validities is that of the
-    tail, p_T / q_T.
+    The statistics of the teacher are its own and not those of p'. The ids are taken to be its most probable tokens. So
+    no other token has more than b, the smaller of p_T and of the least probability of an id.
+
+    - `teacher_action` is the most probable id, of equal ones the lowest; -1 where a row has no id.
+    - Of an id, log-probabilities are the teacher's. Of any other token, be it the label or the student's action, they
+      are log b: an upper bound.
+    - `teacher_entropy` is -sum p_i log p_i - p_T log b: a lower bound.
+
+    With all tokens, or all but one, among the ids these are the statistics of the whole distribution. Validity "margin"
+    of the student, where its action is no id, and "confidence" of the teacher are thus upper bounds. For validity
+    "label" of a label that is no id, both models are judged by the outcome that it belongs to: the loss takes the ratio
+    of the two validities to be that of the tails, p_T / q_T.
 
     The k + 1 masses are normalised to 1. An id may occur more than once in a row; the largest of its log-probabilities
     counts, once. An entry of log-probability -inf is none, so that rows may have fewer than k. Where the student gives
@@ -39,7 +48,8 @@ class TopKLogits:
 
     Attributes:
         logprobs: [..., k], float32: natural log-probabilities at temperature 1.
-        ids: [..., k], integers over the whole vocabulary, in any order. The same on every rank of the group.
+        ids: [..., k], integers over the whole vocabulary, in any order. The same on every rank of the group. Not read
+            where the log-probability is -inf.
         log_tail: [...], float32: the log of the mass outside these ids, exact; -inf for none.
     """
 

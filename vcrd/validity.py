@@ -44,6 +44,7 @@ def validity_weights(
     normalization: str = "none",
     normalization_group: dist.ProcessGroup | None = None,
     steps_group: dist.ProcessGroup | None = None,
+    label_validity: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weight and relative validity of each token, detached, each [...] float32; 0 where the mask is 0.
 
@@ -55,6 +56,8 @@ def validity_weights(
                 samples, which would raise the weight exactly where the teacher errs.
             "margin": geometric mean of both models' probabilities at m's most probable token.
             "confidence": exp(-entropy of m).
+                From the statistics of a teacher's top k, "confidence" of the teacher, and "margin" of the student where
+                the teacher does not know its token, are upper bounds.
             "scores": `student_validity` and `teacher_validity`, from a verifier, a process reward model or rollouts.
             "uniform": 1, so the weight is (floor + ceiling) / 2 everywhere: the plain-distillation control.
             a callable: given `stats`, returns student's and teacher's validity, each [...] in (0, 1].
@@ -69,6 +72,8 @@ def validity_weights(
         normalization: "none", or "mean": divide by the masked mean weight, over all ranks of `normalization_group`.
         steps_group: ranks that hold parts of the same steps, each as many tokens (context parallelism). Ids are then
             below the number of tokens of all of them.
+        label_validity: [...], log V of the teacher for "label", in the place of `stats.teacher_label_logprob`. The loss
+            passes it for labels outside a teacher's top k: see `TopKLogits`.
 
     Collectives: none; with "mean" and a group, one all-reduce of two numbers; with `steps_group`, one all-reduce of
     five int64 per token of its ranks.
@@ -88,6 +93,8 @@ def validity_weights(
         normalization,
         steps_group,
     )
+    if validity == "label" and label_validity is not None:
+        stats = stats._replace(teacher_label_logprob=label_validity)
     student, teacher = _log_validities(stats, validity, steps, student_validity, teacher_validity)
     keep = None if mask is None else mask != 0
     index = None

@@ -187,6 +187,18 @@ def test_logits_of_minus_infinity_have_no_mass():
         check_top_k(top_k_of(source, k, Shard(0, 50), None), source, k)
 
 
+def test_rounding_makes_no_token_equal_to_the_best():
+    """The best token is the teacher's action: a logarithm of 5.3 has not the digits that tell these logits apart."""
+    source = torch.full((3, 1, 300), 0.125)
+    source[0, 0, 7], source[1, 0, 250] = (torch.nextafter(torch.tensor(0.125), torch.tensor(1.0)),) * 2
+    for k in (1, 2, 200, 300):
+        got = top_k_of(source, k, Shard(0, 300), None)
+        check_top_k(got, source, k)
+        values, tokens, _ = got
+        assert tokens[:, 0, 0].tolist() == [7, 250, 0]
+        assert (values[:2, 0, 1:] < values[:2, 0, :1]).all() and (values[2] == values[2, 0, 0]).all()
+
+
 def test_the_two_zeros_are_equal():
     source = torch.tensor([-0.0, 0.0, -0.0, 0.0, -1.0]).view(1, 1, 5)
     assert top_k_of(source, 3, Shard(0, 5), None)[1].flatten().tolist() == [0, 1, 2]

@@ -15,6 +15,8 @@ MODES = {
     "scores": ({"validity": "scores", "steps": True}, False),
     "label": ({"validity": "label", "steps": True}, False),
     "judged": ({"steps": True, "fused_head": True}, True),
+    # Of so few tokens known, the action must still be the teacher's own.
+    "judged from the best token": ({"steps": True, "payload": "topk", "top_k": 1}, True),
 }
 
 
@@ -102,13 +104,15 @@ def student_job(settings) -> SimpleNamespace | None:
                 forward_only=False,
             )
         plug.close()
+        figures = report.take()
         results[name] = SimpleNamespace(
             losses=losses,
+            agreement=figures.agreement,
             weights=[o.out.weight.t() for o in observed],
             norm=part.decoder.final_layernorm.weight.main_grad.clone()
             if parallel_state.is_pipeline_last_stage()
             else None,
-            seconds=report.take().verifier_time,
+            seconds=figures.verifier_time,
             calls=verifier.calls if judged else [],
             keys=keys,
         )
@@ -116,8 +120,8 @@ def student_job(settings) -> SimpleNamespace | None:
 
 
 def teacher_job(settings) -> None:
-    for name in MODES:
-        jobs.teacher_job(settings.replaced(name=name))
+    for name, (changes, _) in MODES.items():
+        jobs.teacher_job(settings.replaced(name=name, **changes))
 
 
 def direct(settings) -> dict[str, SimpleNamespace]:
@@ -126,9 +130,9 @@ def direct(settings) -> dict[str, SimpleNamespace]:
 
     results = {}
     teacher = jobs.model(jobs.TEACHER, seed=2)
-    for name, (_, judged) in MODES.items():
+    for name, (changes, judged) in MODES.items():
         student = jobs.model(jobs.STUDENT, seed=1)
-        losses, weights, total = [], [], 0.0
+        losses, weights, total, agreed, counted = [], [], 0.0, 0.0, 0.0
         for batch in data(True):
             tokens, mask = batch["tokens"], batch["loss_mask"]
             positions = torch.arange(jobs.SEQUENCE).expand_as(tokens)
@@ -144,13 +148,25 @@ def direct(settings) -> dict[str, SimpleNamespace]:
             steps = batch["vcrd_steps"]
             steps = torch.where(steps >= 0, steps + 1000 * torch.arange(len(steps))[:, None], -1)
             weight, _ = reference.weights(*both, sharpness=settings.sharpness, steps=steps, mask=mask)
+            agreed += ((stats["student_action"] == stats["teacher_action"]) * mask).sum()
+            counted += mask.sum()
+            if "top_k" in changes:
+                log_p = p[..., : jobs.TRUE_VOCAB].double().log_softmax(-1)
+                logprobs, ids = log_p.topk(changes["top_k"], -1)
+                tail = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
+                stats = reference.topk_statistics(
+                    *(q, logprobs, ids, tail, batch["labels"]), vocab_size=jobs.TRUE_VOCAB, mask=mask
+                )
             loss = weight * stats["divergence"]
             losses.append(loss.detach())
             weights.append(weight)
             total = total + (loss * mask).sum() / mask.sum() / MICRO_BATCHES
         total.backward()
         results[name] = SimpleNamespace(
-            losses=losses, weights=weights, norm=student.decoder.final_layernorm.weight.grad
+            losses=losses,
+            weights=weights,
+            norm=student.decoder.final_layernorm.weight.grad,
+            agreement=float(agreed / counted),
         )
     return results
 

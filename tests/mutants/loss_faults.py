@@ -103,8 +103,8 @@ FAULTS = [
     _fault(
         "what rounding took from the tail is not given back",
         "teacher_blocks.py",
-        "return logprobs + lost[:, None], ids, subtracted",
-        "return logprobs, ids, subtracted",
+        "return (logprobs + lost[:, None], ids, subtracted)",
+        "return (logprobs, ids, subtracted)",
         *(_TOPK, "-k", "match_the_reference and forward_kl or next_to_nothing"),
     ),
     _fault(

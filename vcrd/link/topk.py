@@ -26,7 +26,8 @@ def top_k_of(
 
     Error: at most some 1e-6 (1 + d) nat, with d the distance of a token's logit from the row's largest. So is that of
     the tail, whose mass is summed over the tail itself: it keeps its digits where the k tokens hold nearly everything.
-    The tail is -inf where the k tokens hold the whole vocabulary.
+    The tail is -inf where the k tokens hold the whole vocabulary. Rounding makes no token equal to a better first one,
+    so that the first is known to be the teacher's best.
 
     A row with a NaN or +inf, or with no finite logit, has no distribution: NaN stands among its log-probabilities, and
     its tokens are k different ones of the vocabulary all the same.
@@ -56,8 +57,12 @@ def top_k_of(
         rest = _gathered(rest, group).logsumexp(0)
     values = values - top
     total = torch.logaddexp(values.logsumexp(-1), rest)
+    logprobs = values - total[:, None]
+    best = logprobs[:, :1]
+    below_best = torch.nextafter(best, torch.full_like(best, -torch.inf))
+    logprobs = torch.where((values < 0) & (logprobs == best), below_best, logprobs)
     return (
-        (values - total[:, None]).view(*leading, k),
+        logprobs.view(*leading, k),
         tokens.int().view(*leading, k),
         (rest - total).view(leading),
     )

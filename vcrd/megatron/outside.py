@@ -45,8 +45,9 @@ class Outside:
 
     verifier: called on tensor rank 0 with CPU tensors (tokens, student_action, teacher_action), each int64 [b, s], and
     with the micro-batch as it was drawn where it has a parameter named `batch`; packed samples are one row, as Megatron
-    makes it. An action is the most probable token after `tokens` up to and with its position; -1 where there is nothing
-    to judge: the loss mask is 0, or another context-parallel rank judges it. It returns the validity of the student's
+    makes it. An action is the most probable token after `tokens` up to and with its position, with the payload "topk"
+    too; -1 where there is nothing to judge: the loss mask is 0, another context-parallel rank judges it, or the
+    teacher's is not known. It returns the validity of the student's
     and of the teacher's action, each [b, s] in [0, 1]; what it says where the action is -1 is not read.
 
     Collectives: with tensor parallelism, one broadcast per micro-batch where the settings ask for fields, one where
@@ -266,8 +267,8 @@ class Outside:
     def _judge(self, stats: DivergenceStats, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, float]:
         batch, tokens, _, columns = self._batch(labels.shape)
         actions = torch.stack([stats.student_action.t(), stats.teacher_action.t()])
-        if mask is not None:
-            actions = torch.where(mask != 0, actions, -1)
+        known = (actions >= 0).all(0)
+        actions = torch.where(known if mask is None else known & (mask != 0), actions, -1)
         whole = torch.full((2, *tokens.shape), -1)
         whole[:, :, columns] = actions.cpu()
         extra = {"batch": batch} if self._wants_batch else {}

@@ -45,6 +45,9 @@ class Figures:
     micro_batches: how many there were, those of all ranks. micro_batch_tokens, micro_batch_deviation: mean and standard
     deviation of the tokens that the mask keeps in each; the deviation is exactly 0 where they are equal.
     unlike_mask: tokens of training that the mask keeps and loss_func gives no gradient, or the other way round.
+
+    With the payload "topk" agreement is exact, divergence a lower bound, and weight and student_more_valid rest on
+    bounds where the teacher's probability is not known: see `TopKLogits`.
     """
 
     tokens: int
