@@ -25,8 +25,6 @@ from vcrd.teacher_blocks import (
 )
 from vcrd.teacher_forms import HiddenStates, TopKLogits
 
-_TEACHER_LABEL = 3  # a row of the merged statistics
-
 
 class DivergenceStats(NamedTuple):
     """Per-token statistics, each [...], float32 (actions int64), equal on every rank of the group.
@@ -243,7 +241,7 @@ def settle(
     if labels is not None:
         labels = labels.to(torch.int64).reshape(rows).contiguous()
         _check_ids("labels", labels, mask, None, layout.vocab_size)
-    if isinstance(teacher_logits, TopKLogits):
+    if isinstance(teacher_logits, TopKLogits) and teacher_logits.ids.device.type == "cpu":
         ids = teacher_logits.ids.to(torch.int64).masked_fill(teacher_logits.logprobs == -torch.inf, 0)
         ids = ids.reshape(rows, teacher_logits.ids.shape[-1])
         _check_ids("teacher_logits.ids", ids, mask, 0, layout.vocab_size)
@@ -317,8 +315,7 @@ def statistics_pass(
     partials = gather_shards(joined(partials), group)
     statistics, actions, constants = ops.merge_statistics(partials, labels, mask, plan.temperature, plan.code)
     if restate is not None:
-        statistics = torch.cat([statistics, statistics[_TEACHER_LABEL, None]])
-        restate(statistics, actions, constants, labels, mask)
+        statistics = restate(statistics, actions, constants, labels, mask)
     if plan.skip_bad_teacher:
         coded = isinstance(form, DenseBlocks) and teacher[0].dtype == torch.uint8 and teacher[1] is None
         mask = skip_bad_rows(partials, statistics, actions, mask, coded)

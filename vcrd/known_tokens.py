@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Rows of the merged statistics: csrc/params.h. One row more is the teacher's log validity of the label.
+# Rows of the merged statistics: csrc/params.h.
 _TEACHER_LABEL, _STUDENT_AT_OWN, _STUDENT_AT_TEACHERS, _TEACHER_AT_STUDENTS, _TEACHER_AT_OWN = 3, 4, 5, 6, 7
 _TEACHER_ENTROPY = 9
 _STUDENT_MAX = 0  # a column of the constants
@@ -24,9 +24,8 @@ class KnownTokens(NamedTuple):
     logprobs: Tensor  # [rows, k], -inf for entries that do not count: empty ones, and repetitions of an id
     bound: Tensor  # [rows], what the log-probability of any other token is at most
     entropy: Tensor  # [rows], a lower bound: the entropy with `bound` as log-probability of all others
-    action: (
-        Tensor  # [rows], the most probable known token, of equal ones the lowest id; -1 where none is known
-    )
+    # [rows], the most probable known token, of equal ones the lowest id; -1 where none is known, 0 in rows of NaN.
+    action: Tensor
     vocab_size: int
 
     def logprob_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,13 +42,14 @@ class KnownTokens(NamedTuple):
         constants: Tensor,
         labels: Tensor | None,
         mask: Tensor | None,
-    ) -> None:
-        """Replaces what the merged statistics say of the teacher, in place.
+    ) -> Tensor:
+        """Statistics [11, rows] and, in place, actions as they are of this teacher. The last row is log V of the label.
 
-        student_logit: [rows], float32, the student's logit at `action`, -inf where that is -1. statistics: [11, rows],
-            of a teacher whose tail has the student's shape; the last row is `teacher_label_logprob` once more, and
-            keeps it where the label is not known. actions, constants: as merged, [2, rows] and [rows, n].
+        student_logit: [rows], the student's logit at `action`, -inf where that is -1. statistics, actions,
+            constants: as merged, [10, rows], [2, rows] and [rows, n], of a teacher whose tail has the student's shape;
+            where the label is not known, log V stays what they say.
         """
+        statistics = torch.cat([statistics, statistics[_TEACHER_LABEL, None]])
         at_students, _ = self.logprob_of(actions[0])
         at_own, has_action = self.logprob_of(self.action)
         top = constants[:, _STUDENT_MAX].double()
@@ -71,6 +71,7 @@ class KnownTokens(NamedTuple):
         for row, value in found.items():
             statistics[row] = torch.where(keep, value, 0.0)
         actions[1] = torch.where(keep, self.action, 0)
+        return statistics
 
 
 def known_tokens(logprobs: Tensor, ids: Tensor, log_tail: Tensor, vocab_size: int) -> KnownTokens:
@@ -91,8 +92,5 @@ def known_tokens(logprobs: Tensor, ids: Tensor, log_tail: Tensor, vocab_size: in
     entropy = -torch.where(known, logprobs.exp() * logprobs, 0.0).sum(-1) - of_tail
     best = logprobs.amax(-1, keepdim=True)
     action = torch.where(known & (logprobs == best), ids, vocab_size).amin(-1)
-    return KnownTokens(
-        *(ids, logprobs, bound, entropy),
-        torch.where(action < vocab_size, action, -1),
-        vocab_size,
-    )
+    action = torch.where(action < vocab_size, action, -1).masked_fill(entropy.isnan(), 0)
+    return KnownTokens(ids, logprobs, bound, entropy, action, vocab_size)

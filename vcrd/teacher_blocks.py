@@ -27,7 +27,7 @@ BLOCK_BYTES = 31 << 20
 Tensors = tuple["Tensor | None", ...]
 Group = "dist.ProcessGroup | None"
 # Given the merged statistics, actions and constants, labels and mask: see `KnownTokens.restate`.
-Restate = Callable[["Tensor", "Tensor", "Tensor", "Tensor | None", "Tensor | None"], None]
+Restate = Callable[["Tensor", "Tensor", "Tensor", "Tensor | None", "Tensor | None"], "Tensor"]
 
 
 class TeacherBlocks(Protocol):

@@ -143,7 +143,7 @@ def test_a_known_token_in_the_padding_is_refused_or_no_distribution(device):
         assert getattr(stats, name)[0].isfinite(), name
     for name in (*OF_THE_TEACHER[1:], "divergence"):
         assert getattr(stats, name)[1].isnan(), name
-    assert stats.teacher_action.tolist() == [int(form.ids[0, form.logprobs[0].argmax()]), -1]
+    assert stats.teacher_action.tolist() == [int(form.ids[0, form.logprobs[0].argmax()]), 0]
     assert skipped.teacher_entropy.isnan().tolist() == [False, True] and skipped.divergence[1] == 0
 
 

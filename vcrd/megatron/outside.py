@@ -47,8 +47,8 @@ class Outside:
     with the micro-batch as it was drawn where it has a parameter named `batch`; packed samples are one row, as Megatron
     makes it. An action is the most probable token after `tokens` up to and with its position, with the payload "topk"
     too; -1 where there is nothing to judge: the loss mask is 0, another context-parallel rank judges it, or the
-    teacher's is not known. It returns the validity of the student's
-    and of the teacher's action, each [b, s] in [0, 1]; what it says where the action is -1 is not read.
+    teacher's is not known. It returns the validity of the student's and of the teacher's action, each [b, s] in [0, 1];
+    what it says where the action is -1 is not read.
 
     Collectives: with tensor parallelism, one broadcast per micro-batch where the settings ask for fields, one where
     there is a verifier; none otherwise. What goes wrong on tensor rank 0 is raised on every tensor rank. Fields go to
