@@ -39,9 +39,9 @@ class TeacherBlocks(Protocol):
     def prepare(
         self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
     ) -> tuple[Tensors, Restate | None]:
-        """Before the first pass, the tensors that `logits` takes, with what had to be computed once.
+        """Before the first pass: the tensors that `logits` takes, with what had to be computed once.
 
-        And what puts the teacher's own statistics in the place of those of its logits, where they differ.
+        And, where the teacher's statistics are not those of these logits, what puts them right.
         """
 
     def logits(
@@ -128,8 +128,10 @@ class TopKBlocks(NamedTuple):
     def prepare(
         self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
     ) -> tuple[Tensors, Restate | None]:
-        """One all-gather of 3 floats per token: of the student's tail, since 1 - sum q_i would cancel, and its logit at
-        the teacher's action."""
+        """One all-gather of 3 floats per token: two of the student's tail, and its logit at the teacher's action.
+
+        The tail is summed by itself, for 1 - sum q_i would cancel.
+        """
         logprobs, ids, log_tail = tensors
         known = known_tokens(logprobs, ids, log_tail, self.vocab_size)
         tails = []

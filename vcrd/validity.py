@@ -56,8 +56,8 @@ def validity_weights(
                 samples, which would raise the weight exactly where the teacher errs.
             "margin": geometric mean of both models' probabilities at m's most probable token.
             "confidence": exp(-entropy of m).
-                From the statistics of a teacher's top k, "confidence" of the teacher, and "margin" of the student where
-                the teacher does not know its token, are upper bounds.
+                Where only the teacher's top k are known, "confidence" of the teacher is an upper bound, and so is
+                "margin" of the student whose token is not among them.
             "scores": `student_validity` and `teacher_validity`, from a verifier, a process reward model or rollouts.
             "uniform": 1, so the weight is (floor + ceiling) / 2 everywhere: the plain-distillation control.
             a callable: given `stats`, returns student's and teacher's validity, each [...] in (0, 1].
