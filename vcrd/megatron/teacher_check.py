@@ -68,17 +68,16 @@ class TeacherCheck:
         first_spare = torch.clamp(labels.max() + 1, max=columns) if self._known is None else self._known
         # Both are 0 where there is no label; where both models are sure of theirs, nothing is wrong.
         labelled = (stats.teacher_label_logprob != 0) | (stats.cross_entropy != 0)
-        facts = (stats.teacher_action, stats.teacher_logprob_of_teacher_action, stats.teacher_label_logprob)
+        label = stats.teacher_label_logprob
         if isinstance(answer, TopKLogits):
-            facts = _known(answer, labels, columns)
-        action, best, label = facts
+            label = _expected(answer, labels, columns)
         rows = (
             torch.ones_like(label),
-            stats.student_action == action,
-            (-best).clamp(max=most),
+            stats.student_action == stats.teacher_action,
+            (-stats.teacher_logprob_of_teacher_action).clamp(max=most),
             labelled,
             torch.where(labelled, -label, 0.0).clamp(max=most),
-            action >= first_spare,
+            stats.teacher_action >= first_spare,
             torch.ones_like(label) * (columns - first_spare) / columns,
         )
         # What the student's NaN leave counts for nothing.
@@ -172,16 +171,15 @@ class TeacherCheck:
         )
 
 
-def _known(answer: TopKLogits, labels: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher's best token, its log-probability and the label's, each [s, b], from what travels of the top k.
+def _expected(answer: TopKLogits, labels: Tensor, columns: int) -> Tensor:
+    """The teacher's log-probability of each label [s, b] from what travels of the top k.
 
-    A label that is not among them has the mean probability of all that are not.
+    A label that is not among them has the mean probability of all that are not: the bound in the statistics is far
+    above that, and would hide a teacher that knows nothing.
     """
-    best, place = answer.logprobs.max(-1)
-    action = answer.ids.gather(-1, place[..., None])[..., 0].long()
     mean = answer.log_tail - math.log(max(1, columns - answer.ids.shape[-1]))
     known = answer.logprobs.masked_fill(answer.ids != labels[..., None], -torch.inf).amax(-1)
-    return action, best, torch.where(known > -torch.inf, known, mean)
+    return torch.where(known > -torch.inf, known, mean)
 
 
 def _percent(share: float) -> str:
