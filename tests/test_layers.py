@@ -121,6 +121,7 @@ LAYERS = (
             *("vcrd.link.errors", "vcrd.link.header"),
         ),
     ),
+    Layer("vcrd/megatron/random_state.py", packages=("torch", "numpy")),
     Layer(
         "vcrd/megatron/*.py",
         (

@@ -4,7 +4,8 @@ Appends a line of JSON per micro-batch to $LONG_RUN_RECORD, with the loss to the
 the weights at the end. $LONG_RUN_REJECT: the iteration whose losses the first run rejects, so that Megatron runs it
 again; with $LONG_RUN_FATAL it then saves and exits, to run it once more when resumed. $LONG_RUN_TERMINATE: the
 iteration in which the process sends itself SIGTERM. $LONG_RUN_NAN: that in which the student's loss becomes NaN.
-$LONG_RUN_WANDB: a file for what a stand-in for W&B's writer is given.
+$LONG_RUN_WANDB: a file for what a stand-in for W&B's writer is given. $LONG_RUN_DRAWS: generators that each sample is
+drawn from. $LONG_RUN_LOADER: a folder where an external loader saves its own state.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import sys
 from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -35,7 +38,7 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(1000 * self._seed + int(index))
-        row = torch.randint(VOCAB, (SEQUENCE + 1,), generator=generator)
+        row = (torch.randint(VOCAB, (SEQUENCE + 1,), generator=generator) + drawn()) % VOCAB
         mask = (torch.rand(SEQUENCE, generator=generator) < torch.rand((), generator=generator)).float()
         mask[0] = 1.0
         return {
@@ -46,8 +49,51 @@ class Samples(torch.utils.data.Dataset):
         }
 
 
-def datasets(counts: list[int], vp_stage: int | None = None) -> tuple[Samples, Samples, Samples]:
-    return tuple(Samples(count or 1, seed) for seed, count in enumerate(counts))
+def drawn() -> int:
+    """A number from the random state of the process, which a checkpoint saves."""
+    draw = {
+        "torch": lambda: int(torch.randint(VOCAB, ())),
+        "numpy": lambda: int(numpy.random.randint(VOCAB)),
+        "random": lambda: random.randrange(VOCAB),
+    }
+    return sum(draw[name]() for name in os.environ.get("LONG_RUN_DRAWS", "").split())
+
+
+class Loader:
+    """Micro-batches of two samples; as Energon's, in Megatron's examples, it saves its own state and restores it."""
+
+    def __init__(self, samples: Samples, size: int) -> None:
+        self._samples, self._state = samples, {"next": 0}
+        self._size = size
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        first, self._state["next"] = self._state["next"], self._state["next"] + self._size
+        return torch.utils.data.default_collate([self._samples[first + n] for n in range(self._size)])
+
+    def save_state(self) -> dict[str, int]:
+        return self._state
+
+    def restore(self, path: str) -> None:
+        self._state = torch.load(path)["dataloader_state_dict"]
+
+
+def datasets(counts: list[int], vp_stage: int | None = None) -> tuple:
+    samples = tuple(Samples(count or 1, seed) for seed, count in enumerate(counts))
+    if "LONG_RUN_LOADER" not in os.environ:
+        return samples
+    from megatron.training import get_args
+    from megatron.training.checkpointing import get_checkpoint_name
+
+    args = get_args()
+    loaders = tuple(Loader(each, args.micro_batch_size) for each in samples)
+    name = "train_dataloader_dprank000.pt"
+    path = get_checkpoint_name(args.dataloader_save, args.iteration, False, 0, 0, False, 0, basename=name)
+    if args.iteration:
+        loaders[0].restore(path)
+    return loaders
 
 
 datasets.is_distributed = True
@@ -127,6 +173,8 @@ def main() -> None:
         writer.log.side_effect = partial(keep, path)
         global_vars._set_wandb_writer = lambda args: setattr(global_vars, "_GLOBAL_WANDB_WRITER", writer)
     args = parse_and_validate_args()
+    # Megatron's own arguments lack it, and its examples add it.
+    args.dataloader_save = os.environ.get("LONG_RUN_LOADER")
     plug = vcrd.megatron.distill(forward_step)
     pretrain(
         pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),

@@ -112,6 +112,47 @@ def test_a_run_that_is_terminated_and_resumed_ends_as_the_uninterrupted_one(whol
     assert second.lines()[-1] == whole.lines()[-1] and "weights" in whole.lines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("draws", "loader", "more"),
+    [
+        # Where Megatron's own loaders start, they draw from torch's generator: there a resumed run draws others anyway.
+        pytest.param("numpy random", False, "", marks=pytest.mark.slow),
+        ("torch numpy random", True, ""),
+        pytest.param("torch numpy random", True, "--hidden-dropout 0.1", marks=pytest.mark.slow),
+        pytest.param("numpy", True, "--attention-dropout 0.1 --hidden-dropout 0.1", marks=pytest.mark.slow),
+    ],
+)
+def test_a_resumed_run_draws_the_samples_of_the_uninterrupted_one(folder, draws, loader, more):
+    """From the random state of the process, evaluation too, and where a loader saves its state, as it says."""
+    name = f"{draws}{more}{loader}".replace(" ", "")
+    environment = {"LONG_RUN_DRAWS": draws}
+    arguments = f"--global-batch-size 4 --eval-interval 2 {more}"
+    if loader:
+        arguments += " --dataloader-type external"
+        environment["LONG_RUN_LOADER"] = str(folder / f"{name}-whole-loader")
+    saving = f"--save-interval 100 --save {folder / f'{name}-whole-saved'}"
+    undisturbed = run(folder, f"{name}-whole", f"{arguments} {saving}", **environment)
+    if loader:
+        environment["LONG_RUN_LOADER"] = str(folder / f"{name}-loader")
+    arguments += f" --save {folder / f'{name}-saved'} --load {folder / f'{name}-saved'} --save-interval 3"
+    first = run(
+        folder,
+        f"{name}-first",
+        f"{arguments} --exit-signal-handler",
+        LONG_RUN_TERMINATE="3",
+        **environment,
+    )
+    assert 6 <= len(first.curve()) < 2 * STEPS
+    second = run(folder, f"{name}-second", arguments, **environment)
+    assert first.curve() + second.curve() == undisturbed.curve()
+    if not loader:  # of the loaders Megatron saves the training one alone
+        evaluated = [line["evaluated"] for line in first.lines() + second.lines() if "evaluated" in line]
+        assert evaluated == [line["evaluated"] for line in undisturbed.lines() if "evaluated" in line]
+    assert second.lines()[-1] == undisturbed.lines()[-1] and "weights" in undisturbed.lines()[-1]
+    shared = "torch" in draws and "dropout" in more
+    assert ("ahead is 0 from here on" in undisturbed.text()) == shared
+
+
 @pytest.mark.slow
 def test_a_step_that_megatron_runs_again_sees_the_same_answers(whole, folder):
     """In the middle, and at the end of the data, where fewer requests are ahead than may be."""

@@ -222,7 +222,8 @@ def ask_until(
     longest = max(_LONGEST_PAUSE, apart)
     pause = max(_PAUSE, apart / 2)
     if apart > _LONGEST_PAUSE:
-        time.sleep(random.uniform(0.0, apart))
+        # Of its own: the process's generator belongs to the training script, and to its checkpoints.
+        time.sleep(random.Random().uniform(0.0, apart))
     while True:
         try:
             reply = ask(settings, hello)

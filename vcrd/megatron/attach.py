@@ -130,7 +130,8 @@ class Distillation:
         forward_step = partial(self._forward_step, *first)
         chunk = unwrap(model)
         if not (chunk.training or self._measuring):
-            return forward_step(data_iterator, model, *args, **kwargs)
+            with self._teacher.evaluation():
+                return forward_step(data_iterator, model, *args, **kwargs)
         if not self._checked:
             refuse_clashes(chunk, self.settings, linked=isinstance(self._teacher, LinkedTeacher))
             self._checked = True
@@ -174,6 +175,7 @@ class Distillation:
     def _end_step(self) -> None:
         self._log.clock.end_step()
         self._mean.end_step()
+        self._teacher.end_step()
         repeated = running_again()
         self.report.end_step(repeated)
         if self.settings.bad_rows == "stop":
@@ -201,14 +203,19 @@ class Distillation:
         """
         training, self.report = self.report, Report()
         self._measuring, self._observer = True, observer
+        self._teacher.end_step()  # nothing of training is under way
         try:
-            yield self.report
+            with self._teacher.evaluation():
+                yield self.report
         finally:
             self.report = training
             self._measuring, self._observer = False, None
 
     def close(self) -> None:
-        """Says goodbye to the teacher and gives the model its own loss back. Idempotent; not a collective."""
+        """Says goodbye to the teacher, gives the model its own loss and Megatron's iterator its own source back.
+
+        Idempotent; not a collective. Micro-batches that were drawn ahead and not trained on are gone.
+        """
         if self._attached is not None:
             self._attached.detach()
             self._attached = None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
 from vcrd.link.answers import Hidden, TopK
@@ -23,6 +24,7 @@ from vcrd.megatron.ahead import AskAhead, TokensOf, question, tokens_in
 from vcrd.megatron.borders import Doubts, look_for_borders, look_for_other_edges, refuse_other_split
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.packing import edges_in, packed
+from vcrd.megatron.random_state import EvaluationState, WhoDraws
 from vcrd.megatron.rerun import AskAgain, keeps_micro_batches, running_again
 from vcrd.megatron.settings import DistillSettings
 from vcrd.teacher_forms import HiddenStates, TopKLogits
@@ -37,7 +39,10 @@ class LinkedTeacher:
     waited: seconds that this rank stood still for answers. waits: for what. bytes_received: of payload.
 
     A step that Megatron runs again, rewinding its micro-batches, asks for them again. The answers to what was asked
-    ahead come first; every rank keeps them for later. It has `ahead` of them, so ranks need not tell each other.
+    ahead come first; every rank keeps them for later. The rank that asks tells the others how many they are, by one
+    all-reduce of an integer over the tensor- and context-parallel ranks when a step begins again.
+
+    What is asked ahead, and how often, changes no sample and no state that a checkpoint saves: see `AskAhead`.
 
     The first micro-batch is asked for when the model is called (`given`): its arguments say whether the edges of packed
     sequences come from the micro-batch. If so, or if nothing is packed, later ones are asked for ahead. Where the
@@ -52,6 +57,9 @@ class LinkedTeacher:
         self._layout: Layout | None = None
         self._credit = settings.link.credits if settings.ahead is None else settings.ahead
         self._ahead: AskAhead | None = None
+        self._who_draws = WhoDraws()
+        self._evaluation = EvaluationState()
+        self._step_ended = False
         self._again: AskAgain | None = None  # while a step is run again
         self._source: Any = None  # the script's iterator, of which both draw
         self._drawn = 0  # from iterators that were replaced
@@ -112,7 +120,7 @@ class LinkedTeacher:
             return data_iterator
         if again:
             if not before:
-                self._again = AskAgain(data_iterator, self._link.request, self._tokens_of)
+                self._again = AskAgain(data_iterator, self._link.request, self._tokens_of, self._ahead)
                 self._again.late = self._late
             return self._again
         if self._again is not None:
@@ -121,33 +129,47 @@ class LinkedTeacher:
         return data_iterator if keeps_micro_batches(data_iterator) else self._ahead
 
     def _look_ahead(self, data_iterator: Any) -> None:
-        if self._source is data_iterator:
-            return
+        if self._source is not data_iterator:
+            self._replace_iterator(data_iterator)
+        if self._step_ended and not running_again():
+            self._step_ended = False
+            self._ahead.begin_step()
+
+    def _replace_iterator(self, data_iterator: Any) -> None:
         if self._ahead is not None:
             if self._ahead.pending:
                 raise ValueError(
                     f"data_iterator: expected the one of before, from which {self._ahead.pending} micro-batches were "
                     "asked of the teacher and not yet drawn, got another one (ahead=0 asks for none early)"
                 )
-            self._ahead.stop()
-            self._drawn += self._ahead.drawn
+            self._let_go_of_iterator()
         self._source = data_iterator
         rewinds = keeps_micro_batches(data_iterator)
         source = data_iterator.iterable if rewinds else data_iterator
-        self._ahead = AskAhead(source, self._link.request, self._credit, self._tokens_of)
+        credit = 0 if self._credit and _saves_unseen(source, rewinds) else self._credit
+        self._ahead = AskAhead(
+            source, self._link.request, credit, self._tokens_of, self._who_draws, _micro_batches_of_step
+        )
         self._ahead.late = self._late
         if rewinds:
             data_iterator.iterable = self._ahead
 
+    def _let_go_of_iterator(self) -> None:
+        """Leaves Megatron's iterator as it was found, where nobody else has changed it since."""
+        self._ahead.stop()
+        if keeps_micro_batches(self._source) and self._source.iterable is self._ahead:
+            self._source.iterable = self._ahead.source
+        self._drawn += self._ahead.drawn
+        self._ahead = self._source = None
+
     def _take_what_is_pending(self) -> None:
         """Answers come in the order of the questions: what was asked ahead before what is asked again."""
-        if self._ahead is not None:
-            self._ahead.fill()
-            # Where the data ends there are fewer: the rest is asked for nobody, now or when a step before this one was
-            # run again.
-            for _ in range(self._credit - max(len(self._kept), self._ahead.pending)):
-                self._link.request(torch.zeros(1, 2 * self._layout.context_size, dtype=torch.int64))
-        while len(self._kept) < self._credit:
+        pending = 0 if self._ahead is None else self._ahead.pending
+        if self._layout.tensor_size * self._layout.context_size > 1:
+            told = torch.tensor([pending], device=self._layout.device)  # 0 on all ranks but the one that asks
+            dist.all_reduce(told, group=parallel_state.get_tensor_and_context_parallel_group())
+            pending = int(told)
+        while len(self._kept) < pending:
             self._kept.append(self._receive())
 
     def _receive(self) -> Any:
@@ -156,7 +178,17 @@ class LinkedTeacher:
 
     def alongside(self, chunk: Any) -> contextlib.AbstractContextManager[None]:
         """Around a forward step of a chunk of the student's: nothing, for this teacher runs elsewhere."""
+        self._evaluation.over()
         return contextlib.nullcontext()
+
+    def evaluation(self) -> contextlib.AbstractContextManager[None]:
+        """Around each forward step of an evaluation, on every rank: the random state of training stays as it is."""
+        return self._evaluation.aside()
+
+    def end_step(self) -> None:
+        """A training step has ended, on every rank: it has shown who draws from which generator."""
+        self._who_draws.end_step()
+        self._step_ended = True
 
     def given(self, arguments: dict[str, Any]) -> None:
         """Before the model's forward, on every rank of the last stage: its arguments by name.
@@ -177,9 +209,8 @@ class LinkedTeacher:
             problem = self._agree(problem)
         if problem is not None:
             raise problem
-        if first and not self._late and self._ahead is not None:
-            self._ahead.late = False
-            self._ahead.fill()
+        if first and self._ahead is not None:
+            self._ahead.late = self._late
 
     def _see(self, arguments: dict[str, Any]) -> None:
         iterator = self._ahead if self._again is None else self._again
@@ -257,9 +288,19 @@ class LinkedTeacher:
         return HiddenStates(answer.states, self._head_weight, answer.scale, answer.softcap or None)
 
     def close(self) -> None:
-        """Says goodbye. Idempotent; not a collective. ValueError as of `given`, for the last micro-batch."""
+        """Says goodbye and leaves the data iterator as it was found. Idempotent; not a collective. ValueError as of
+        `given`, for the last micro-batch.
+
+        What was drawn ahead and not trained on is gone: the iterator goes on after it.
+        """
         if self._ahead is not None:
-            self._ahead.stop()
+            if self._ahead.pending and hasattr(self._ahead, "save_state"):
+                _log.warning(
+                    "%d micro-batches were drawn ahead and not trained on; a state that the data loader saves from "
+                    "here on counts them",
+                    self._ahead.pending,
+                )
+            self._let_go_of_iterator()
         if self._link is not None:
             self._link.close()
             self._link = None
@@ -267,3 +308,29 @@ class LinkedTeacher:
             self._rendezvous.close()
             self._rendezvous = None
         self._settle()
+
+
+def _micro_batches_of_step() -> int:
+    """Of one data-parallel rank, as Megatron's calculator says; 0 where the script counts by itself."""
+    try:
+        return get_num_microbatches()
+    except AttributeError:  # there is no calculator
+        return 0
+
+
+def _saves_unseen(source: Any, rewinds: bool) -> bool:
+    """Whether the script saves this iterator's state by itself, where what was drawn ahead would be counted.
+
+    Megatron asks its own iterator for the `save_state` of what it draws from, and gets ours.
+    """
+    names = [name for name in ("save_state", "state_dict") if hasattr(source, name)]
+    unseen = [name for name in names if not (rewinds and name == "save_state")]
+    if unseen and len(unseen) == len(names):
+        _log.warning(
+            "ahead is 0 for this data iterator: a %s has its own %s(), which would count micro-batches that were "
+            "drawn ahead and not trained on; Megatron's RerunDataIterator around one with save_state() allows more",
+            type(source).__name__,
+            unseen[0],
+        )
+        return True
+    return False

@@ -108,6 +108,13 @@ class LocalTeacher:
         """The script's own: what the teacher needs is what the student is given."""
         return data_iterator
 
+    def evaluation(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing to keep apart, for nothing is drawn ahead."""
+        return contextlib.nullcontext()
+
+    def end_step(self) -> None:
+        """Nothing to note."""
+
     @contextlib.contextmanager
     def alongside(self, chunk: nn.Module) -> Iterator[None]:
         """While open, a forward of this chunk of the student runs the teacher's part too.

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vcrd.megatron.ahead import TokensOf, question
+from vcrd.megatron.ahead import AskAhead, TokensOf, question
 
 _MODULE = "megatron.core.rerun_state_machine"
 
@@ -33,22 +33,26 @@ def keeps_micro_batches(data_iterator: Any) -> bool:
 class AskAgain:
     """An iterator over `source`, rewound, that calls `ask(tokens, edges)` for each micro-batch when it is drawn.
 
-    batch, late: as of `AskAhead`.
+    batch, late: as of `AskAhead`. ahead: what drew them first; it moves the random state as it did then.
     """
 
-    def __init__(self, source: Any, ask: Callable[[Tensor, Tensor], int], tokens_of: TokensOf) -> None:
+    def __init__(
+        self, source: Any, ask: Callable[[Tensor, Tensor], int], tokens_of: TokensOf, ahead: AskAhead
+    ) -> None:
         self.source = source
         self.drawn = 0
         self.batch: Any = None
         self.late = False
         self._ask = ask
         self._tokens_of = tokens_of
+        self._ahead = ahead
 
     def __iter__(self) -> AskAgain:
         return self
 
     def __next__(self) -> Any:
         self.batch = next(self.source)
+        self._ahead.draw_again(self.drawn)
         if not self.late:
             self._ask(*question(self.batch, self._tokens_of))
         self.drawn += 1

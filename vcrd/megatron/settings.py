@@ -31,7 +31,9 @@ class DistillSettings:
     vocab_size: the true vocabulary; columns past it are padding. None: the model's own, nothing is padding.
     sequence_length: the longest sequence, a number both jobs must agree on. None: the model's maximum.
     ahead: micro-batches drawn from the data iterator and asked of the teacher before the script draws them.
-        None: as many as the link's `credits`. 0: nothing is drawn early, and the teacher never works ahead.
+        None: as many as the link's `credits`. 0: nothing is drawn early, and the teacher never works ahead. Samples,
+        random state and checkpoints are those of 0 with any other; where they could not be, it is 0 after a warning, or
+        a ValueError says why (docs/metrics.md).
     telemetry_dir: folder for each rank's file of records: GPU, waits and figures (docs/metrics.md). None: no records.
         `python -m vcrd report` makes a page of it. Student and teacher may share one.
     telemetry_interval: seconds between two records of a rank's GPU, memory and time.

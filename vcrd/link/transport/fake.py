@@ -38,6 +38,7 @@ from .nccl import CommunicatorError
 
 VERSION = 1
 _LATE = 0.0005  # seconds, at most, that a call or a stream is late
+_dice = random.Random()  # the process's own generator belongs to the training script, and to its checkpoints
 _POISON = 0xA5
 _POISONED = memoryview(bytes([_POISON]) * (1 << 20))
 _ID = struct.Struct("<H16s")
@@ -104,7 +105,7 @@ class FakeStream:
     def _run(self) -> None:
         while True:
             work, dropped = self._work.get()
-            time.sleep(random.random() * _LATE)
+            time.sleep(_dice.random() * _LATE)
             try:
                 if not dropped.is_set():
                     self.dropped = dropped.is_set
@@ -133,7 +134,7 @@ class FakeCommunicator:
         self._server = server
         self._error: str | None = None
         self._aborted = threading.Event()
-        self._calls_settle_at = time.monotonic() + random.random() * _LATE
+        self._calls_settle_at = time.monotonic() + _dice.random() * _LATE
         if len(unique_id) != _ID.size:
             raise CommunicatorError(f"an identifier of {len(unique_id)} bytes is none")
         port, secret = _ID.unpack(unique_id)
@@ -182,7 +183,7 @@ class FakeCommunicator:
         if self._stream not in (None, stream):
             _break("a communicator was used on two streams")
         self._stream = stream
-        self._calls_settle_at = time.monotonic() + random.random() * _LATE
+        self._calls_settle_at = time.monotonic() + _dice.random() * _LATE
         settles_at = self._calls_settle_at
         stream.in_progress = lambda: time.monotonic() < settles_at
         number, self._number = self._number, self._number + 1
@@ -215,7 +216,7 @@ class FakeCommunicator:
         with suppress(OSError):  # a process that has died takes no more, and nobody says so
             self._socket.sendall(about)
             self._socket.sendall(memory(tensor))
-            time.sleep(random.random() * _LATE)
+            time.sleep(_dice.random() * _LATE)
             # NCCL's send ends when the other side has taken it.
             if _read(self._socket, 1, stream.dropped) == b"!":
                 if zlib.crc32(memory(tensor)) != before:
