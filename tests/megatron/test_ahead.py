@@ -251,6 +251,7 @@ def linked_teacher() -> LinkedTeacher:
     """Asks a link that only counts."""
     teacher = LinkedTeacher(DistillSettings(ahead=2), "tokens")
     numbers = iter(range(10**6))
+    teacher._late = False  # as after the first micro-batch
     teacher._layout = SimpleNamespace(asks=True, tensor_size=1, context_size=1)
     teacher._link = SimpleNamespace(request=lambda tokens, edges: next(numbers), close=lambda: None)
     return teacher

@@ -323,7 +323,9 @@ def refuse_what_cannot_be_distilled(settings: DistillSettings) -> list[str]:
     plug.close()
 
     plug = distill(step, settings.replaced(name="third"))
-    plug(iter(batches), part)
+    iterator = iter(batches)
+    plug(iterator, part)
+    plug(iterator, part)
     expect(ValueError, plug, iter(batches), part)
     expect(ValueError, plug, iter(batches), jobs.model(jobs.STUDENT, seed=1))
     plug.close()
