@@ -26,7 +26,7 @@ REQUIREMENTS = ROOT / "requirements"
 WANTED: dict[str, set[str] | None] = {
     "core.txt": None,
     "build.txt": None,
-    "demo.txt": {"matplotlib", "rich", "transformers"},  # reports, the doctor's table, Megatron's tokenizers
+    "demo.txt": {"transformers"},  # Megatron's tokenizers
     "test.txt": {"tensorboard"},
 }
 FROM_BASE = "torch"

@@ -6,9 +6,9 @@ import json
 import math
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import page_environment
 from ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -16,9 +16,11 @@ STEPS = 6
 
 
 def test_demo_distils_and_shows_it(demo_cache, tmp_path):
+    """With what `make demo` installs."""
+    python = page_environment.create(tmp_path / "venv", page_environment.installed_by_make("demo"))
     output = tmp_path / "results"
     command = [
-        sys.executable,
+        str(python),
         "-m",
         "examples.demo",
         "--fast",
@@ -28,7 +30,8 @@ def test_demo_distils_and_shows_it(demo_cache, tmp_path):
         str(free_port()),
     ]
     command += ["--output", str(output), "--cache", str(demo_cache)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    environment = page_environment.environment(python)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     logs = "".join(path.read_text()[-2000:] for path in (output / "logs").glob("*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
     assert str(output) in done.stdout.replace("\n", "") and "before" in done.stdout

@@ -10,12 +10,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from ports import free_port  # noqa: E402
-
 CPU = (
     "--distributed-backend gloo --use-cpu-initialization --transformer-impl local --no-persist-layer-norm "
     "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-dropout-fusion --no-bias-gelu-fusion "
@@ -60,7 +57,7 @@ def save_weights(folder: Path, arguments: str, seconds: float, form: str = "torc
     """Saves a model of Megatron's own initial weights, in the distributed format or the legacy one ("torch")."""
     if not (folder / "latest_checkpointed_iteration.txt").exists():
         text = f"{arguments} --save {folder} --save-interval 1 --ckpt-format {form} --micro-batch-size 2"
-        _finish([_start(1, str(Path(__file__)), text, folder.with_suffix(".log"), 0)], seconds)
+        _finish([_start(1, "examples/make_checkpoint.py", text, folder.with_suffix(".log"), 0)], seconds)
 
 
 def curve(folder: Path, run: Run, steps: int, seconds: float = 120, more: str = "") -> list[float]:
@@ -152,31 +149,3 @@ def _finish(jobs: list[_Job], seconds: float) -> None:
                     job.process.kill()
     if failed:
         raise Failed("\n".join(f"{job.log.name}:\n{job.log.read_text()[-4000:]}" for job in failed))
-
-
-def save() -> None:
-    """What the saving process does: builds the model of its arguments and saves it as iteration 1."""
-    from vcrd.megatron import cpu
-
-    cpu.enable()
-    import torch
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.checkpointing import save_checkpoint
-    from megatron.training.initialize import initialize_megatron
-
-    from examples.megatron_wheel import keep_compiled_helpers
-
-    keep_compiled_helpers()
-    args = parse_and_validate_args(args_defaults={"no_save_optim": True, "no_save_rng": True})
-    initialize_megatron()
-    config = gpt_config_from_args(args)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
-    save_checkpoint(1, model, None, None, 0)
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    save()

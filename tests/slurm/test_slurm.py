@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import page_environment
 import pretrain_jobs as pretrain
 import pytest
 from cluster import Cluster, why_not
@@ -307,18 +308,19 @@ def test_a_job_that_is_submitted_from_elsewhere_says_so(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_the_example_of_the_page_runs(cluster, tmp_path):
-    """Word by word, but for the build and the places."""
+    """Word by word, but for the build and the places, with what that build installs."""
+    python = page_environment.create(tmp_path / "venv", page_environment.installed_by_make("build"))
     page = (ROOT / "docs/cluster.md").read_text()
     (text,) = re.findall(r"## Without GPUs\n.*?```bash\n(.*?)```", page, re.DOTALL)
     for word, ours in (
         ("make build PYTHON=python3.12\n", ""),
-        ("PYTHON=$PWD/.venv/cp312/bin/python", f"PYTHON={sys.executable}"),
+        ("PYTHON=$PWD/.venv/cp312/bin/python", f"PYTHON={python}"),
         ("RUN_DIR=$PWD/vcrd-run", f"RUN_DIR={tmp_path}"),
         ("sbatch ", f"sbatch --parsable --output={tmp_path}/log "),
     ):
         assert text.count(word) == 1, word
         text = text.replace(word, ours)
-    done = cluster.run("bash", "-c", text, cwd=ROOT, seconds=200, PYTHONPATH=str(ROOT))
+    done = cluster.run("bash", "-c", text, cwd=ROOT, seconds=200, PYTHONPATH="")
     number = done.splitlines()[-1]
     log = tmp_path / "log"
     wait_until(

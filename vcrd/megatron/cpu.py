@@ -38,9 +38,9 @@ def on_cpu() -> Iterator[None]:
 
     Build models, initialise `parallel_state` and train inside the block, in the thread that opened it. The
     process group must be gloo; in Megatron's configuration choose the local layer specification,
-    `use_cpu_initialization`, `persist_layer_norm=False` and no fusions. Sequence parallelism and context
-    parallelism need a norm and an attention of your own, for Megatron's local ones refuse them. Megatron modules first
-    imported inside the block keep their torch norms after it.
+    `use_cpu_initialization`, `persist_layer_norm=False` and no fusions. Megatron's local norm
+    refuses sequence parallelism and its local attention context parallelism: both need one of your own. Megatron
+    modules first imported inside the block keep their torch norms after it.
 
     Raises RuntimeError when Transformer Engine or apex is already imported: hiding them must come first.
     """
