@@ -99,6 +99,26 @@ def test_a_page_of_a_run_is_drawn_with_what_make_build_installs(built, tmp_path)
     assert drawn.returncode == 0, drawn.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "script"),
+    [
+        ("demo", "-m examples.demo"),
+        ("demo", "benchmarks/payload.py"),
+        ("evidence", "benchmarks/quality/run.py"),
+        ("evidence", "benchmarks/quality/anatomy.py"),
+        ("estimators", "benchmarks/quality/estimators.py"),
+        ("bench-link", "benchmarks/link.py"),
+        ("build", "benchmarks/gpu_parallel.py"),
+        ("build", "tests/megatron/parallelisms.py"),
+    ],
+)
+def test_what_a_page_starts_finds_its_packages_after_that_make(target, script, tmp_path):
+    python = page_environment.create(tmp_path / "venv", page_environment.installed_by_make(target))
+    done = typed(python, "python", *script.split(), "--help")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def with_readme(tmp_path_factory) -> Path:
     """What the README's install line and the example for those without Megatron name."""
