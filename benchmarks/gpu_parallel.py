@@ -192,7 +192,7 @@ def train(case: Case, trial: Trial) -> None:
         case.tensor, context_parallel_size=case.context, create_gloo_process_groups=False
     )
     teacher = None if case.linked else model_of(trial.teacher, 2, case, trial)
-    student = Student(model_of(trial.student, 1, case, trial), case, trial)
+    student = Student(model_of(trial.student, 1, case, trial), trial)
     plug = distill(forward_step, settings_of(case, trial), teacher=teacher)
     try:
         steps = [student.step(plug, number) for number in range(STEPS)]
@@ -200,13 +200,15 @@ def train(case: Case, trial: Trial) -> None:
         plug.close()
     rank = parallel_state.get_tensor_model_parallel_rank()
     found = {"steps": steps, "cuts": student.cuts, "tensor_rank": rank}
-    torch.save(found, trial.folder / f"{case.name}.{dist.get_rank()}.found")
+    path = trial.folder / f"{case.name}.{dist.get_rank()}.found"
+    torch.save(found, path.with_suffix(".draft"))
+    path.with_suffix(".draft").rename(path)  # all of it or nothing, for the process may be killed
 
 
 class Student:
     """A model with Megatron's data-parallel wrapper and optimizer."""
 
-    def __init__(self, model: nn.Module, case: Case, trial: Trial) -> None:
+    def __init__(self, model: nn.Module, trial: Trial) -> None:
         from megatron.core import parallel_state
         from megatron.core.distributed import (
             DistributedDataParallel,
