@@ -96,8 +96,12 @@ LAYERS = (
     Layer("vcrd/validity.py", ("vcrd.divergence", "vcrd.layout", "vcrd.agreement")),
     Layer(
         "vcrd/divergence.py",
-        ("vcrd.bad_rows", "vcrd.ops", "vcrd.layout", "vcrd.teacher_blocks", "vcrd.teacher_forms"),
+        (
+            *("vcrd.agreement", "vcrd.bad_rows", "vcrd.ops", "vcrd.layout", "vcrd.overwriting"),
+            *("vcrd.teacher_blocks", "vcrd.teacher_forms"),
+        ),
     ),
+    Layer("vcrd/overwriting.py"),
     Layer("vcrd/teacher_blocks.py", ("vcrd.ops", "vcrd.known_tokens", "vcrd.teacher_forms")),
     Layer("vcrd/known_tokens.py"),
     Layer("vcrd/teacher_forms.py"),

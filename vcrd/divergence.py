@@ -10,8 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd import ops
+from vcrd.agreement import refuse
 from vcrd.bad_rows import skip_bad_rows
 from vcrd.layout import DIVERGENCES, Layout, settle_layout
+from vcrd.overwriting import (
+    IF_UNUSED,
+    check_inplace_gradient,
+    holders,
+    holders_of_a_lone_loss,
+    shares_memory,
+)
 from vcrd.teacher_blocks import (
     BLOCK_BYTES,
     DenseBlocks,
@@ -84,7 +92,7 @@ def vocab_parallel_divergence(
     vocab_size: int | None = None,
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-    inplace_gradient: bool = False,
+    inplace_gradient: bool | str = False,
     teacher_max: Tensor | None = None,
     skip_bad_teacher: bool = False,
     _block_bytes: int = BLOCK_BYTES,
@@ -112,9 +120,13 @@ def vocab_parallel_divergence(
         mask: [...], any dtype. Rows where it is 0 are not read; their loss and gradient are 0 even where they hold NaN.
         group: the tensor-parallel group; None means one shard.
         inplace_gradient: let backward overwrite the student's logits with their gradient, which saves a buffer of their
-            size. Backward then runs once. Without effect under torch.compile, which plans its own buffers, and on
-            logits whose rows are not evenly spaced. On CPU, where fresh pages cost more than the arithmetic, the
-            buffer of the last large gradient is otherwise kept for the next one, if the teacher is dense.
+            size. Backward then runs once. It raises autograd's version counter, as every in-place operation of torch:
+            where another term or a second loss on the same logits needs them later, torch raises RuntimeError.
+            "if_unused": only where nothing else holds the logits by then, that is no other node of the graph, no view
+            and no Python variable; otherwise into a buffer. Always into a buffer under torch.compile, which plans its
+            own, and for logits whose rows are not evenly spaced, that share memory with each other (`expand`) or with
+            the teacher. On CPU, where fresh pages cost more than the arithmetic, the buffer of the last large gradient
+            is kept for the next one, if the teacher is dense.
         teacher_max: [...], float32, added to a row's teacher logits: the maxima that codes, or float16 distances, were
             taken from. Only needed where these differ between the shards of a row, since a shift of the whole row
             changes nothing. For a dense teacher alone.
@@ -168,12 +180,18 @@ def measure(
     vocab_size: int | None,
     mask: Tensor | None,
     group: dist.ProcessGroup | None,
-    inplace_gradient: bool,
+    inplace_gradient: bool | str,
     teacher_max: Tensor | None,
     skip_bad_teacher: bool,
     block_bytes: int = BLOCK_BYTES,
 ) -> Measured:
     """What `vocab_parallel_divergence` gives, and the label validity."""
+    try:
+        check_inplace_gradient(inplace_gradient)
+    except ValueError as error:
+        if group is not None:
+            refuse(group, error)
+        raise
     call = settle(
         student_logits,
         teacher_logits,
@@ -189,7 +207,8 @@ def measure(
         skip_bad_teacher,
     )
     leading, rows = student_logits.shape[:-1], student_logits.shape[:-1].numel()
-    inplace_gradient = inplace_gradient and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        inplace_gradient = False
     fields_of = _fields if isinstance(teacher_logits, Tensor) else _untraced_fields
     fields = fields_of(
         as_rows(student_logits, rows),
@@ -349,6 +368,8 @@ class _VocabParallelDivergence(torch.autograd.Function):
         )
         ctx.save_for_backward(student, labels, mask, constants, sums, *teacher)
         ctx.plan, ctx.form, ctx.inplace_gradient, ctx.overwritten = plan, form, inplace_gradient, False
+        if inplace_gradient == IF_UNUSED and ctx.needs_input_grad[0]:
+            holders_of_a_lone_loss()  # measured here, where no backward is under way
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*fields[2:])
         return fields
@@ -369,12 +390,17 @@ class _VocabParallelDivergence(torch.autograd.Function):
         settings = (plan.temperature, plan.columns, plan.first_column, plan.code, plan.teacher_share)
         unused = [None] * (6 + len(teacher))
         spans = form.spans(student.shape[0])
-        ctx.overwritten = ctx.inplace_gradient
-        if len(spans) == 1 and not ctx.inplace_gradient:
+        overwrite = bool(ctx.inplace_gradient) and not shares_memory(student, teacher)
+        if overwrite and ctx.inplace_gradient == IF_UNUSED:
+            overwrite = holders(student) in holders_of_a_lone_loss()
+        if overwrite:
+            ctx.overwritten = True
+            torch.autograd.graph.increment_version(student)
+        if len(spans) == 1 and not overwrite:
             logits = form.logits(teacher, student, *spans[0])
             return ops.gradient(student, *logits, *rowwise, *settings), *unused
         # Each block of logits is read before it becomes a gradient, and no other block reads it.
-        gradient = student.detach() if ctx.inplace_gradient else student.clone()
+        gradient = student.detach() if overwrite else student.clone()
         for first, last in spans:
             rows, *read = rows_of(first, last, gradient, *rowwise)
             ops.gradient_(rows, *form.logits(teacher, rows, first, last), *read, *settings)

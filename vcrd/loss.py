@@ -34,7 +34,7 @@ def validity_calibrated_kl(
     vocab_size: int | None = None,
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-    inplace_gradient: bool = False,
+    inplace_gradient: bool | str = False,
     teacher_max: Tensor | None = None,
     skip_bad_teacher: bool = False,
     validity: str | Estimator = "label",

@@ -61,7 +61,7 @@ FAULTS = [
     _fault(
         "with several blocks the caller's logits become the gradient",
         "divergence.py",
-        "gradient = student.detach() if ctx.inplace_gradient else student.clone()",
+        "gradient = student.detach() if overwrite else student.clone()",
         "gradient = student.detach()",
         *(_TOPK, "-k", "inputs_keep"),
     ),

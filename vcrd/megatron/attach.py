@@ -358,7 +358,8 @@ def _parted(forward_step: Callable[..., Any], args: tuple, kwargs: dict[str, Any
 
 
 def _in_place(logits: Tensor, *given: Any, **arguments: Any) -> CalibratedLoss:
-    return validity_calibrated_kl(logits, *given, inplace_gradient=torch.is_grad_enabled(), **arguments)
+    # The plug does not know what else the model's own code does with its logits.
+    return validity_calibrated_kl(logits, *given, inplace_gradient="if_unused", **arguments)
 
 
 def _close_if_alive(plug: weakref.ref[Distillation]) -> None:
