@@ -13,7 +13,8 @@ from torch import Tensor
 from vcrd.head import fused_validity_calibrated_kl
 from vcrd.loss import CalibratedLoss
 from vcrd.megatron.fp8 import refuse_other_output_layer
-from vcrd.megatron.output_layer import TOLERANCES, scale_and_softcap
+from vcrd.megatron.output_layer import scale_and_softcap
+from vcrd.megatron.output_probe import TOLERANCES, OutputProbe
 from vcrd.teacher_forms import HiddenStates, TopKLogits
 
 
@@ -21,8 +22,9 @@ class FusedHead:
     """One model's output layer: while `captured`, its forward keeps the hidden states, and `loss` starts from them.
 
     Tied embeddings, the scale of MuP, a soft-cap, sequence parallelism, tensor parallelism and fused gradient
-    accumulation are honoured. A model that does anything else to its logits is found out with the first micro-batch:
-    it is given those of its first position to finish, and they are compared.
+    accumulation are honoured. A model that does anything else to its logits is found out with the first micro-batch,
+    and in one of 16 from then on: it is given those of a few test states to finish, and they are compared
+    (`OutputProbe`). One that trains on anything else that it makes of its logits is found out in backward.
 
     What the script's loss_func makes of the losses per token is seen in the first step, by waiting for the device in
     each backward: the same factor for all tokens that count, as Megatron's masked sum, or each its own. On a GPU no
@@ -39,7 +41,11 @@ class FusedHead:
         self._group = tensor_group
         self._scale, self._softcap = scale_and_softcap(chunk.config)
         self._gather = tensor_group is not None and bool(getattr(self._layer, "sequence_parallel", False))
-        self._checked = False
+        self._probe = OutputProbe(
+            *(self._scale, self._softcap, tensor_group, self._gather),
+            "fused_head: expected a model whose logits are",
+            "set fused_head False",
+        )
         # Whether the upstream gradient of the losses is even, as of the first step; None before its end.
         self._even = False if recompute else None
         self._trusted = False  # whether backward goes by it without looking
@@ -50,15 +56,19 @@ class FusedHead:
     @contextlib.contextmanager
     def captured(self) -> Iterator[None]:
         """While open, the model makes no logits: what it hands to its loss in their place is for `loss` alone."""
-        plain = self._layer.forward
+        plain, probe = self._layer.forward, self._probe
         own = vars(self._layer).get("forward")  # where someone has replaced it before
+        probe.begin()
 
         def capture(input_: Tensor, weight: Tensor | None = None, *args: Any, **kwargs: Any) -> tuple:
             self._states, self._weight = input_, self._layer.weight if weight is None else weight
-            if self._checked:
-                return input_.detach()[..., :1], None
+            followed = input_ if input_.requires_grad else self._weight
+            if not probe.due:
+                nothing = input_.new_full((*input_.shape[:-1], 1), torch.nan)
+                return _ForTheLossAlone.apply(nothing, followed), None
             with torch.no_grad():
-                return plain(input_.detach()[:1], weight, *args, **kwargs)
+                logits, bias = plain(probe.states(input_), weight, *args, **kwargs)
+            return _ForTheLossAlone.apply(logits, followed), bias
 
         self._layer.forward = capture
         try:
@@ -84,9 +94,9 @@ class FusedHead:
             raise ValueError(
                 "fused_head: expected the model to run its output_layer before its loss, it did not"
             )
-        self._check(logits)
         weight = self._weight
-        return fused_validity_calibrated_kl(
+        self._probe.check(logits, weight)
+        out = fused_validity_calibrated_kl(
             self._states,
             weight,
             teacher_logits,
@@ -99,6 +109,7 @@ class FusedHead:
             **self._of_upstream(),
             **arguments,
         )
+        return out._replace(loss=_WithLogits.apply(out.loss, logits))
 
     def _of_upstream(self) -> dict[str, Any]:
         if not torch.is_grad_enabled():
@@ -117,8 +128,9 @@ class FusedHead:
         """After the step's last backward; waits for the device, as Megatron does before its optimizer.
 
         ValueError where loss_func weighed the tokens of a micro-batch alike in the first step and does so no more: the
-        gradient of the output layer is NaN then.
+        gradient of the output layer is NaN then. And where the model makes its logits otherwise than it did.
         """
+        self._probe.read()
         found, self._found_uneven = self._found_uneven, None
         if found is None:
             return
@@ -131,34 +143,36 @@ class FusedHead:
                 "the loss mask, as in the first step, got factors that differ; set fused_head_recompute"
             )
 
-    @torch.no_grad()
-    def _check(self, logits: Tensor) -> None:
-        """ValueError, on every tensor rank alike, if the model's logits [1 or ranks, b, width] are not those of `loss`.
 
-        Collectives, the first time: one all-reduce of one float32; with sequence parallelism one all-gather more.
-        """
-        if self._checked:
-            return
-        self._checked = True
-        states = self._states[:1]
-        if self._gather:
-            parts = [torch.empty_like(states) for _ in range(self._group.size())]
-            dist.all_gather(parts, states.contiguous(), group=self._group)
-            states = torch.cat(parts)
-        expected = self._scale * (states.float() @ self._weight.float().T)
-        if self._softcap is not None:
-            expected = self._softcap * torch.tanh(expected / self._softcap)
-        if logits.shape == expected.shape:
-            worst = (logits.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
-        else:
-            worst = expected.new_full((), torch.inf)
-        if self._group is not None:
-            dist.all_reduce(worst, dist.ReduceOp.MAX, group=self._group)
-        if not worst <= TOLERANCES[self._weight.dtype]:
-            raise ValueError(
-                "fused_head: expected a model whose logits are scale * states @ weight.T, soft-capped or not, "
-                f"got logits that differ by {float(worst):.3g} of the largest"
+class _ForTheLossAlone(torch.autograd.Function):
+    """What stands in the place of the logits: nobody learns from it, and whoever tries is told so in backward."""
+
+    @staticmethod
+    def forward(ctx, logits, followed):
+        ctx.set_materialize_grads(False)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # Zeros are what a function on the way, a soft-cap of its own kind, makes of no gradient.
+        if gradient is not None and gradient.any():
+            raise RuntimeError(
+                "fused_head: expected nothing but the loss to learn from the model's logits, got another term of them "
+                "in the model's code; set fused_head False"
             )
+        return None, None
+
+
+class _WithLogits(torch.autograd.Function):
+    """The loss, with the model's logits beside it, so that a term which rides on them has its backward too."""
+
+    @staticmethod
+    def forward(ctx, loss, logits):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
 
 
 def _refuse_what_clashes(chunk: torch.nn.Module, tensor_group: dist.ProcessGroup | None) -> None:

@@ -265,7 +265,7 @@ class _Part:
         logits = output.transpose(0, 1)
         if states is None:
             return logits
-        self._output_layer.check(states, logits)
+        self._output_layer.check(logits)
         head = self._output_layer.head
         return HiddenStates(states, self._weight, head.scale, head.softcap or None)
 

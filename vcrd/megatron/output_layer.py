@@ -12,10 +12,9 @@ from torch import Tensor
 
 from vcrd.link.facts import Head
 from vcrd.megatron.fp8 import refuse_other_output_layer
+from vcrd.megatron.output_probe import OutputProbe
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# Of the largest logit: what rounding to the model's dtype may do to a sum of some thousand products.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 # Where models that cap their logits keep the cap; Megatron-Core's own do not have one.
 _CAPS = ("final_logit_softcapping", "output_logit_softcapping", "logit_softcap")
 
@@ -23,8 +22,8 @@ _CAPS = ("final_logit_softcapping", "output_logit_softcapping", "logit_softcap")
 class OutputLayer:
     """The last stage's output layer: logits = scale * states @ weight.T, then softcap * tanh(logits / softcap).
 
-    Tied embeddings, the scale of MuP and a soft-cap are honoured. A layer that does anything else is found out by
-    `check`, with the first answer.
+    Tied embeddings, the scale of MuP and a soft-cap are honoured. A model that does anything else is found out by
+    `check`, in its first pass and in one of 16 from then on (`OutputProbe`).
     """
 
     def __init__(self, chunk: torch.nn.Module, tensor_group: dist.ProcessGroup | None) -> None:
@@ -41,7 +40,11 @@ class OutputLayer:
         self._layer = layer
         self._group = tensor_group
         self._gather = bool(getattr(layer, "sequence_parallel", False))
-        self._checked = False
+        self._probe = OutputProbe(
+            *(scale, softcap, tensor_group, self._gather),
+            "model: expected logits =",
+            "the payload 'hidden' sends no others, choose another payload",
+        )
         # FP8 weights are kept in a class of their own: copied out, they are plain tensors of their nominal dtype.
         self.weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device).copy_(
             weight.detach()
@@ -56,15 +59,17 @@ class OutputLayer:
     @contextlib.contextmanager
     def captured(self) -> Iterator[list[Tensor]]:
         """While open, a pass of the model makes no logits: the states [s, b, size] that would have become logits are
-        appended to the list that is yielded. The very first pass makes its logits too, for `check`."""
+        appended to the list that is yielded. Where `check` is due the logits are those of a few states of the probe."""
         states: list[Tensor] = []
-        plain, make_logits = self._layer.forward, not self._checked
+        plain, probe = self._layer.forward, self._probe
         own = vars(self._layer).get("forward")  # where someone has replaced it before
+        probe.read()
+        probe.begin()
 
         def capture(input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
             states.append(self._whole(input_).detach())
-            if make_logits:
-                return plain(input_, *args, **kwargs)
+            if probe.due:
+                return plain(probe.states(input_), *args, **kwargs)
             return states[-1][..., :1], None
 
         self._layer.forward = capture
@@ -75,31 +80,14 @@ class OutputLayer:
             if own is not None:
                 self._layer.forward = own
 
-    def check(self, states: Tensor, logits: Tensor) -> None:
-        """ValueError, on every tensor rank alike, if the model made logits [s, b, width] of these states otherwise.
+    def check(self, logits: Tensor) -> None:
+        """Of what the model made in the pass that was captured, [positions, b, width], if it was one to be checked.
 
-        Looks at the first answer only, and there at tokens whose states are finite.
-        Collectives: one all-reduce of one float32 over the tensor ranks.
+        ValueError, on every tensor rank alike, if the model makes logits otherwise; on a GPU, where a wait would show,
+        from the second check on with the next pass. Collectives, where it is due: one all-reduce of one float32 over
+        the tensor ranks.
         """
-        if self._checked:
-            return
-        finite = states.isfinite().all(-1)
-        if not finite.any():
-            return
-        self._checked = True
-        states, logits = states[finite], logits[finite]
-        head = self.head
-        expected = head.scale * (states.float() @ self.weight.float().T)
-        if head.softcap:
-            expected = head.softcap * torch.tanh(expected / head.softcap)
-        worst = (logits.float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
-        if self._group is not None:
-            dist.all_reduce(worst, dist.ReduceOp.MAX, group=self._group)
-        if not worst <= TOLERANCES[self.weight.dtype]:
-            raise ValueError(
-                "model: expected logits = scale * states @ weight.T, soft-capped or not, for the payload 'hidden', "
-                f"got logits that differ by {float(worst):.3g} of the largest; choose another payload"
-            )
+        self._probe.check(logits, self.weight)
 
     def _whole(self, states: Tensor) -> Tensor:
         """[s, b, size]: with sequence parallelism each tensor rank comes with its part of the positions."""

@@ -46,7 +46,7 @@ def serve(
         causal mask of its own: it is called as model(tokens [b, s], position_ids [b, s], None) and must return
         logits [b, s, padded vocabulary / tensor size] on the last stage. For sequences that are packed into one row
         see `PackedInputs`. Its heads of multi-token prediction, if it has any, are not run. With the payload "hidden"
-        its output layer is not run, but for the first answer.
+        its output layer is not run, but for a few test states in one pass of 16, the first among them.
     settings: default `DistillSettings.from_environment()`; the loss fields are not read.
     microbatches: queued requests that go through the pipeline together, so that its stages overlap; fewer when
         fewer are queued. Default: twice the pipeline's stages.
@@ -237,5 +237,5 @@ def _respond(
     if states is None:
         link.respond(request, output.transpose(0, 1))
         return
-    output_layer.check(states, output.transpose(0, 1))
+    output_layer.check(output.transpose(0, 1))
     link.respond(request, states)
