@@ -392,7 +392,8 @@ class _VocabParallelDivergence(torch.autograd.Function):
         spans = form.spans(student.shape[0])
         overwrite = bool(ctx.inplace_gradient) and not shares_memory(student, teacher)
         if overwrite and ctx.inplace_gradient == IF_UNUSED:
-            overwrite = holders(student) in holders_of_a_lone_loss()
+            lone = holders_of_a_lone_loss()
+            overwrite = bool(lone) and holders(student) in lone
         if overwrite:
             ctx.overwritten = True
             torch.autograd.graph.increment_version(student)
