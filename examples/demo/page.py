@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import pstdev
 from typing import Any
 
+from . import source
 from .show import figure_rows
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -16,7 +17,7 @@ _FIRST_LENGTH = range(110, 220)  # tokens of the solution that is shown first: i
 
 def write(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache: Path, picture: Path) -> None:
     """results: as in results.json. solutions: as in logs/held_out.json. cache: the demo's, for text and tokenizer."""
-    tokenizer, fields = _tokenizer(cache), solutions["fields"]
+    tokenizer, fields = source.tokenizer(cache), solutions["fields"]
     problems = _problems(tokenizer, solutions, cache)
     used = {
         int(row[fields.index(column)])
@@ -42,7 +43,7 @@ def write(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache:
 
 def write_tokens(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache: Path) -> None:
     """Solutions with the weight of every token, for the page of `python -m vcrd report`: what shows most first."""
-    tokenizer, fields = _tokenizer(cache), solutions["fields"]
+    tokenizer, fields = source.tokenizer(cache), solutions["fields"]
     problems = _problems(tokenizer, solutions, cache)
     first = problems.pop(_first(problems, fields.index("relative_validity")))
     samples = [
@@ -65,12 +66,6 @@ def write_tokens(path: Path, results: dict[str, Any], solutions: dict[str, Any],
 
 def _shown(text: str) -> str:
     return "\N{RETURN SYMBOL}\n" if text == "\n" else " end" if text == "<|im_end|>" else text
-
-
-def _tokenizer(cache: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(cache / "tokenizer.json"))
 
 
 def _problems(tokenizer: Any, solutions: dict[str, Any], cache: Path) -> list[dict[str, Any]]:

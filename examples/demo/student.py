@@ -35,7 +35,7 @@ def run(settings: DemoSettings) -> None:
     """Measures, trains, measures again; rank 0 tells the launcher how it goes and writes what was found."""
     tell = _teller(settings, speaks=dist.get_rank() == 0)
     model, optimizer, schedule = set_up(settings)
-    plug = distill(forward_step, settings.distill())
+    plug = distill(forward_step, settings.distill(), tokenizer=source.tokenizer(Path(settings.cache)))
     train, held = data.split(source.problems(Path(settings.cache)))
     held = held[:: max(1, len(held) // settings.held_out)][: settings.held_out]
     evaluation = data.held_out_batches(held, settings.micro_batch_size, settings.sequence_length)

@@ -9,7 +9,7 @@ from vcrd.megatron import serve
 from .convert import load
 from .model import Shape, build, configure
 from .settings import DemoSettings
-from .source import weights
+from .source import tokenizer, weights
 
 
 def run(settings: DemoSettings) -> None:
@@ -19,4 +19,9 @@ def run(settings: DemoSettings) -> None:
     model = build(shape, configure(shape, shape.layers), settings.sequence_length)
     with weights(cache) as fetch:
         load(model, fetch, shape, range(shape.layers))
-    serve(model.requires_grad_(False), settings.distill())
+    serve(
+        model.requires_grad_(False),
+        settings.distill(),
+        tokenizer=tokenizer(cache),
+        checkpoint="SmolLM2-135M-Instruct",
+    )
