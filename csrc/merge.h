@@ -2,7 +2,7 @@
 // kernels. In double: a few operations per row buy exact normalisers.
 #pragma once
 
-#include "math.h"
+#include "elementwise.h"
 
 namespace vcrd {
 
@@ -13,9 +13,20 @@ struct RowTotals {
   double student_tempered_sum = 0, teacher_tempered_sum = 0, forward_cross = 0, reverse_cross = 0;
   float teacher_at_student_action = 0, student_at_teacher_action = 0;
   float student_label = 0, teacher_label = 0;
+  float teacher_without_student = -INFINITY, student_without_teacher = -INFINITY;
   int32_t student_action = 0, teacher_action = 0;
   bool has_label = false;
 };
+
+// How far a part's maximum lies below the row's. Past kLowestDistance the part's columns count as -inf, and the largest
+// of the other model's logits there has no counterpart.
+VCRD_FUNCTION double shift_of_part(float part_max, double row_max, float other_max, float& other_without) {
+  if (part_max == -INFINITY) return 0.0;  // padding alone, or -inf alone: nothing to move, and -inf would give NaN
+  double shift = part_max - row_max;
+  if (shift >= kLowestDistance) return shift;
+  other_without = fmaxf(other_without, other_max);
+  return kLowestDistance;
+}
 
 // Adds up a row's parts, `stride` partials apart. The first of equal maxima holds the action, and parts are in the
 // order of their columns.
@@ -34,12 +45,14 @@ VCRD_FUNCTION RowTotals add_partials(const RowPartial* partials, int64_t parts, 
   row.student_at_teacher_action = teacher.student_at_teacher_action;
   row.student_action = student.student_action;
   row.teacher_action = teacher.teacher_action;
+  const double reference = reverse_reference(row.teacher_at_student_action, static_cast<float>(row.teacher_max));
   for (int64_t i = 0; i < parts; ++i) {
     const RowPartial& part = partials[i * stride];
-    // A part of padding alone, or of -inf alone, has nothing to move: its maximum of -inf would give NaN.
-    double student_shift = part.student_max == -INFINITY ? 0.0 : part.student_max - row.student_max;
-    double teacher_shift = part.teacher_max == -INFINITY ? 0.0 : part.teacher_max - row.teacher_max;
-    double action_shift = double(part.teacher_at_student_action) - row.teacher_at_student_action;
+    double student_shift =
+        shift_of_part(part.student_max, row.student_max, part.teacher_max, row.teacher_without_student);
+    double teacher_shift =
+        shift_of_part(part.teacher_max, row.teacher_max, part.student_max, row.student_without_teacher);
+    double action_shift = reverse_reference(part.teacher_at_student_action, part.teacher_max) - reference;
     double student_scale = exp(student_shift), teacher_scale = exp(teacher_shift);
     double student_weight = inverse_temperature == 1 ? student_scale : exp(student_shift * inverse_temperature);
     double teacher_weight = inverse_temperature == 1 ? teacher_scale : exp(teacher_shift * inverse_temperature);
@@ -50,9 +63,11 @@ VCRD_FUNCTION RowTotals add_partials(const RowPartial* partials, int64_t parts, 
     row.student_tempered_sum += student_weight * part.student_tempered_sum;
     row.teacher_tempered_sum += teacher_weight * part.teacher_tempered_sum;
     row.forward_cross +=
-        weighted(teacher_weight, part.forward_cross + (teacher_shift - student_shift) * part.teacher_tempered_sum);
+        teacher_weight * (part.forward_cross + (teacher_shift - student_shift) * part.teacher_tempered_sum);
     row.reverse_cross +=
-        weighted(student_weight, part.reverse_cross + (student_shift - action_shift) * part.student_tempered_sum);
+        student_weight * (part.reverse_cross + (student_shift - action_shift) * part.student_tempered_sum);
+    row.teacher_without_student = fmaxf(row.teacher_without_student, part.teacher_without_student);
+    row.student_without_teacher = fmaxf(row.student_without_teacher, part.student_without_teacher);
     if (part.has_label) {
       row.has_label = true;
       row.student_label = part.student_label;
@@ -77,6 +92,8 @@ VCRD_FUNCTION RowPartial partial_of(const RowTotals& row) {
           row.student_at_teacher_action,
           row.student_label,
           row.teacher_label,
+          row.teacher_without_student,
+          row.student_without_teacher,
           row.student_action,
           row.teacher_action,
           row.has_label};
@@ -88,6 +105,12 @@ struct MergedRow {
   int32_t student_action, teacher_action;
   RowConstants constants;
 };
+
+// Whether a model gives probability to a token of this logit: what is left of it in the float64 reference.
+VCRD_FUNCTION bool has_probability(float logit, double maximum, double tempered_sum, double inverse_temperature) {
+  if (logit == -INFINITY) return false;
+  return (logit - maximum) * inverse_temperature - log(tempered_sum) >= kLowestLogProbability;
+}
 
 // A label that no shard holds lies outside the vocabulary: its numbers are NaN, since a silent 0 would train on
 // nothing.
@@ -103,11 +126,19 @@ VCRD_FUNCTION MergedRow merge_row(const RowPartial* partials, int64_t shards, in
   double teacher_log_normalizer = totals.teacher_max + teacher_log_sum;
   double forward_kl = totals.forward_cross / totals.teacher_tempered_sum * inverse_temperature + log_sum_difference;
   double reverse_centre = totals.reverse_cross / totals.student_tempered_sum * inverse_temperature;
-  double reverse_kl = reverse_centre - (totals.teacher_at_student_action - totals.teacher_max) * inverse_temperature -
-                      log_sum_difference;
+  const float reference = reverse_reference(totals.teacher_at_student_action, static_cast<float>(totals.teacher_max));
+  double reverse_kl = reverse_centre - (reference - totals.teacher_max) * inverse_temperature - log_sum_difference;
   // Rounding may leave a hair below zero; a NaN must stay.
-  forward_kl = forward_kl < 0 ? 0 : forward_kl > kInfiniteDivergence ? INFINITY : forward_kl;
-  reverse_kl = reverse_kl < 0 ? 0 : reverse_kl > kInfiniteDivergence ? INFINITY : reverse_kl;
+  forward_kl = forward_kl < 0 ? 0 : forward_kl;
+  reverse_kl = reverse_kl < 0 ? 0 : reverse_kl;
+  // Infinity is added, so that a NaN stays here too.
+  if (has_probability(totals.teacher_without_student, totals.teacher_max, totals.teacher_tempered_sum,
+                      inverse_temperature))
+    forward_kl += INFINITY;
+  if (reference != totals.teacher_at_student_action ||
+      has_probability(totals.student_without_teacher, totals.student_max, totals.student_tempered_sum,
+                      inverse_temperature))
+    reverse_kl += INFINITY, reverse_centre += INFINITY;
   double student_label_logprob = !labelled          ? 0.0
                                  : totals.has_label ? totals.student_label - student_log_normalizer
                                                     : NAN;

@@ -40,9 +40,12 @@ struct RowPartial {
   float student_moment, teacher_moment;  // sum exp(u) u, sum exp(v) v: the entropies
   float student_tempered_sum, teacher_tempered_sum;
   float forward_cross;  // sum exp(v/T) (v - u): KL(p || q)
-  float reverse_cross;  // sum exp(u/T) (u - w): KL(q || p); w = teacher logit - teacher_at_student_action
+  float reverse_cross;  // sum exp(u/T) (u - w): KL(q || p); w = teacher logit - reverse_reference()
   float teacher_at_student_action, student_at_teacher_action;
   float student_label, teacher_label;
+  // The largest logit in columns where the other model has -inf, -inf for none: KL(p || q) and KL(q || p) are infinite
+  // where it has probability. The latter only where reverse_cross is needed.
+  float teacher_without_student, student_without_teacher;
   int32_t student_action, teacher_action;  // ids of the whole vocabulary; ties go to the lowest id
   int32_t has_label;                       // 1 where the label lies in this shard
 };
@@ -55,7 +58,7 @@ struct RowConstants {
   float student_inverse_sum;        // 1 / sum exp(u), at temperature 1
   float student_tempered_inverse_sum, teacher_tempered_inverse_sum;
   float log_sum_difference;  // log of the student's tempered sum minus log of the teacher's
-  float reverse_centre;      // mean over q of log(q/p), minus log(q/p) at the student's action
+  float reverse_centre;  // mean over q of log(q/p), minus log(q/p) at the student's action; inf where it is infinite
 };
 constexpr int64_t kConstantFloats = sizeof(RowConstants) / sizeof(float);
 

@@ -177,7 +177,7 @@ INCLUDES = (
     ),
     Includes(("csrc/*.h",), r"(^|/)(cpu|cuda)/", "shared headers do not know the kernels"),
     Includes(
-        ("csrc/math.h", "csrc/merge.h", "csrc/params.h"),
+        ("csrc/elementwise.h", "csrc/merge.h", "csrc/params.h"),
         r"kernels\.h$",
         "kernels.h stands above the mathematics",
     ),
@@ -304,7 +304,7 @@ PLANTED = [
     ("csrc/kernels.h", "#include <c10/util/Half.h>\n", "csrc/kernels.h:1:"),
     ("csrc/cpu/loops.h", "#include <cuda_runtime.h>\n", "do not know CUDA"),
     ("csrc/bind.cpp", '#include "cpu/loops.h"\n', "through kernels.h only"),
-    ("csrc/math.h", '#include "kernels.h"\n', "stands above"),
+    ("csrc/elementwise.h", '#include "kernels.h"\n', "stands above"),
     ("tests/test_long.py", "\n" * (LONGEST + 1), "701 lines"),
 ]
 

@@ -106,6 +106,12 @@ def vocab_parallel_divergence(
     - skew_kl KL(p || alpha p + (1 - alpha) q), skew_reverse_kl KL(q || alpha q + (1 - alpha) p)
       (DistiLLM, arXiv 2402.03898).
 
+    A logit of -inf gives no probability, nor does one whose probability no float64 holds (below e^-745); a logit more
+    than 1e30 below the largest of its row may count as -inf. KL(p||q) is inf where p has probability and q has none,
+    KL(q||p) where q has and p has none. The gradient of an infinite KL(p||q) is (q - p) / T, as that of a finite one.
+    An infinite KL(q||p) has no gradient: that of reverse_kl, and of the whole of jeffreys, is then 0 in that row. The
+    mixtures are always finite. A row of -inf alone is no distribution: its results are NaN.
+
     Args:
         student_logits: [..., vocabulary shard], float32, bfloat16 or float16. Each rank of `group` holds its own
             contiguous shard, in rank order. The last dimension should be adjacent in memory; otherwise it is copied.
@@ -138,7 +144,7 @@ def vocab_parallel_divergence(
 
     Accumulates in float32. Inputs are never modified, unless `inplace_gradient` says so.
 
-    Collectives: forward one all-gather of 17 floats per token; `jsd` and the skewed ones one all-reduce of 2 floats per
+    Collectives: forward one all-gather of 19 floats per token; `jsd` and the skewed ones one all-reduce of 2 floats per
     token more; `TopKLogits` one all-gather of 3 floats per token before these; backward none. With one rank, none.
 
     Under torch.compile a dense teacher is traced without a graph break; the other forms break the graph.

@@ -89,7 +89,7 @@ def fused_validity_calibrated_kl(
 
     Returns a `CalibratedLoss` with `loss`, `stats.divergence` and `stats.cross_entropy` differentiable, once.
 
-    Collectives over `group`, none with one rank: forward one all-gather of 17 floats per token for each chunk
+    Collectives over `group`, none with one rank: forward one all-gather of 19 floats per token for each chunk
     (mixture divergences: one all-reduce of 2 floats per token more; `TopKLogits`: one all-gather of 3 floats per token
     more), so that a chunk is done with while it is in memory; backward one all-reduce of the gradient of `hidden`, in
     its dtype. With `sequence_parallel` one all-gather of `hidden` forward, and a reduce-scatter in the place of the

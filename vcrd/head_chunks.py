@@ -21,7 +21,7 @@ from vcrd import ops
 from vcrd.divergence import DivergenceStats, Measured, Plan, measured_of, statistics_pass
 from vcrd.teacher_blocks import DenseBlocks, HiddenBlocks, TeacherBlocks, TopKBlocks, padded_columns
 from vcrd.teacher_forms import HiddenStates
-from vcrd.validity import mean_weight
+from vcrd.validity import mean_weight, weighted
 
 Rows = slice | Tensor  # of all tokens: from .. to, or their indices
 Weigh = Callable[[Measured, "Rows | None", "Tensor | None"], tuple[Tensor, Tensor]]
@@ -171,7 +171,7 @@ class FusedHead(torch.autograd.Function):
         elif task.with_mean:
             ctx.mean = mean_weight(weights[0], keep, task.mean_group)
             weights[0] /= ctx.mean
-        loss = weights[0] * stats.divergence
+        loss = weighted(weights[0], stats.divergence)
         if task.ce_weight != 0:
             loss = loss + task.ce_weight * stats.cross_entropy
         ctx.save_for_backward(hidden, weight, mask, expected, weights, *teacher)

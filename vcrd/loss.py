@@ -10,7 +10,7 @@ from torch import Tensor
 from vcrd.bad_rows import bad_rows
 from vcrd.divergence import DivergenceStats, measure
 from vcrd.teacher_forms import HiddenStates, TopKLogits
-from vcrd.validity import Estimator, validity_weights
+from vcrd.validity import Estimator, validity_weights, weighted
 
 
 class CalibratedLoss(NamedTuple):
@@ -84,7 +84,7 @@ def validity_calibrated_kl(
         steps_group,
         label_validity,
     )
-    loss = weight * stats.divergence
+    loss = weighted(weight, stats.divergence)
     if ce_weight != 0:
         loss = loss + ce_weight * stats.cross_entropy
     return CalibratedLoss(loss, weight, rho, stats)

@@ -11,8 +11,11 @@ from torch import Tensor
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) over the last dimension. Where p is 0 the term is 0, whatever q is."""
-    return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
+    """KL(p || q) over the last dimension. Where p is 0 the term is 0, whatever q is; where q alone is, infinite."""
+    none = log_p.exp() == 0
+    # Both where: an unused branch that is not finite would still make the gradient NaN.
+    log_p, log_q = torch.where(none, 0.0, log_p), torch.where(none, 0.0, log_q)
+    return torch.where(none, 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
@@ -20,7 +23,9 @@ def mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     if share == 0:
         return log_q
     log_share = torch.tensor([share, 1 - share], dtype=log_p.dtype, device=log_p.device).log()
-    return torch.logaddexp(log_p + log_share[0], log_q + log_share[1])
+    neither = (log_p == -torch.inf) & (log_q == -torch.inf)  # where logaddexp has no derivative
+    log_p, log_q = torch.where(neither, 0.0, log_p), torch.where(neither, 0.0, log_q)
+    return torch.where(neither, -torch.inf, torch.logaddexp(log_p + log_share[0], log_q + log_share[1]))
 
 
 def divergence(log_p: Tensor, log_q: Tensor, name: str, alpha: float, beta: float) -> Tensor:

@@ -185,6 +185,11 @@ def _slots(steps: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, begins.cumsum(0))
 
 
+def weighted(weight: Tensor, divergence: Tensor) -> Tensor:
+    """Their product, [...]. A weight of 0 leaves nothing of an infinite divergence; a NaN stays."""
+    return torch.where((weight == 0) & (divergence == torch.inf), 0.0, weight * divergence)
+
+
 def mean_weight(weight: Tensor, keep: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
     """Mean weight over the unmasked tokens of all ranks; 1 where there are none, which changes nothing."""
     count = torch.full((), weight.numel(), device=weight.device) if keep is None else keep.sum()

@@ -1,8 +1,8 @@
 // Blocks of columns: how they are read, widened, narrowed and searched. Part of loops.h, which says how it is compiled.
 #pragma once
 
+#include "../elementwise.h"
 #include "../kernels.h"
-#include "../math.h"
 
 namespace vcrd::cpu::VCRD_INSTRUCTION_SET {
 namespace {
@@ -52,6 +52,8 @@ template <class T>
 const T* row_of(const Logits& logits, int64_t row) {
   return static_cast<const T*>(logits.data) + row * logits.stride;
 }
+
+inline float larger_of(float x, float y) { return x > y ? x : y; }
 
 inline bool masked(const uint8_t* mask, int64_t row) { return mask && !mask[row]; }
 

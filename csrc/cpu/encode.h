@@ -20,8 +20,9 @@ void row_maxima(const MaximumParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// As float_to_distance8 in math.h, before the fraction is cut off. The processor's own root takes three times as long
-// as its estimate of the inverse root with one step of Newton's, which is right to a unit in the last place or two.
+// As float_to_distance8 in elementwise.h, before the fraction is cut off. The processor's own root takes three times as
+// long as its estimate of the inverse root with one step of Newton's, which is right to a unit in the last place or
+// two.
 VCRD_LANES Floats coded(Floats below, Distance8) {
   Floats d = smaller(below, all_lanes(kDistance8Range));  // the range for a NaN too: codes have none
 #if VCRD_REGISTER_BYTES > 16

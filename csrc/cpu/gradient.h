@@ -150,11 +150,12 @@ void gradient(const GradientParams& p, int64_t begin, int64_t end) {
     float cross_entropy_scale = p.cross_entropy_gradient ? p.cross_entropy_gradient[row] : 0.0f;
     int64_t label = p.tokens.labels ? p.tokens.labels[row] : -1;
     if (label < 0) cross_entropy_scale = 0.0f;
+    RowConstants constants = constants_of(p.constants, p.teacher, row);
+    if constexpr (kHasReverse<kDivergence>) divergence_scale = scale_of_finite(constants, divergence_scale);
     if (masked(p.tokens.mask, row) || (divergence_scale == 0.0f && cross_entropy_scale == 0.0f)) {
       memset(static_cast<void*>(out), 0, p.gradient_columns * sizeof(S));
       continue;
     }
-    const RowConstants constants = constants_of(p.constants, p.teacher, row);
     RowGradient g{constants,        p.inverse_temperature, p.teacher_share, 0.0f, constants.reverse_centre,
                   divergence_scale, cross_entropy_scale};
     if constexpr (kDivergence >= Divergence::kJsd) {

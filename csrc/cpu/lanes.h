@@ -72,7 +72,7 @@ VCRD_LANES float largest(Floats x) {
 #endif
 }
 
-// exp(x) for x that is at least kLowestExponent or NaN; see exponential() in math.h.
+// exp(x) for x that is at least kLowestExponent or NaN; see exponential() in elementwise.h.
 VCRD_LANES Floats exponentials_of_clamped(Floats x) {
 #if VCRD_REGISTER_BYTES == 64
   // 2^(n/32) from a table that fills two registers, times 2^f with f in [-1/64, 1/64]: a shorter polynomial, and the

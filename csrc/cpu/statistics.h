@@ -16,14 +16,14 @@ constexpr float kHeadroom = 2.0f;
 struct RowSums {
   double student = 0, teacher = 0, student_moment = 0, teacher_moment = 0;
   double student_tempered = 0, teacher_tempered = 0, forward_cross = 0, reverse_cross = 0;
+  float teacher_without_student = -INFINITY, student_without_teacher = -INFINITY;
 
-  // The student's reference rises by `rise`: every u falls by it. The teacher's logit there is higher by
-  // `teacher_rise`.
-  void raise_student(double rise, double teacher_rise, double inverse_temperature) {
+  // The student's reference rises by `rise`: every u falls by it.
+  void raise_student(double rise, double inverse_temperature) {
     double scale = exp(-rise), tempered = exp(-rise * inverse_temperature);
     student_moment = scale * (student_moment - rise * student);
     student *= scale;
-    reverse_cross = weighted(tempered, reverse_cross + (teacher_rise - rise) * student_tempered);
+    reverse_cross = tempered * (reverse_cross - rise * student_tempered);
     student_tempered *= tempered;
     forward_cross += rise * teacher_tempered;
   }
@@ -32,7 +32,7 @@ struct RowSums {
     double scale = exp(-rise), tempered = exp(-rise * inverse_temperature);
     teacher_moment = scale * (teacher_moment - rise * teacher);
     teacher *= scale;
-    forward_cross = weighted(tempered, forward_cross - rise * teacher_tempered);
+    forward_cross = tempered * (forward_cross - rise * teacher_tempered);
     teacher_tempered *= tempered;
   }
 };
@@ -42,7 +42,7 @@ struct RowSums {
 // a block with a new maximum need not be read again for it.
 struct References {
   float student = -INFINITY, teacher = -INFINITY;
-  float teacher_at_student = 0;  // the teacher's logit at the column of the student's reference
+  float reverse = 0;  // reverse_reference()
 };
 
 // One block's sums and maxima, lane by lane. Without default values: the compiler does not give an implicit constructor
@@ -51,16 +51,27 @@ struct BlockLanes {
   Floats student_max, teacher_max;
   Floats student, teacher, student_moment, teacher_moment;
   Floats student_tempered, teacher_tempered, forward_cross, reverse_cross;
+  Floats teacher_without_student, student_without_teacher;
 };
 
-template <bool kTempered, bool kReverse>
+// Logits of -inf that only one model has, and logits out of reach, need care: without it they leave a cross sum that is
+// not finite, or larger than any that counts.
+template <bool kTempered, bool kReverse, bool kCareful>
 VCRD_LANES void add(Floats s, Floats t, const References& reference, float inverse_temperature, BlockLanes& sums) {
   sums.student_max = larger(s, sums.student_max);
   sums.teacher_max = larger(t, sums.teacher_max);
-  Floats u = at_least(kLowestDistance, s - reference.student);
+  Floats u = s - reference.student, v = t - reference.teacher, w = t - reference.reverse;
+  if constexpr (kCareful) {
+    const Floats none = all_lanes(-INFINITY);
+    sums.teacher_without_student = larger(u < kLowestDistance ? t : none, sums.teacher_without_student);
+    if constexpr (kReverse)
+      sums.student_without_teacher = larger(v < kLowestDistance ? s : none, sums.student_without_teacher);
+    u = at_least(kLowestDistance, u);
+    w = at_least(kLowestDistance, w);
+  }
   Floats clamped_u = at_least(kLowestExponent, u);
   // Where the exponential is 0 any finite distance will do, except that at a temperature it is 0 only further away.
-  Floats v = at_least(kTempered ? kLowestDistance : kLowestExponent, t - reference.teacher);
+  v = at_least(kTempered ? kLowestDistance : kLowestExponent, v);
   Floats clamped_v = kTempered ? at_least(kLowestExponent, v) : v;
   Floats eu = exponentials_of_clamped(clamped_u), ev = exponentials_of_clamped(clamped_v);
   sums.student += eu;
@@ -74,29 +85,39 @@ VCRD_LANES void add(Floats s, Floats t, const References& reference, float inver
     sums.teacher_tempered += ev;
   }
   sums.forward_cross += ev * (v - u);
-  if constexpr (kReverse) sums.reverse_cross += eu * (u - at_least(kLowestDistance, t - reference.teacher_at_student));
+  if constexpr (kReverse) sums.reverse_cross += eu * (u - w);
 }
 
-template <class S, class T, bool kTempered, bool kReverse>
+template <class S, class T, bool kTempered, bool kReverse, bool kCareful>
 BlockLanes block_sums(const S* s, const T* t, int64_t n, References reference, float inverse_temperature) {
   constexpr bool kHalves = kInHalves<S, T>;
   // From -inf itself there is no distance.
   if (reference.student == -INFINITY) reference.student = 0;
   if (reference.teacher == -INFINITY) reference.teacher = 0;
-  BlockLanes sums = {all_lanes(-INFINITY), all_lanes(-INFINITY)};
-  auto add_pair = [&](auto* student, auto* teacher) __attribute__((always_inline)) {
+  BlockLanes sums = {};
+  sums.student_max = sums.teacher_max = all_lanes(-INFINITY);
+  sums.teacher_without_student = sums.student_without_teacher = all_lanes(-INFINITY);
+  auto add_pair = [&](auto careful, auto* student, auto* teacher) __attribute__((always_inline)) {
     Pair x = load_pair<kHalves>(student), y = load_pair<kHalves>(teacher);
-    add<kTempered, kReverse>(x.first, y.first, reference, inverse_temperature, sums);
-    add<kTempered, kReverse>(x.second, y.second, reference, inverse_temperature, sums);
+    add<kTempered, kReverse, careful.value>(x.first, y.first, reference, inverse_temperature, sums);
+    add<kTempered, kReverse, careful.value>(x.second, y.second, reference, inverse_temperature, sums);
   };
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     prefetch_ahead(s + i);
     prefetch_ahead(t + i);
-    add_pair(s + i, t + i);
+    add_pair(std::bool_constant<kCareful>{}, s + i, t + i);
   }
-  if (i < n) add_pair(Padded<S>(s + i, n - i).columns, Padded<T>(t + i, n - i).columns);
+  if (i < n) add_pair(std::true_type{}, Padded<S>(s + i, n - i).columns, Padded<T>(t + i, n - i).columns);
   return sums;
+}
+
+// Whether these sums need no more care.
+template <bool kReverse>
+VCRD_LANES bool ordinary(const BlockLanes& sums) {
+  constexpr float kLargest = 1e25f;
+  const float forward = sum(sums.forward_cross), reverse = kReverse ? sum(sums.reverse_cross) : 0.0f;
+  return fabsf(forward) < kLargest && fabsf(reverse) < kLargest;
 }
 
 template <bool kTempered>
@@ -110,22 +131,31 @@ void add_block(const BlockLanes& block, RowSums& row) {
   row.teacher_tempered += kTempered ? sum(block.teacher_tempered) : teacher;
   row.forward_cross += sum(block.forward_cross);
   row.reverse_cross += sum(block.reverse_cross);
+  const float teacher_without = largest(block.teacher_without_student);
+  const float student_without = largest(block.student_without_teacher);
+  row.teacher_without_student = larger_of(teacher_without, row.teacher_without_student);
+  row.student_without_teacher = larger_of(student_without, row.student_without_teacher);
 }
 
 // Moves the row's sums to its maxima so far.
 inline void raise_references(References& reference, const RowPartial& row, double inverse_temperature, RowSums& sums) {
-  if (row.student_max > reference.student) {
-    if (reference.student != -INFINITY)
-      sums.raise_student(double(row.student_max) - reference.student,
-                         double(row.teacher_at_student_action) - reference.teacher_at_student, inverse_temperature);
-    reference.student = row.student_max;
-    reference.teacher_at_student = row.teacher_at_student_action;
+  const References before = reference;
+  reference.student = larger_of(row.student_max, before.student);
+  reference.teacher = larger_of(row.teacher_max, before.teacher);
+  reference.reverse = reverse_reference(row.teacher_at_student_action, row.teacher_max);
+  // Before any finite logit there are no sums to move. After a rise out of reach the columns so far count as -inf.
+  const double reach = -kLowestDistance;
+  if (before.student != -INFINITY && reference.student > before.student) {
+    const double rise = double(reference.student) - before.student;
+    if (rise > reach) sums.teacher_without_student = larger_of(before.teacher, sums.teacher_without_student);
+    sums.raise_student(rise < reach ? rise : reach, inverse_temperature);
   }
-  if (row.teacher_max > reference.teacher) {
-    if (reference.teacher != -INFINITY)
-      sums.raise_teacher(double(row.teacher_max) - reference.teacher, inverse_temperature);
-    reference.teacher = row.teacher_max;
+  if (before.teacher != -INFINITY && reference.teacher > before.teacher) {
+    const double rise = double(reference.teacher) - before.teacher;
+    if (rise > reach) sums.student_without_teacher = larger_of(before.student, sums.student_without_teacher);
+    sums.raise_teacher(rise < reach ? rise : reach, inverse_temperature);
   }
+  sums.reverse_cross += (double(reference.reverse) - before.reverse) * sums.student_tempered;
 }
 
 // Takes note of a block's maxima where they exceed those so far.
@@ -136,7 +166,7 @@ void note_maxima(const S* s, const T* t, int64_t n, float student_max, float tea
     int64_t i = first_index_of(s, n, student_max);
     row.student_max = student_max;
     row.student_action = static_cast<int32_t>(first_id + i);
-    row.teacher_at_student_action = at_least_lowest(widened(t, i));
+    row.teacher_at_student_action = widened(t, i);
   }
   if (teacher_max > row.teacher_max) {
     int64_t i = first_index_of(t, n, teacher_max);
@@ -167,13 +197,15 @@ RowPartial row_partial(const StatisticsParams& p, int64_t row) {
     if (n > columns - begin) n = columns - begin;
     const S* s = student + begin;
     const T* t = teacher + begin;
-    BlockLanes block = block_sums<S, T, kTempered, kReverse>(s, t, n, reference, p.inverse_temperature);
+    BlockLanes block = block_sums<S, T, kTempered, kReverse, false>(s, t, n, reference, p.inverse_temperature);
     float student_max = largest(block.student_max), teacher_max = largest(block.teacher_max);
     note_maxima(s, t, n, student_max, teacher_max, p.tokens.first_column + begin, out);
     if (student_max - reference.student > headroom || teacher_max - reference.teacher > headroom) {
       raise_references(reference, out, p.inverse_temperature, sums);
-      block = block_sums<S, T, kTempered, kReverse>(s, t, n, reference, p.inverse_temperature);
+      block = block_sums<S, T, kTempered, kReverse, false>(s, t, n, reference, p.inverse_temperature);
     }
+    if (!ordinary<kReverse>(block))
+      block = block_sums<S, T, kTempered, kReverse, true>(s, t, n, reference, p.inverse_temperature);
     add_block<kTempered>(block, sums);
   }
   raise_references(reference, out, p.inverse_temperature, sums);
@@ -181,6 +213,8 @@ RowPartial row_partial(const StatisticsParams& p, int64_t row) {
   out.teacher_max += shift;
   out.teacher_at_student_action += shift;
   out.teacher_label += shift;
+  out.teacher_without_student = sums.teacher_without_student + shift;
+  out.student_without_teacher = sums.student_without_teacher;
   out.student_sum = static_cast<float>(sums.student);
   out.teacher_sum = static_cast<float>(sums.teacher);
   out.student_moment = static_cast<float>(sums.student_moment);

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../math.h"
+#include "../elementwise.h"
 
 namespace vcrd::cuda {
 
@@ -58,8 +58,8 @@ struct EvenMixtureRow {
         scale(inverse_temperature * kLog2E),
         log_sum_difference(c.log_sum_difference * kLog2E) {}
 
-  __device__ float student(float logit) const { return below(logit, student_max); }
-  __device__ float teacher(float logit) const { return below(logit, teacher_max); }
+  __device__ float student(float logit) const { return distance(logit, student_max); }
+  __device__ float teacher(float logit) const { return distance(logit, teacher_max); }
 
   // For distances: probabilities without their inverse sums, and the mixture. Of the ratio first the difference, which
   // is exact where it matters.
@@ -71,14 +71,6 @@ struct EvenMixtureRow {
   // The potential at the student's action.
   __device__ float anchor(const RowConstants& c) const {
     return at(0.0f, teacher(c.teacher_at_student_action)).potential();
-  }
-
- private:
-  // As kLowestDistance, but still finite when it is scaled by a small temperature.
-  __device__ static float below(float logit, float maximum) {
-    constexpr float kLowest = -1e30f;
-    float x = logit - maximum;
-    return x < kLowest ? kLowest : x;  // a NaN stays
   }
 };
 

@@ -21,6 +21,7 @@ __device__ __forceinline__ RowGradient row_gradient(const GradientParams& p, int
   g.divergence_scale = p.divergence_gradient ? p.divergence_gradient[row] * p.inverse_temperature : 0.0f;
   g.cross_entropy_scale = p.cross_entropy_gradient ? p.cross_entropy_gradient[row] : 0.0f;
   if (!p.tokens.labels || p.tokens.labels[row] < 0) g.cross_entropy_scale = 0.0f;
+  if constexpr (kHasReverse<kDivergence>) g.divergence_scale = scale_of_finite(g.constants, g.divergence_scale);
   g.anchor = 0.0f;
   g.centre = g.constants.reverse_centre;
   if constexpr (kDivergence >= Divergence::kJsd) {

@@ -5,8 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "../elementwise.h"
 #include "../kernels.h"
-#include "../math.h"
 
 namespace vcrd::cuda {
 

@@ -8,31 +8,41 @@ namespace vcrd::cuda {
 
 // A thread's sums are relative to a reference logit that follows its maximum at this distance: raising it costs
 // exponentials, and in this way hardly ever happens after a thread's first batch.
-constexpr float kSlack = 4.0f;
+constexpr float kSlack = 4.0f;  // of tempered logits too, or their exponentials would overflow
 constexpr int kNoPack = INT32_MAX;
 
 // What a thread, then a warp, then a group knows of its columns. u = student logit - student_reference, v likewise.
 struct Sums {
   float student_reference = -INFINITY, teacher_reference = -INFINITY;  // -inf before any finite logit
-  float teacher_at_reference = 0;  // the teacher's logit where student_reference was found; for reverse_cross alone
+  float action_reference = 0;  // reverse_reference() where student_reference was found
   float student = 0, teacher = 0, student_moment = 0, teacher_moment = 0;
   float student_tempered = 0, teacher_tempered = 0, forward_cross = 0, reverse_cross = 0;
+  float teacher_without_student = -INFINITY, student_without_teacher = -INFINITY;  // see RowPartial
   float student_max = -INFINITY, teacher_max = -INFINITY;
   int student_pack = kNoPack, teacher_pack = kNoPack;  // the first that holds the maximum
 };
 
-// Moves the sums to references that lie `rise` higher. `action_rise`: of the teacher's logit there.
+// Moves the sums to references that lie `rise` higher, before these are replaced. `action_rise`: of action_reference.
+// After a rise out of reach the columns so far count as -inf.
 template <bool kTempered, bool kReverse>
 __device__ __forceinline__ void raise(Sums& x, float student_rise, float teacher_rise, float action_rise,
                                       float inverse_temperature) {
+  const float reach = -kLowestDistance;
+  if (student_rise > reach) x.teacher_without_student = fmaxf(x.teacher_without_student, x.teacher_reference);
+  student_rise = fminf(student_rise, reach);
+  if constexpr (kReverse) {
+    if (teacher_rise > reach) x.student_without_teacher = fmaxf(x.student_without_teacher, x.student_reference);
+    action_rise = fmaxf(fminf(action_rise, reach), -reach);
+  }
+  teacher_rise = fminf(teacher_rise, reach);
   float student_scale = exponential(-student_rise), teacher_scale = exponential(-teacher_rise);
   float student_weight = kTempered ? exponential(-student_rise * inverse_temperature) : student_scale;
   float teacher_weight = kTempered ? exponential(-teacher_rise * inverse_temperature) : teacher_scale;
   float student_tempered = kTempered ? x.student_tempered : x.student;
   float teacher_tempered = kTempered ? x.teacher_tempered : x.teacher;
-  x.forward_cross = weighted(teacher_weight, x.forward_cross + (student_rise - teacher_rise) * teacher_tempered);
+  x.forward_cross = teacher_weight * (x.forward_cross + (student_rise - teacher_rise) * teacher_tempered);
   if constexpr (kReverse)
-    x.reverse_cross = weighted(student_weight, x.reverse_cross + (action_rise - student_rise) * student_tempered);
+    x.reverse_cross = student_weight * (x.reverse_cross + (action_rise - student_rise) * student_tempered);
   x.student_moment = student_scale * (x.student_moment - student_rise * x.student);
   x.teacher_moment = teacher_scale * (x.teacher_moment - teacher_rise * x.teacher);
   x.student *= student_scale;
@@ -58,24 +68,40 @@ __device__ __forceinline__ float batch_maximum(const float (&x)[Pair::kBatch], i
   return largest;
 }
 
+// Raises `without` to the largest `other` logit of the columns whose logit lies below `least`.
+template <class Pair>
+__device__ __forceinline__ void note_without(const float (&x)[Pair::kBatch], const float (&other)[Pair::kBatch],
+                                             float least, float& without) {
+  float smallest = x[0];
+#pragma unroll
+  for (int i = 1; i < Pair::kBatch; ++i) smallest = fminf(smallest, x[i]);
+  if (!(smallest < least)) return;
+#pragma unroll
+  for (int i = 0; i < Pair::kBatch; ++i)
+    if (x[i] < least) without = fmaxf(without, other[i]);
+}
+
 // Lets the references follow the batch. Divergences that need the reverse sum get no slack: its digits are only kept
 // relative to the student's action.
 template <class Pair, bool kTempered, bool kReverse>
 __device__ __forceinline__ void follow(Sums& x, float student, float teacher, const float (&s)[Pair::kBatch],
                                        const float (&t)[Pair::kBatch], float inverse_temperature) {
-  const float slack = kReverse ? 0.0f : kSlack;
-  bool raise_student = student > x.student_reference + slack, raise_teacher = teacher > x.teacher_reference + kSlack;
+  const float slack = kTempered ? kSlack * fminf(1.0f, 1.0f / inverse_temperature) : kSlack;
+  bool raise_student = student > x.student_reference + (kReverse ? 0.0f : slack);
+  bool raise_teacher = teacher > x.teacher_reference + slack;
   if (!raise_student && !raise_teacher) return;
   float student_rise = raise_student && x.student_reference != -INFINITY ? student - x.student_reference : 0.0f;
   float teacher_rise = raise_teacher && x.teacher_reference != -INFINITY ? teacher - x.teacher_reference : 0.0f;
   float action_rise = 0;
-  if (kReverse && raise_student) {
-    float there = 0;
+  if constexpr (kReverse) {
+    float there = x.action_reference;
+    if (raise_student) {
 #pragma unroll
-    for (int i = Pair::kBatch - 1; i >= 0; --i) there = s[i] == student ? t[i] : there;
-    there = at_least_lowest(there);
-    action_rise = x.student_reference != -INFINITY ? there - x.teacher_at_reference : 0.0f;
-    x.teacher_at_reference = there;
+      for (int i = Pair::kBatch - 1; i >= 0; --i) there = s[i] == student ? t[i] : there;
+    }
+    there = reverse_reference(there, raise_teacher ? teacher : x.teacher_reference);
+    action_rise = there - x.action_reference;
+    x.action_reference = there;
   }
   raise<kTempered, kReverse>(x, student_rise, teacher_rise, action_rise, inverse_temperature);
   if (raise_student) x.student_reference = student;
@@ -88,6 +114,8 @@ __device__ __forceinline__ void add_batch(Sums& x, const float (&s)[Pair::kBatch
   // From -inf there is no distance.
   float student_reference = x.student_reference == -INFINITY ? 0.0f : x.student_reference;
   float teacher_reference = x.teacher_reference == -INFINITY ? 0.0f : x.teacher_reference;
+  note_without<Pair>(s, t, student_reference + kLowestDistance, x.teacher_without_student);
+  if constexpr (kReverse) note_without<Pair>(t, s, teacher_reference + kLowestDistance, x.student_without_teacher);
 #pragma unroll
   for (int i = 0; i < Pair::kBatch; ++i) {
     float u = s[i] - student_reference, v = t[i] - teacher_reference;
@@ -105,7 +133,7 @@ __device__ __forceinline__ void add_batch(Sums& x, const float (&s)[Pair::kBatch
       x.teacher_tempered += ev;
     }
     x.forward_cross += ev * (v - u);
-    if constexpr (kReverse) x.reverse_cross += eu * (u - fmaxf(t[i] - x.teacher_at_reference, kLowestDistance));
+    if constexpr (kReverse) x.reverse_cross += eu * (u - fmaxf(t[i] - x.action_reference, kLowestDistance));
   }
 }
 
@@ -128,9 +156,10 @@ __device__ __forceinline__ void merge_lanes(Sums& x, float inverse_temperature) 
   if constexpr (kReverse) {
     const unsigned first_lane = threadIdx.x % 32 / kLanes * kLanes;
     unsigned holders = __ballot_sync(kAllLanes, x.student_reference == student_reference) >> first_lane;
-    float there = __shfl_sync(kAllLanes, x.teacher_at_reference, first_lane + __ffs(holders) - 1);
-    action_rise = there - x.teacher_at_reference;
-    x.teacher_at_reference = there;
+    float there = __shfl_sync(kAllLanes, x.action_reference, first_lane + __ffs(holders) - 1);
+    there = reverse_reference(there, teacher_reference);
+    action_rise = there - x.action_reference;
+    x.action_reference = there;
   }
   // A lane without a finite logit has nothing to move, and from -inf there is no distance.
   float student_rise = x.student_reference == -INFINITY ? 0.0f : student_reference - x.student_reference;
@@ -147,7 +176,11 @@ __device__ __forceinline__ void merge_lanes(Sums& x, float inverse_temperature) 
     x.teacher_tempered = warp_sum<kLanes>(x.teacher_tempered);
   }
   x.forward_cross = warp_sum<kLanes>(x.forward_cross);
-  if constexpr (kReverse) x.reverse_cross = warp_sum<kLanes>(x.reverse_cross);
+  x.teacher_without_student = warp_max<kLanes>(x.teacher_without_student);
+  if constexpr (kReverse) {
+    x.reverse_cross = warp_sum<kLanes>(x.reverse_cross);
+    x.student_without_teacher = warp_max<kLanes>(x.student_without_teacher);
+  }
   warp_first_maximum<kLanes>(x.student_max, x.student_pack);
   warp_first_maximum<kLanes>(x.teacher_max, x.teacher_pack);
 }
@@ -174,9 +207,9 @@ __device__ __forceinline__ void write_partial(const StatisticsParams& p, const G
   // The sums now become relative to the maxima themselves.
   float student_rise = x.student_pack == kNoPack ? 0.0f : x.student_max - x.student_reference;
   float teacher_rise = x.teacher_pack == kNoPack ? 0.0f : x.teacher_max - x.teacher_reference;
-  const float teacher_there = x.student_pack == kNoPack ? 0.0f : at_least_lowest(widened(teacher[student_column]));
+  const float teacher_there = x.student_pack == kNoPack ? 0.0f : widened(teacher[student_column]);
   // Of equal maxima the action is the first in the row, the reference the first in its lane.
-  const float action_rise = x.student_pack == kNoPack ? 0.0f : teacher_there - x.teacher_at_reference;
+  const float action_rise = reverse_reference(teacher_there, x.teacher_max) - x.action_reference;
   raise<kTempered, kReverse>(x, student_rise, teacher_rise, action_rise, p.inverse_temperature);
   RowPartial out = {};
   out.student_max = x.student_max;
@@ -189,6 +222,8 @@ __device__ __forceinline__ void write_partial(const StatisticsParams& p, const G
   out.teacher_tempered_sum = kTempered ? x.teacher_tempered : x.teacher;
   out.forward_cross = x.forward_cross;
   out.reverse_cross = x.reverse_cross;
+  out.teacher_without_student = x.teacher_without_student + shift;
+  out.student_without_teacher = x.student_without_teacher;
   if (x.student_pack != kNoPack) out.teacher_at_student_action = teacher_there + shift;
   if (x.teacher_pack != kNoPack) out.student_at_teacher_action = widened(student[teacher_column]);
   out.student_action = static_cast<int32_t>(p.tokens.first_column + student_column);

@@ -6,6 +6,8 @@ keeps an array in local memory.
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import cuda_check
@@ -115,3 +117,14 @@ def test_flags_are_those_of_setup():
 
 def test_names_of_divergences_are_those_of_the_kernels():
     assert cuda_check.divergence_names()["(vcrd::Divergence)1"] == "ReverseKl"
+
+
+def test_no_header_hides_one_of_the_system():
+    """Whoever adds csrc to the include path must still get <math.h> itself: nvcc's own headers include it."""
+    headers = [path for path in (cuda_check.ROOT / "csrc").rglob("*.*h") if path.is_file()]
+    assert headers
+    for header in headers:
+        source = f"#if __has_include(<{header.name}>)\n#error hidden\n#endif\n"
+        compiler = [os.environ.get("CXX", "g++"), "-E", "-x", "c++", "-"]
+        run = subprocess.run(compiler, input=source, capture_output=True, text=True)
+        assert run.returncode == 0, f"{header} hides a header of the system: {run.stderr}"

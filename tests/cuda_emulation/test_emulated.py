@@ -17,8 +17,8 @@ import emulated_build
 import pytest
 
 LOSS_TESTS = emulated_build.ROOT / "tests/loss"
-# Run first, in the fast tier: every form in every type, and every length and alignment of rows.
-FIRST = ("test_every_form.py", "test_encode.py", "test_rows.py")
+# Run first, in the fast tier: every form in every type, every length and alignment of rows, and logits of -inf.
+FIRST = ("test_every_form.py", "test_encode.py", "test_rows.py", "test_minus_infinity.py")
 # All of whose tests are about the CPU kernels, or need a GPU.
 WITHOUT_EMULATION = ("test_cpu_kernels.py", "test_lanes.py", "test_head.py", "test_cuda.py")
 

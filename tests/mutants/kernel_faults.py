@@ -8,6 +8,7 @@ _LANES = "tests/loss/test_lanes.py"
 _ROWS = "tests/loss/test_rows.py"
 _DIVERGENCE = "tests/loss/test_divergence.py"
 _ENCODE = "tests/loss/test_encode.py"
+_INFINITY = "tests/loss/test_minus_infinity.py"
 _SHARDED = "tests/loss/test_sharded.py"
 
 
@@ -57,7 +58,7 @@ FAULTS = [
     ),
     _on_cpu(
         "ties are rounded away from zero, not to even",
-        "math.h",
+        "elementwise.h",
         "(magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13",
         "(magnitude - 0x38000000u + 0x1000u) >> 13",
         *(_DIVERGENCE, "-k", "nearest"),
@@ -77,11 +78,11 @@ FAULTS = [
         *(_ENCODE, "-k", "caches"),
     ),
     _on_cpu(
-        "a weight of 0 times an infinite term is not 0",
-        "math.h",
-        "return weight == 0 ? 0 : weight * value;",
-        "return weight * value;",
-        *(_LANES, "-k", "no_probability"),
+        "probability that the student lacks is known of the last shard alone",
+        "merge.h",
+        "fmaxf(row.teacher_without_student, part.teacher_without_student);",
+        "part.teacher_without_student;",
+        *(_INFINITY, "-k", "group and 2"),
     ),
     _on_gpu(
         "the gradient's first columns are written beside the row",
@@ -98,11 +99,11 @@ FAULTS = [
         f"{_ROWS}::test_every_number_of_columns_up_to_70",
     ),
     _on_gpu(
-        "a lane without any finite logit moves its sums by infinity",
+        "a lane's references may lie as far below its logits at a low temperature as at 1",
         "cuda/statistics.cuh",
-        "float teacher_rise = x.teacher_reference == -INFINITY ? 0.0f : teacher_reference - x.teacher_reference;",
-        "float teacher_rise = teacher_reference - x.teacher_reference;",
-        f"{_ROWS}::test_every_number_of_columns_up_to_70",
+        "kTempered ? kSlack * fminf(1.0f, 1.0f / inverse_temperature) : kSlack;",
+        "kSlack;",
+        *(_INFINITY, "-k", "low_temperature"),
     ),
     _on_gpu(
         "the first warp reads the others' sums without waiting for them",
@@ -155,7 +156,7 @@ FAULTS = [
     ),
     _on_gpu(
         "what is no number has whatever code its bits give",
-        "math.h",
+        "elementwise.h",
         "d = d < kDistance8Range ? d : kDistance8Range;  // a NaN too: codes have none",
         "d = d > kDistance8Range ? kDistance8Range : d;",
         *(_ENCODE, "-k", "range"),

@@ -18,11 +18,13 @@
 
 namespace vcrd {
 
-// Logits of -inf become this distance from the row's maximum: far below every exponential, yet finite, so that
-// 0 * distance is 0 and the difference of two such distances is 0, neither NaN.
-constexpr float kLowestDistance = -1e37f;
-// A divergence past this can only come from kLowestDistance: probability where the other model has none.
-constexpr double kInfiniteDivergence = 1e25;
+// A logit further than this below its row's maximum counts as -inf, and -inf becomes this distance: far below every
+// exponential, yet so small that no sum over a row overflows, and none of its products with an inverse temperature.
+// 0 * distance is then 0 and the difference of two such distances is 0, neither NaN. Whether a divergence is infinite
+// is never read from such sums: RowPartial keeps what decides it.
+constexpr float kLowestDistance = -1e30f;
+// log of half the smallest float64. A probability below it counts as 0, as it does in the float64 reference.
+constexpr double kLowestLogProbability = -745.1332191;
 // 2^-127: the first power of two that is no normal float32.
 constexpr float kLowestExponent = -88.0296919f;
 
@@ -82,13 +84,6 @@ VCRD_FUNCTION float divide(float a, float b) {
 #else
   return a / b;
 #endif
-}
-
-// A weight of exactly 0 takes its term along, also an infinite one: probability where the other model has none may sum
-// to infinity, but not where it vanishes next to a new maximum. A NaN stays.
-template <class Float>
-VCRD_FUNCTION Float weighted(Float weight, Float value) {
-  return weight == 0 ? 0 : weight * value;
 }
 
 // log(x) for normal x > 0, with the coefficients of Cephes' logf.
@@ -182,6 +177,25 @@ VCRD_FUNCTION RowConstants constants_of(const RowConstants* constants, const Log
 // digits. So G is always taken relative to its value at the student's action, and the mean ("centre") is summed of
 // these differences.
 
+// What reverse_cross is relative to: the teacher's logit at the student's action, or, where the teacher has no
+// probability there, its maximum, so that sums stay finite. A NaN stays.
+VCRD_FUNCTION float reverse_reference(float teacher_at_student_action, float teacher_max) {
+  float reference = teacher_at_student_action < teacher_max + kLowestDistance ? teacher_max : teacher_at_student_action;
+  return reference == -INFINITY ? 0.0f : reference;  // no finite logit so far
+}
+
+template <Divergence kDivergence>
+constexpr bool kHasReverse = kDivergence == Divergence::kReverseKl || kDivergence == Divergence::kJeffreys;
+
+// An infinite reverse KL has no gradient, and its row gets none. Returns the scale of the row's slopes, which become
+// finite where it is 0.
+VCRD_FUNCTION float scale_of_finite(RowConstants& c, float scale) {
+  if (c.reverse_centre != INFINITY) return scale;
+  c.reverse_centre = 0.0f;
+  c.teacher_at_student_action = c.teacher_max;
+  return 0.0f;
+}
+
 // log(q/p) relative to its value at the student's action. `u` is the student's tempered distance.
 VCRD_FUNCTION float reverse_potential(float u, float teacher_logit, const RowConstants& c, float inverse_temperature) {
   return u - distance(teacher_logit, c.teacher_at_student_action) * inverse_temperature;
@@ -203,9 +217,10 @@ VCRD_FUNCTION MixtureElement mixture_element(float p, float q, float log_q_minus
   float teacher = divide(p, divisor), student = divide(q, divisor);
   float sum = share * teacher + (1.0f - share) * student;
   float mixture = sum < tiny ? tiny : sum;
-  float log_mixture = logarithm(mixture);                                                           // log(m / larger)
-  float log_student_ratio = (log_q_minus_log_p < 0.0f ? log_q_minus_log_p : 0.0f) - log_mixture;    // log(q/m)
-  float log_teacher_ratio = (-log_q_minus_log_p < 0.0f ? -log_q_minus_log_p : 0.0f) - log_mixture;  // log(p/m)
+  float log_mixture = logarithm(mixture);  // log(m / larger)
+  // Not above 0 in this order, which keeps a NaN: logarithm() does not.
+  float log_student_ratio = (log_q_minus_log_p > 0.0f ? 0.0f : log_q_minus_log_p) - log_mixture;   // log(q/m)
+  float log_teacher_ratio = (log_q_minus_log_p < 0.0f ? 0.0f : -log_q_minus_log_p) - log_mixture;  // log(p/m)
   if constexpr (kDivergence == Divergence::kJsd)
     return {share * (p * log_teacher_ratio) + (1.0f - share) * (q * log_student_ratio),
             (1.0f - share) * log_student_ratio};
