@@ -35,6 +35,25 @@ struct RowSums {
     forward_cross = tempered * (forward_cross - rise * teacher_tempered);
     teacher_tempered *= tempered;
   }
+
+  void add(const RowSums& block) {
+    student += block.student;
+    teacher += block.teacher;
+    student_moment += block.student_moment;
+    teacher_moment += block.teacher_moment;
+    student_tempered += block.student_tempered;
+    teacher_tempered += block.teacher_tempered;
+    forward_cross += block.forward_cross;
+    reverse_cross += block.reverse_cross;
+    teacher_without_student = larger_of(block.teacher_without_student, teacher_without_student);
+    student_without_teacher = larger_of(block.student_without_teacher, student_without_teacher);
+  }
+
+  // Whether these need no more care; not where a cross sum is no number.
+  bool ordinary() const {
+    constexpr double kLargest = 1e25;
+    return fabs(forward_cross) < kLargest && fabs(reverse_cross) < kLargest;
+  }
 };
 
 // What the exponentials of a row are taken relative to: logits of the row that nothing found so far exceeds by more
@@ -112,29 +131,23 @@ BlockLanes block_sums(const S* s, const T* t, int64_t n, References reference, f
   return sums;
 }
 
-// Whether these sums need no more care.
-template <bool kReverse>
-VCRD_LANES bool ordinary(const BlockLanes& sums) {
-  constexpr float kLargest = 1e25f;
-  const float forward = sum(sums.forward_cross), reverse = kReverse ? sum(sums.reverse_cross) : 0.0f;
-  return fabsf(forward) < kLargest && fabsf(reverse) < kLargest;
-}
-
+// One block's sums. with_without: whether a register was read with care.
 template <bool kTempered>
-void add_block(const BlockLanes& block, RowSums& row) {
-  double student = sum(block.student), teacher = sum(block.teacher);
-  row.student += student;
-  row.teacher += teacher;
-  row.student_moment += sum(block.student_moment);
-  row.teacher_moment += sum(block.teacher_moment);
-  row.student_tempered += kTempered ? sum(block.student_tempered) : student;
-  row.teacher_tempered += kTempered ? sum(block.teacher_tempered) : teacher;
-  row.forward_cross += sum(block.forward_cross);
-  row.reverse_cross += sum(block.reverse_cross);
-  const float teacher_without = largest(block.teacher_without_student);
-  const float student_without = largest(block.student_without_teacher);
-  row.teacher_without_student = larger_of(teacher_without, row.teacher_without_student);
-  row.student_without_teacher = larger_of(student_without, row.student_without_teacher);
+RowSums sums_of(const BlockLanes& block, bool with_without) {
+  RowSums out;
+  out.student = sum(block.student);
+  out.teacher = sum(block.teacher);
+  out.student_moment = sum(block.student_moment);
+  out.teacher_moment = sum(block.teacher_moment);
+  out.student_tempered = kTempered ? sum(block.student_tempered) : out.student;
+  out.teacher_tempered = kTempered ? sum(block.teacher_tempered) : out.teacher;
+  out.forward_cross = sum(block.forward_cross);
+  out.reverse_cross = sum(block.reverse_cross);
+  if (with_without) {
+    out.teacher_without_student = largest(block.teacher_without_student);
+    out.student_without_teacher = largest(block.student_without_teacher);
+  }
+  return out;
 }
 
 // Moves the row's sums to its maxima so far.
@@ -204,9 +217,12 @@ RowPartial row_partial(const StatisticsParams& p, int64_t row) {
       raise_references(reference, out, p.inverse_temperature, sums);
       block = block_sums<S, T, kTempered, kReverse, false>(s, t, n, reference, p.inverse_temperature);
     }
-    if (!ordinary<kReverse>(block))
+    RowSums of_block = sums_of<kTempered>(block, n % (2 * kLanes) != 0);
+    if (!of_block.ordinary()) {
       block = block_sums<S, T, kTempered, kReverse, true>(s, t, n, reference, p.inverse_temperature);
-    add_block<kTempered>(block, sums);
+      of_block = sums_of<kTempered>(block, true);
+    }
+    sums.add(of_block);
   }
   raise_references(reference, out, p.inverse_temperature, sums);
   const float shift = shift_of(p.teacher, row);
