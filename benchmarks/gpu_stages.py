@@ -208,13 +208,13 @@ STAGES = (
     ),
     Stage(
         "kernels-rows",
-        "Rows of every length, alignment and dtype, padding and masks agree with the float64 reference.",
-        **of_loss("rows"),
+        "Rows of every length, alignment and dtype, masks and in-place gradients agree with the float64 reference.",
+        **of_loss("rows", "inplace"),
     ),
     Stage(
         "kernels-divergence",
-        "Every divergence with every pair of types, and the codes of 8 bits, agree with the float64 reference.",
-        **of_loss("divergence", "encode", "every_form"),
+        "Every divergence and pair of types, logits of -inf and the codes of 8 bits agree with the float64 reference.",
+        **of_loss("divergence", "minus_infinity", "encode", "every_form"),
     ),
     Stage(
         "kernels-topk",
