@@ -360,7 +360,7 @@ def statistics_pass(
         if group is not None and sums.shape[0]:
             dist.all_reduce(sums, group=group)
         divergence = sums[:, 0].clamp(min=0)  # rounding may leave a hair below
-    rest[ops.STATISTICS - 1 : ops.STATISTICS - 1] = actions.unbind(0)
+    rest = (*rest[: ops.STATISTICS - 1], *actions.unbind(0), *rest[ops.STATISTICS - 1 :])
     return (divergence, *rest), (constants, sums, teacher, mask)
 
 
