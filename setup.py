@@ -138,7 +138,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["vcrd", "vcrd.*"]),
-    package_data={"vcrd.run_report": ["page.html"]},
+    package_data={"vcrd.report": ["page.html"]},
     install_requires=["torch>=2.6"],
     extras_require={
         "nccl": ["nccl4py>=0.6"],

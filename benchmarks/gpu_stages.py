@@ -129,11 +129,10 @@ def sanitizer(seconds: float) -> Finding:
 
 LOSS = (
     *("setup.py", "csrc/**/*", "vcrd/*.py"),
-    # Not of the loss.
-    *("!vcrd/__main__.py", "!vcrd/gpu.py", "!vcrd/journal.py", "!vcrd/starvation.py", "!vcrd/telemetry.py"),
+    "!vcrd/__main__.py",
 )
 LINK = (*LOSS, "vcrd/link/**/*.py")
-MEGATRON = (*LINK, "vcrd/starvation.py", "vcrd/megatron/*.py", "benchmarks/gpu_models.py")
+MEGATRON = (*LINK, "vcrd/monitor/bottleneck.py", "vcrd/megatron/*.py", "benchmarks/gpu_models.py")
 BENCHMARK = (
     *LOSS,
     *("benchmarks/loss.py", "benchmarks/device_*.py", "benchmarks/loss_methods.py"),

@@ -13,7 +13,7 @@ import time
 
 from vcrd.link.waits import Waits
 from vcrd.megatron.step_clock import Parts, StepClock
-from vcrd.telemetry import Telemetry
+from vcrd.monitor.telemetry import Telemetry
 
 
 def main() -> None:

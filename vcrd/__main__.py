@@ -10,9 +10,9 @@ from typing import NoReturn
 
 from vcrd.doctor import command as doctor
 from vcrd.doctor.options import add_options as add_doctor_options
-from vcrd.planning import command as plan
-from vcrd.planning.options import OptionError, add_options
-from vcrd.run_report import command as report
+from vcrd.plan import command as plan
+from vcrd.plan.options import OptionError, add_options
+from vcrd.report import command as report
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.console import Console
 
 from examples import demo
-from vcrd.run_report import page as run_report
-from vcrd.run_report import records
+from vcrd.report import page as run_report
+from vcrd.report.run import TOKENS, load
 
 from . import launch, page, plots, show
 from .settings import CACHE, KEPT_LAYERS, DemoSettings
@@ -76,8 +76,8 @@ def run(console: Console, settings: DemoSettings) -> None:
     solutions = json.loads((folder / "logs" / "held_out.json").read_text())
     plots.draw(folder / "curves.png", results, solutions)
     page.write(folder / "page.html", results, solutions, Path(settings.cache), folder / "curves.png")
-    page.write_tokens(folder / "records" / records.TOKENS, results, solutions, Path(settings.cache))
-    (folder / "report.html").write_text(run_report.text_of(records.load(folder / "records"), "demo"))
+    page.write_tokens(folder / "records" / TOKENS, results, solutions, Path(settings.cache))
+    (folder / "report.html").write_text(run_report.text_of(load(folder / "records"), "demo"))
     console.print()
     console.print(show.table(follower.measured))
     show.where(console, folder, _FILES)

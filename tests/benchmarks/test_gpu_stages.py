@@ -75,7 +75,7 @@ def test_a_shard_is_stale_by_its_own_tests_and_not_by_those_of_others():
     assert ROOT / "tests/loss/test_topk.py" in files(topk.sources)
     for shared in ("tests/loss/cases.py", "tests/loss/conftest.py", "csrc/merge.h", "vcrd/divergence.py"):
         assert ROOT / shared in files(rows.sources), shared
-    assert ROOT / "vcrd/telemetry.py" not in files(rows.sources)
+    assert ROOT / "vcrd/monitor/telemetry.py" not in files(rows.sources)
 
 
 def test_the_benchmarks_together_have_every_shape_once():

@@ -124,8 +124,8 @@ def test_setup_installs_the_whole_package():
     ]
     files = [path for path in files if not path.name.startswith("_C.")]  # built
     others = {path.relative_to(ROOT / "vcrd") for path in files if path.suffix != ".py"}
-    assert others == {Path("run_report/page.html")}
-    assert 'package_data={"vcrd.run_report": ["page.html"]}' in (ROOT / "setup.py").read_text()
+    assert others == {Path("report/page.html")}
+    assert 'package_data={"vcrd.report": ["page.html"]}' in (ROOT / "setup.py").read_text()
     folders = {path.parent for path in files}
     assert all((folder / "__init__.py").exists() for folder in folders)
 

@@ -95,7 +95,7 @@ def test_a_page_of_a_run_is_drawn_with_what_make_build_installs(built, tmp_path)
     """The last command of the first page; that it finds no records is what it says here."""
     done = typed(built, "python", "-m", "vcrd", "report", str(tmp_path))
     assert "RUN_DIR: " in done.stderr and "needed" not in done.stderr, done.stderr
-    drawn = typed(built, "python", "-c", "from vcrd.run_report import charts, page")
+    drawn = typed(built, "python", "-c", "from vcrd.report import charts, page")
     assert drawn.returncode == 0, drawn.stderr
 
 

@@ -17,8 +17,8 @@ from vcrd.doctor import environment, files, network
 from vcrd.doctor.findings import FACT, FAULT, OK, UNCHECKED
 from vcrd.doctor.job import Job
 from vcrd.doctor.world import World
-from vcrd.planning.catalogue import GPUS, MODELS
-from vcrd.planning.scenario import Scenario
+from vcrd.plan.catalogue import GPUS, MODELS
+from vcrd.plan.scenario import Scenario
 
 HERE = World(node="b1")
 

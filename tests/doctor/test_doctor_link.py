@@ -14,9 +14,9 @@ from vcrd.doctor.findings import FACT, FAULT, OK
 from vcrd.doctor.job import Job
 from vcrd.doctor.world import World
 from vcrd.link.settings import LinkSettings
-from vcrd.planning.catalogue import GPUS, MODELS
-from vcrd.planning.costs import student_seconds
-from vcrd.planning.scenario import Scenario
+from vcrd.plan.catalogue import GPUS, MODELS
+from vcrd.plan.costs import student_seconds
+from vcrd.plan.scenario import Scenario
 
 RUN = Scenario(
     teacher=MODELS["Qwen3-32B"],
@@ -59,7 +59,7 @@ def test_context_ranks_get_each_their_own_and_whole_payloads_come_from_senders_i
 
 def test_bytes_are_those_of_the_plan():
     from vcrd.link.payload import payload_named
-    from vcrd.planning.costs import traffic_of
+    from vcrd.plan.costs import traffic_of
 
     run = replace(RUN, student_data=3, student_tensor=2, teacher_tensor=4, replicas=2)
     pairs, traffic = pairs_of(run, "float16"), traffic_of(run, payload_named("float16"))

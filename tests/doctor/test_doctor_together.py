@@ -25,8 +25,8 @@ from vcrd.doctor.job import Job
 from vcrd.doctor.meeting import Meeting
 from vcrd.doctor.merge import merged
 from vcrd.doctor.world import World, expand, world_of
-from vcrd.planning.catalogue import GPUS, MODELS
-from vcrd.planning.scenario import Scenario
+from vcrd.plan.catalogue import GPUS, MODELS
+from vcrd.plan.scenario import Scenario
 
 NODES = ("b1", "b2", "b3")
 

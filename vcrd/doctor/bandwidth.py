@@ -22,8 +22,8 @@ from vcrd.link.payload import payload_named
 from vcrd.link.plan import replica_of
 from vcrd.link.rendezvous import listen
 from vcrd.link.wire import Listener, dial
-from vcrd.planning.costs import traffic_of
-from vcrd.planning.scenario import Scenario
+from vcrd.plan.costs import traffic_of
+from vcrd.plan.scenario import Scenario
 
 _AT_ONCE = 16 << 20  # bytes of one message at most
 _STARTING = 0.2  # of the time, in which TCP finds its pace

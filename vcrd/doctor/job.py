@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from vcrd.doctor.world import World
 from vcrd.link.settings import LinkSettings
-from vcrd.planning.scenario import Scenario
+from vcrd.plan.scenario import Scenario
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from vcrd.doctor.findings import Finding, fact, fault, ok
 from vcrd.doctor.job import Job
 from vcrd.doctor.network import nccl_version
 from vcrd.link.payload import PAYLOADS, payload_named
-from vcrd.planning.choice import choose
-from vcrd.planning.costs import cost, student_seconds
+from vcrd.plan.choice import choose
+from vcrd.plan.costs import cost, student_seconds
 
 _NETWORK = "Open all TCP ports between these nodes, or name in VCRD_INTERFACE the interface that leads there."
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from vcrd.planning.options import OptionError, add_run_options, number, scenario_of, whole
-from vcrd.planning.scenario import Scenario
+from vcrd.plan.options import OptionError, add_run_options, number, scenario_of, whole
+from vcrd.plan.scenario import Scenario
 
 _LAYOUT = ("tp", "pp", "cp", "dp", "ep", "replicas")
 _ANY_MODEL = "params=1e12,hidden=4096,layers=1000,vocab=131072"

@@ -25,12 +25,12 @@ from vcrd.megatron.local import LocalTeacher, TeacherModel
 from vcrd.megatron.loss_mask import LossMask
 from vcrd.megatron.metrics import STEP_KEYS, IntervalLog, megatron_globals, with_step_sums
 from vcrd.megatron.outside import Outside, Verifier
+from vcrd.megatron.rank_telemetry import telemetry_of
 from vcrd.megatron.report import Figures, Report
 from vcrd.megatron.rerun import running_again
 from vcrd.megatron.settings import DistillSettings
 from vcrd.megatron.step_end import StepEnd, raise_if_bad
 from vcrd.megatron.teacher_check import TeacherCheck
-from vcrd.megatron.watching import telemetry_of
 
 
 class Observation(NamedTuple):

@@ -19,8 +19,8 @@ from vcrd.megatron.ranks import Row, by_replica, gathered, over_ranks
 from vcrd.megatron.report import Figures, Report
 from vcrd.megatron.settings import DistillSettings
 from vcrd.megatron.step_clock import Parts, StepClock
-from vcrd.starvation import Setup, cause, sentence
-from vcrd.telemetry import Telemetry
+from vcrd.monitor.bottleneck import Setup, cause, sentence
+from vcrd.monitor.telemetry import Telemetry
 
 _log = logging.getLogger("vcrd")
 QUANTILES = (10, 50, 90)

@@ -9,15 +9,16 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from vcrd.starvation import Wait
-from vcrd.telemetry import FIELDS
+from vcrd.monitor.bottleneck import Wait
+from vcrd.monitor.telemetry import FIELDS
 
 _SHOWN = 64  # ranks that TensorBoard and W&B get a curve each of
 
 
 class Row(NamedTuple):
-    """One rank's, of one interval. waited, arriving, while_lost: seconds, as `Waits` says; received: bytes; replica: of
-    the teacher, that serves it, NaN where none does. What follows: `vcrd.telemetry.FIELDS`, NaN where not measured.
+    """What one rank measured in one interval. waited, arriving, while_lost: seconds, as `Waits` says. received: bytes.
+    replica: the teacher replica that serves this rank, NaN where none does. What follows are
+    `vcrd.monitor.telemetry.FIELDS`, NaN where not measured.
     """
 
     waited: float

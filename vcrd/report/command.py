@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from vcrd.planning.options import OptionError
+from vcrd.plan.options import OptionError
 
 SUMMARY = "one page of what a run did: curves, weights, time, machines"
 DESCRIPTION = """\
@@ -30,11 +30,12 @@ def run(options: argparse.Namespace) -> tuple[str, int]:
             "the package matplotlib is needed to draw the page (pip install matplotlib), got none"
         )
     # Here, for they import matplotlib, and nothing else should have to wait for that.
-    from vcrd.run_report import page, records
+    from vcrd.report import page
+    from vcrd.report.run import NoRecords, load
 
     try:
-        found = records.load(options.run_dir)
-    except records.NoRecords as error:
+        found = load(options.run_dir)
+    except NoRecords as error:
         raise OptionError(f"RUN_DIR: {error}") from None
     output = options.output or options.run_dir / "report.html"
     text = page.text_of(found)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from vcrd.planning.costs import Cost
+from vcrd.plan.costs import Cost
 
 MEMORY_SHARE = 0.1
 NETWORK_SHARE = 0.5

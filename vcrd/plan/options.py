@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vcrd.planning.catalogue import GPUS, MODELS
-from vcrd.planning.scenario import Gpu, Model, Scenario
+from vcrd.plan.catalogue import GPUS, MODELS
+from vcrd.plan.scenario import Gpu, Model, Scenario
 
 _SIDE = (
     "a model and its layout, as {example}; in place of a name params=8.2e9,hidden=4096,layers=36,vocab=151936 "

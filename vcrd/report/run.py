@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vcrd import journal
+from vcrd.monitor.records import read_records
 
 TOKENS = "tokens.json"
 _AT_ONCE = 4096  # records that are held as Python objects
@@ -77,7 +77,7 @@ def load(folder: Path) -> Run:
 def _read(path: Path, run: Run, drawn: _Figures) -> None:
     table = _Table(OF_RANK)
     who = None
-    for record in journal.read(path):
+    for record in read_records(path):
         if not all(map(record.__contains__, _ALWAYS)):
             continue
         kind = record["kind"]

@@ -18,8 +18,8 @@ import math
 from dataclasses import dataclass
 
 from vcrd.link.payload import PAYLOADS, Payload
-from vcrd.planning.scenario import Scenario
-from vcrd.planning.traffic import Traffic
+from vcrd.plan.scenario import Scenario
+from vcrd.plan.traffic import Traffic
 
 # Of other modules, which this one need not import: a test keeps them equal.
 RESPONSES_UNDER_WAY = 4  # vcrd.link.delivery: answers that a teacher rank holds while they are sent

@@ -11,8 +11,8 @@ import training_jobs
 from test_attach import settings
 from worlds import World, run_worlds
 
-from vcrd import journal
 from vcrd.__main__ import main
+from vcrd.monitor.records import read_records
 
 STEPS = 5
 
@@ -20,7 +20,7 @@ STEPS = 5
 def records(folder, name: str) -> dict[str, list[dict]]:
     """Of one rank, by kind."""
     found: dict[str, list[dict]] = {}
-    for record in journal.read(folder / f"{name}.jsonl"):
+    for record in read_records(folder / f"{name}.jsonl"):
         found.setdefault(record["kind"], []).append(record)
     return found
 

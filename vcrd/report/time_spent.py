@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vcrd.run_report import charts
-from vcrd.run_report.bins import Bins
-from vcrd.run_report.records import Run
+from vcrd.report import charts
+from vcrd.report.bins import Bins
+from vcrd.report.run import Run
 
 _COLUMNS = 200  # of a wide chart
 _REPLICAS = 4  # that get a chart of their own

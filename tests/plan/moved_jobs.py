@@ -10,7 +10,7 @@ import torch.distributed as dist
 from vcrd.link import Head, LinkSettings, Place, StudentLink, TeacherLink, host_rendezvous
 from vcrd.link import header as headers
 from vcrd.link.payload import payload_named
-from vcrd.planning.traffic import Traffic
+from vcrd.plan.traffic import Traffic
 
 SHAPES = [(24, 2), (12, 1), (24, 2)]  # sequence, batch; the context sizes here divide a sequence's half
 CREDITS = 2

@@ -125,7 +125,7 @@ def test_records_of_one_job_alone_are_enough(tmp_path):
 
 
 def test_an_iteration_that_was_trained_again_counts_once(tmp_path):
-    from vcrd.run_report.records import load
+    from vcrd.report.run import load
 
     folder = made_run.write(tmp_path / "run", intervals=10)
     path = folder / "student-00003.jsonl"

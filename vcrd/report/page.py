@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vcrd.run_report import charts, time_spent, tokens
-from vcrd.run_report.bins import Bins, over_time
-from vcrd.run_report.records import Run
+from vcrd.report import charts, time_spent, tokens
+from vcrd.report.bins import Bins, over_time
+from vcrd.report.run import Run
 
 # As in vcrd.megatron.report: the histogram's bins, which begin at 2^-8.
 _BINS, _PER_OCTAVE, _LOWEST = 256, 16, -8

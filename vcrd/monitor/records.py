@@ -13,7 +13,7 @@ from typing import Any
 _log = logging.getLogger("vcrd")
 
 
-class Journal:
+class RecordFile:
     """Appends to `path`, one write for each record, so that what was written is there after a crash.
 
     A file that cannot be written to is told once, in a warning, and tried again with the next record. Not for several
@@ -56,7 +56,7 @@ class Journal:
         self._torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
 
 
-def read(path: Path) -> Iterator[dict[str, Any]]:
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file, in order. Lines that are half written, or hold no record, are passed over."""
     with open(path, "rb") as file:
         for line in file:

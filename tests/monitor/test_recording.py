@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 from waiting import wait_until
 
-from vcrd import journal
-from vcrd.gpu import Gpu, NoGpu
-from vcrd.telemetry import Telemetry
+from vcrd.monitor.nvml import Gpu, NoGpu
+from vcrd.monitor.records import RecordFile, read_records
+from vcrd.monitor.telemetry import Telemetry
 
 LONG = 60.0  # seconds that nothing here takes
 UUID = "5c0f0fb1-0000-0000-0000-000000000001"
@@ -77,7 +77,7 @@ class FakeNvml:
 
 def lines(folder: Path, kind: str) -> list[dict]:
     path = folder / "student-00003.jsonl"
-    return [record for record in journal.read(path) if record["kind"] == kind] if path.exists() else []
+    return [record for record in read_records(path) if record["kind"] == kind] if path.exists() else []
 
 
 def recording(folder: Path, nvml: FakeNvml | None, interval: float = 0.25) -> Telemetry:
@@ -201,7 +201,7 @@ def test_the_installed_package_has_what_is_called():
 def test_a_run_that_resumes_appends_after_a_torn_line(tmp_path):
     path = tmp_path / "deep" / "student-00000.jsonl"
     for part in range(2):
-        writer = journal.Journal(path)
+        writer = RecordFile(path)
         writer.write({"kind": "start", "part": part})
         writer.write({"kind": "rank", "part": part})
         writer.close()
@@ -209,7 +209,7 @@ def test_a_run_that_resumes_appends_after_a_torn_line(tmp_path):
             file.write('{"kind":"rank","par')  # killed in the middle of a record
     with open(path, "ab") as file:
         file.write(b'\n[1]\n"kind"\n\xff\xfe\n{"no": 1}\n')
-    assert [(r["kind"], r["part"]) for r in journal.read(path)] == [
+    assert [(r["kind"], r["part"]) for r in read_records(path)] == [
         *[("start", 0), ("rank", 0)],
         *[("start", 1), ("rank", 1)],
     ]
@@ -235,7 +235,7 @@ def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog):
 def test_a_disk_that_has_room_again_is_used_again(tmp_path, monkeypatch):
     import os
 
-    writer, write, full = journal.Journal(tmp_path / "run.jsonl"), os.write, [False]
+    writer, write, full = RecordFile(tmp_path / "run.jsonl"), os.write, [False]
 
     def sometimes(file: int, data: bytes) -> int:
         if full[0]:
@@ -243,18 +243,18 @@ def test_a_disk_that_has_room_again_is_used_again(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return write(file, data)
 
-    monkeypatch.setattr(journal.os, "write", sometimes)
+    monkeypatch.setattr(os, "write", sometimes)
     for number in range(6):
         full[0] = number in (2, 3)
         writer.write({"kind": "rank", "number": number})
     writer.close()
-    assert [record["number"] for record in journal.read(tmp_path / "run.jsonl")] == [0, 1, 4, 5]
+    assert [record["number"] for record in read_records(tmp_path / "run.jsonl")] == [0, 1, 4, 5]
 
 
 def test_a_file_system_that_stops_holds_nobody_up(tmp_path, monkeypatch):
     goes_on = threading.Event()
-    monkeypatch.setattr(journal.Journal, "write", lambda self, record: goes_on.wait())
-    monkeypatch.setattr("vcrd.telemetry._PARTING", 0.2)
+    monkeypatch.setattr(RecordFile, "write", lambda self, record: goes_on.wait())
+    monkeypatch.setattr("vcrd.monitor.telemetry._PARTING", 0.2)
     telemetry = recording(tmp_path, None, interval=0.1)
     for _ in range(20_000):
         telemetry.write("figures", loss=1.0)
@@ -270,18 +270,18 @@ def test_a_forgotten_one_ends_and_so_does_the_interpreter(tmp_path):
     del telemetry
     assert not threads() and len(lines(tmp_path, "rank")) == 1
     script = (
-        "from vcrd.telemetry import Telemetry\n"
+        "from vcrd.monitor.telemetry import Telemetry\n"
         f"kept = Telemetry({str(tmp_path)!r}, 'teacher', 0, 30.0)\n"
         "kept.write('start', number=1)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and not done.stderr
-    kinds = [record["kind"] for record in journal.read(tmp_path / "teacher-00000.jsonl")]
+    kinds = [record["kind"] for record in read_records(tmp_path / "teacher-00000.jsonl")]
     assert kinds == ["start", "rank"]
 
 
 def test_importing_vcrd_imports_none_of_it():
-    script = "import sys, vcrd, vcrd.telemetry, json; print(json.dumps(sorted(sys.modules)))"
+    script = "import sys, vcrd, vcrd.monitor.telemetry, json; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     loaded = set(json.loads(done.stdout))
-    assert not loaded & {"pynvml", "matplotlib", "numpy.testing", "vcrd.run_report.page"}
+    assert not loaded & {"pynvml", "matplotlib", "numpy.testing", "vcrd.report.page"}

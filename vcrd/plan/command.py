@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from vcrd.planning.options import scenario_of
+from vcrd.plan.options import scenario_of
 
 SUMMARY = "what each payload costs for given models and layouts, and which is the best"
 DESCRIPTION = """\
@@ -23,9 +23,9 @@ def run(options: argparse.Namespace) -> tuple[str, int]:
     """What is to be printed, and the exit status; OptionError of one sentence for a wrong option."""
     scenario = scenario_of(options)
     # Here, for they import torch, and a wrong option should not have to wait for that.
-    from vcrd.planning.choice import choose
-    from vcrd.planning.costs import costs
-    from vcrd.planning.report import plain, text_of
+    from vcrd.plan.choice import choose
+    from vcrd.plan.costs import costs
+    from vcrd.plan.report import plain, text_of
 
     found = costs(scenario)
     choice = choose(found, scenario.student_gpu.memory)

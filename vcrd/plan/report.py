@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vcrd.planning.choice import Choice, percent
-from vcrd.planning.costs import Cost, student_seconds
-from vcrd.planning.scenario import Gpu, Model, Scenario
-from vcrd.planning.traffic import request_bytes
+from vcrd.plan.choice import Choice, percent
+from vcrd.plan.costs import Cost, student_seconds
+from vcrd.plan.scenario import Gpu, Model, Scenario
+from vcrd.plan.traffic import request_bytes
 
 _MOVED = ("payload", "into student", "out of teacher", "step", "once", "network", "busy", "error")
 _TAKEN = (

@@ -12,9 +12,9 @@ from scenarios import GPU, scenario
 from vcrd import teacher_blocks
 from vcrd.link import delivery
 from vcrd.link.transport import tcp
-from vcrd.planning import costs as module
-from vcrd.planning.catalogue import MODELS
-from vcrd.planning.costs import costs
+from vcrd.plan import costs as module
+from vcrd.plan.catalogue import MODELS
+from vcrd.plan.costs import costs
 
 HEADER = 80
 

@@ -12,8 +12,8 @@ import pytest
 from scenarios import scenario
 
 from vcrd.__main__ import main
-from vcrd.planning.choice import choose
-from vcrd.planning.costs import costs
+from vcrd.plan.choice import choose
+from vcrd.plan.costs import costs
 
 TEACHER, STUDENT = "Qwen3-32B,tp=8,pp=2,replicas=4", "Qwen3-4B,tp=2,dp=8"
 

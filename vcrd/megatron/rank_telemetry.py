@@ -13,8 +13,8 @@ from megatron.core import parallel_state
 
 from vcrd.link.teacher import TeacherLink
 from vcrd.megatron.settings import DistillSettings
-from vcrd.starvation import idle_sentence
-from vcrd.telemetry import Telemetry
+from vcrd.monitor.bottleneck import idle_sentence
+from vcrd.monitor.telemetry import Telemetry
 
 _log = logging.getLogger("vcrd")
 

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vcrd.gpu import Gpu, NoGpu
-from vcrd.journal import Journal
+from vcrd.monitor.nvml import Gpu, NoGpu
+from vcrd.monitor.records import RecordFile
 
 _log = logging.getLogger("vcrd")
 _READINGS = 10  # of the GPU in an interval, at most one a
@@ -58,8 +58,8 @@ class Telemetry:
         uuid: str | None = None,
         open_gpu: Callable[[str], Any] = Gpu,
     ) -> None:
-        journal = Journal(Path(folder) / f"{role}-{rank:05d}.jsonl")
-        self._work = _Work(journal, {"role": role, "rank": rank, "host": socket.gethostname()}, interval)
+        file = RecordFile(Path(folder) / f"{role}-{rank:05d}.jsonl")
+        self._work = _Work(file, {"role": role, "rank": rank, "host": socket.gethostname()}, interval)
         self._thread = threading.Thread(
             target=self._work.run, args=(uuid, open_gpu), name="vcrd-telemetry", daemon=True
         )
@@ -104,10 +104,10 @@ class Telemetry:
 class _Work:
     """What the thread does, and what it shares with those who give it something."""
 
-    def __init__(self, journal: Journal, who: dict[str, Any], interval: float) -> None:
+    def __init__(self, file: RecordFile, who: dict[str, Any], interval: float) -> None:
         self.iteration = 0
         self.latest: dict[str, float] = {}
-        self._journal = journal
+        self._file = file
         self._who = who
         self._interval = interval
         self._lock = threading.Lock()
@@ -161,7 +161,7 @@ class _Work:
             if seconds >= self._interval or not running:
                 begun += seconds
                 self._write_interval(readings.summary(seconds), seconds)
-        self._journal.close()
+        self._file.close()
         if gpu:
             gpu.close()
 
@@ -173,7 +173,7 @@ class _Work:
             except queue.Empty:
                 return True
             if record is not None:
-                self._journal.write(record)
+                self._file.write(record)
         return False
 
     def _write_interval(self, measured: dict[str, float], seconds: float) -> None:
@@ -187,7 +187,7 @@ class _Work:
         while not self._queue.empty():
             record = self._queue.get()
             if record is not None:
-                self._journal.write(record)
+                self._file.write(record)
 
     def _count(self, name: str) -> None:
         if name in self._counters:

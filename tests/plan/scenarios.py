@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from vcrd.planning.scenario import Gpu, Model, Scenario
+from vcrd.plan.scenario import Gpu, Model, Scenario
 
 GPU = Gpu("test", bf16=1e15, fp8=2e15, memory=80e9, bandwidth=4e12, host=50e9)
 # 1000 columns, no multiple of anything: padded to 1024 by one tensor rank, by two, and by four.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from vcrd.planning.scenario import Gpu, Model
+from vcrd.plan.scenario import Gpu, Model
 
 # Each row follows from the model's public config.json on Hugging Face (meta-llama, Qwen, deepseek-ai,
 # HuggingFaceTB). The number of parameters is that of the published checkpoint, of DeepSeek-R1 without its module for

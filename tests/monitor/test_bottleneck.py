@@ -19,7 +19,7 @@ from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_rendezvous
 from vcrd.link.connection import Connection
 from vcrd.link.waits import Waits
 from vcrd.megatron.ranks import Row, by_replica
-from vcrd.starvation import Setup, Wait, cause, idle_sentence, sentence
+from vcrd.monitor.bottleneck import Setup, Wait, cause, idle_sentence, sentence
 
 SETUP = Setup("float16", 75968, 64, 1.0, credits=2, ahead=None, replicas=2, data_ranks=8)
 SLOW = Wait(1, share=0.31, arriving=0.02, while_lost=0.0, late=0.9, bytes_per_second=3e8)

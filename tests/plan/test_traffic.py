@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vcrd.link import header as headers
 from vcrd.link.payload import PAYLOADS
 from vcrd.link.plan import context_rows, places, students_of
-from vcrd.planning.traffic import Traffic, request_bytes
+from vcrd.plan.traffic import Traffic, request_bytes
 
 BYTES_PER_COLUMN = {"float16": 2, "float32": 4, "logits_8bit": 1}
 TOP_K, STATE = 3, 5

@@ -1,4 +1,0 @@
-"""What a run did, as one page: `python -m vcrd report`.
-
-`records` reads what its ranks wrote, `charts` draws, `page` puts it together. Needs matplotlib, and no torch.
-"""
