@@ -75,11 +75,11 @@ bench: $(DONE)/bench $(DONE)/extension
 
 evidence: $(DONE)/demo $(DONE)/evidence $(DONE)/extension
 	@echo "==> comparing the methods with $(VENV)"
-	@$(RUN) benchmarks/quality/run.py --out evidence $(ARGS)
+	@$(RUN) research/run.py --out evidence $(ARGS)
 
 estimators: $(DONE)/demo $(DONE)/extension
 	@echo "==> judging the estimators of validity by people's verdicts with $(VENV)"
-	@$(RUN) benchmarks/quality/estimators.py --out evidence $(ARGS)
+	@$(RUN) research/estimators.py --out evidence $(ARGS)
 
 bench-link: $(DONE)/core $(DONE)/extension
 	@echo "==> timing the link with $(VENV)"

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST = 700  # lines of one file
 CODE = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
-FOLDERS = ("vcrd", "csrc", "examples", "tests", "benchmarks")
+FOLDERS = ("vcrd", "csrc", "examples", "tests", "benchmarks", "research")
 
 
 @dataclass(frozen=True)

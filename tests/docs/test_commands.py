@@ -105,9 +105,9 @@ def test_a_page_of_a_run_is_drawn_with_what_make_build_installs(built, tmp_path)
     [
         ("demo", "-m examples.demo"),
         ("demo", "benchmarks/payload.py"),
-        ("evidence", "benchmarks/quality/run.py"),
-        ("evidence", "benchmarks/quality/anatomy.py"),
-        ("estimators", "benchmarks/quality/estimators.py"),
+        ("evidence", "research/run.py"),
+        ("evidence", "research/anatomy.py"),
+        ("estimators", "research/estimators.py"),
         ("bench-link", "benchmarks/link.py"),
         ("build", "benchmarks/gpu_parallel.py"),
         ("build", "tests/megatron/parallelisms.py"),

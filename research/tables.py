@@ -1,6 +1,6 @@
 """What run.py found, as tables: means, and differences with bootstrap intervals.
 
-    python benchmarks/quality/tables.py evidence/small.json --plots evidence
+    python research/tables.py evidence/small.json --plots evidence
 
 A difference is paired: the same task, the same student before, the same problem. Its interval comes from drawing each
 task's seeds and problems anew, with replacement, a thousand times; it holds 95 % of the differences that were drawn.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from compared import methods
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from compared import methods
 from tables import TITLES, Results, difference
 
 _COLOURS = {

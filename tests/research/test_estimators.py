@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import estimators
 import numpy as np
 import pytest
 import torch
-from estimators import Judged, Step, auroc, judged, pieces, table_of, verdict
 
+import estimators
 import vcrd
+from estimators import Judged, Step, auroc, judged, pieces, table_of, verdict
 
 TEXT = "First we add. Then (see above)\n\nwe have x = 1.5 and y.\n  \nSo 2 is it! The end"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from compared import methods
 from data import draw
 from methods import OWN, TRACES, Method

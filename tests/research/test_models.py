@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
-import data
 import pytest
-import tasks
 import torch
+
+import data
+import tasks
 from models import Shape, Stack, generate
 
 SHAPE = Shape(16, 2, 2, len(data.SYMBOLS))

@@ -6,14 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+import torch
+
 import anatomy
 import page
-import pytest
 import tables
-import torch
 from data import SYMBOLS
 from problems import END, Line, Problem
-
 from vcrd import reference
 
 

@@ -1,6 +1,6 @@
 """Before the training: on which tokens the two models differ in validity, and where the divergence lies.
 
-    python benchmarks/quality/anatomy.py --out evidence
+    python research/anatomy.py --out evidence
 
 Reads the teachers and students that run.py has trained there, and writes OUT/anatomy.json. Of each task and seed: the
 solutions of 256 problems that are not held out, drawn from the teacher and from the student.
@@ -19,6 +19,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
+import vcrd
 from configs import CONFIGS
 from data import batch_of, draw, solved, unbroken, verdicts
 from methods import OWN, TRACES
@@ -26,8 +27,6 @@ from models import Stack
 from runs import TASKS, family_of, trained
 from tables import TITLES, table
 from train import Sizes, longest
-
-import vcrd
 
 ROWS = {
     "after": "tokens after the first error",

@@ -1,9 +1,9 @@
 """Does the calibration train better students? Methods on every task, from the same students, with the same tokens.
 
-    python benchmarks/quality/run.py --out evidence                    on two cores
-    python benchmarks/quality/run.py --out evidence --config large --device cuda --jobs 13     on one H100
-    python benchmarks/quality/run.py --out evidence --name variants --methods variants
-    python benchmarks/quality/run.py --out mine --tasks my_tasks:sorting,my_tasks:mazes
+    python research/run.py --out evidence                    on two cores
+    python research/run.py --out evidence --config large --device cuda --jobs 13     on one H100
+    python research/run.py --out evidence --name variants --methods variants
+    python research/run.py --out mine --tasks my_tasks:sorting,my_tasks:mazes
 
 --tasks: names of tasks.py and gym.py, or module:function of your own (problems.py says what such a function returns).
 Each task has a teacher, trained until it solves 90 to 97 % of its problems, and for each seed a student that has seen

@@ -1,6 +1,6 @@
 """Puts the tables of docs/evidence/*.json into docs/evidence.md, and the pictures beside it.
 
-    python benchmarks/quality/page.py
+    python research/page.py
 
 A table stands between `<!-- tables: NAME -->` and `<!-- end -->`; that of the name "map" is made of all of them.
 """
@@ -19,7 +19,7 @@ import estimators
 import plots
 import tables
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 _TABLES = re.compile(r"(<!-- tables: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+
 from compared import named
 from configs import CONFIGS
 from data import draw

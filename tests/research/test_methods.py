@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 import data
 import methods as how
-import pytest
 import tables
 import tasks
-import torch
 import train
+import vcrd
 from compared import methods, named, sets
 from methods import OWN, TRACES, Place
 from problems import Problem
-
-import vcrd
 from vcrd import reference
 
 ROWS, LENGTH, VOCAB = 3, 7, 11

@@ -1,6 +1,6 @@
 """Is the validity real? How well each free estimator tells correct steps of reasoning from the first wrong one.
 
-    python benchmarks/quality/estimators.py --out evidence
+    python research/estimators.py --out evidence
 
 Text and verdicts are CHAMP's (Mao, Kim and Zhou, arXiv 2401.06961): solutions that language models wrote, in each of
 which people have marked the first wrong step, if there is one. Teacher: SmolLM2-135M-Instruct. Students: ten of its
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import vcrd
 

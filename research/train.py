@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import methods as how
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import methods as how
 from data import SYMBOLS, Batch, batch_of, draw, solved, steps_of, unbroken, verdicts
 from methods import Method, Place
 from models import Shape, Stack
 from problems import Family, Problem
-from torch import Tensor
 
 
 def longest(problems: Sequence[Problem]) -> int:

@@ -10,9 +10,10 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from models import Stack, generate
 from problems import END, Family, Problem
-from torch import Tensor
 
 # One token a symbol; the first is padding.
 SYMBOLS = "\0" + END + "0123456789+-*/%=;,.:!?" + "abcdefghijklmnopqrstuvwxyz" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

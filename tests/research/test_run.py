@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
+
 import run
 import runs
 import tables
-import torch
 from compared import named
 from configs import CONFIGS
 from methods import OWN, TRACES

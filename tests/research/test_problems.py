@@ -6,11 +6,12 @@ import random
 import re
 from collections.abc import Iterator
 
+import pytest
+import torch
+
 import data
 import gym
-import pytest
 import tasks
-import torch
 from problems import END, Line, Problem, State
 
 FAMILIES = {

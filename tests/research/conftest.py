@@ -1,0 +1,21 @@
+"""The fast tier checks the verifiers and the loss; the rest is for `make test-all`. Tests of a GPU need one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+FAST = (
+    "test_the_verifier_knows_every_correct_continuation_and_no_other",
+    "test_ours_is_the_loss_of_the_package",
+)
+collect_ignore = [] if torch.cuda.is_available() else ["test_device.py"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.originalname not in FAST:
+            item.add_marker(pytest.mark.slow)
