@@ -21,8 +21,8 @@ from vcrd.doctor import environment as environment_checks
 from vcrd.doctor import examination
 from vcrd.doctor.files import Shared
 from vcrd.doctor.findings import Finding, fact, fault, ok
+from vcrd.doctor.gathering import Gathering
 from vcrd.doctor.job import Job
-from vcrd.doctor.meeting import Meeting
 from vcrd.doctor.merge import merged
 from vcrd.doctor.world import World, expand, world_of
 from vcrd.plan.catalogue import GPUS, MODELS
@@ -73,7 +73,7 @@ def look_at_little() -> None:
 
 
 def join_and_be_killed(variables: dict[str, str]) -> None:
-    Meeting(world_of(variables), 60).gather({"node": "b3", "token": ""})
+    Gathering(world_of(variables), 60).gather({"node": "b3", "token": ""})
     os.kill(os.getpid(), signal.SIGKILL)
 
 

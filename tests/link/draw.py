@@ -244,8 +244,8 @@ def bytes_wanted(link: StudentLink, drawn: Drawn, place: dict, layer: bool = Tru
 
     layer: whether the output layer travels.
     """
-    session = link._members.session
-    shards = session.teacher.shards(), link._facts.shards()
+    session = link._connections.session
+    shards = session.teacher.shards(), link._handshake.shards()
     whole = session.payload.whole
     total = headers.BYTES * link._place.asks  # READY
     for batch in drawn.batches:

@@ -43,7 +43,10 @@ def trials(peers: fuzzing.Peers) -> dict[str, tuple[Callable, st.SearchStrategy]
     knocks = st.lists(st.tuples(fuzzing.hellos(), fuzzing.streams), min_size=1, max_size=6)
     return {
         "header": (fuzzing.parse_anything, st.one_of(fuzzing.header_bytes(), st.binary(max_size=100))),
-        "statement": (fuzzing.read_facts, statements.flatmap(lambda facts: fuzzing.mutated(facts.plain()))),
+        "statement": (
+            fuzzing.read_facts,
+            statements.flatmap(lambda handshake: fuzzing.mutated(handshake.plain())),
+        ),
         "text of a greeting": (fuzzing.read_text, st.one_of(st.binary(), st.text().map(str.encode))),
         "stranger at a listener": (peers.greet_badly, fuzzing.stranger_hellos()),
         "question to the rendezvous": (peers.ask_rendezvous, fuzzing.hellos()),

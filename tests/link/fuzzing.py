@@ -19,18 +19,18 @@ import torch
 from hypothesis import strategies as st
 
 from vcrd.link import LinkError, LinkSettings, wire
-from vcrd.link import facts as stated
+from vcrd.link import handshake as stated
 from vcrd.link import header as headers
 from vcrd.link.connection import Connection
-from vcrd.link.delivery import Delivery
-from vcrd.link.facts import Facts, Head
+from vcrd.link.handshake import Handshake, Head
 from vcrd.link.header import Header, Kind
-from vcrd.link.inbox import Inbox
-from vcrd.link.intake import Intake
-from vcrd.link.membership import Membership
 from vcrd.link.payload import payload_named
 from vcrd.link.plan import Piece, Place
+from vcrd.link.reassembly import Reassembly
 from vcrd.link.rendezvous import Rendezvous, ask, listen
+from vcrd.link.requests import RequestReceiver
+from vcrd.link.respond import ResponseSender
+from vcrd.link.student_connections import StudentConnections
 from vcrd.link.transport import Endpoint
 from vcrd.link.wire import Listener, dial
 
@@ -38,10 +38,10 @@ LONG = 60.0  # seconds; whatever takes that long hangs
 MEMORY = 4 << 20  # bytes that Python may allocate for what one trial sends: far more than it sends
 SETTINGS = LinkSettings(address="127.0.0.1:1", timeout=LONG, max_tokens=64)
 ENDPOINT = Endpoint("auto", torch.device("cpu"))
-STUDENT = Facts(9, 16, "float16", 64, 9, tensor_size=1, copies=2, credits=2)
-WIDE = Facts(9, 16, "float16", 64, 10, tensor_size=2, copies=1, credits=2)
-TEACHER = Facts(9, 16, "float16", 64, 9, tensor_size=1, copies=1)
-HIDDEN = Facts(9, 16, "hidden", 64, 9, tensor_size=1, copies=1, head=Head(8, "float32"))
+STUDENT = Handshake(9, 16, "float16", 64, 9, tensor_size=1, copies=2, credits=2)
+WIDE = Handshake(9, 16, "float16", 64, 10, tensor_size=2, copies=1, credits=2)
+TEACHER = Handshake(9, 16, "float16", 64, 9, tensor_size=1, copies=1)
+HIDDEN = Handshake(9, 16, "hidden", 64, 9, tensor_size=1, copies=1, head=Head(8, "float32"))
 
 # What is sent.
 
@@ -88,11 +88,11 @@ _WORDS = [
     "vcrd",
     "student",
     "teacher",
-    "intake",
+    "requests",
     "sender",
     "sibling",
     "place",
-    "facts",
+    "handshake",
     "address",
 ]
 json_values = st.recursive(
@@ -126,13 +126,13 @@ def mutated(draw, value):
 @st.composite
 def hellos(draw) -> dict:
     """What someone who knows the secret may say first."""
-    facts = draw(st.sampled_from([STUDENT, WIDE, TEACHER, HIDDEN])).plain()
+    handshake = draw(st.sampled_from([STUDENT, WIDE, TEACHER, HIDDEN])).plain()
     whole = {
         "run": "vcrd",
-        "role": draw(st.sampled_from(["student", "teacher", "intake", "sender", "sibling"])),
+        "role": draw(st.sampled_from(["student", "teacher", "requests", "sender", "sibling"])),
         "place": [draw(st.integers(0, 1)), 0, draw(st.integers(0, 1))],
         "address": ["127.0.0.1", 9],
-        "facts": facts,
+        "handshake": handshake,
         "replica": 0,
         "epoch": draw(st.integers(1, 9)),
         "sender": 0,
@@ -146,7 +146,7 @@ READY = {
     "state": "ready",
     "asker": ["127.0.0.1", 9],
     "epoch": 1,
-    "facts": STUDENT.plain(),
+    "handshake": STUDENT.plain(),
     "addresses": [["x", 9]],
 }
 replies = mutated(READY)
@@ -164,9 +164,9 @@ def parse_anything(raw: bytes) -> None:
 def read_facts(value) -> None:
     """JSON is a statement that two sides can be compared by, or is refused."""
     with within_memory(64 << 20), suppress(LinkError):  # lists of up to a million ranks
-        facts = stated.read(value, "teacher")
-        if stated.refusal(STUDENT, facts, facts.copies) is None:
-            assert facts.content().bytes(1, 9) < MEMORY and facts.shards()
+        handshake = stated.read(value, "teacher")
+        if stated.refusal(STUDENT, handshake, handshake.copies) is None:
+            assert handshake.content().bytes(1, 9) < MEMORY and handshake.shards()
 
 
 def read_text(text: bytes) -> None:
@@ -232,12 +232,14 @@ def knock(hellos_in_turn: list[tuple[dict, bytes]]) -> None:
 
 
 @contextmanager
-def student_rank() -> Iterator[Membership]:
+def student_rank() -> Iterator[StudentConnections]:
     changed = threading.Condition()
-    inbox = Inbox(STUDENT, Place(0, 0, 0), changed)
-    inbox.expect(0, (4, 2))
+    reassembly = Reassembly(STUDENT, Place(0, 0, 0), changed)
+    reassembly.expect(0, (4, 2))
     sock = listen("127.0.0.1", 0)
-    members = Membership(SETTINGS, STUDENT, Place(0, 0, 0), sock, inbox, changed, lambda: None, ENDPOINT)
+    members = StudentConnections(
+        SETTINGS, STUDENT, Place(0, 0, 0), sock, reassembly, changed, lambda: None, ENDPOINT
+    )
     try:
         yield members
     finally:
@@ -298,43 +300,43 @@ def answer(say: Callable[[socket.socket], None]) -> None:
 
 
 def request_anything(stream: bytes) -> None:
-    """An intake takes requests that are right, and ends with a reason at the first that is not."""
+    """An requests takes requests that are right, and ends with a reason at the first that is not."""
     with sending(stream) as connection, limited_tensors(64 * 4 + 17 * 4):
-        intake = Intake(STUDENT, {0: connection})
-        while intake.failure is None and not intake.all_left:
-            for request in intake.take(4, 0.01):
+        requests = RequestReceiver(STUDENT, {0: connection})
+        while requests.failure is None and not requests.all_left:
+            for request in requests.take(4, 0.01):
                 assert (
                     request.tokens.numel() <= 64
                     and 0 <= int(request.tokens.min()) <= int(request.tokens.max()) < 9
                 )
-        intake.end(LONG)
-        assert not any(thread.is_alive() for thread in intake._threads)
+        requests.end(LONG)
+        assert not any(thread.is_alive() for thread in requests._threads)
 
 
 def respond_anything(stream: bytes, asked: int) -> None:
-    """A student's inbox takes what it asked for, in order, and nothing else."""
-    inbox = Inbox(STUDENT, Place(0, 0, 0), threading.Condition())
+    """A student's reassembly takes what it asked for, in order, and nothing else."""
+    reassembly = Reassembly(STUDENT, Place(0, 0, 0), threading.Condition())
     payload = payload_named("float16")
-    inbox.begin(1, {0: Piece(0, 0, 0, 9)})
+    reassembly.begin(1, {0: Piece(0, 0, 0, 9)})
     for number in range(asked):
-        inbox.expect(number, (4, 2))
+        reassembly.expect(number, (4, 2))
     with sending(stream) as connection, limited_tensors(4 * 2 * 9 * 2), suppress(LinkError, ConnectionError):
         while True:
             header = connection.receive_header()
             connection.receive_text(header)
-            inbox.place(1, 0, header, payload, ENDPOINT.tcp(connection))
-    assert inbox.complete <= asked
+            reassembly.place(1, 0, header, payload, ENDPOINT.tcp(connection))
+    assert reassembly.complete <= asked
 
 
 def tell_sender_anything(stream: bytes) -> None:
     place = Place(0, 0, 0)
     with sending(stream) as connection:
-        delivery = Delivery({place: connection}, {place: 0}, LONG, ENDPOINT)
-        delivery.begin()
-        delivery._writers[place]._reader.join(LONG)
-        assert not delivery._writers[place]._reader.is_alive()
-        delivery.end(LONG)
-        assert delivery.failure is not None
+        responses = ResponseSender({place: connection}, {place: 0}, LONG, ENDPOINT)
+        responses.begin()
+        responses._writers[place]._reader.join(LONG)
+        assert not responses._writers[place]._reader.is_alive()
+        responses.end(LONG)
+        assert responses.failure is not None
 
 
 @contextmanager

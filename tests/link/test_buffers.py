@@ -10,10 +10,10 @@ import torch
 
 from vcrd.link import LinkSettings, Piece, Place
 from vcrd.link.buffers import Pool
-from vcrd.link.facts import Facts
+from vcrd.link.handshake import Handshake
 from vcrd.link.header import Header, Kind
-from vcrd.link.inbox import Inbox
 from vcrd.link.payload import payload_named
+from vcrd.link.reassembly import Reassembly
 
 ROWS = 600  # [ROWS, 500] float32 is more than the pool leaves to the C library
 
@@ -118,7 +118,7 @@ class Uploads:
         return f"uploaded {number}"
 
 
-FACTS = Facts.of(
+HANDSHAKE = Handshake.of(
     LinkSettings(),
     **dict(vocab_size=6, padded_vocab_size=6, sequence_length=4, tensor_size=1, copies=1, credits=2),
 )
@@ -126,16 +126,16 @@ FACTS = Facts.of(
 
 def test_an_answer_is_complete_when_it_is_on_its_way_to_the_device_and_all_before_it_are():
     uploads, payload = Uploads(), payload_named("float16")
-    inbox = Inbox(FACTS, Place(0, 0, 0), threading.Condition())
+    reassembly = Reassembly(HANDSHAKE, Place(0, 0, 0), threading.Condition())
     # Two senders: the second one's part of answer 0 is the last of it, the first one's is that of answer 1.
-    inbox.begin(1, {0: Piece(0, 0, 0, 3), 1: Piece(1, 0, 3, 6)})
+    reassembly.begin(1, {0: Piece(0, 0, 0, 3), 1: Piece(1, 0, 3, 6)})
     for number in range(2):
-        inbox.expect(number, (4, 1))
+        reassembly.expect(number, (4, 1))
 
     def arrives(number: int, sender: int) -> bool:
         columns = dict(start=3 * sender, stop=3 * sender + 3)
         header = Header(Kind.RESPONSE, number=number, sequence=4, batch=1, payload=payload.code, **columns)
-        return inbox.place(1, sender, header, payload, uploads)
+        return reassembly.place(1, sender, header, payload, uploads)
 
     with ThreadPoolExecutor(2) as threads:
         assert not arrives(0, 0)
@@ -145,21 +145,21 @@ def test_an_answer_is_complete_when_it_is_on_its_way_to_the_device_and_all_befor
         assert uploads.begun[1].wait(60)
         uploads.let[1].set()
         assert second.result(60) == (False, False)
-        assert inbox.complete == 0 and inbox.take(0) is None and inbox.take(1) is None
+        assert reassembly.complete == 0 and reassembly.take(0) is None and reassembly.take(1) is None
         uploads.let[0].set()
         assert first.result(60)
-    assert inbox.complete == 2
-    assert (inbox.take(0), inbox.take(1)) == ("uploaded 0", "uploaded 1")
+    assert reassembly.complete == 2
+    assert (reassembly.take(0), reassembly.take(1)) == ("uploaded 0", "uploaded 1")
 
 
 def test_bytes_that_arrive_after_their_epoch_count_for_no_epoch():
     """The next teacher has begun while the last bytes of the one before were read."""
     payload = payload_named("float16")
-    inbox = Inbox(FACTS, Place(0, 0, 0), threading.Condition())
+    reassembly = Reassembly(HANDSHAKE, Place(0, 0, 0), threading.Condition())
     whole = {0: Piece(0, 0, 0, 6)}
     header = Header(Kind.RESPONSE, number=0, sequence=4, batch=1, stop=6, payload=payload.code)
-    inbox.begin(1, whole)
-    inbox.expect(0, (4, 1))
+    reassembly.begin(1, whole)
+    reassembly.expect(0, (4, 1))
 
     class Late:
         """A transport that reads that slowly."""
@@ -175,8 +175,8 @@ def test_bytes_that_arrive_after_their_epoch_count_for_no_epoch():
             self.then()
 
     with pytest.raises(ConnectionError, match="epoch 1 is over"):
-        inbox.place(1, 0, header, payload, Late(1.0, lambda: inbox.begin(2, whole)))
-    assert inbox.complete == 0
-    assert inbox.place(2, 0, header, payload, Late(2.0))
-    (logits,) = inbox.take(0)
+        reassembly.place(1, 0, header, payload, Late(1.0, lambda: reassembly.begin(2, whole)))
+    assert reassembly.complete == 0
+    assert reassembly.place(2, 0, header, payload, Late(2.0))
+    (logits,) = reassembly.take(0)
     assert (logits == 2.0).all()

@@ -258,7 +258,7 @@ def test_a_replica_that_does_not_come_is_named():
 def test_a_student_that_lets_nobody_finish_joining_is_given_up():
     """It says welcome to the first rank of the teacher, again and again, and never to one that would send."""
     settings = link_settings(free_port(), connect_timeout=1)
-    states = {"intake": "welcome", "sender": "over"}
+    states = {"requests": "welcome", "sender": "over"}
     student = Listener(
         listen("127.0.0.1", 0),
         "",
@@ -277,13 +277,13 @@ def test_a_student_that_lets_nobody_finish_joining_is_given_up():
 
 
 def register(settings: LinkSettings, address: tuple[str, int]) -> None:
-    from vcrd.link.facts import Facts
+    from vcrd.link.handshake import Handshake
     from vcrd.link.rendezvous import ask_until
 
-    facts = Facts.of(
+    handshake = Handshake.of(
         settings, vocab_size=50, sequence_length=16, padded_vocab_size=50, tensor_size=1, copies=1, credits=2
     )
-    hello = {"role": "student", "place": [0, 0, 0], "address": address, "facts": facts.plain()}
+    hello = {"role": "student", "place": [0, 0, 0], "address": address, "handshake": handshake.plain()}
     assert ask_until(settings, hello, lambda reply: reply["state"] == "ready", LONG)[0]
 
 
@@ -293,12 +293,12 @@ def test_a_rendezvous_that_talks_nonsense_ends_every_rank_of_the_teacher(tmp_pat
     rendezvous = Listener(
         listen("127.0.0.1", port),
         "",
-        lambda hello: ({"state": "ready", "facts": {}, "addresses": []}, None),
+        lambda hello: ({"state": "ready", "handshake": {}, "addresses": []}, None),
     )
     with Jobs(tmp_path) as jobs:
         jobs.world("teacher", 3, run_teacher, Case(), settings)
         jobs.wait()
-        reason = "HandshakeRefused: the link is refused: the student's facts cannot be read"
+        reason = "HandshakeRefused: the link is refused: the student's handshake cannot be read"
         all_said(jobs, "teacher", reason, 3)
     rendezvous.close()
 

@@ -29,7 +29,9 @@ def test_any_bytes_are_a_header_or_are_refused(raw):
 
 @MANY
 @given(
-    st.sampled_from([fuzzing.TEACHER, fuzzing.HIDDEN]).flatmap(lambda facts: fuzzing.mutated(facts.plain()))
+    st.sampled_from([fuzzing.TEACHER, fuzzing.HIDDEN]).flatmap(
+        lambda handshake: fuzzing.mutated(handshake.plain())
+    )
 )
 def test_any_json_is_a_statement_or_is_refused(value):
     fuzzing.read_facts(value)

@@ -16,7 +16,15 @@ from draw import Batch, Drawn
 from link_jobs import Jobs, Layout, device
 from ports import free_port
 
-from vcrd.link import HandshakeRefused, Head, LinkSettings, StudentLink, TeacherLink, host_rendezvous, service
+from vcrd.link import (
+    HandshakeRefused,
+    Head,
+    LinkSettings,
+    StudentLink,
+    TeacherLink,
+    host_rendezvous,
+    teacher_session,
+)
 from vcrd.link import header as headers
 
 SHAPES = [Batch(2, 12), Batch(1, 12, (0, 4, 4, 12)), Batch(3, 4), Batch(1, 8, (0, 8)), Batch(1, 4)]
@@ -100,7 +108,9 @@ def run_student(rank: int, port: int) -> None:
     link = StudentLink.connect(settings, **place, device=device())
     wanted = epoch = 0
     for number, _ in enumerate(HIDDEN.batches):
-        while not ((session := link._members.session) and session.epoch > epoch and link._members.linked):
+        while not (
+            (session := link._connections.session) and session.epoch > epoch and link._connections.linked
+        ):
             time.sleep(0.02)  # the next teacher
         epoch = session.epoch
         dist.barrier()
@@ -172,7 +182,7 @@ def test_a_damaged_output_layer_is_refused_and_sent_again(monkeypatch, caplog):
     )
     head, weight, states = Head(8, "float32"), torch.randn(50, 8), torch.randn(4, 1, 8)
     layout = Layout(vocab=len(weight))
-    real, digests = service.digest_of, []
+    real, digests = teacher_session.digest_of, []
 
     def wrong_at_first(rows: torch.Tensor) -> str:
         digests.append(real(rows))
@@ -187,7 +197,7 @@ def test_a_damaged_output_layer_is_refused_and_sent_again(monkeypatch, caplog):
             teacher.respond(requests[0], states)
         teacher.close()
 
-    monkeypatch.setattr(service, "digest_of", wrong_at_first)
+    monkeypatch.setattr(teacher_session, "digest_of", wrong_at_first)
     rendezvous = host_rendezvous(settings)
     with caplog.at_level(logging.WARNING, "vcrd"), ThreadPoolExecutor(1) as pool:
         teaching = pool.submit(teach)

@@ -66,7 +66,7 @@ def receive_all(link: StudentLink, layout: Layout, settings: LinkSettings, data_
         work.wait()
         check(logits, micro_batch(layout, data_rank, number), layout, link.columns, settings.payload)
         moved += logits.numel() * logits.element_size()
-    senders = len(link._members.session.expected)
+    senders = len(link._connections.session.expected)
     # A header a piece, and READY.
     assert link.bytes_received == moved + headers.BYTES * (senders * count + asks)
     assert 0 < link.waited
@@ -183,7 +183,7 @@ def test_an_answer_that_keeps_arriving_is_waited_for(monkeypatch):
     student, teacher = connected(settings)
     monkeypatch.setattr(Connection, "_send_all", trickle)
     exchange(student, teacher, 0)  # 400 bytes
-    assert student._members.session.epoch == 1
+    assert student._connections.session.epoch == 1
     monkeypatch.undo()
     part(student, teacher)
     rendezvous.close()

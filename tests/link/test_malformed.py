@@ -16,18 +16,18 @@ from waiting import wait_until
 from vcrd.link import Head, LinkError, LinkSettings, StudentLink, StudentLost, TeacherLink, host_rendezvous
 from vcrd.link import header as headers
 from vcrd.link.connection import Connection
-from vcrd.link.delivery import Delivery
-from vcrd.link.facts import Facts
+from vcrd.link.handshake import Handshake
 from vcrd.link.header import Header, Kind
-from vcrd.link.intake import Intake
 from vcrd.link.plan import Place
 from vcrd.link.rendezvous import ask_until
+from vcrd.link.requests import RequestReceiver
+from vcrd.link.respond import ResponseSender
 from vcrd.link.transport import Endpoint, Receiver
 from vcrd.link.wire import dial
 
 LONG = 60.0  # a time-out that no test here may reach
 ENDPOINT = Endpoint("auto", torch.device("cpu"))
-STUDENT = Facts(9, 16, "float16", 64, 9, tensor_size=1, copies=1, credits=2)
+STUDENT = Handshake(9, 16, "float16", 64, 9, tensor_size=1, copies=1, credits=2)
 
 
 def link_settings(**changes) -> LinkSettings:
@@ -45,16 +45,16 @@ def pair() -> tuple[Connection, Connection]:
         return Connection(near), Connection(far)
 
 
-def opened(connections: dict[Place, Connection], timeout: float, *students: Connection) -> Delivery:
-    """A delivery over TCP, to students that agree to that."""
-    delivery = Delivery(connections, dict.fromkeys(connections, 0), timeout, ENDPOINT)
+def opened(connections: dict[Place, Connection], timeout: float, *students: Connection) -> ResponseSender:
+    """A responses over TCP, to students that agree to that."""
+    responses = ResponseSender(connections, dict.fromkeys(connections, 0), timeout, ENDPOINT)
     with ThreadPoolExecutor(1) as pool:
-        opening = pool.submit(delivery.open, "tcp")
+        opening = pool.submit(responses.open, "tcp")
         for student in students:
             Receiver(student, ENDPOINT).switch(student.receive_header())
         assert opening.result() == ""
-    delivery.begin()
-    return delivery
+    responses.begin()
+    return responses
 
 
 def changed(header: Header, **changes) -> bytes:
@@ -84,25 +84,31 @@ class FalseTeacher:
 
     def __init__(self, settings: LinkSettings, head: Head | None = None) -> None:
         sizes = dict(vocab_size=50, sequence_length=16, padded_vocab_size=50, tensor_size=1, copies=1)
-        facts = Facts.of(settings, **sizes, head=head)
-        own = {"replica": 0, "facts": facts.plain(), "sender": 0, "run": settings.name, "digest": "none"}
+        handshake = Handshake.of(settings, **sizes, head=head)
+        own = {
+            "replica": 0,
+            "handshake": handshake.plain(),
+            "sender": 0,
+            "run": settings.name,
+            "digest": "none",
+        }
         reply, _ = ask_until(settings, {"role": "teacher", **own}, lambda r: r["state"] == "ready", LONG)
         (address,) = reply["addresses"]
         hello = {**own, "epoch": reply["epoch"]}
-        self.intake = let_in(address, {**hello, "role": "intake"})
+        self.requests = let_in(address, {**hello, "role": "requests"})
         self.sender = let_in(address, {**hello, "role": "sender"})
         over_tcp = b'{"reason": "", "sockets": 1}'
         self.sender.send(Header(Kind.TRANSPORT, 1, length=len(over_tcp)), over_tcp, seconds=LONG)
         assert self.sender.receive_header() == Header(Kind.TRANSPORT, 1)
-        self.intake.send(Header(Kind.READY), seconds=LONG)
+        self.requests.send(Header(Kind.READY), seconds=LONG)
 
     def await_request(self) -> Header:
-        header = self.intake.receive_header()
-        self.intake.receive(bytearray(4 * (header.tokens + header.boundaries)))
+        header = self.requests.receive_header()
+        self.requests.receive(bytearray(4 * (header.tokens + header.boundaries)))
         return header
 
     def close(self) -> None:
-        self.intake.close()
+        self.requests.close()
         self.sender.close()
 
 
@@ -151,18 +157,18 @@ def test_what_a_false_teacher_sends_is_refused_and_a_true_one_is_served():
         student = coming.result()
         student.request(torch.zeros(2, 4, dtype=torch.long))
         cases = [("sender", "tensor rank 0", case) for case in NO_RESPONSE]
-        cases += [("intake", "the first rank", case) for case in NOT_FROM_INTAKE]
+        cases += [("requests", "the first rank", case) for case in NOT_FROM_INTAKE]
         for connection, who, (sent, reason) in cases:
             assert false.await_request() == GOOD_REQUEST
             getattr(false, connection).send(Raw(sent), seconds=LONG)
             expected = f"{who} of teacher replica 0 sent what is refused: {reason}"
             wait_until(
-                lambda text=expected: student._members.lost_because == text,
+                lambda text=expected: student._connections.lost_because == text,
                 LONG,
                 expected,
-                lambda: student._members.lost_because,
+                lambda: student._connections.lost_because,
             )
-            assert student._inbox._responses == {}  # nothing was allocated
+            assert student._reassembly._responses == {}  # nothing was allocated
             false.close()
             false = FalseTeacher(settings)
         # An answer that is right, and another one that nobody asked for.
@@ -171,13 +177,15 @@ def test_what_a_false_teacher_sends_is_refused_and_a_true_one_is_served():
         assert student.receive(0).shape == (4, 2, 50)
         false.sender.send(Raw(changed(GOOD_RESPONSE, number=1)), seconds=LONG)
         wait_until(
-            lambda: "number 1 has not been asked for" in student._members.lost_because, LONG, "it is refused"
+            lambda: "number 1 has not been asked for" in student._connections.lost_because,
+            LONG,
+            "it is refused",
         )
-        assert student._inbox._responses == {}
+        assert student._reassembly._responses == {}
         false.close()
         false = FalseTeacher(settings)
         false.sender.send(Header(Kind.GOODBYE), seconds=LONG)
-        wait_until(lambda: "said goodbye unasked" in student._members.lost_because, LONG, "it is refused")
+        wait_until(lambda: "said goodbye unasked" in student._connections.lost_because, LONG, "it is refused")
         false.close()
     true = TeacherLink.connect(settings, **Layout().teacher(0, 0), group=None, tensor_group=None)
     exchange(student, true, 1)
@@ -216,10 +224,10 @@ def test_a_part_of_the_output_layer_that_is_not_what_was_announced_is_refused(he
         student = coming.result()
         false.sender.send(header, *([torch.ones(rows)] if rows else []), seconds=LONG)
         wait_until(
-            lambda: reason in student._members.lost_because,
+            lambda: reason in student._connections.lost_because,
             LONG,
             reason,
-            lambda: student._members.lost_because,
+            lambda: student._connections.lost_because,
         )
         false.close()
     student.close()
@@ -256,29 +264,29 @@ def test_a_part_of_the_output_layer_that_is_not_what_was_announced_is_refused(he
 def test_a_malformed_request_is_refused(sent, tokens, reason, monkeypatch):
     allocated = []
     if tokens is None:
-        monkeypatch.setattr("vcrd.link.intake.torch.empty", lambda *shape, **_: allocated.append(shape))
+        monkeypatch.setattr("vcrd.link.requests.torch.empty", lambda *shape, **_: allocated.append(shape))
     near, far = pair()
-    intake = Intake(STUDENT, {0: far})
+    requests = RequestReceiver(STUDENT, {0: far})
     near.send(Raw(sent), *([tokens.int()] if tokens is not None else []), seconds=LONG)
-    assert intake.take(1, LONG) == [] and allocated == []
-    text = str(intake.failure)
-    assert isinstance(intake.failure, StudentLost)
+    assert requests.take(1, LONG) == [] and allocated == []
+    text = str(requests.failure)
+    assert isinstance(requests.failure, StudentLost)
     assert (
         text == f"student data rank 0, tensor rank 0 sent a request that is refused: {text.split(': ', 1)[1]}"
     )
     assert reason in text
-    intake.end(LONG)
+    requests.end(LONG)
     near.close()
 
 
 def test_more_requests_than_credits_are_refused():
     near, far = pair()
-    intake = Intake(STUDENT, {0: far})
+    requests = RequestReceiver(STUDENT, {0: far})
     for number in range(3):
         near.send(Header(Kind.REQUEST, number, 4, 2), torch.zeros(2, 4, dtype=torch.int32), seconds=LONG)
-    wait_until(lambda: intake.failure, LONG, "they are refused")
-    assert "more requests than its 2 credits are waiting" in str(intake.failure)
-    intake.end(LONG)
+    wait_until(lambda: requests.failure, LONG, "they are refused")
+    assert "more requests than its 2 credits are waiting" in str(requests.failure)
+    requests.end(LONG)
     near.close()
 
 
@@ -288,25 +296,25 @@ def test_more_requests_than_credits_are_refused():
 def test_what_a_student_says_to_a_sender_is_refused_unless_it_is_goodbye(sent, reason):
     near, far = pair()
     place = Place(0, 0, 0)
-    delivery = Delivery({place: far}, {place: 0}, LONG, ENDPOINT)
-    delivery.begin()
+    responses = ResponseSender({place: far}, {place: 0}, LONG, ENDPOINT)
+    responses.begin()
     near.send(Raw(sent), seconds=LONG)
-    wait_until(lambda: delivery.failure, LONG, "that is refused")
-    assert str(delivery.failure) == f"{place} sent a header that is refused: {reason}"
-    delivery.end(LONG)
+    wait_until(lambda: responses.failure, LONG, "that is refused")
+    assert str(responses.failure) == f"{place} sent a header that is refused: {reason}"
+    responses.end(LONG)
     near.close()
 
 
 def test_a_student_that_takes_nothing_is_lost_and_blocks_nobody():
     near, far = pair()
     place = Place(0, 0, 0)
-    delivery = opened({place: far}, 0.3, near)
+    responses = opened({place: far}, 0.3, near)
     large = torch.zeros(1 << 24)
     for number in range(12):  # more than may be under way
-        delivery.wait_for_room()
-        delivery.post([(place, Header(Kind.RESPONSE, number), [delivery.stage(place, large)])])
-    assert str(delivery.failure) == f"{place} did not take what was sent within 0.3 seconds"
-    delivery.end(LONG)
+        responses.wait_for_room()
+        responses.post([(place, Header(Kind.RESPONSE, number), [responses.stage(place, large)])])
+    assert str(responses.failure) == f"{place} did not take what was sent within 0.3 seconds"
+    responses.end(LONG)
     near.close()
 
 
@@ -321,13 +329,13 @@ def test_an_answer_that_cannot_be_sent_is_an_error_and_blocks_nobody():
 
     near, far = pair()
     place = Place(0, 0, 0)
-    delivery = opened({place: far}, LONG, near)
+    responses = opened({place: far}, LONG, near)
     for number in range(12):
-        delivery.wait_for_room()
-        delivery.post([(place, Header(Kind.RESPONSE, number), [Broken()])])
-    assert "an answer to student data rank 0, tensor rank 0 could not be sent" in str(delivery.failure)
-    assert "device-side assert" in str(delivery.failure)
-    delivery.end(LONG)
+        responses.wait_for_room()
+        responses.post([(place, Header(Kind.RESPONSE, number), [Broken()])])
+    assert "an answer to student data rank 0, tensor rank 0 could not be sent" in str(responses.failure)
+    assert "device-side assert" in str(responses.failure)
+    responses.end(LONG)
     near.close()
 
 
@@ -344,8 +352,8 @@ def test_a_rank_of_the_student_that_talks_nonsense_ends_the_other(speaker, sent)
     if sent == "not its to say":
         sent = changed(Header(Kind.PROGRESS if speaker == 0 else Kind.JOIN, 1))
     other = students[1 - speaker]
-    students[speaker]._members._siblings.connections[0].send(Raw(sent), seconds=LONG)
-    wait_until(lambda: other._members.failure, LONG, "that is refused")
+    students[speaker]._connections._peers.connections[0].send(Raw(sent), seconds=LONG)
+    wait_until(lambda: other._connections.failure, LONG, "that is refused")
     if speaker == 1:
         other._asked = 1  # request() would raise already
     with pytest.raises(LinkError, match=f"student data rank 0, tensor rank {speaker} is gone: .*"):
@@ -365,9 +373,9 @@ def test_progress_in_the_wrong_order_is_no_step_back():
         teacher = TeacherLink.connect(settings, **layout.teacher(0, 0), group=None, tensor_group=None)
         asker, sibling = (each.result() for each in coming)
     seen = []
-    asker._members._on_advance = lambda: seen.append(asker._members._siblings.settled)
+    asker._connections._on_advance = lambda: seen.append(asker._connections._peers.settled)
     for number in (2, 1):
-        sibling._members._siblings.tell(Header(Kind.PROGRESS, number))
+        sibling._connections._peers.tell(Header(Kind.PROGRESS, number))
     wait_until(lambda: len(seen) == 2, LONG, "both are seen", lambda: seen)
     assert seen == [[2], [2]]
     for link in (teacher, asker, sibling):

@@ -19,10 +19,10 @@ from vcrd.link import (
     StudentLink,
     TeacherLink,
     Tokenizer,
-    facts,
+    handshake,
     host_rendezvous,
 )
-from vcrd.link.facts import Facts
+from vcrd.link.handshake import Handshake
 
 PAYLOADS = ["float16", "float32", "logits_8bit", "topk", "hidden"]
 MINE = Tokenizer("HuggingFaceTokenizer", 50, "a1" * 32)
@@ -33,16 +33,18 @@ OTHERS = (
     "HuggingFaceTokenizer of 50 tokens (vocabulary b2b2b2b2b2b2) for the teacher, "
     "which give other tokens to the same ids"
 )
-FACTS = Facts(50, 16, "float16", 64, 64, tensor_size=2, copies=2, tokenizer=MINE)
-TEACHER = replace(FACTS, weights="00ab", checkpoint="/old")
+HANDSHAKE = Handshake(50, 16, "float16", 64, 64, tensor_size=2, copies=2, tokenizer=MINE)
+TEACHER = replace(HANDSHAKE, weights="00ab", checkpoint="/old")
 
 
-def judged(student: Facts, teacher: Facts, first: Facts | None = None) -> tuple[str | None, list[str]]:
-    return facts.refusal(student, teacher, 2, first), facts.doubts(student, teacher, first)
+def judged(
+    student: Handshake, teacher: Handshake, first: Handshake | None = None
+) -> tuple[str | None, list[str]]:
+    return handshake.refusal(student, teacher, 2, first), handshake.doubts(student, teacher, first)
 
 
-def with_identity(identity: str, **changes) -> Facts:
-    return replace(FACTS, identity=identity, **changes)
+def with_identity(identity: str, **changes) -> Handshake:
+    return replace(HANDSHAKE, identity=identity, **changes)
 
 
 def test_what_is_equal_is_let_in_without_a_word():
@@ -50,10 +52,10 @@ def test_what_is_equal_is_let_in_without_a_word():
         assert judged(with_identity(identity), TEACHER, TEACHER) == (None, [])
     # The same vocabulary, kept by another class: Megatron's differ from one version to the next.
     renamed = replace(TEACHER, tokenizer=replace(MINE, kind="PreTrainedTokenizerFast", size=48))
-    assert judged(FACTS, renamed) == (None, [])
+    assert judged(HANDSHAKE, renamed) == (None, [])
     null = with_identity("check", tokenizer=NULL), replace(TEACHER, tokenizer=NULL)
     assert judged(*null) == (None, [])
-    assert judged(with_identity("check", tokenizer=None), replace(FACTS, tokenizer=None)) == (None, [])
+    assert judged(with_identity("check", tokenizer=None), replace(HANDSHAKE, tokenizer=None)) == (None, [])
 
 
 def test_another_vocabulary_is_refused_or_named():
@@ -66,7 +68,7 @@ def test_another_vocabulary_is_refused_or_named():
 
 def test_what_cannot_be_compared_is_named_and_refused_where_somebody_insists():
     teacher = replace(TEACHER, tokenizer=NULL)
-    refused, named = judged(FACTS, teacher)
+    refused, named = judged(HANDSHAKE, teacher)
     assert refused is None and len(named) == 1
     assert named[0].endswith(
         "NullTokenizer of 50 tokens (no vocabulary) for the teacher: these cannot be compared"
@@ -83,12 +85,16 @@ def test_what_cannot_be_compared_is_named_and_refused_where_somebody_insists():
 def test_other_weights_than_the_first_teachers_are_refused_or_named():
     teacher = replace(TEACHER, weights="00cd", checkpoint="")
     said = "this teacher has the weights 00cd, the first of this run 00ab (/old)"
-    refused, named = judged(FACTS, teacher, TEACHER)
+    refused, named = judged(HANDSHAKE, teacher, TEACHER)
     assert refused == f"the link is refused: {said}; identity 'warn' would let it in" and named == []
     assert judged(with_identity("warn"), teacher, TEACHER) == (None, [said])
-    assert judged(FACTS, teacher, None) == judged(FACTS, teacher, replace(TEACHER, weights="")) == (None, [])
+    assert (
+        judged(HANDSHAKE, teacher, None)
+        == judged(HANDSHAKE, teacher, replace(TEACHER, weights=""))
+        == (None, [])
+    )
     unknown = "this teacher's weights are not known, the first of this run has 00ab (/old)"
-    assert judged(FACTS, replace(TEACHER, weights=""), TEACHER) == (None, [unknown])
+    assert judged(HANDSHAKE, replace(TEACHER, weights=""), TEACHER) == (None, [unknown])
 
 
 @pytest.mark.parametrize(
@@ -110,9 +116,9 @@ def test_other_weights_than_the_first_teachers_are_refused_or_named():
     ],
 )
 def test_statements_of_the_wrong_kind_are_refused(change):
-    assert facts.read(TEACHER.plain(), "teacher") == TEACHER
+    assert handshake.read(TEACHER.plain(), "teacher") == TEACHER
     with pytest.raises(HandshakeRefused, match="are not those of protocol"):
-        facts.read(TEACHER.plain() | change, "teacher")
+        handshake.read(TEACHER.plain() | change, "teacher")
 
 
 def test_the_setting_is_one_of_three():
@@ -225,7 +231,7 @@ def replica_states(rank: int, settings: LinkSettings, layout: Layout) -> None:
         weights=40 + rank,
         **own,
     )
-    print(f"stated {link._facts.weights} {link._facts.tokenizer} {link._facts.checkpoint}")
+    print(f"stated {link._handshake.weights} {link._handshake.tokenizer} {link._handshake.checkpoint}")
     assert link.next_batch(1) is None
     link.close()
 
@@ -233,7 +239,7 @@ def replica_states(rank: int, settings: LinkSettings, layout: Layout) -> None:
 def student_leaves(settings: LinkSettings, layout: Layout) -> None:
     rendezvous = host_rendezvous(settings)
     link = StudentLink.connect(settings, **layout.student(0), tokenizer=MINE)
-    teacher = link._members.session.teacher
+    teacher = link._connections.session.teacher
     assert (teacher.weights, teacher.tokenizer, teacher.checkpoint) == (f"{81:016x}", MINE, "/run/a")
     link.close()
     rendezvous.close()

@@ -176,13 +176,13 @@ def go_while_a_communicator_is_made(settings: LinkSettings, how: signal.Signals,
 
 
 def stop_while_joining(settings: LinkSettings) -> None:
-    from vcrd.link import service
+    from vcrd.link import teacher_session
 
     def stop(*_):
         print("stops", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    service._dial_students = stop
+    teacher_session._dial_students = stop
     TeacherLink.connect(settings, **Layout().teacher(0, 0), group=None, tensor_group=None)
 
 

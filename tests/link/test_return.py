@@ -23,8 +23,8 @@ from vcrd.link import (
     TeacherLost,
     host_rendezvous,
 )
-from vcrd.link.delivery import Delivery
-from vcrd.link.membership import Membership
+from vcrd.link.respond import ResponseSender
+from vcrd.link.student_connections import StudentConnections
 
 
 def teacher_of(settings: LinkSettings, layout: Layout, **more) -> TeacherLink:
@@ -63,14 +63,14 @@ def test_an_answer_that_one_rank_lacks_is_sent_to_that_rank_alone(monkeypatch):
     """The teacher is lost between the two: the rank that has the answer would refuse it from the next one."""
     settings, layout = settings_for(free_port(), rejoin_timeout=10.0), Layout(student_tensor=2)
     logits = true_logits(torch.zeros(1, 4), layout.vocab)
-    rendezvous, post = host_rendezvous(settings), Delivery.post
+    rendezvous, post = host_rendezvous(settings), ResponseSender.post
     with ThreadPoolExecutor(2) as pool:
         coming = [pool.submit(StudentLink.connect, settings, **layout.student(rank)) for rank in range(2)]
         lost = teacher_of(settings, layout)
         students = [student.result() for student in coming]
         students[0].request(torch.zeros(1, 4, dtype=torch.long))
         (request,) = lost.next_batch(1)
-        monkeypatch.setattr(Delivery, "post", lambda self, response: post(self, response[:1]))
+        monkeypatch.setattr(ResponseSender, "post", lambda self, response: post(self, response[:1]))
         lost.respond(request, logits)
         assert torch.equal(students[0].receive(0), logits[..., :25])
         lost.close()
@@ -84,7 +84,7 @@ def test_an_answer_that_one_rank_lacks_is_sent_to_that_rank_alone(monkeypatch):
         assert torch.equal(students[1].receive(0), logits[..., 25:])
         for rank, columns in enumerate((slice(0, 25), slice(25, 50))):
             assert torch.equal(students[rank].receive(1), logits[..., columns])
-            assert students[rank]._members.session.epoch == 2
+            assert students[rank]._connections.session.epoch == 2
         for student in students:
             student.close()
     assert teacher.next_batch(1) is None
@@ -206,7 +206,7 @@ def test_two_teachers_that_come_back_at_once_do_not_hold_each_other_up(monkeypat
     settings = settings_for(free_port(), payload="float16")
     rendezvous = host_rendezvous(settings)
     student, teacher = connected(settings)
-    keep = Membership._keep_intake
+    keep = StudentConnections._keep_intake
     arrived, go_on, said = threading.Event(), threading.Event(), []
 
     def slowly(self, *arguments) -> None:
@@ -214,13 +214,13 @@ def test_two_teachers_that_come_back_at_once_do_not_hold_each_other_up(monkeypat
         assert go_on.wait(60)
         keep(self, *arguments)
 
-    def intake(self, hello, answer=Membership._intake):
+    def requests(self, hello, answer=StudentConnections._requests):
         reply = answer(self, hello)
         said.append((hello["epoch"], reply[0]["state"]))
         return reply
 
-    monkeypatch.setattr(Membership, "_keep_intake", slowly)
-    monkeypatch.setattr(Membership, "_intake", intake)
+    monkeypatch.setattr(StudentConnections, "_keep_intake", slowly)
+    monkeypatch.setattr(StudentConnections, "_requests", requests)
     teacher.close()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(teacher_of, settings, Layout())

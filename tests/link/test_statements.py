@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcrd.link import HandshakeRefused, Head, LinkError, LinkSettings, facts, header, meeting
-from vcrd.link.facts import Facts
+from vcrd.link import HandshakeRefused, Head, LinkError, LinkSettings, addresses, handshake, header
+from vcrd.link.handshake import Handshake
 from vcrd.link.header import Header, Kind
 
 fields = st.integers(0, (1 << 48) - 1)
@@ -43,7 +43,7 @@ def test_any_other_bytes_are_a_header_or_are_refused(good, exchanged):
     assert parsed.pack() == bytes(raw)
 
 
-FACTS = Facts(
+HANDSHAKE = Handshake(
     vocab_size=50,
     sequence_length=16,
     payload="float16",
@@ -52,12 +52,14 @@ FACTS = Facts(
     tensor_size=2,
     copies=2,
 )
-HIDDEN = replace(FACTS, payload="hidden", head=Head(8, "bfloat16", 0.5, 30.0))
+HIDDEN = replace(HANDSHAKE, payload="hidden", head=Head(8, "bfloat16", 0.5, 30.0))
 
 
-@pytest.mark.parametrize("stated", [FACTS, HIDDEN, replace(FACTS, payload="topk", top_k=9, context_size=4)])
+@pytest.mark.parametrize(
+    "stated", [HANDSHAKE, HIDDEN, replace(HANDSHAKE, payload="topk", top_k=9, context_size=4)]
+)
 def test_facts_come_back_as_they_were(stated):
-    assert facts.read(json.loads(json.dumps(stated.plain())), "student") == stated
+    assert handshake.read(json.loads(json.dumps(stated.plain())), "student") == stated
 
 
 json_values = st.recursive(
@@ -68,20 +70,20 @@ json_values = st.recursive(
 
 @given(json_values)
 def test_anything_else_is_refused(value):
-    with pytest.raises(HandshakeRefused, match="the teacher's facts cannot be read"):
-        facts.read(value, "teacher")
+    with pytest.raises(HandshakeRefused, match="the teacher's handshake cannot be read"):
+        handshake.read(value, "teacher")
 
 
-@given(st.sampled_from([FACTS, HIDDEN]), st.data(), json_values)
+@given(st.sampled_from([HANDSHAKE, HIDDEN]), st.data(), json_values)
 def test_facts_with_one_field_exchanged_are_read_or_refused(stated, data, value):
     plain = stated.plain()
     within = plain["head"] if stated.head and data.draw(st.booleans()) else plain
     within[data.draw(st.sampled_from([*within, "more"]))] = value
     try:
-        read = facts.read(plain, "teacher")
+        read = handshake.read(plain, "teacher")
     except HandshakeRefused:
         return
-    facts.refusal(FACTS, read, replicas=2)  # may refuse, and does not fail
+    handshake.refusal(HANDSHAKE, read, replicas=2)  # may refuse, and does not fail
     assert read.protocol != header.PROTOCOL or read.plain() == plain
 
 
@@ -107,15 +109,15 @@ def test_facts_with_one_field_exchanged_are_read_or_refused(stated, data, value)
 )
 def test_facts_of_the_wrong_kind_are_refused(change):
     with pytest.raises(HandshakeRefused, match="are not those of protocol"):
-        facts.read(FACTS.plain() | change, "teacher")
+        handshake.read(HANDSHAKE.plain() | change, "teacher")
 
 
 def test_facts_of_another_protocol_are_refused_for_that_alone():
-    other = facts.read({"protocol": 7}, "teacher")
+    other = handshake.read({"protocol": 7}, "teacher")
     sentence = f"protocol version is {header.PROTOCOL} for the student and 7 for the teacher"
-    assert facts.refusal(FACTS, other, replicas=2) == f"the link is refused: {sentence}"
+    assert handshake.refusal(HANDSHAKE, other, replicas=2) == f"the link is refused: {sentence}"
     with pytest.raises(HandshakeRefused, match="a student rank's protocol version is 7, not"):
-        facts.read({"protocol": 7}, "student")
+        handshake.read({"protocol": 7}, "student")
 
 
 @pytest.mark.parametrize(
@@ -136,13 +138,16 @@ def test_facts_of_another_protocol_are_refused_for_that_alone():
     ],
 )
 def test_a_misfit_is_named(change, reason):
-    assert reason in facts.refusal(FACTS, replace(FACTS, **change), replicas=2)
+    assert reason in handshake.refusal(HANDSHAKE, replace(HANDSHAKE, **change), replicas=2)
 
 
 def test_unequal_padding_and_layouts_are_no_misfit():
-    assert facts.refusal(FACTS, replace(FACTS, padded_vocab_size=51, tensor_size=3), replicas=2) is None
-    student = replace(FACTS, payload="hidden", context_size=4, credits=3)
-    assert facts.refusal(student, HIDDEN, replicas=2) is None
+    assert (
+        handshake.refusal(HANDSHAKE, replace(HANDSHAKE, padded_vocab_size=51, tensor_size=3), replicas=2)
+        is None
+    )
+    student = replace(HANDSHAKE, payload="hidden", context_size=4, credits=3)
+    assert handshake.refusal(student, HIDDEN, replicas=2) is None
 
 
 LAYOUT = dict(vocab_size=50, padded_vocab_size=64, sequence_length=16, tensor_size=2, copies=2)
@@ -162,7 +167,7 @@ LAYOUT = dict(vocab_size=50, padded_vocab_size=64, sequence_length=16, tensor_si
 )
 def test_impossible_facts_are_named_to_their_own_side(change, message):
     with pytest.raises(ValueError, match=message):
-        Facts.of(LinkSettings(), **(LAYOUT | change))
+        Handshake.of(LinkSettings(), **(LAYOUT | change))
 
 
 @pytest.mark.parametrize(
@@ -214,5 +219,5 @@ def test_wrong_settings_are_named(change, message):
 
 
 def test_addresses_are_taken_apart():
-    assert meeting.candidates(LinkSettings().address) == [("127.0.0.1", 29600)]
-    assert meeting.candidates(LinkSettings(address="[::1]:80").address) == [("::1", 80)]
+    assert addresses.candidates(LinkSettings().address) == [("127.0.0.1", 29600)]
+    assert addresses.candidates(LinkSettings(address="[::1]:80").address) == [("::1", 80)]

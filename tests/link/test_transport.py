@@ -30,11 +30,11 @@ from vcrd.link import (
     TeacherLink,
     TeacherLost,
     host_rendezvous,
-    service,
+    teacher_session,
 )
 from vcrd.link import header as headers
 from vcrd.link.connection import Connection
-from vcrd.link.facts import Facts, refusal, transport_of
+from vcrd.link.handshake import Handshake, refusal, transport_of
 from vcrd.link.header import Header, Kind
 from vcrd.link.transport import Destination, Endpoint, Receiver, Sender, cuda, fake, opening
 from vcrd.link.transport.nccl import CommunicatorError
@@ -331,7 +331,7 @@ def test_each_call_that_nccl_forbids_breaks_a_rule(ends):
         stream.record()
 
 
-FACTS = dict(
+HANDSHAKE = dict(
     vocab_size=8,
     sequence_length=4,
     payload="float16",
@@ -342,8 +342,8 @@ FACTS = dict(
 )
 
 
-def sides(student: tuple[str, int], teacher: tuple[str, int]) -> tuple[Facts, Facts]:
-    return tuple(Facts(**FACTS, transport=said, nccl=version) for said, version in (student, teacher))
+def sides(student: tuple[str, int], teacher: tuple[str, int]) -> tuple[Handshake, Handshake]:
+    return tuple(Handshake(**HANDSHAKE, transport=said, nccl=version) for said, version in (student, teacher))
 
 
 @pytest.mark.parametrize(
@@ -367,10 +367,10 @@ def sides(student: tuple[str, int], teacher: tuple[str, int]) -> tuple[Facts, Fa
     ],
 )
 def test_two_jobs_take_the_best_transport_that_both_can(student, teacher, transport, reason):
-    facts = sides(student, teacher)
-    assert refusal(*facts, 1) is None
-    assert transport_of(*facts) == (transport, reason)
-    assert transport_of(*reversed(facts))[0] == transport
+    handshake = sides(student, teacher)
+    assert refusal(*handshake, 1) is None
+    assert transport_of(*handshake) == (transport, reason)
+    assert transport_of(*reversed(handshake))[0] == transport
 
 
 @pytest.mark.parametrize(
@@ -450,28 +450,28 @@ def test_where_nccl_fails_tensors_travel_over_tcp_and_its_words_are_logged_once(
 
 
 def test_whatever_breaks_while_a_transport_opens_is_told_to_the_other_ranks_of_the_replica():
-    class Crew:
+    class ReplicaGroup:
         def conclude(self, outcome, text: str) -> None:
             raise LinkError(f"{outcome.name}: {text}")
 
-    class Delivery:
+    class ResponseSender:
         def open(self, *_) -> str:
             raise RuntimeError("out of memory")
 
     with pytest.raises(
         LinkError, match=r"BROKEN: .* cannot open its transports: RuntimeError\('out of memory'\)"
     ):
-        service._opened(Crew(), SimpleNamespace(delivery=Delivery()), "nccl", "")
+        teacher_session._opened(ReplicaGroup(), SimpleNamespace(responses=ResponseSender()), "nccl", "")
 
 
 def test_a_student_that_is_gone_when_it_is_refused_keeps_no_rank_of_the_replica_waiting(monkeypatch):
     """The other ranks of the replica are in the collective that says why; this one must come to it too."""
-    monkeypatch.setattr("vcrd.link.service._INSISTING", ("nccl", "fake"))
+    monkeypatch.setattr("vcrd.link.teacher_session._INSISTING", ("nccl", "fake"))
     endpoint = Endpoint("fake", torch.device("cpu"))
-    facts = SimpleNamespace(transport="fake", ranks=1, nccl=endpoint.nccl_version)
+    handshake = SimpleNamespace(transport="fake", ranks=1, nccl=endpoint.nccl_version)
     concluded = []
 
-    class Crew:
+    class ReplicaGroup:
         leads = True
 
         def conclude(self, outcome, text: str) -> None:
@@ -482,16 +482,18 @@ def test_a_student_that_is_gone_when_it_is_refused_keeps_no_rank_of_the_replica_
         def first_text(self, text: str) -> str:
             return text
 
-    class Delivery:
+    class ResponseSender:
         def open(self, *_) -> str:
             return WORDS
 
         def refuse(self, reason: str) -> None:
             raise StudentLost("student data rank 0, tensor rank 0 closed its connection")
 
-    replica = SimpleNamespace(delivery=Delivery())
+    replica = SimpleNamespace(responses=ResponseSender())
     with pytest.raises(HandshakeRefused, match=WORDS):
-        service._open_transports(SimpleNamespace(), facts, facts, Crew(), replica, endpoint)
+        teacher_session._open_transports(
+            SimpleNamespace(), handshake, handshake, ReplicaGroup(), replica, endpoint
+        )
     assert concluded == ["DONE", "REFUSED"]
 
 
@@ -545,7 +547,7 @@ def test_one_pair_that_fails_takes_all_of_the_replica_to_tcp(monkeypatch, caplog
 
 def test_a_job_that_insists_ends_with_the_words_of_nccl(monkeypatch):
     """As "nccl" does, for which "fake" stands here."""
-    monkeypatch.setattr("vcrd.link.service._INSISTING", ("nccl", "fake"))
+    monkeypatch.setattr("vcrd.link.teacher_session._INSISTING", ("nccl", "fake"))
     settings = LinkSettings(address=f"127.0.0.1:{free_port()}", transport="fake", timeout=LONG)
     with failing(monkeypatch, 0, WORDS), ThreadPoolExecutor(1) as pool:
         rendezvous = host_rendezvous(settings)

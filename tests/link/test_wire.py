@@ -24,8 +24,8 @@ from vcrd.link import (
     wire,
 )
 from vcrd.link import header as headers
+from vcrd.link.addresses import candidates
 from vcrd.link.connection import memory
-from vcrd.link.meeting import candidates
 from vcrd.link.rendezvous import local_host
 from vcrd.link.wire import dial
 from vcrd.megatron.settings import DistillSettings
@@ -89,8 +89,8 @@ def test_a_stranger_cannot_end_a_student_that_is_linked():
     settings = settings_for(secret=SECRET)
     rendezvous = host_rendezvous(settings)
     student, teacher = connected(settings)
-    for address in (*candidates(settings.address), student._members.address):
-        for role in ("student", "sibling", "teacher", "intake", "sender"):
+    for address in (*candidates(settings.address), student._connections.address):
+        for role in ("student", "sibling", "teacher", "requests", "sender"):
             hello = {
                 "run": "vcrd",
                 "role": role,
@@ -196,7 +196,7 @@ def test_a_teacher_of_another_version_that_came_first_is_told_of_to_the_student(
     """It knows from the greeting that it is refused, and does not wait for a student to be there."""
     settings = settings_for()
     rendezvous = host_rendezvous(settings)
-    hello = {"run": settings.name, "role": "teacher", "replica": 0, "facts": {}, "protocol": 1}
+    hello = {"run": settings.name, "role": "teacher", "replica": 0, "handshake": {}, "protocol": 1}
     rendezvous._answer(hello)
     reason = f"protocol version is {headers.PROTOCOL} for the student and 1 for the teacher"
     with pytest.raises(HandshakeRefused, match=f"^the link is refused: {reason}$"):
@@ -214,7 +214,7 @@ def test_each_rank_listens_on_its_interface_only(interface, host):
     settings = settings_for(interface=interface)
     rendezvous = host_rendezvous(settings)
     student, teacher = connected(settings)
-    address = student._members.address
+    address = student._connections.address
     assert address[0] == host
     # Asked of this process: another one may listen at the same port of another address.
     ours = [c.laddr for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]

@@ -214,9 +214,9 @@ def beside(settings) -> list[list[Any]]:
 
 def steps_of_samples(settings) -> Tensor:
     """The steps that a validity is averaged over, of a row that the step packs."""
-    from outside_jobs import layout
+    from external_validity_jobs import layout
 
-    from vcrd.megatron.outside import STEPS_KEY, Outside
+    from vcrd.megatron.external_validity import STEPS_KEY, Outside
 
     outside = Outside(settings, "tokens", None)
     outside.place(layout())

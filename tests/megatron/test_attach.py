@@ -11,12 +11,12 @@ from ports import free_port
 from worlds import World, run_worlds
 
 from examples.demo.convert import to_hugging_face
+from vcrd.link import addresses
 from vcrd.link import header as headers
-from vcrd.link import meeting
 from vcrd.link.errors import LinkError
 from vcrd.link.settings import LinkSettings
-from vcrd.megatron.ahead import AskAhead
 from vcrd.megatron.attach import Attachment
+from vcrd.megatron.prefetch import Prefetcher
 from vcrd.megatron.report import Report
 from vcrd.megatron.settings import DistillSettings
 
@@ -166,7 +166,7 @@ def test_looking_ahead_keeps_the_order_and_asks_for_each_micro_batch_once(ahead)
         asked.append(int(tokens[0, 0]))
         return len(asked) - 1
 
-    iterator = AskAhead(({"tokens": torch.tensor([[n]])} for n in range(5)), ask, ahead, "tokens")
+    iterator = Prefetcher(({"tokens": torch.tensor([[n]])} for n in range(5)), ask, ahead, "tokens")
     for n in range(5):
         assert next(iterator)["tokens"].item() == n and iterator.number == n
         assert len(asked) == min(5, n + 1 + ahead) and iterator.pending == len(asked) - n - 1
@@ -177,9 +177,9 @@ def test_looking_ahead_keeps_the_order_and_asks_for_each_micro_batch_once(ahead)
 
 def test_a_micro_batch_without_tokens_is_one_sentence():
     with pytest.raises(ValueError, match="expected a micro-batch with 'tokens', got the keys .'text'."):
-        next(AskAhead(iter([{"text": 1}]), lambda tokens, boundaries: 0, 1, "tokens"))
+        next(Prefetcher(iter([{"text": 1}]), lambda tokens, boundaries: 0, 1, "tokens"))
     with pytest.raises(ValueError, match=r"expected a tensor \[b, s\] in the micro-batch, got \[3\]"):
-        next(AskAhead(iter([torch.zeros(3)]), lambda tokens, boundaries: 0, 1, lambda batch: batch))
+        next(Prefetcher(iter([torch.zeros(3)]), lambda tokens, boundaries: 0, 1, lambda batch: batch))
 
 
 def test_settings_come_from_the_environment():
@@ -311,7 +311,7 @@ def refuse_what_cannot_be_distilled(settings: DistillSettings) -> list[str]:
     part = jobs.model(jobs.STUDENT, seed=1).train()
     batches = jobs.batches(8)
     step = jobs.plain_forward_step([])
-    (taken,) = meeting.candidates(settings.link.address)
+    (taken,) = addresses.candidates(settings.link.address)
     with socket.create_server(taken):
         expect(LinkError, distill(step, settings), iter(batches), part)
     plug = distill(lambda iterator, model: (next(iterator), None), settings)

@@ -184,11 +184,11 @@ def test_a_mask_that_goes_is_refused_and_another_than_the_losses_is_said():
 
 def context_parallel_mask(edges: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """This rank's part of a mask that rides in the micro-batch, its columns, and the whole."""
-    import outside_jobs
+    import external_validity_jobs
     import torch.distributed as dist
 
     from vcrd.link.plan import context_rows
-    from vcrd.megatron.outside import Outside
+    from vcrd.megatron.external_validity import Outside
 
     rank, size = dist.get_rank(), dist.get_world_size()
     rows = 1 if edges else 2
@@ -197,7 +197,7 @@ def context_parallel_mask(edges: list[int]) -> tuple[torch.Tensor, torch.Tensor,
     if edges:
         batch["cu_seqlens"] = torch.tensor([edges])
     outside = Outside(DistillSettings(), "tokens", None)
-    outside.place(outside_jobs.layout(context=(rank, size)), dist.group.WORLD)
+    outside.place(external_validity_jobs.layout(context=(rank, size)), dist.group.WORLD)
     outside.take_mask()
     next(outside.watched(iter([batch])))
     spans = context_rows(24, rank, size, edges)

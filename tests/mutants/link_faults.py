@@ -8,7 +8,7 @@ _PLAN = "tests/link/test_plan.py"
 _TRANSPORT = "tests/link/test_transport.py"
 _LINK = "tests/link/test_link.py"
 _LAYOUTS = "tests/link/test_layouts.py"
-_OUTSIDE = "tests/megatron/test_outside.py"
+_OUTSIDE = "tests/megatron/test_external_validity.py"
 _METRICS = "tests/megatron/test_metrics.py"
 
 
@@ -34,13 +34,13 @@ FAULTS = [
     _fault(
         "one micro-batch more than the credits allow is asked for",
         "link/student.py",
-        "self._sent - min(self._given, settled) < self._facts.credits",
-        "self._sent - min(self._given, settled) <= self._facts.credits",
+        "self._sent - min(self._given, settled) < self._handshake.credits",
+        "self._sent - min(self._given, settled) <= self._handshake.credits",
         *(_LINK, "-k", "credits"),
     ),
     _fault(
         "bytes of an epoch that is over are taken for the new one's",
-        "link/inbox.py",
+        "link/reassembly.py",
         "        if epoch != self._epoch:",
         "        if epoch > self._epoch:",
         *("tests/link/test_buffers.py", "-k", "answer or epoch"),
@@ -54,7 +54,7 @@ FAULTS = [
     ),
     _fault(
         "a rank that has an answer is sent it again by a teacher that came back",
-        "link/service.py",
+        "link/teacher_session.py",
         'firsts = {place: reply["first"] for place, reply in replies.items()}',
         "firsts = dict.fromkeys(replies, 0)",
         *("tests/link/test_return.py", "-k", "one_rank_lacks"),
@@ -82,14 +82,14 @@ FAULTS = [
     ),
     _fault(
         "steps of two samples share their numbers",
-        "megatron/outside.py",
+        "megatron/external_validity.py",
         "(sample * 2**32 + steps)[named]",
         "steps[named]",
         *(_OUTSIDE, "-k", "context_parallel"),
     ),
     _fault(
         "fields are taken from global rank 0, not from the group's first",
-        "megatron/outside.py",
+        "megatron/external_validity.py",
         "dist.broadcast(message, dist.get_global_rank(group, 0), group=group)",
         "dist.broadcast(message, 0, group=group)",
         *(_OUTSIDE, "-k", "weights_and_gradients"),
@@ -153,8 +153,8 @@ FAULTS = [
     ),
     _fault(
         "one pair of a replica uses NCCL while another one falls back to TCP",
-        "link/service.py",
-        '        _opened(crew, service, "tcp", reason)\n',
+        "link/teacher_session.py",
+        '        _opened(replica_group, session, "tcp", reason)\n',
         "        pass\n",
         *(_TRANSPORT, "-k", "takes_all_of_the_replica"),
     ),

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from vcrd.doctor import device, environment, files, kernels, network, packages, software
 from vcrd.doctor.findings import Finding, fault, ok, unchecked
+from vcrd.doctor.gathering import Gathering, Unreachable
 from vcrd.doctor.job import Job
 from vcrd.doctor.linked import try_link
-from vcrd.doctor.meeting import Meeting, Unreachable
 from vcrd.doctor.merge import merged
 from vcrd.doctor.options import Asked
 from vcrd.doctor.world import World
@@ -56,13 +56,13 @@ def examine(asked: Asked, world: World) -> Outcome:
     if world.size == 1:
         return Outcome([*looked(job, *_FIRST, *_THEN), *_linked(job, None, {0: world.node})], [world.node])
     try:
-        meeting = Meeting(world, asked.timeout)
+        gathering = Gathering(world, asked.timeout)
     except Unreachable as error:
         if world.rank:
             return Outcome([], [], str(error))
         return _without_others(job, asked, str(error))
     try:
-        return _together(job, asked, meeting)
+        return _together(job, asked, gathering)
     except Unreachable as error:
         return Outcome([], [], str(error))
 
@@ -113,11 +113,11 @@ def within(seconds: float, call: Callable[[], Any], otherwise: Any) -> Any:
     return value
 
 
-def _linked(job: Job, meeting: Meeting | None, nodes: dict[int, str]) -> list[Finding]:
+def _linked(job: Job, gathering: Gathering | None, nodes: dict[int, str]) -> list[Finding]:
     if job.scenario is not None:
         job = replace(job, secret=within(job.patience / 2, lambda: _secret(job), None))
     late = [unchecked("link", f"its measurement did not end within {job.seconds + _LINK:g} seconds")]
-    return within(job.seconds + _LINK, lambda: try_link(job, meeting, nodes), late)
+    return within(job.seconds + _LINK, lambda: try_link(job, gathering, nodes), late)
 
 
 def _secret(job: Job) -> str:
@@ -134,27 +134,27 @@ def _without_others(job: Job, asked: Asked, why: str) -> Outcome:
     return Outcome([line, *alone], [job.world.node])
 
 
-def _together(job: Job, asked: Asked, meeting: Meeting) -> Outcome:
+def _together(job: Job, asked: Asked, gathering: Gathering) -> Outcome:
     # The time that all checks of one process may take, after which rank 0 goes on without it.
     longest, patience = asked.timeout * 1.5, asked.timeout
-    came = meeting.gather({"node": job.world.node, "token": secrets.token_hex(8)})
+    came = gathering.gather({"node": job.world.node, "token": secrets.token_hex(8)})
     nodes = {rank: given["node"] for rank, given in came.items()}
-    clocks = meeting.gather(time.time())
+    clocks = gathering.gather(time.time())
     first = looked(job, *_FIRST)
-    meeting.gather(None, longest)
+    gathering.gather(None, longest)
     then = looked(job, *_THEN)
     shared = files.Shared(job, came[0]["token"])
     try:
-        wrote = meeting.gather(within(patience, shared.write, False), longest)
+        wrote = gathering.gather(within(patience, shared.write, False), longest)
         writers = {rank: nodes[rank] for rank, could in wrote.items() if could}
         missing = within(patience, lambda: shared.look(list(writers)), list(writers))
-        meeting.gather(None, longest)
+        gathering.gather(None, longest)
     finally:
         within(patience, shared.remove, None)
     mine = [*first, *then, _clock(job, clocks), shared.finding(job, missing, writers)]
-    gathered = meeting.gather([asdict(finding) for finding in mine], longest)
-    linked = _linked(job, meeting, nodes)
-    meeting.leave()
+    gathered = gathering.gather([asdict(finding) for finding in mine], longest)
+    linked = _linked(job, gathering, nodes)
+    gathering.leave()
     if job.world.rank:
         return Outcome([], [])
     found = {rank: [Finding(**values) for values in lines] for rank, lines in gathered.items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vcrd.doctor.findings import Finding, fault, first_line, ok, unchecked
 from vcrd.doctor.job import Job
-from vcrd.link import meeting
+from vcrd.link import addresses
 
 _LEAST_SPACE = 1e9
 # Bytes that a checkpoint takes for each parameter: bfloat16, and float32 of the weight and of Adam's two moments.
@@ -23,8 +23,8 @@ def folder_of(job: Job) -> str | None:
     """--run-dir, else where the file of VCRD_ADDRESS is to lie."""
     if job.run_dir is not None:
         return os.path.abspath(job.run_dir)
-    if job.link.address.startswith(meeting.SCHEME):
-        return os.path.dirname(job.link.address.removeprefix(meeting.SCHEME))
+    if job.link.address.startswith(addresses.SCHEME):
+        return os.path.dirname(job.link.address.removeprefix(addresses.SCHEME))
     return None
 
 

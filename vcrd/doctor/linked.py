@@ -8,8 +8,8 @@ from dataclasses import replace
 from vcrd.doctor import link
 from vcrd.doctor.bandwidth import Measurement, Pair, pairs_of
 from vcrd.doctor.findings import Finding, fault, first_line, unchecked
+from vcrd.doctor.gathering import Gathering
 from vcrd.doctor.job import Job
-from vcrd.doctor.meeting import Meeting
 from vcrd.doctor.network import own_address
 from vcrd.link.errors import LinkError
 
@@ -17,8 +17,8 @@ _MOST = 8  # ranks that are named
 _BEYOND = 15.0  # seconds for greetings and what is still under way
 
 
-def try_link(job: Job, meeting: Meeting | None, nodes: dict[int, str]) -> list[Finding]:
-    """Collective where there is a meeting; the line is rank 0's."""
+def try_link(job: Job, gathering: Gathering | None, nodes: dict[int, str]) -> list[Finding]:
+    """Collective where there is a gathering; the line is rank 0's."""
     if job.scenario is None:
         return [
             unchecked(
@@ -27,7 +27,7 @@ def try_link(job: Job, meeting: Meeting | None, nodes: dict[int, str]) -> list[F
         ]
     job = _with_replicas(job)
     needed = _processes(job)
-    if meeting is None:
+    if gathering is None:
         return [_alone(job)]
     if job.world.size != needed:
         run = job.scenario
@@ -35,7 +35,7 @@ def try_link(job: Job, meeting: Meeting | None, nodes: dict[int, str]) -> list[F
         text += f", and here are {job.world.size}"
         mend = f"Start {needed} processes, the student's first, or correct --student and --teacher."
         return [fault("processes of the link", text, mend)]
-    return _measured(job, meeting, nodes)
+    return _measured(job, gathering, nodes)
 
 
 def _with_replicas(job: Job) -> Job:
@@ -56,10 +56,10 @@ def _pairs(job: Job) -> list[Pair]:
     return pairs_of(job.scenario, job.link.payload)
 
 
-def _measured(job: Job, meeting: Meeting, nodes: dict[int, str]) -> list[Finding]:
+def _measured(job: Job, gathering: Gathering, nodes: dict[int, str]) -> list[Finding]:
     rank = job.world.rank
     names = {r: f"rank {r} ({node})" for r, node in nodes.items()}
-    came = meeting.gather([secrets.token_hex(8), job.secret is not None])
+    came = gathering.gather([secrets.token_hex(8), job.secret is not None])
     able = {r for r, (_, has_secret) in came.items() if has_secret}
     # Of a rank that is not there, or cannot join any link, there are lines already.
     pairs = [pair for pair in _pairs(job) if {pair.sender, pair.receiver} <= able]
@@ -69,13 +69,13 @@ def _measured(job: Job, meeting: Meeting, nodes: dict[int, str]) -> list[Finding
             place = measurement.listen(own_address(job))
         except LinkError as error:
             place = first_line(error)
-        places = meeting.gather(place, _BEYOND)
+        places = gathering.gather(place, _BEYOND)
         silent = {r: why for r, why in places.items() if isinstance(why, str)}
         addresses = {r: where for r, where in places.items() if isinstance(where, list)}
         failed = measurement.connect(addresses)
-        refusals = meeting.gather(list(failed.items()), _BEYOND)
+        refusals = gathering.gather(list(failed.items()), _BEYOND)
         measurement.send(job.seconds)
-        rates = meeting.gather(
+        rates = gathering.gather(
             list(measurement.rates(job.seconds + _BEYOND).items()), job.seconds + 2 * _BEYOND
         )
     finally:

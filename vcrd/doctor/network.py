@@ -7,7 +7,7 @@ from contextlib import closing
 
 from vcrd.doctor.findings import Finding, fact, fault, first_line, ok, unchecked
 from vcrd.doctor.job import Job
-from vcrd.link import meeting
+from vcrd.link import addresses
 from vcrd.link.errors import LinkError
 from vcrd.link.rendezvous import listen, local_host
 from vcrd.link.transport import cuda
@@ -17,11 +17,11 @@ def own_address(job: Job) -> str:
     """The IP address that a student rank would listen on; LinkError where it has none."""
     if job.link.interface is not None:
         return local_host(job.link)
-    if not job.link.address.startswith(meeting.SCHEME):
-        (place,) = meeting.candidates(job.link.address)
+    if not job.link.address.startswith(addresses.SCHEME):
+        (place,) = addresses.candidates(job.link.address)
         if not _loopback(place[0]):
             return local_host(job.link)
-    return meeting.outward_address() if job.world.size > 1 and not _alone(job) else "127.0.0.1"
+    return addresses.outward_address() if job.world.size > 1 and not _alone(job) else "127.0.0.1"
 
 
 def nccl_version() -> tuple[str, str]:
@@ -105,9 +105,9 @@ def address(job: Job) -> list[Finding]:
 def _address(job: Job) -> Finding:
     given = job.link.address
     label = f"VCRD_ADDRESS={given}" if "VCRD_ADDRESS" in job.environment else f"the default, {given},"
-    if given.startswith(meeting.SCHEME):
+    if given.startswith(addresses.SCHEME):
         return ok("address", f"{label}, written by the student when it runs")
-    ((host, port),) = meeting.candidates(given)
+    ((host, port),) = addresses.candidates(given)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
     except OSError as error:

@@ -5,10 +5,10 @@ Knows nothing of losses or of Megatron: integer tokens in, logits out.
 
 from .answers import Hidden, TopK
 from .errors import HandshakeRefused, LinkError, StudentLost, TeacherLost
-from .facts import Head, Tokenizer
-from .intake import Request
+from .handshake import Head, Tokenizer
 from .plan import Piece, Place, Shard, Span, context_rows, overlaps, replica_of, students_of, vocab_shards
 from .rendezvous import Rendezvous, host_rendezvous
+from .requests import Request
 from .settings import LinkSettings
 from .student import StudentLink
 from .teacher import TeacherLink

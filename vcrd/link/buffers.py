@@ -3,8 +3,8 @@
 Host synchronisations of the link on CUDA, all of them: the threads that own a transport wait for what they send and
 receive (`Staged.ready`, `transport.nccl`); the first `Hidden` of a student waits for the output layer to be on the
 device; a request for tokens that lie on a GPU waits for them; ranks of a replica that agree over NCCL wait for that,
-on a stream of its own (`Crew`). The thread that trains and the thread that computes the teacher wait for no copy and
-for no kernel.
+on a stream of its own (`ReplicaGroup`). The thread that trains and the thread that computes the teacher wait for no
+copy and for no kernel.
 """
 
 from __future__ import annotations

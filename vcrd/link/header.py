@@ -17,10 +17,10 @@ LARGEST = 1 << 48  # far above every count that is sent, far below where int64 p
 
 
 class Kind(IntEnum):
-    REQUEST = 1  # asker to intake; then the tokens and the boundaries, int32
+    REQUEST = 1  # asker to requests; then the tokens and the boundaries, int32
     RESPONSE = 2  # sender to student; then the payload, unless it is empty
     HEAD = 3  # sender to student; then rows of the teacher's output layer and their digest
-    READY = 4  # intake to asker: every connection of the epoch stands
+    READY = 4  # requests to asker: every connection of the epoch stands
     GOODBYE = 5  # either way, and answered: nothing follows from either
     JOIN = 6  # asker to sibling: senders of epoch `number` may connect
     LOST = 7  # between asker and sibling: epoch `number` is over; then the reason

@@ -3,11 +3,11 @@
 Every question is one greeted connection (`wire`): a JSON hello, a JSON reply, and it closes. So nobody holds a place
 that outlives it, and a process may die in the middle of anything. Roles:
 
-- "student": a rank of the student's last stage registers its facts and where it listens; it asks again until all ranks
-  of its data rank are known, and again while it waits for a teacher, to hear of a refusal.
-- "teacher": the first rank of a teacher replica states its facts; once the students are complete it gets theirs, every
-  address it has to dial, and an epoch of its own, larger than any before. Every replica and every one that comes back
-  passes here, so here its weights are compared with those of the run's first teacher.
+- "student": a rank of the student's last stage registers its handshake and where it listens; it asks again until all
+  ranks of its data rank are known, and again while it waits for a teacher, to hear of a refusal.
+- "teacher": the first rank of a teacher replica states its handshake. Once the students are complete it gets theirs,
+  every address that it has to dial, and an epoch that is larger than any before. Every replica passes here, also one
+  that comes back, so its weights are compared here with those of the run's first teacher.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from . import facts as stated
+from . import addresses
+from . import handshake as stated
 from . import header as headers
-from . import meeting
 from .connection import Connection
 from .errors import HandshakeRefused, LinkError
-from .facts import Facts
+from .handshake import Handshake
 from .plan import Place, places, replica_of
 from .settings import LinkSettings
 from .wire import Address, Listener, dial, versions_differ
@@ -57,14 +57,14 @@ class Rendezvous:
         self._settings = settings
         self._listener = Listener(_listening(settings), secret, self._answer)
         try:
-            meeting.publish(settings.address, self._listener.address)
+            addresses.publish(settings.address, self._listener.address)
         except LinkError:
             self._listener.close()
             raise
 
     def close(self) -> None:
         """Idempotent. Links that stand do not notice; a lost teacher could not come back."""
-        meeting.withdraw(self._settings.address, self._listener.address)
+        addresses.withdraw(self._settings.address, self._listener.address)
         self._listener.close()
 
     def _answer(self, hello: dict) -> tuple[Reply, None]:
@@ -91,12 +91,12 @@ class _Run:
     """What is known of one run."""
 
     def __init__(self) -> None:
-        self._facts: Facts | None = None  # the student's
+        self._handshake: Handshake | None = None  # the student's
         self._complaint: str | None = None
         self._students: dict[Place, Address] = {}
         self._replicas = 0  # 0 until the first of them has got an epoch
         self._epochs: dict[int, int] = {}
-        self._first: Facts | None = None  # of the first teacher that got an epoch, and stated its weights
+        self._first: Handshake | None = None  # of the first teacher that got an epoch, and stated its weights
         self._said: set[str] = set()  # doubts that were named
         # By replica: how many it said there are, and why it may not join.
         self._refusals: dict[int, tuple[int, str]] = {}
@@ -104,15 +104,17 @@ class _Run:
     def student(self, hello: dict) -> Reply:
         place = Place(*(int(rank) for rank in hello["place"]))
         address = (str(hello["address"][0]), int(hello["address"][1]))
-        facts = stated.read(hello["facts"], "student")
-        sizes = (facts.copies, facts.context_size, facts.tensor_size)
+        handshake = stated.read(hello["handshake"], "student")
+        sizes = (handshake.copies, handshake.context_size, handshake.tensor_size)
         ranks = (place.data, place.context, place.tensor)
         if not all(0 <= rank < size for rank, size in zip(ranks, sizes, strict=True)):
             raise ValueError(f"there is no {place}")
-        if self._facts is None:
-            self._facts = facts
-        if facts != self._facts:
-            self._complaint = f"the link is refused: {place} states {facts}, the first rank {self._facts}"
+        if self._handshake is None:
+            self._handshake = handshake
+        if handshake != self._handshake:
+            self._complaint = (
+                f"the link is refused: {place} states {handshake}, the first rank {self._handshake}"
+            )
         if self._students.setdefault(place, address) != address:
             self._complaint = f"the link is refused: two ranks connected as {place}"
         if self._complaint:
@@ -120,7 +122,7 @@ class _Run:
         if refusal := self._refusal_for(place):
             return _refused(refusal)
         reply = {"state": "waiting", "replicas": self._replicas, "came": sorted(self._epochs)}
-        own = places([place.data], self._facts.context_size, self._facts.tensor_size)
+        own = places([place.data], self._handshake.context_size, self._handshake.tensor_size)
         if all(other in self._students for other in own):
             reply |= {"state": "ready", "asker": self._students[own[0]]}
         return reply
@@ -129,36 +131,38 @@ class _Run:
         replica, protocol = int(hello["replica"]), hello["protocol"]
         if not 0 <= replica < 1 << 20:
             raise ValueError(f"there is no teacher replica {replica}")
-        facts = stated.read({**hello["facts"], "protocol": protocol}, "teacher")
+        handshake = stated.read({**hello["handshake"], "protocol": protocol}, "teacher")
         if self._complaint:
             return _refused(self._complaint)
-        replicas = self._replicas or facts.copies
+        replicas = self._replicas or handshake.copies
         if protocol != headers.PROTOCOL:  # it does not wait to be told: it knows from the greeting
             reason = f"the link is refused: {versions_differ(headers.PROTOCOL, protocol)}"
             return self._turned_away(replica, replicas, reason)
-        if self._facts is None:
+        if self._handshake is None:
             return _WAITING
-        if reason := stated.refusal(self._facts, facts, replicas, self._first):
+        if reason := stated.refusal(self._handshake, handshake, replicas, self._first):
             return self._turned_away(replica, replicas, reason)
         self._refusals.pop(replica, None)
-        wanted = self._facts.places(replica, replicas)
+        wanted = self._handshake.places(replica, replicas)
         if not all(place in self._students for place in wanted):
             return _WAITING
         self._replicas = replicas
         self._epochs[replica] = self._epochs.get(replica, 0) + 1
         doubts = [
-            doubt for doubt in stated.doubts(self._facts, facts, self._first) if doubt not in self._said
+            doubt
+            for doubt in stated.doubts(self._handshake, handshake, self._first)
+            if doubt not in self._said
         ]
         for doubt in doubts:
             _log.warning("teacher replica %d: %s", replica, doubt)
         self._said.update(doubts)
-        if self._first is None and facts.weights:
-            self._first = facts
+        if self._first is None and handshake.weights:
+            self._first = handshake
         return {
             "state": "ready",
             "doubts": doubts,
             "epoch": self._epochs[replica],
-            "facts": self._facts.plain(),
+            "handshake": self._handshake.plain(),
             "addresses": [self._students[place] for place in wanted],
         }
 
@@ -170,8 +174,8 @@ class _Run:
 
     def _refusal_for(self, place: Place) -> str | None:
         for replica, (replicas, reason) in self._refusals.items():
-            sensible = 1 <= replicas <= self._facts.copies
-            if not sensible or replica_of(place.data, self._facts.copies, replicas) == replica:
+            sensible = 1 <= replicas <= self._handshake.copies
+            if not sensible or replica_of(place.data, self._handshake.copies, replicas) == replica:
                 return reason
         return None
 
@@ -198,7 +202,7 @@ def ask(settings: LinkSettings, hello: dict) -> Reply:
 
 def _dial_first(settings: LinkSettings, hello: dict) -> tuple[Connection, Reply]:
     """Of the students' files that a pattern finds, some may be left over from runs that were killed."""
-    *others, last = meeting.candidates(settings.address)
+    *others, last = addresses.candidates(settings.address)
     for address in others:
         with suppress(ConnectionError):
             return dial(address, settings.shared_secret(), hello)
@@ -241,14 +245,14 @@ def ask_until(
 
 
 def _listening(settings: LinkSettings) -> socket.socket:
-    if settings.address.startswith(meeting.SCHEME):
+    if settings.address.startswith(addresses.SCHEME):
         own = (
-            meeting.outward_address()
+            addresses.outward_address()
             if settings.interface is None
             else _interface_address(settings.interface)
         )
         return listen(own, 0)
-    ((host, port),) = meeting.candidates(settings.address)
+    ((host, port),) = addresses.candidates(settings.address)
     return listen(host, port)
 
 
@@ -281,7 +285,7 @@ def local_host(settings: LinkSettings) -> str:
     deadline = time.monotonic() + settings.connect_timeout
     while True:
         try:
-            host, port = meeting.candidates(settings.address)[0]
+            host, port = addresses.candidates(settings.address)[0]
             break
         except ConnectionError as error:
             if time.monotonic() > deadline:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
-from . import meeting
+from . import addresses
 from .payload import payload_named
 
 TRANSPORTS = ("auto", "nccl", "tcp", "fake")
@@ -75,7 +75,7 @@ class LinkSettings:
 
     def __post_init__(self) -> None:
         _check_texts(self)
-        meeting.check(self.address)
+        addresses.check(self.address)
         payload_named(self.payload)
         if self.transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .answers import Hidden, TopK
 from .errors import HandshakeRefused, LinkError, TeacherLost
-from .facts import Facts, Tokenizer, served_by
+from .handshake import Handshake, Tokenizer, served_by
 from .header import Header, Kind
-from .inbox import Inbox
-from .membership import Membership
 from .plan import Place, check_boundaries
+from .reassembly import Reassembly
 from .rendezvous import ask, ask_until, listen, local_host
 from .settings import LinkSettings
+from .student_connections import StudentConnections
 from .tracing import span
 from .transport import Arrived, Endpoint
 from .waits import Waits
@@ -39,17 +39,19 @@ class StudentLink:
     columns: the true vocabulary columns that `receive` returns. waits: how long `receive` waited, and for what.
     """
 
-    def __init__(self, settings: LinkSettings, facts: Facts, place: Place, endpoint: Endpoint) -> None:
-        self.columns = facts.shards()[place.tensor]
+    def __init__(
+        self, settings: LinkSettings, handshake: Handshake, place: Place, endpoint: Endpoint
+    ) -> None:
+        self.columns = handshake.shards()[place.tensor]
         self.waits = Waits()
         self._settings = settings
-        self._facts = facts
+        self._handshake = handshake
         self._place = place
         self._device = endpoint.device
         self._head: Tensor | None = None  # the output layer on the device
         self._changed = threading.Condition()
-        self._apart = facts.ranks / _QUESTIONS  # seconds between two questions of this rank
-        self._inbox = Inbox(facts, place, self._changed)
+        self._apart = handshake.ranks / _QUESTIONS  # seconds between two questions of this rank
+        self._reassembly = Reassembly(handshake, place, self._changed)
         self._asking = threading.Lock()  # a loader thread may ask while the training loop receives
         self._asked = 0  # by request()
         self._sent = 0  # of these, those that went out to this epoch's teacher
@@ -58,18 +60,18 @@ class StudentLink:
         self._requests: dict[int, tuple[Tensor, Tensor]] = {}  # what might have to be asked for (again)
         sock = listen(local_host(settings), 0)
         me = weakref.WeakMethod(self._send_what_credits_allow)
-        self._members = Membership(
+        self._connections = StudentConnections(
             settings,
-            facts,
+            handshake,
             place,
             sock,
-            self._inbox,
+            self._reassembly,
             self._changed,
             lambda: (me() or (lambda: None))(),
             endpoint,
         )
         # A forgotten link must not leave threads behind that would run into the interpreter's end.
-        self._finalizer = weakref.finalize(self, self._members.drop)
+        self._finalizer = weakref.finalize(self, self._connections.drop)
 
     @classmethod
     def connect(
@@ -110,7 +112,7 @@ class StudentLink:
             settings.transport, torch.device(device), settings.credits + 1, settings.nccl_max_ctas
         )
         place = Place(data_rank, context_rank, tensor_rank)
-        facts = Facts.of(
+        handshake = Handshake.of(
             settings,
             vocab_size=vocab_size,
             sequence_length=sequence_length,
@@ -123,7 +125,7 @@ class StudentLink:
             tokenizer=tokenizer,
             identity=settings.identity,
         )
-        link = cls(settings, facts, place, endpoint)
+        link = cls(settings, handshake, place, endpoint)
         try:
             link._join()
         except HandshakeRefused:
@@ -143,13 +145,13 @@ class StudentLink:
     @property
     def served_by(self) -> tuple[int | None, int]:
         """The teacher replica that serves this rank, None before one came, and how many replicas there are."""
-        session = self._members.session
-        return self._members.replica, session.teacher.copies if session else 0
+        session = self._connections.session
+        return self._connections.replica, session.teacher.copies if session else 0
 
     @property
     def bytes_received(self) -> int:
         """Bytes that have arrived from the teacher so far: payloads, headers, and its output layer if it sent that."""
-        return self._members.bytes_received
+        return self._connections.bytes_received
 
     def request(self, tokens: Tensor, boundaries: Tensor | Sequence[int] = ()) -> int:
         """Asks for the teacher's answer to tokens [b, s], any integer dtype; on the first rank of a data rank (tensor
@@ -168,8 +170,8 @@ class StudentLink:
             )
         edges = torch.as_tensor(boundaries).flatten().cpu()
         self._check_tokens(tokens, edges)
-        if self._members.failure:
-            raise self._members.failure
+        if self._connections.failure:
+            raise self._connections.failure
         # A copy even of what is int32 on the CPU already: the caller may reuse its buffer.
         tokens = tokens.detach().to("cpu", torch.int32, copy=True).contiguous()
         with self._asking:
@@ -193,8 +195,8 @@ class StudentLink:
             raise ValueError(f"number must be the next one, {self._given}, got {number}")
         if self._place.asks and number >= self._asked:
             raise ValueError(f"number must have been asked for, below {self._asked}, got {number}")
-        there = number < self._inbox.complete
-        with self.waits.counted(there, lambda: self._inbox.seconds_arriving), span("wait", number):
+        there = number < self._reassembly.complete
+        with self.waits.counted(there, lambda: self._reassembly.seconds_arriving), span("wait", number):
             arrived = self._wait_for(number)
         with self._asking:
             self._given += 1
@@ -205,10 +207,10 @@ class StudentLink:
         """Parts from the teacher, or drops a link that failed. Idempotent; some 10 seconds at the very most."""
         if self._finalizer.detach() is None:
             return
-        if self._members.failure:
-            self._members.end()
+        if self._connections.failure:
+            self._connections.end()
         else:
-            self._members.part(min(_PARTING, self._settings.timeout))
+            self._connections.part(min(_PARTING, self._settings.timeout))
         self._requests.clear()
 
     def _join(self) -> None:
@@ -217,8 +219,8 @@ class StudentLink:
         hello = {
             "role": "student",
             "place": place,
-            "address": self._members.address,
-            "facts": self._facts.plain(),
+            "address": self._connections.address,
+            "handshake": self._handshake.plain(),
         }
         reply, _ = ask_until(
             self._settings,
@@ -238,10 +240,10 @@ class StudentLink:
         next_question = time.monotonic()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._members.linked or self._members.failure, _LOOK)
-                if self._members.failure:
-                    raise self._members.failure
-                if self._members.linked:
+                self._changed.wait_for(lambda: self._connections.linked or self._connections.failure, _LOOK)
+                if self._connections.failure:
+                    raise self._connections.failure
+                if self._connections.linked:
                     break
             self._give_up_one_that_stopped()
             if time.monotonic() > deadline:
@@ -253,13 +255,13 @@ class StudentLink:
             except ConnectionError:
                 pass  # the next question may be answered
             next_question = time.monotonic() + self._apart
-        _log.info("%s is linked to teacher replica %d", self._place, self._members.replica)
+        _log.info("%s is linked to teacher replica %d", self._place, self._connections.replica)
 
     def _give_up_one_that_stopped(self) -> None:
         """A teacher that began to join and gives no sign of life must not keep another one out."""
-        session, seconds = self._members.session, self._settings.timeout
+        session, seconds = self._connections.session, self._settings.timeout
         if session is not None and time.monotonic() - session.heard > seconds:
-            self._members.lose(session.epoch, f"it did not finish joining within {seconds:g} seconds")
+            self._connections.lose(session.epoch, f"it did not finish joining within {seconds:g} seconds")
 
     def _join_asker(self, address: tuple, deadline: float) -> None:
         asker = Place(self._place.data, 0, 0)
@@ -276,13 +278,13 @@ class StudentLink:
         if reply.get("state") != "welcome":
             connection.close()
             raise HandshakeRefused(f"the link is refused: {reply.get('reason')}")
-        self._members.join_asker(connection, asker)
+        self._connections.join_asker(connection, asker)
 
     def _nobody_came(self, reply: dict) -> str:
         replicas, came = reply.get("replicas", 0), reply.get("came", [])
         if not replicas:
             return f"no teacher came {self._within()}"
-        replica = served_by(self._facts, replicas, self._place.data)
+        replica = served_by(self._handshake, replicas, self._place.data)
         how = "did not join" if replica in came else "did not come"
         return f"teacher replica {replica} {how} {self._within()}"
 
@@ -295,15 +297,15 @@ class StudentLink:
         begun = said = time.monotonic()
         while True:
             with self._changed:
-                session = self._members.session
-                arrived = self._inbox.take(number) if self._members.head_is_here else None
+                session = self._connections.session
+                arrived = self._reassembly.take(number) if self._connections.head_is_here else None
                 if arrived is not None:
                     return arrived
-                if self._members.failure:
-                    raise self._members.failure
+                if self._connections.failure:
+                    raise self._connections.failure
                 now = time.monotonic()
                 if session is None:
-                    left = max(begun, self._members.lost_at) + self._settings.rejoin_timeout - now
+                    left = max(begun, self._connections.lost_at) + self._settings.rejoin_timeout - now
                 else:
                     left = max(begun, session.heard) + self._settings.timeout - now
                 if left > 0:
@@ -319,18 +321,18 @@ class StudentLink:
         """Time is over: a teacher that gave no sign of life is lost; one that was lost does not come back."""
         if session is not None:
             seconds = self._settings.timeout
-            self._members.lose(
+            self._connections.lose(
                 session.epoch, f"it did not answer micro-batch {number} within {seconds:g} seconds"
             )
             return
-        self._members.give_up(
-            f"teacher replica {self._members.replica} is lost ({self._members.lost_because}), and none came back "
-            f"within {self._settings.rejoin_timeout:g} seconds (rejoin_timeout)"
+        self._connections.give_up(
+            f"teacher replica {self._connections.replica} is lost ({self._connections.lost_because}), "
+            f"and none came back within {self._settings.rejoin_timeout:g} seconds (rejoin_timeout)"
         )
 
     def _say_for_whom(self, left: float) -> None:
         level = logging.WARNING if self._place.asks else logging.DEBUG
-        replica, reason = self._members.replica, self._members.lost_because
+        replica, reason = self._connections.replica, self._connections.lost_because
         _log.log(level, "waiting up to %.0f s for teacher replica %s, lost because %s", left, replica, reason)
 
     def _formed(self, tensors: list[Tensor]) -> Tensor | TopK | Hidden:
@@ -338,9 +340,9 @@ class StudentLink:
             return TopK(*tensors)
         if self._settings.payload != "hidden":
             return tensors[0]
-        head = self._members.teacher_head
+        head = self._connections.teacher_head
         if self._head is None:
-            self._head = self._members.head.weight.to(self._device)
+            self._head = self._connections.head.weight.to(self._device)
         return Hidden(tensors[0], self._head, head.scale, head.softcap)
 
     def _check_tokens(self, tokens: Tensor, boundaries: Tensor) -> None:
@@ -354,15 +356,15 @@ class StudentLink:
                 f"tokens must be a non-empty integer tensor [b, s], got {tokens.dtype} {list(tokens.shape)}"
             )
         batch, sequence = tokens.shape
-        too_long = sequence > self._facts.sequence_length and not len(boundaries)
+        too_long = sequence > self._handshake.sequence_length and not len(boundaries)
         if too_long or batch * sequence > self._settings.max_tokens:
             raise ValueError(
-                f"tokens must be at most {self._facts.sequence_length} long and {self._settings.max_tokens} "
+                f"tokens must be at most {self._handshake.sequence_length} long and {self._settings.max_tokens} "
                 f"in all, got {list(tokens.shape)}"
             )
         low, high = (int(edge) for edge in tokens.aminmax())
-        if low < 0 or high >= self._facts.vocab_size:
-            raise ValueError(f"tokens must be in [0, {self._facts.vocab_size}), got {low} to {high}")
+        if low < 0 or high >= self._handshake.vocab_size:
+            raise ValueError(f"tokens must be in [0, {self._handshake.vocab_size}), got {low} to {high}")
         if len(boundaries) and batch > 1:
             raise ValueError(f"boundaries must come with one row of packed sequences, got {batch} rows")
         if len(boundaries) and (boundaries.dtype.is_floating_point or boundaries.dtype == torch.bool):
@@ -371,14 +373,14 @@ class StudentLink:
             raise ValueError(
                 f"boundaries must be at most {sequence + 1} edges for {sequence} tokens, got {len(boundaries)}"
             )
-        longest = self._facts.sequence_length
-        check_boundaries(sequence, boundaries.tolist(), self._facts.context_size, longest)
+        longest = self._handshake.sequence_length
+        check_boundaries(sequence, boundaries.tolist(), self._handshake.context_size, longest)
 
     def _send_what_credits_allow(self) -> None:
         """Sends what the credits let out: asked for, and not yet complete on every rank and given out here."""
-        who = f"the first rank of teacher replica {self._members.replica}"
+        who = f"the first rank of teacher replica {self._connections.replica}"
         with self._asking:
-            session, settled = self._members.session, self._members.settled
+            session, settled = self._connections.session, self._connections.settled
             for number in [n for n in self._requests if n < settled]:
                 del self._requests[number]
             if session is None or not session.ready:
@@ -387,7 +389,8 @@ class StudentLink:
                 self._epoch, self._sent = session.epoch, settled
             try:
                 while (
-                    self._sent < self._asked and self._sent - min(self._given, settled) < self._facts.credits
+                    self._sent < self._asked
+                    and self._sent - min(self._given, settled) < self._handshake.credits
                 ):
                     self._send(session, self._sent)
                     self._sent += 1
@@ -396,14 +399,14 @@ class StudentLink:
                 reason = f"{who} closed its connection"
             except TimeoutError as error:
                 reason = f"{who} {error}"
-        self._members.lose(session.epoch, reason)
+        self._connections.lose(session.epoch, reason)
 
     def _send(self, session, number: int) -> None:
         tokens, boundaries = self._requests[number]
         batch, sequence = tokens.shape
-        self._inbox.expect(number, (sequence, batch))
+        self._reassembly.expect(number, (sequence, batch))
         header = Header(
             Kind.REQUEST, number=number, sequence=sequence, batch=batch, boundaries=len(boundaries)
         )
         with span("request", number):
-            session.intake.send(header, tokens, boundaries, seconds=self._settings.timeout)
+            session.requests.send(header, tokens, boundaries, seconds=self._settings.timeout)

@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .crew import KEEPALIVE, Crew, Outcome, outcome_of
 from .errors import LinkError, StudentLost
-from .facts import Facts, Head, Tokenizer
+from .handshake import Handshake, Head, Tokenizer
 from .header import Header, Kind
-from .intake import Request
 from .payload import STATE_DTYPES, encode, payload_named, row_max
 from .plan import Place, context_rows
-from .service import Service, join
+from .replica_group import KEEPALIVE, Outcome, ReplicaGroup, outcome_of
+from .requests import Request
 from .settings import LinkSettings
+from .teacher_session import TeacherSession, join
 from .topk import top_k_of
 from .tracing import span
 from .transport import Endpoint, Outgoing
@@ -46,8 +46,8 @@ class TeacherLink:
     def __init__(
         self,
         settings: LinkSettings,
-        facts: Facts,
-        crew: Crew,
+        handshake: Handshake,
+        replica_group: ReplicaGroup,
         endpoint: Endpoint,
         replica: int,
         tensor_rank: int | None,
@@ -55,20 +55,22 @@ class TeacherLink:
         head_weight: Tensor | None,
     ) -> None:
         self._settings = settings
-        self._facts = facts
-        self._crew = crew
+        self._handshake = handshake
+        self._replica_group = replica_group
         self._endpoint = endpoint
         self._replica = replica
         self._tensor_rank = tensor_rank  # None before the last stage
         self._tensor_group = tensor_group
-        self._payload = facts.content()
+        self._payload = handshake.content()
         self._head_weight = head_weight
-        self._shard = facts.shards()[tensor_rank or 0]
+        self._shard = handshake.shards()[tensor_rank or 0]
         self._done = False  # every student has said goodbye
         self.blocked = 0.0
-        self._services: list[Service] = []  # the one that stands, if any: what a forgotten link has to end
+        self._sessions: list[
+            TeacherSession
+        ] = []  # the one that stands, if any: what a forgotten link has to end
         # A forgotten link must not leave threads behind that would run into the interpreter's end.
-        self._finalizer = weakref.finalize(self, _end_all, self._services)
+        self._finalizer = weakref.finalize(self, _end_all, self._sessions)
 
     @classmethod
     def connect(
@@ -118,7 +120,7 @@ class TeacherLink:
         endpoint = Endpoint(
             settings.transport, where, max_ctas=settings.nccl_max_ctas, sockets=settings.sockets
         )
-        facts = Facts.of(
+        handshake = Handshake.of(
             settings,
             vocab_size=vocab_size,
             sequence_length=sequence_length,
@@ -132,11 +134,11 @@ class TeacherLink:
         )
         if settings.payload == "hidden" and is_last_stage:
             head_weight = _checked_head(head, head_weight, padded_vocab_size // tensor_size)
-        crew = Crew(group)
-        facts = _agreed(crew, facts, replica, tensor_rank if is_last_stage else -1)
-        facts = _identified(crew, facts, weights)
+        replica_group = ReplicaGroup(group)
+        handshake = _agreed(replica_group, handshake, replica, tensor_rank if is_last_stage else -1)
+        handshake = _identified(replica_group, handshake, weights)
         own = tensor_rank if is_last_stage else None
-        link = cls(settings, facts, crew, endpoint, replica, own, tensor_group, head_weight)
+        link = cls(settings, handshake, replica_group, endpoint, replica, own, tensor_group, head_weight)
         link._join("connect_timeout")
         return link
 
@@ -151,10 +153,10 @@ class TeacherLink:
         if limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
         while True:
-            service = self._services[0]
-            requests, done = service.take(limit, KEEPALIVE) if self._crew.leads else ([], False)
-            failure = service.failure
-            failed, kind, *shape = self._crew.agree([failure is not None, *_command(requests, done)])
+            session = self._sessions[0]
+            requests, done = session.take(limit, KEEPALIVE) if self._replica_group.leads else ([], False)
+            failure = session.failure
+            failed, kind, *shape = self._replica_group.agree([failure is not None, *_command(requests, done)])
             if kind == _DONE:
                 self._done = True
                 return None
@@ -175,35 +177,35 @@ class TeacherLink:
         if self._tensor_rank is None:
             raise ValueError("respond must be called on ranks of the last stage only")
         self._check_output(request, output)
-        service = self._services[0]
+        session = self._sessions[0]
         with span("encode", request.number):
             tensors, top = self._whole_rows(output.detach())
-        if service.failure:
+        if session.failure:
             return
         begun = time.perf_counter()
-        service.delivery.wait_for_room()
+        session.responses.wait_for_room()
         self.blocked += time.perf_counter() - begun
         with span("encode", request.number):
-            response = self._pieces(service, request, tensors, top)
-        service.delivery.post(response)
+            response = self._pieces(session, request, tensors, top)
+        session.responses.post(response)
 
     @property
     def bytes_sent(self) -> int:
         """Bytes of responses that this rank has handed to the network since the student last joined."""
-        # Another thread may read this while the service is replaced.
-        delivery = next((service.delivery for service in list(self._services)), None)
-        return delivery.bytes_sent if delivery else 0
+        # Another thread may read this while the session is replaced.
+        responses = next((session.responses for session in list(self._sessions)), None)
+        return responses.bytes_sent if responses else 0
 
     def close(self) -> None:
         """Ends this rank's part: after `next_batch` gave None, or on a failure. Idempotent, bounded."""
         if self._finalizer.detach() is None:
             return
-        while self._services:
-            service = self._services.pop()
+        while self._sessions:
+            session = self._sessions.pop()
             if self._done:
-                service.finish(min(_PARTING, self._settings.timeout))
+                session.finish(min(_PARTING, self._settings.timeout))
             else:  # no student is about to say goodbye
-                service.end()
+                session.end()
 
     def _whole_rows(self, output: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """What concerns whole rows of the vocabulary, before they are cut into pieces; with their maxima if needed."""
@@ -215,15 +217,15 @@ class TeacherLink:
         return [logits], row_max(logits, self._tensor_group) if self._payload.relative else None
 
     def _pieces(
-        self, service: Service, request: Request, tensors: list[Tensor], top: Tensor | None
+        self, session: TeacherSession, request: Request, tensors: list[Tensor], top: Tensor | None
     ) -> list[tuple[Place, Header, list[Outgoing]]]:
         """What this rank sends of one response: by receiver, the positions and columns that it lacks."""
         batch, sequence = request.tokens.shape
         boundaries, response = request.boundaries.tolist(), []
-        for place, piece in service.pieces:
-            if place.data != request.data_rank or not service.delivery.wants(place, request.number):
+        for place, piece in session.pieces:
+            if place.data != request.data_rank or not session.responses.wants(place, request.number):
                 continue
-            spans = context_rows(sequence, place.context, service.student.context_size, boundaries)
+            spans = context_rows(sequence, place.context, session.student.context_size, boundaries)
             parts = [_rows(tensor, spans) for tensor in tensors]
             if not self._payload.whole:
                 columns = slice(piece.start - self._shard.start, piece.stop - self._shard.start)
@@ -241,14 +243,16 @@ class TeacherLink:
                 stop=piece.stop,
                 payload=self._payload.code,
             )
-            response.append((place, header, [service.delivery.stage(place, part) for part in parts]))
+            response.append((place, header, [session.responses.stage(place, part) for part in parts]))
         return response
 
     def _check_output(self, request: Request, output: Tensor) -> None:
         batch, sequence = request.tokens.shape
         hidden = self._payload.name == "hidden"
         width = (
-            self._payload.state_size if hidden else self._facts.padded_vocab_size // self._facts.tensor_size
+            self._payload.state_size
+            if hidden
+            else self._handshake.padded_vocab_size // self._handshake.tensor_size
         )
         if output.shape != (sequence, batch, width) or not output.dtype.is_floating_point:
             raise ValueError(
@@ -257,27 +261,34 @@ class TeacherLink:
             )
 
     def _join(self, setting: str) -> None:
-        service = join(
-            *(self._settings, self._facts, self._crew, self._endpoint, self._replica, self._tensor_rank),
+        session = join(
+            *(
+                self._settings,
+                self._handshake,
+                self._replica_group,
+                self._endpoint,
+                self._replica,
+                self._tensor_rank,
+            ),
             *(self._head_weight, setting),
         )
-        self._services.append(service)
-        if service.delivery and self._head_weight is not None:
-            service.send_head(self._head_weight)
-        if self._crew.leads:
-            ranks = sorted({place.data for place in service.places})
+        self._sessions.append(session)
+        if session.responses and self._head_weight is not None:
+            session.send_head(self._head_weight)
+        if self._replica_group.leads:
+            ranks = sorted({place.data for place in session.places})
             _log.info("teacher replica %d serves student data ranks %s", self._replica, ranks)
 
     def _rejoin(self, failure: LinkError | None) -> None:
-        """Collective. Ends the service that failed and waits for the student to come back."""
+        """Collective. Ends the session that failed and waits for the student to come back."""
         try:
-            self._crew.conclude(outcome_of(failure) if failure else Outcome.DONE, str(failure or ""))
+            self._replica_group.conclude(outcome_of(failure) if failure else Outcome.DONE, str(failure or ""))
         except StudentLost as lost:
             reason = str(lost)
         finally:
-            while self._services:
-                self._services.pop().end()
-        if self._crew.leads:
+            while self._sessions:
+                self._sessions.pop().end()
+        if self._replica_group.leads:
             seconds = self._settings.rejoin_timeout
             _log.warning("%s; waiting up to %g seconds for it to come back", reason, seconds)
         try:
@@ -292,7 +303,9 @@ class TeacherLink:
             torch.cat([torch.tensor([r.number, r.data_rank]), r.tokens.flatten(), r.boundaries])
             for r in requests
         ]
-        table = self._crew.share(torch.stack(rows) if rows else None, (count, 2 + batch * sequence + edges))
+        table = self._replica_group.share(
+            torch.stack(rows) if rows else None, (count, 2 + batch * sequence + edges)
+        )
         return [
             Request(
                 int(number),
@@ -332,27 +345,27 @@ def _checked_head(head: Head | None, weight: Tensor | None, width: int) -> Tenso
     return weight.detach().cpu().contiguous()
 
 
-def _agreed(crew: Crew, facts: Facts, replica: int, sender: int) -> Facts:
-    """The facts, with the last stage's output layer in them on every rank; ValueError on every rank if they do not
+def _agreed(replica_group: ReplicaGroup, handshake: Handshake, replica: int, sender: int) -> Handshake:
+    """The handshake, with the last stage's output layer in them on every rank; ValueError on every rank if they do not
     make up one replica. sender: this rank's tensor rank if it is on the last stage, else -1."""
     own = [
-        facts.vocab_size,
-        facts.padded_vocab_size,
-        facts.sequence_length,
-        facts.tensor_size,
-        facts.copies,
-        facts.max_tokens,
-        facts.top_k,
-        payload_named(facts.payload).code,
+        handshake.vocab_size,
+        handshake.padded_vocab_size,
+        handshake.sequence_length,
+        handshake.tensor_size,
+        handshake.copies,
+        handshake.max_tokens,
+        handshake.top_k,
+        payload_named(handshake.payload).code,
         replica,
     ]
-    rows = crew.gather([sender, *_head_numbers(facts.head), facts.nccl, *own])
+    rows = replica_group.gather([sender, *_head_numbers(handshake.head), handshake.nccl, *own])
     if any(row[6:] != rows[0][6:] for row in rows):
         raise ValueError(
-            f"the ranks of a teacher replica must be given equal facts, got {[row[6:] for row in rows]}"
+            f"the ranks of a teacher replica must be given equal handshake, got {[row[6:] for row in rows]}"
         )
     senders = sorted(row[0] for row in rows if row[0] >= 0)
-    if senders != list(range(facts.tensor_size)):
+    if senders != list(range(handshake.tensor_size)):
         raise ValueError(
             f"group must hold each tensor rank of the last stage once, got tensor ranks {senders}"
         )
@@ -361,19 +374,19 @@ def _agreed(crew: Crew, facts: Facts, replica: int, sender: int) -> Facts:
         raise ValueError(f"head must be equal on every rank of the last stage, got {heads}")
     versions = {row[5] for row in rows if row[0] >= 0}
     nccl = versions.pop() if len(versions) == 1 else 0
-    return replace(facts, head=_head_of(heads[0]), nccl=nccl)
+    return replace(handshake, head=_head_of(heads[0]), nccl=nccl)
 
 
-def _identified(crew: Crew, facts: Facts, weights: int | None) -> Facts:
-    """The facts on every rank with rank 0's tokenizer and checkpoint, and the digest of the replica's weights."""
-    own = {name: facts.plain()[name] for name in ("tokenizer", "checkpoint")}
-    found = json.loads(crew.share_text(json.dumps(own)))
+def _identified(replica_group: ReplicaGroup, handshake: Handshake, weights: int | None) -> Handshake:
+    """The handshake on every rank with rank 0's tokenizer and checkpoint, and the digest of the replica's weights."""
+    own = {name: handshake.plain()[name] for name in ("tokenizer", "checkpoint")}
+    found = json.loads(replica_group.share_text(json.dumps(own)))
     tokenizer = None if found["tokenizer"] is None else Tokenizer(**found["tokenizer"])
-    shares = crew.gather([weights is not None, (weights or 0) % _WEIGHTS])
+    shares = replica_group.gather([weights is not None, (weights or 0) % _WEIGHTS])
     digest = (
         f"{sum(share for _, share in shares) % _WEIGHTS:016x}" if all(known for known, _ in shares) else ""
     )
-    return replace(facts, tokenizer=tokenizer, checkpoint=found["checkpoint"], weights=digest)
+    return replace(handshake, tokenizer=tokenizer, checkpoint=found["checkpoint"], weights=digest)
 
 
 def _head_numbers(head: Head | None) -> list[int]:
@@ -392,6 +405,6 @@ def _head_of(numbers: Sequence[int]) -> Head | None:
     return Head(size, list(STATE_DTYPES)[dtype], scale, softcap)
 
 
-def _end_all(services: list[Service]) -> None:
-    while services:
-        services.pop().end()
+def _end_all(sessions: list[TeacherSession]) -> None:
+    while sessions:
+        sessions.pop().end()

@@ -15,19 +15,19 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from vcrd.loss import CalibratedLoss, validity_calibrated_kl
-from vcrd.megatron.ahead import TokensOf
-from vcrd.megatron.clashes import MeanOfStep, refuse_clashes
+from vcrd.megatron.colocated_teacher import ColocatedTeacher, TeacherModel
+from vcrd.megatron.compatibility import MeanOfStep, check_compatibility
+from vcrd.megatron.external_validity import Outside, Verifier
 from vcrd.megatron.fused_head import FusedHead
 from vcrd.megatron.identity import tokenizer_of
 from vcrd.megatron.layout import Layout, unwrap
-from vcrd.megatron.linked import LinkedTeacher
-from vcrd.megatron.local import LocalTeacher, TeacherModel
 from vcrd.megatron.loss_mask import LossMask
 from vcrd.megatron.metrics import STEP_KEYS, IntervalLog, megatron_globals, with_step_sums
-from vcrd.megatron.outside import Outside, Verifier
+from vcrd.megatron.prefetch import TokensOf
 from vcrd.megatron.rank_telemetry import telemetry_of
+from vcrd.megatron.remote_teacher import RemoteTeacher
+from vcrd.megatron.replay import running_again
 from vcrd.megatron.report import Figures, Report
-from vcrd.megatron.rerun import running_again
 from vcrd.megatron.settings import DistillSettings
 from vcrd.megatron.step_end import StepEnd, raise_if_bad
 from vcrd.megatron.teacher_check import TeacherCheck
@@ -68,7 +68,7 @@ def distill(
     verifier: judges both models' actions, in place of the settings' validity; called as `Outside` says.
     teacher: None for the linked one. Or a frozen Megatron model inside the student's own ranks: this rank's part, the
         list of its chunks where the student interleaves, or a function that returns either and is called at the first
-        training step; see `LocalTeacher` for what it must have in common with the student and for how to build it.
+        training step; see `ColocatedTeacher` for what it must have in common with the student and for how to build it.
     tokenizer: that made the data, to be compared with the linked teacher's: Megatron's, Hugging Face's or a
         `vcrd.link.Tokenizer`, the same on every rank. None: that of `megatron.training`, where it runs.
 
@@ -106,7 +106,7 @@ class Distillation:
         # Whoever looks at the parameters, as Megatron-Bridge does before it passes its state, sees the script's own.
         self.__wrapped__ = forward_step
         linked = teacher is None
-        self._teacher = LinkedTeacher(settings, tokens_of) if linked else LocalTeacher(settings, teacher)
+        self._teacher = RemoteTeacher(settings, tokens_of) if linked else ColocatedTeacher(settings, teacher)
         self._outside = Outside(settings, tokens_of, verifier)
         self._mask = LossMask(settings, self._outside)
         self._mean = MeanOfStep(settings)
@@ -133,7 +133,7 @@ class Distillation:
             with self._teacher.evaluation():
                 return forward_step(data_iterator, model, *args, **kwargs)
         if not self._checked:
-            refuse_clashes(chunk, self.settings, linked=isinstance(self._teacher, LinkedTeacher))
+            check_compatibility(chunk, self.settings, linked=isinstance(self._teacher, RemoteTeacher))
             self._checked = True
         if chunk.training:
             self._mean.begin(chunk)

@@ -36,7 +36,7 @@ class FusedHead:
     def __init__(
         self, chunk: torch.nn.Module, tensor_group: dist.ProcessGroup | None, recompute: bool = False
     ) -> None:
-        _refuse_what_clashes(chunk, tensor_group)
+        _check_compatibility(chunk, tensor_group)
         self._layer = chunk.output_layer
         self._group = tensor_group
         self._scale, self._softcap = scale_and_softcap(chunk.config)
@@ -175,7 +175,7 @@ class _WithLogits(torch.autograd.Function):
         return gradient, None
 
 
-def _refuse_what_clashes(chunk: torch.nn.Module, tensor_group: dist.ProcessGroup | None) -> None:
+def _check_compatibility(chunk: torch.nn.Module, tensor_group: dist.ProcessGroup | None) -> None:
     layer, config = getattr(chunk, "output_layer", None), chunk.config
     if layer is None:
         raise ValueError(f"fused_head: expected a model with an output_layer, got {type(chunk).__name__}")

@@ -12,7 +12,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from vcrd.link.facts import LONGEST_NAME, Tokenizer
+from vcrd.link.handshake import LONGEST_NAME, Tokenizer
 from vcrd.megatron.metrics import megatron_globals
 
 _log = logging.getLogger("vcrd")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from vcrd.link.facts import Tokenizer
+from vcrd.link.handshake import Tokenizer
 from vcrd.link.student import StudentLink
 from vcrd.megatron.settings import DistillSettings
 

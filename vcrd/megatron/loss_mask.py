@@ -9,8 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from vcrd.megatron.external_validity import MASK_KEY, Outside
 from vcrd.megatron.layout import Layout
-from vcrd.megatron.outside import MASK_KEY, Outside
 from vcrd.megatron.settings import DistillSettings
 
 _log = logging.getLogger("vcrd")

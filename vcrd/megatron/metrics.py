@@ -58,7 +58,7 @@ def with_step_sums(loss_func: Callable[..., Any], sums: dict[str, Tensor]) -> Ca
 class IntervalLog:
     """Every --log-interval iterations the figures of all of them, written by the last rank; of each step its waits.
 
-    teacher: `LinkedTeacher` or `LocalTeacher`, what it counts. Collectives, with `megatron.training` only, once per
+    teacher: `RemoteTeacher` or `ColocatedTeacher`, what it counts. Collectives, with `megatron.training` only, once per
     interval: `Report.take` over the data-parallel group with context parallelism on ranks of the last stage, and one
     all-gather of one `Row` over the world.
     """

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.link.facts import Head
+from vcrd.link.handshake import Head
 from vcrd.megatron.fp8 import refuse_other_output_layer
 from vcrd.megatron.output_probe import OutputProbe
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcrd.link.intake import Request
+from vcrd.link.requests import Request
 
 # Where Megatron-Core, Megatron-Bridge and NeMo keep edges, in a micro-batch and in `PackedSeqParams`. Padded edges come
 # first: the tokens lie at these, and context parallelism cuts there. (NeMo's padded ones are its `cu_seqlens`, next

@@ -24,7 +24,7 @@ def telemetry_of(
 ) -> Telemetry | None:
     """This rank's, with its record "start"; None where the settings name no folder. Not a collective.
 
-    teacher: of a student, `LinkedTeacher` or `LocalTeacher`, whose received bytes are recorded.
+    teacher: of a student, `RemoteTeacher` or `ColocatedTeacher`, whose received bytes are recorded.
     """
     if settings.telemetry_dir is None:
         return None

@@ -19,7 +19,7 @@ class DistillSettings:
     """Settings of `vcrd.megatron.distill`; the loss fields are documented by `vcrd.validity_calibrated_kl`.
 
     validity: also "scores", student's and teacher's validity of each token as fields of the micro-batches, and steps:
-        whether they carry the reasoning step of each token (`vcrd.megatron.outside`, docs/validity.md).
+        whether they carry the reasoning step of each token (`vcrd.megatron.external_validity`, docs/validity.md).
     bad_rows: what happens to a token whose teacher is no distribution (a NaN, +inf, or nothing above -inf among its
         logits). "skip": its loss, weight and gradient are 0, and it is counted. "stop": the step raises before the
         optimizer runs, on every rank.

@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from vcrd.link.errors import HandshakeRefused, StudentLost
-from vcrd.link.facts import LONGEST_NAME
+from vcrd.link.handshake import LONGEST_NAME
 from vcrd.link.teacher import Request, TeacherLink
 from vcrd.megatron.extra_heads import ExtraHeads
 from vcrd.megatron.fp8 import refuse_delayed_scaling, refuse_uneven_tokens

@@ -14,7 +14,7 @@ from torch import Tensor
 from vcrd.bad_rows import bad_rows
 from vcrd.loss import CalibratedLoss
 from vcrd.megatron.layout import Layout
-from vcrd.megatron.linked import TeacherForm
+from vcrd.megatron.remote_teacher import TeacherForm
 from vcrd.teacher_forms import TopKLogits
 
 _log = logging.getLogger("vcrd")
@@ -51,7 +51,7 @@ class TeacherCheck:
 
     def place(self, layout: Layout, sizes: Sequence[int], teacher: Any) -> None:
         """Before the first micro-batch. sizes: of the true vocabulary, as far as somebody states them: the smallest
-        counts. teacher: `LinkedTeacher` or `LocalTeacher`, to name the replica that serves this rank."""
+        counts. teacher: `RemoteTeacher` or `ColocatedTeacher`, to name the replica that serves this rank."""
         self._layout = layout
         self._known = min([layout.vocab_size, *sizes]) if sizes else None
         self._teacher = teacher

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from vcrd.divergence import DivergenceStats
 from vcrd.link.plan import context_rows
-from vcrd.megatron.ahead import TokensOf, tokens_in
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.packing import field, packed
+from vcrd.megatron.prefetch import TokensOf, tokens_in
 from vcrd.megatron.settings import DistillSettings
 
 Verifier = Callable[..., tuple[Tensor, Tensor]]

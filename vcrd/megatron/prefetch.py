@@ -28,7 +28,7 @@ class _Asked(NamedTuple):
     loader_state: Any  # of the source before the draw, where it saves its own and may be asked for it
 
 
-class AskAhead:
+class Prefetcher:
     """An iterator over `source` that calls `ask(tokens, edges)` for `ahead` micro-batches more than were drawn.
 
     number: what `ask` returned for the micro-batch that was drawn last; -1 before the first. drawn: how many were.
@@ -80,7 +80,7 @@ class AskAhead:
         """Micro-batches that were asked for and not yet drawn."""
         return len(self._asked)
 
-    def __iter__(self) -> AskAhead:
+    def __iter__(self) -> Prefetcher:
         return self
 
     def __next__(self) -> Any:

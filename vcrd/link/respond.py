@@ -20,7 +20,7 @@ _UNDER_WAY = 4  # responses, each of which holds its encoded copy
 _LOOK = 1.0  # seconds between two looks at a transport on which nothing travels
 
 
-class Delivery:
+class ResponseSender:
     """Sends in the background, in the order of posting, with a writer and a reader per student rank.
 
     firsts: by place, the number below which it needs no response. timeout: seconds in which a student must take

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .connection import Connection
 from .errors import LinkError, StudentLost
-from .facts import Facts
+from .handshake import Handshake
 from .header import Header, Kind, check_shape
 from .plan import Place, check_boundaries
 
@@ -31,13 +31,13 @@ class Request:
     boundaries: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
-class Intake:
+class RequestReceiver:
     """Reads one connection per data rank, each in a thread of its own.
 
-    student: its facts, which say what a request may hold and how many may wait per data rank.
+    student: its handshake, which say what a request may hold and how many may wait per data rank.
     """
 
-    def __init__(self, student: Facts, connections: dict[int, Connection]) -> None:
+    def __init__(self, student: Handshake, connections: dict[int, Connection]) -> None:
         self._student = student
         self._connections = connections
         self._changed = threading.Condition()
@@ -45,7 +45,7 @@ class Intake:
         self._left: set[int] = set()
         self._failure: LinkError | None = None
         self._threads = [
-            threading.Thread(target=self._read, args=item, name="vcrd-link-intake", daemon=True)
+            threading.Thread(target=self._read, args=item, name="vcrd-link-requests", daemon=True)
             for item in connections.items()
         ]
         for thread in self._threads:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import outside_jobs
+import external_validity_jobs
 import pytest
 import torch
 from ports import free_port
 from worlds import World, run_worlds
 
 from vcrd import reference
-from vcrd.megatron.outside import Outside
+from vcrd.megatron.external_validity import Outside
 from vcrd.megatron.settings import DistillSettings
 
 
 def test_weights_and_gradients_through_tensor_and_pipeline_parallelism_equal_the_reference():
-    chosen = DistillSettings(vocab_size=outside_jobs.jobs.TRUE_VOCAB).replaced(
+    chosen = DistillSettings(vocab_size=external_validity_jobs.jobs.TRUE_VOCAB).replaced(
         address=f"127.0.0.1:{free_port()}", payload="float32", timeout=100, connect_timeout=100
     )
     students, _, (truth,) = run_worlds(
-        World(outside_jobs.student_job, 4, tensor=2, pipeline=2, arguments=(chosen,)),
-        World(outside_jobs.teacher_job, arguments=(chosen,)),
-        World(outside_jobs.direct, arguments=(chosen,)),
+        World(external_validity_jobs.student_job, 4, tensor=2, pipeline=2, arguments=(chosen,)),
+        World(external_validity_jobs.teacher_job, arguments=(chosen,)),
+        World(external_validity_jobs.direct, arguments=(chosen,)),
     )
     last = [results for results in students if results is not None]
     assert len(last) == 2
     for mode, expected in truth.items():
         for rank in last:
             found = rank[mode]
-            assert len(found.weights) == len(found.losses) == outside_jobs.MICRO_BATCHES
+            assert len(found.weights) == len(found.losses) == external_validity_jobs.MICRO_BATCHES
             for weight, loss, right, right_loss in zip(
                 found.weights, found.losses, expected.weights, expected.losses, strict=True
             ):
@@ -40,7 +40,7 @@ def test_weights_and_gradients_through_tensor_and_pipeline_parallelism_equal_the
     weights = [torch.stack(results.weights) for mode, results in truth.items() if "best" not in mode]
     assert all((a - b).abs().max() > 0.1 for a, b in zip(weights, weights[1:], strict=False))
     judged, other = (rank["judged"] for rank in last)
-    assert len(judged.calls) == outside_jobs.MICRO_BATCHES and not other.calls, "one rank judges"
+    assert len(judged.calls) == external_validity_jobs.MICRO_BATCHES and not other.calls, "one rank judges"
     assert judged.seconds == other.seconds > 0
     for call in judged.calls:
         assert torch.equal(call["action"] == -1, call["mask"] == 0)
@@ -51,12 +51,12 @@ def test_weights_and_gradients_through_tensor_and_pipeline_parallelism_equal_the
 @pytest.mark.parametrize("judged", [False, True])
 def test_context_parallel_ranks_together_equal_one_process(edges, judged):
     """The split by hand, for context parallelism itself needs Transformer Engine. Steps span the ranks."""
-    (ranks,) = run_worlds(World(outside_jobs.context_parallel, 2, arguments=(2, edges, judged)))
+    (ranks,) = run_worlds(World(external_validity_jobs.context_parallel, 2, arguments=(2, edges, judged)))
     whole = ranks[0]["whole"]
     stats = reference.statistics(whole["student"], whole["teacher"], whole["tokens"], mask=whole["mask"])
     who = ("student", "teacher")
     if judged:
-        both = [outside_jobs.verdict(whole["tokens"], stats[f"{w}_action"]).log() for w in who]
+        both = [external_validity_jobs.verdict(whole["tokens"], stats[f"{w}_action"]).log() for w in who]
     else:
         both = [whole[f"vcrd_{w}_validity"].log() for w in who]
     sample = torch.arange(len(whole["tokens"]))[:, None]
@@ -73,7 +73,7 @@ def test_context_parallel_ranks_together_equal_one_process(edges, judged):
 
 
 def test_wrong_fields_are_one_sentence_on_every_tensor_rank():
-    ((first, second),) = run_worlds(World(outside_jobs.sentences_of_wrong_fields, 2, tensor=2))
+    ((first, second),) = run_worlds(World(external_validity_jobs.sentences_of_wrong_fields, 2, tensor=2))
     beginnings = [
         "vcrd_steps: expected in the micro-batch, a tensor [2, 4], got the ke",
         "vcrd_student_validity: expected the tokens' shape [2, 4], got [4]",
@@ -93,7 +93,7 @@ def test_wrong_fields_are_one_sentence_on_every_tensor_rank():
 
 
 def test_a_check_that_comes_late_is_neutral_first_and_then_said_on_every_tensor_rank():
-    ((first, second),) = run_worlds(World(outside_jobs.a_check_that_comes_late, 2, tensor=2))
+    ((first, second),) = run_worlds(World(external_validity_jobs.a_check_that_comes_late, 2, tensor=2))
     assert first == second and len(first) == 5
     assert first[0] == first[1] and first[0].startswith("[")
     assert first[2] == first[4] == "[-8.0, 8.0, 8.0]", "no steps, all validities equal"
@@ -101,7 +101,7 @@ def test_a_check_that_comes_late_is_neutral_first_and_then_said_on_every_tensor_
 
 
 def test_a_verifier_that_fails_is_one_sentence_on_every_tensor_rank():
-    ((first, second),) = run_worlds(World(outside_jobs.sentences_of_failing_verifiers, 2, tensor=2))
+    ((first, second),) = run_worlds(World(external_validity_jobs.sentences_of_failing_verifiers, 2, tensor=2))
     assert first == second
     assert first[:4] == [
         "verifier: KeyError: 'no such problem'",
@@ -123,7 +123,7 @@ def test_settings_that_clash_with_a_verifier_are_one_sentence():
 
 def test_nothing_is_watched_or_sent_where_nothing_is_asked_for():
     outside = Outside(DistillSettings(), "tokens", None)
-    outside.place(outside_jobs.layout())
+    outside.place(external_validity_jobs.layout())
     iterator = iter([])
     assert outside.watched(iterator) is iterator
     assert outside.arguments(torch.zeros(1, 1), None) == {}

@@ -1,7 +1,7 @@
 """Which teacher serves a student rank now: who may join, what happens when it is lost, who has to hear of it.
 
 The ranks of one data rank's last stage stand together. The first of them asks the teacher, and decides: it admits one
-teacher epoch at a time, tells the others (its siblings) when senders of an epoch may connect and when an epoch is over,
+teacher epoch at a time, tells the others (its peers) when senders of an epoch may connect and when an epoch is over,
 and hears from them how far they got. So all of them see one teacher, and what a lost one left unfinished on any of them
 is asked for again.
 """
@@ -16,18 +16,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from . import facts as stated
+from . import handshake as stated
 from . import header as headers
 from .connection import Connection
 from .errors import HandshakeRefused, LinkError, TeacherLost
-from .facts import Facts
+from .handshake import Handshake
 from .header import Header, Kind
-from .inbox import Inbox
+from .peer_channel import PeerChannel
 from .plan import Place
+from .reassembly import Reassembly
 from .rendezvous import UNREADABLE
-from .session import Head, Session
 from .settings import LinkSettings
-from .siblings import Siblings
+from .student_session import Head, StudentSession
 from .transport import Endpoint, Receiver, TransportRefused
 from .wire import GREETING_SECONDS, Listener
 
@@ -37,33 +37,33 @@ _BUSY = {"state": "busy"}  # a teacher serves, or something else has to come fir
 _OVER = {"state": "over"}  # this epoch has no future; another one may
 
 
-class Membership:
+class StudentConnections:
     """The connections of one student rank.
 
-    changed: guards everything here and in `inbox`; notified of every change. on_advance: called, without the lock, when
-    requests may have become possible: the teacher is ready, or a sibling got on.
+    changed: guards everything here and in `reassembly`; notified of every change. on_advance: called, without the lock,
+    when requests may have become possible: the teacher is ready, or a peer got on.
     """
 
     def __init__(
         self,
         settings: LinkSettings,
-        facts: Facts,
+        handshake: Handshake,
         place: Place,
         sock: socket.socket,
-        inbox: Inbox,
+        reassembly: Reassembly,
         changed: threading.Condition,
         on_advance: Callable[[], None],
         endpoint: Endpoint,
     ) -> None:
         self._settings = settings
-        self._facts = facts
+        self._handshake = handshake
         self._place = place
-        self._inbox = inbox
+        self._reassembly = reassembly
         self._changed = changed
         self._on_advance = on_advance
         self._endpoint = endpoint
-        self.head = Head(facts.shards()[place.tensor])
-        self.session: Session | None = None
+        self.head = Head(handshake.shards()[place.tensor])
+        self.session: StudentSession | None = None
         self.teacher_head: stated.Head | None = None
         self.replica: int | None = None  # which teacher replica serves this rank, once one has come
         self.lost_at = time.monotonic()
@@ -74,8 +74,8 @@ class Membership:
         self._admitting = 0.0  # until then nobody else is let in: one that is welcome has not heard it yet
         self._parting = False
         self._bytes = 0  # received in epochs that are over
-        self._siblings = Siblings(
-            facts, place, settings.timeout, changed, self._start, self._from_sibling, self.fail
+        self._peers = PeerChannel(
+            handshake, place, settings.timeout, changed, self._start, self._from_sibling, self.fail
         )
         self._threads: list[threading.Thread] = []
         self._listener = Listener(sock, settings.shared_secret(), self._answer)
@@ -97,7 +97,7 @@ class Membership:
     @property
     def settled(self) -> int:
         """Responses below this number are complete on every rank; on the rank that asks."""
-        return min([self._inbox.complete, *self._siblings.settled])
+        return min([self._reassembly.complete, *self._peers.settled])
 
     @property
     def bytes_received(self) -> int:
@@ -107,10 +107,10 @@ class Membership:
 
     def join_asker(self, connection: Connection, asker: Place) -> None:
         """The connection to the rank that asks, on every other rank."""
-        self._siblings.join(asker, connection)
+        self._peers.join(asker, connection)
 
     def lose(self, epoch: int, reason: str, told_by: Place | None = None) -> None:
-        """Ends an epoch, here and on the siblings. Only the first reason counts."""
+        """Ends an epoch, here and on the peers. Only the first reason counts."""
         with self._changed:
             if epoch <= self._over or self._parting:
                 return
@@ -124,16 +124,16 @@ class Membership:
             self._changed.notify_all()
         level = logging.WARNING if self._place.asks else logging.DEBUG
         _log.log(level, "teacher replica %s is lost to %s: %s", self.replica, self._place, reason)
-        self._siblings.tell(_with_text(Kind.LOST, epoch, reason), reason, but=told_by)
+        self._peers.tell(_with_text(Kind.LOST, epoch, reason), reason, but=told_by)
 
     def give_up(self, reason: str, told_by: Place | None = None) -> None:
-        """No teacher is waited for any more, here and on the siblings: TeacherLost with this reason on all of them."""
+        """No teacher is waited for any more, here and on the peers: TeacherLost with this reason on all of them."""
         with self._changed:
             if self.failure or self._parting:
                 return
             self.failure = TeacherLost(reason)
             self._changed.notify_all()
-        self._siblings.tell(_with_text(Kind.GIVE_UP, 0, reason), reason, but=told_by)
+        self._peers.tell(_with_text(Kind.GIVE_UP, 0, reason), reason, but=told_by)
 
     def fail(self, error: LinkError) -> None:
         """What no teacher can mend; the first error stays."""
@@ -143,12 +143,12 @@ class Membership:
                 self._changed.notify_all()
 
     def part(self, seconds: float) -> None:
-        """Says goodbye to teacher and siblings, lets what is under way end, closes everything. Bounded."""
+        """Says goodbye to teacher and peers, lets what is under way end, closes everything. Bounded."""
         deadline = time.monotonic() + seconds
         with self._changed:
             self._parting = True
             session = self.session
-            connections = [*(session.connections if session else []), *self._siblings.connections]
+            connections = [*(session.connections if session else []), *self._peers.connections]
         for connection in connections:
             try:
                 connection.send(Header(Kind.GOODBYE), seconds=max(0.01, deadline - time.monotonic()))
@@ -170,7 +170,7 @@ class Membership:
             self.failure = self.failure or LinkError("the link is closed")
             self._changed.notify_all()
         self._listener.close()
-        for connection in [*(session.connections if session else []), *self._siblings.connections]:
+        for connection in [*(session.connections if session else []), *self._peers.connections]:
             connection.end()
 
     # What the listener is asked, each in a thread of its own.
@@ -179,7 +179,7 @@ class Membership:
         try:
             if hello.get("run") != self._settings.name:
                 return _refused(f"{self._place} belongs to run {self._settings.name!r}"), None
-            answers = {"sibling": self._sibling, "intake": self._intake, "sender": self._sender}
+            answers = {"sibling": self._sibling, "requests": self._requests, "sender": self._sender}
             with self._changed:
                 if self._parting:
                     return _OVER, None
@@ -192,23 +192,23 @@ class Membership:
 
     def _sibling(self, hello: dict) -> tuple[dict, Keep | None]:
         place = Place(*(int(rank) for rank in hello["place"]))
-        if not (self._place.asks and self._siblings.expects(place)):
+        if not (self._place.asks and self._peers.expects(place)):
             return _refused(f"{place} is not expected at {self._place}"), None
-        return {"state": "welcome"}, partial(self._siblings.join, place)
+        return {"state": "welcome"}, partial(self._peers.join, place)
 
-    def _intake(self, hello: dict) -> tuple[dict, Keep | None]:
+    def _requests(self, hello: dict) -> tuple[dict, Keep | None]:
         teacher, epoch = self._stated(hello)
         if not self._place.asks:
             return _refused(f"{self._place} does not ask"), None
         now = time.monotonic()
-        if self.session is not None or not self._siblings.all_here or now < self._admitting:
+        if self.session is not None or not self._peers.all_here or now < self._admitting:
             return _BUSY, None
         if epoch <= self._over:
             return _OVER, None
         self._admitting = now + GREETING_SECONDS
         return {"state": "welcome"}, partial(self._keep_intake, epoch, teacher, int(hello["replica"]))
 
-    def _keep_intake(self, epoch: int, teacher: Facts, replica: int, connection: Connection) -> None:
+    def _keep_intake(self, epoch: int, teacher: Handshake, replica: int, connection: Connection) -> None:
         with self._changed:
             self._admitting = 0.0
             if self.session is not None or epoch <= self._over or self._parting:
@@ -216,8 +216,8 @@ class Membership:
                 return
             self._joined = epoch
             session = self._begin(epoch, teacher, replica)
-            session.intake = connection
-        self._siblings.tell(Header(Kind.JOIN, epoch))
+            session.requests = connection
+        self._peers.tell(Header(Kind.JOIN, epoch))
         take = partial(self._from_intake, session)
         who = f"the first rank of teacher replica {replica}"
         self._start(partial(self._read_teacher, session, take, who), Receiver(connection, self._endpoint))
@@ -234,10 +234,10 @@ class Membership:
             return _refused(f"sender {sender} is not expected at {self._place}"), None
         piece = session.head_pieces.get(sender)
         lacks_head = piece is not None and not self.head.has(piece, digest)
-        reply = {"state": "welcome", "first": self._inbox.complete, "head": lacks_head}
+        reply = {"state": "welcome", "first": self._reassembly.complete, "head": lacks_head}
         return reply, partial(self._keep_sender, session, sender, digest)
 
-    def _keep_sender(self, session: Session, sender: int, digest: str, connection: Connection) -> None:
+    def _keep_sender(self, session: StudentSession, sender: int, digest: str, connection: Connection) -> None:
         with self._changed:
             if self.session is not session or sender in session.senders or self._parting:
                 connection.close()
@@ -249,15 +249,15 @@ class Membership:
         take = partial(self._from_sender, session, sender, digest, receiver)
         self._start(partial(self._read_teacher, session, take, who), receiver)
 
-    def _stated(self, hello: dict) -> tuple[Facts, int]:
-        teacher = stated.read(hello["facts"], "teacher")
-        if reason := stated.refusal(self._facts, teacher, teacher.copies):
+    def _stated(self, hello: dict) -> tuple[Handshake, int]:
+        teacher = stated.read(hello["handshake"], "teacher")
+        if reason := stated.refusal(self._handshake, teacher, teacher.copies):
             raise HandshakeRefused(reason)
         if self.teacher_head not in (None, teacher.head):
             raise HandshakeRefused(
                 f"the link is refused: the teacher came back with {teacher.head}, before it had {self.teacher_head}"
             )
-        replica = stated.served_by(self._facts, teacher.copies, self._place.data)
+        replica = stated.served_by(self._handshake, teacher.copies, self._place.data)
         if int(hello["replica"]) != replica or self.replica not in (None, replica):
             raise HandshakeRefused(f"{self._place} is not served by teacher replica {hello['replica']}")
         epoch = int(hello["epoch"])
@@ -265,12 +265,12 @@ class Membership:
             raise ValueError(f"there is no epoch {epoch}")
         return teacher, epoch
 
-    def _begin(self, epoch: int, teacher: Facts, replica: int) -> Session:
+    def _begin(self, epoch: int, teacher: Handshake, replica: int) -> StudentSession:
         self.replica = replica
         self.teacher_head = teacher.head
-        self.session = session = Session(epoch, self._facts, teacher, self._place)
+        self.session = session = StudentSession(epoch, self._handshake, teacher, self._place)
         self.head.begin(session)
-        self._inbox.begin(epoch, session.pieces)
+        self._reassembly.begin(epoch, session.pieces)
         self._changed.notify_all()
         return session
 
@@ -296,7 +296,7 @@ class Membership:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     def _read_teacher(
-        self, session: Session, take: Callable[..., None], who: str, receiver: Receiver
+        self, session: StudentSession, take: Callable[..., None], who: str, receiver: Receiver
     ) -> None:
         connection = receiver.connection
         try:
@@ -315,7 +315,7 @@ class Membership:
             _log.exception("a reader of the link failed")
             self.lose(session.epoch, f"a reader of the link failed: {error!r}")
 
-    def _from_intake(self, session: Session, header: Header) -> None:
+    def _from_intake(self, session: StudentSession, header: Header) -> None:
         if header.kind != Kind.READY:
             raise LinkError(f"a {header.kind.name.lower()} from there is not expected")
         with self._changed:
@@ -324,7 +324,7 @@ class Membership:
         self._on_advance()
 
     def _from_sender(
-        self, session: Session, sender: int, digest: str, receiver: Receiver, header: Header
+        self, session: StudentSession, sender: int, digest: str, receiver: Receiver, header: Header
     ) -> None:
         if header.kind == Kind.TRANSPORT:
             receiver.switch(header)
@@ -334,7 +334,7 @@ class Membership:
             return
         if header.kind == Kind.HEAD and sender in session.head_pieces:
             piece = session.head_pieces[sender]
-            with self._inbox.arriving():
+            with self._reassembly.arriving():
                 self.head.receive(piece, header, digest, session, receiver.connection)
             with self._changed:
                 self.head.arrived(piece, digest, session)
@@ -342,11 +342,11 @@ class Membership:
             return
         if header.kind != Kind.RESPONSE or receiver.transport is None:
             raise LinkError(f"a {header.kind.name.lower()} from there is not expected")
-        if self._inbox.place(session.epoch, sender, header, session.payload, receiver.transport):
+        if self._reassembly.place(session.epoch, sender, header, session.payload, receiver.transport):
             if self._place.asks:
                 self._on_advance()
             else:
-                self._siblings.tell(Header(Kind.PROGRESS, self._inbox.complete))
+                self._peers.tell(Header(Kind.PROGRESS, self._reassembly.complete))
 
     def _from_sibling(self, place: Place, header: Header, text: str) -> None:
         if header.kind == Kind.LOST:

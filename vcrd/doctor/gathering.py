@@ -20,7 +20,7 @@ class Unreachable(RuntimeError):
     """The store cannot be opened or is not there (any more). One sentence."""
 
 
-class Meeting:
+class Gathering:
     """Joins on construction; `gather` is collective.
 
     seconds: how long rank 0 waits for the others at each gathering. Who was missing at one is at no later one.

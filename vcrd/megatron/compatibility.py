@@ -11,7 +11,7 @@ import torch
 from vcrd.megatron.settings import DistillSettings
 
 
-def refuse_clashes(
+def check_compatibility(
     chunk: torch.nn.Module, settings: DistillSettings, args: Any = None, linked: bool = True
 ) -> None:
     """ValueError that names the argument, where the model's or the job's settings clash with the plug. No collectives.

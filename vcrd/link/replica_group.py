@@ -27,7 +27,7 @@ class Outcome(IntEnum):
     REFUSED = 4
 
 
-class Crew:
+class ReplicaGroup:
     """The replica's ranks; rank 0 leads. `group` None: this rank alone.
 
     Every method is a collective over the group. LinkError when another rank of the replica is gone.

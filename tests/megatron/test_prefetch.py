@@ -11,8 +11,7 @@ import pytest
 import torch
 from megatron.core.rerun_state_machine import RerunDataIterator
 
-from vcrd.megatron.ahead import AskAhead
-from vcrd.megatron.linked import LinkedTeacher
+from vcrd.megatron.prefetch import Prefetcher
 from vcrd.megatron.random_state import (
     EvaluationState,
     WhoDraws,
@@ -20,6 +19,7 @@ from vcrd.megatron.random_state import (
     random_state,
     set_random_state,
 )
+from vcrd.megatron.remote_teacher import RemoteTeacher
 from vcrd.megatron.settings import DistillSettings
 
 _DRAW = {
@@ -56,8 +56,8 @@ class Saving(Drawing):
         return self._state
 
 
-def look_ahead(source, ahead: int, who_draws: WhoDraws | None = None) -> AskAhead:
-    return AskAhead(source, lambda tokens, edges: 0, ahead, "tokens", who_draws)
+def look_ahead(source, ahead: int, who_draws: WhoDraws | None = None) -> Prefetcher:
+    return Prefetcher(source, lambda tokens, edges: 0, ahead, "tokens", who_draws)
 
 
 def sample(iterator) -> list[int]:
@@ -234,7 +234,7 @@ def test_a_loaders_own_state_is_taken_for_the_ends_of_steps_alone(ahead, step_si
             taken.append(self._state["next"])
             return super().save_state()
 
-    iterator = AskAhead(Counting("none"), lambda tokens, edges: 0, ahead, "tokens", None, lambda: step_size)
+    iterator = Prefetcher(Counting("none"), lambda tokens, edges: 0, ahead, "tokens", None, lambda: step_size)
     for step in range(1, 5):
         for number in range(step_size):
             if step == 1 and number:
@@ -247,9 +247,9 @@ def test_a_loaders_own_state_is_taken_for_the_ends_of_steps_alone(ahead, step_si
     assert len(taken) == 4 * step_size + ahead - within
 
 
-def linked_teacher() -> LinkedTeacher:
+def linked_teacher() -> RemoteTeacher:
     """Asks a link that only counts."""
-    teacher = LinkedTeacher(DistillSettings(ahead=2), "tokens")
+    teacher = RemoteTeacher(DistillSettings(ahead=2), "tokens")
     numbers = iter(range(10**6))
     teacher._late = False  # as after the first micro-batch
     teacher._layout = SimpleNamespace(asks=True, tensor_size=1, context_size=1)

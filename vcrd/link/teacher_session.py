@@ -10,16 +10,16 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from . import facts as stated
+from . import handshake as stated
 from .connection import Connection, digest_of
-from .crew import Crew, Outcome, outcome_of
-from .delivery import Delivery
 from .errors import HandshakeRefused, LinkError, StudentLost
-from .facts import Facts
+from .handshake import Handshake
 from .header import Header, Kind
-from .intake import Intake, Request
 from .plan import Piece, Place, overlaps, pieces_of
 from .rendezvous import ask_until
+from .replica_group import Outcome, ReplicaGroup, outcome_of
+from .requests import Request, RequestReceiver
+from .respond import ResponseSender
 from .settings import LinkSettings
 from .transport import Endpoint
 from .wire import Address, dial
@@ -33,21 +33,21 @@ _LONGEST_PAUSE = 0.25
 _INSISTING = ("nccl",)  # the settings of `transport` that allow no other one
 
 
-class Service:
-    """This rank's connections of one epoch. intake: on rank 0. delivery: on ranks of the last stage.
+class TeacherSession:
+    """This rank's connections of one epoch. requests: on rank 0. responses: on ranks of the last stage.
 
     pieces: what this rank sends of each response, with its receivers. head_pieces: its rows of the output layer.
     """
 
     def __init__(
-        self, student: Facts, teacher: Facts, places: tuple[Place, ...], tensor_rank: int | None
+        self, student: Handshake, teacher: Handshake, places: tuple[Place, ...], tensor_rank: int | None
     ) -> None:
         self.student = student
         self.places = places
         self.pieces: list[tuple[Place, Piece]] = []
         self.head_pieces: dict[Place, Piece] = {}
-        self.intake: Intake | None = None
-        self.delivery: Delivery | None = None
+        self.requests: RequestReceiver | None = None
+        self.responses: ResponseSender | None = None
         self._lack_head: set[Place] = set()
         self._teacher = teacher
         if tensor_rank is None:
@@ -70,14 +70,14 @@ class Service:
 
     @property
     def failure(self) -> LinkError | None:
-        if self.intake and self.intake.failure:
-            return self.intake.failure
-        return self.delivery.failure if self.delivery else None
+        if self.requests and self.requests.failure:
+            return self.requests.failure
+        return self.responses.failure if self.responses else None
 
     def take(self, limit: int, seconds: float) -> tuple[list[Request], bool]:
         """On rank 0: the next requests, and whether every student has left."""
-        requests = self.intake.take(limit, seconds)
-        return requests, not requests and self.intake.all_left
+        requests = self.requests.take(limit, seconds)
+        return requests, not requests and self.requests.all_left
 
     def admit(
         self,
@@ -89,77 +89,77 @@ class Service:
         """Takes over what the students have let in."""
         firsts = {place: reply["first"] for place, reply in replies.items()}
         self._lack_head = {place for place, reply in replies.items() if reply["head"]}
-        self.delivery = Delivery(connections, firsts, timeout, endpoint)
+        self.responses = ResponseSender(connections, firsts, timeout, endpoint)
 
     def send_head(self, weight: Tensor) -> None:
         """This rank's rows of the output layer [columns, size], to those who lack them."""
         for place in self._lack_head:
             piece = self.head_pieces[place]
             header = Header(Kind.HEAD, self._teacher.head.size, start=piece.start, stop=piece.stop)
-            self.delivery.send_head(place, header, self.rows_of(weight, piece))
+            self.responses.send_head(place, header, self.rows_of(weight, piece))
 
     def rows_of(self, weight: Tensor, piece: Piece) -> Tensor:
         return weight[piece.start - self._first_column : piece.stop - self._first_column]
 
     def finish(self, seconds: float) -> None:
         """Waits, at most that long, until the students have parted; then closes."""
-        if self.delivery:
-            self.delivery.finish(0.0 if self.failure else seconds)
-        if self.intake:
-            self.intake.end(seconds)
+        if self.responses:
+            self.responses.finish(0.0 if self.failure else seconds)
+        if self.requests:
+            self.requests.end(seconds)
 
     def end(self) -> None:
         """Closes everything at once."""
-        if self.intake:
-            self.intake.end(1.0)
-        if self.delivery:
-            self.delivery.end(1.0)
+        if self.requests:
+            self.requests.end(1.0)
+        if self.responses:
+            self.responses.end(1.0)
 
 
 def join(
     settings: LinkSettings,
-    facts: Facts,
-    crew: Crew,
+    handshake: Handshake,
+    replica_group: ReplicaGroup,
     endpoint: Endpoint,
     replica: int,
     tensor_rank: int | None,
     head_weight: Tensor | None,
     setting: str,
-) -> Service:
-    """Collective over the crew: every rank's connections of a new epoch.
+) -> TeacherSession:
+    """Collective over the replica_group: every rank's connections of a new epoch.
 
     Rank 0 first asks the rendezvous for an epoch and lets the ranks that ask admit it, all of which takes at most the
     seconds of `setting`, connect_timeout or rejoin_timeout; then every rank of the last stage dials its students and
     makes a transport to each of them.
     StudentLost, on every rank alike, when they do not come in time; HandshakeRefused when the jobs do not fit.
     """
-    knocking = _Knocking(settings, facts, replica, setting)
+    knocking = _Knocking(settings, handshake, replica, setting)
     while True:
         try:
-            found = json.loads(crew.follow_leader(knocking.run))
+            found = json.loads(replica_group.follow_leader(knocking.run))
         except BaseException:
             knocking.give_up()
             raise
-        student = stated.read(found["facts"], "student")
-        if crew.leads:
+        student = stated.read(found["handshake"], "student")
+        if replica_group.leads:
             for doubt in found.get("doubts", []):  # the student's log has it too
                 _log.warning("teacher replica %d: %s", replica, doubt)
-        service = Service(student, facts, student.places(replica, facts.copies), tensor_rank)
-        if crew.leads:
-            service.intake = Intake(student, knocking.connections)
+        session = TeacherSession(student, handshake, student.places(replica, handshake.copies), tensor_rank)
+        if replica_group.leads:
+            session.requests = RequestReceiver(student, knocking.connections)
         hello = {
             "run": settings.name,
             "role": "sender",
             "replica": replica,
             "epoch": found["epoch"],
             "sender": tensor_rank,
-            "facts": facts.plain(),
+            "handshake": handshake.plain(),
         }
-        addresses = dict(zip(service.places, map(tuple, found["addresses"]), strict=True))
+        addresses = dict(zip(session.places, map(tuple, found["addresses"]), strict=True))
         outcome, text = Outcome.DONE, ""
         try:
             if tensor_rank is not None:
-                _dial_students(settings, service, hello, addresses, head_weight, endpoint)
+                _dial_students(settings, session, hello, addresses, head_weight, endpoint)
         except LinkError as error:
             outcome, text = outcome_of(error), str(error)
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
@@ -168,48 +168,53 @@ def join(
                 f"a rank of this teacher replica cannot dial the student: {error!r}",
             )
         try:
-            crew.conclude(outcome, text)
-            _open_transports(settings, student, facts, crew, service, endpoint)
+            replica_group.conclude(outcome, text)
+            _open_transports(settings, student, handshake, replica_group, session, endpoint)
         except (
             StudentLost
         ) as error:  # on every rank: a student rank that was there has gone, or changed its mind
-            service.end()
+            session.end()
             knocking.reason = str(error)
             continue
         except LinkError:
-            service.end()
+            session.end()
             raise
-        if service.delivery:
-            service.delivery.begin()
-        if service.intake:
-            service.intake.begin(settings.timeout)
-        return service
+        if session.responses:
+            session.responses.begin()
+        if session.requests:
+            session.requests.begin(settings.timeout)
+        return session
 
 
 def _open_transports(
-    settings: LinkSettings, student: Facts, teacher: Facts, crew: Crew, service: Service, endpoint: Endpoint
+    settings: LinkSettings,
+    student: Handshake,
+    teacher: Handshake,
+    replica_group: ReplicaGroup,
+    session: TeacherSession,
+    endpoint: Endpoint,
 ) -> None:
-    """Collective over the crew. One transport for all pairs of the replica: TCP for all where it failed for one."""
+    """Collective over `replica_group`. One transport for all pairs of the replica: TCP for all where one failed."""
     name, reason = stated.transport_of(student, teacher, endpoint.missing)
-    why = _opened(crew, service, name, reason)
+    why = _opened(replica_group, session, name, reason)
     if why and {student.transport, teacher.transport} & {*_INSISTING}:
         reason = f"transport is {name!r}, and {why}"
-        if service.delivery:
+        if session.responses:
             with suppress(LinkError):  # a student that is gone need not hear it, and the other ranks wait
-                service.delivery.refuse(reason)
-        crew.conclude(Outcome.REFUSED, f"the link is refused: {reason}")
+                session.responses.refuse(reason)
+        replica_group.conclude(Outcome.REFUSED, f"the link is refused: {reason}")
     if why:
         reason = why
-        _opened(crew, service, "tcp", reason)
-    if crew.leads and reason and endpoint.is_news(reason):
+        _opened(replica_group, session, "tcp", reason)
+    if replica_group.leads and reason and endpoint.is_news(reason):
         _log.warning("tensors travel over TCP: %s", reason)
 
 
-def _opened(crew: Crew, service: Service, name: str, reason: str) -> str:
-    """Collective over the crew: "" or, on every rank alike, why it could not be opened for some pair."""
+def _opened(replica_group: ReplicaGroup, session: TeacherSession, name: str, reason: str) -> str:
+    """Collective over the replica_group: "" or, on every rank alike, why it could not be opened for some pair."""
     outcome, text, why = Outcome.DONE, "", ""
     try:
-        why = service.delivery.open(name, reason) if service.delivery else ""
+        why = session.responses.open(name, reason) if session.responses else ""
     except LinkError as error:
         outcome, text = outcome_of(error), str(error)
     except Exception as error:  # whatever it is, the other ranks wait to hear of it
@@ -217,16 +222,16 @@ def _opened(crew: Crew, service: Service, name: str, reason: str) -> str:
             Outcome.BROKEN,
             f"a rank of this teacher replica cannot open its transports: {error!r}",
         )
-    crew.conclude(outcome, text)
-    return crew.first_text(why)
+    replica_group.conclude(outcome, text)
+    return replica_group.first_text(why)
 
 
 class _Knocking:
     """How rank 0 gets a replica admitted; keeps the connections to the ranks that ask, by data rank."""
 
-    def __init__(self, settings: LinkSettings, facts: Facts, replica: int, setting: str) -> None:
+    def __init__(self, settings: LinkSettings, handshake: Handshake, replica: int, setting: str) -> None:
         self._settings = settings
-        self._hello = {"replica": replica, "facts": facts.plain()}
+        self._hello = {"replica": replica, "handshake": handshake.plain()}
         self._setting = setting
         self._deadline = time.monotonic() + getattr(settings, setting)
         self._pause = _PAUSE
@@ -241,8 +246,8 @@ class _Knocking:
                     raise StudentLost(f"the student could not be joined {self._within()}: {self.reason}")
                 self._rest(tick)
             reply = self._found(tick)
-            student = stated.read(reply["facts"], "student")
-            places = student.places(self._hello["replica"], self._hello["facts"]["copies"])
+            student = stated.read(reply["handshake"], "student")
+            places = student.places(self._hello["replica"], self._hello["handshake"]["copies"])
             askers = [(p, tuple(a)) for p, a in zip(places, reply["addresses"], strict=True) if p.asks]
             self.connections = {}
             try:
@@ -276,7 +281,7 @@ class _Knocking:
         return reply
 
     def _knock(self, place: Place, address: Address, epoch: int, tick: Callable[[], None]) -> None:
-        hello = {"run": self._settings.name, "role": "intake", "epoch": epoch, **self._hello}
+        hello = {"run": self._settings.name, "role": "requests", "epoch": epoch, **self._hello}
         while True:
             connection, reply = dial(address, self._settings.shared_secret(), hello)
             if reply.get("state") == "welcome":
@@ -298,7 +303,7 @@ class _Knocking:
 
 def _dial_students(
     settings: LinkSettings,
-    service: Service,
+    session: TeacherSession,
     hello: dict,
     addresses: dict[Place, Address],
     head_weight: Tensor | None,
@@ -309,17 +314,17 @@ def _dial_students(
     digests: dict[Piece, str] = {}
     secret = settings.shared_secret()
     try:
-        for place in service.receivers:
-            piece = service.head_pieces.get(place)
+        for place in session.receivers:
+            piece = session.head_pieces.get(place)
             if piece is not None and piece not in digests:
-                digests[piece] = digest_of(service.rows_of(head_weight, piece))
+                digests[piece] = digest_of(session.rows_of(head_weight, piece))
             own = {**hello, "digest": digests.get(piece)}
             connections[place], replies[place] = _let_in(place, addresses[place], secret, own)
     except BaseException:
         for connection in connections.values():
             connection.close()
         raise
-    service.admit(connections, replies, settings.timeout, endpoint)
+    session.admit(connections, replies, settings.timeout, endpoint)
 
 
 def _let_in(place: Place, address: Address, secret: str, hello: dict) -> tuple[Connection, dict]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from .errors import LinkError
-from .facts import Facts
+from .handshake import Handshake
 from .header import Header, check_shape
 from .payload import Payload
 from .plan import Piece, Place
@@ -26,22 +26,22 @@ class _Response:
         self.arrived: Arrived | None = None  # once they are all here
 
 
-class Inbox:
+class Reassembly:
     """Assembles responses, in number order, for one epoch of the teacher after another.
 
-    facts: the student's, which say what a header may hold at most; the rank that asks lets in what it asked for, the
-    others what it may have asked for by its credits. place: whose columns and positions these are.
+    handshake: the student's, which says what a header may hold at most. The rank that asks accepts what it asked for,
+    the others what it may have asked for by its credits. place: whose columns and positions these are.
     All methods are safe to call from several threads; `changed` is notified of every piece.
     """
 
     def __init__(
         self,
-        facts: Facts,
+        handshake: Handshake,
         place: Place,
         changed: threading.Condition,
     ) -> None:
-        self._columns = facts.shards()[place.tensor]
-        self._facts = facts
+        self._columns = handshake.shards()[place.tensor]
+        self._handshake = handshake
         self._asks = place.asks
         self._changed = changed
         self._expected: dict[int, tuple[int, int]] = {}  # shapes asked for, on the rank that asks
@@ -136,8 +136,8 @@ class Inbox:
         piece = self._pieces.get(sender)
         if piece is None:
             raise LinkError("a response from there is not expected")
-        check_shape(header, self._facts.sequence_length, self._facts.max_tokens)
-        parts = 2 * self._facts.context_size
+        check_shape(header, self._handshake.sequence_length, self._handshake.max_tokens)
+        parts = 2 * self._handshake.context_size
         if parts > 2 and header.sequence % parts:
             raise LinkError(f"its sequence length {header.sequence} is not a multiple of {parts}")
         if (header.start, header.stop) != (piece.start, piece.stop):
@@ -147,7 +147,7 @@ class Inbox:
         if header.number != self._next[sender]:
             raise LinkError(f"its number {header.number} is not the next one, {self._next[sender]}")
         unasked = self._asks and header.number not in self._expected
-        if unasked or header.number >= self.complete + self._facts.credits:
+        if unasked or header.number >= self.complete + self._handshake.credits:
             raise LinkError(f"its number {header.number} has not been asked for")
         return piece
 
@@ -158,7 +158,7 @@ class Inbox:
         if shape != wanted:
             raise LinkError(f"its shape {shape} is not {wanted}, which was asked for")
         if response is None:
-            local = header.sequence // self._facts.context_size
+            local = header.sequence // self._handshake.context_size
             tensors = payload.blank(local, header.batch, self._columns.width, transport.empty)
             response = self._responses[header.number] = _Response(shape, tensors, len(self._pieces))
         return response

@@ -8,14 +8,14 @@ from functools import partial
 
 from .connection import Connection
 from .errors import LinkError
-from .facts import Facts
+from .handshake import Handshake
 from .header import Header, Kind
 from .plan import Place, places
 
 Start = Callable[[Callable[[Connection], None], Connection], None]
 
 
-class Siblings:
+class PeerChannel:
     """One connection to each of the others on the rank that asks; elsewhere one to that rank.
 
     changed: guards what is here. timeout: seconds in which a sibling must take something of what it is told. start:
@@ -25,7 +25,7 @@ class Siblings:
 
     def __init__(
         self,
-        facts: Facts,
+        handshake: Handshake,
         place: Place,
         timeout: float,
         changed: threading.Condition,
@@ -33,7 +33,7 @@ class Siblings:
         hear: Callable[[Place, Header, str], None],
         lost: Callable[[LinkError], None],
     ) -> None:
-        others = places([place.data], facts.context_size, facts.tensor_size)[1:]
+        others = places([place.data], handshake.context_size, handshake.tensor_size)[1:]
         self._place = place
         self._awaited = set(others) if place.asks else {Place(place.data, 0, 0)}
         self._timeout = timeout

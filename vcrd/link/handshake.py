@@ -70,7 +70,7 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Handshake:
     """One side's statement. vocab_size .. max_tokens must be equal on both sides.
 
     top_k: with the payload "topk", else 0. copies: the student's data-parallel size, or the teacher's replicas.
@@ -100,37 +100,37 @@ class Facts:
     protocol: int = field(default_factory=lambda: headers.PROTOCOL)
 
     @classmethod
-    def of(cls, settings: LinkSettings, **own: Any) -> Facts:
-        """The facts of one side; ValueError for what cannot be."""
+    def of(cls, settings: LinkSettings, **own: Any) -> Handshake:
+        """The handshake of one side; ValueError for what cannot be."""
         if settings.payload != "hidden" and own.get("head") is not None:
             raise ValueError(f"head must be None with the payload {settings.payload!r}, got {own['head']}")
-        facts = cls(
+        handshake = cls(
             payload=settings.payload,
             max_tokens=settings.max_tokens,
             transport=settings.transport,
             top_k=settings.top_k if settings.payload == "topk" else 0,
             **own,
         )
-        _check_layout(facts)
-        return facts
+        _check_layout(handshake)
+        return handshake
 
     @property
     def ranks(self) -> int:
-        """Of the student's last pipeline stage; from the student's facts."""
+        """Of the student's last pipeline stage; from the student's handshake."""
         return self.copies * self.context_size * self.tensor_size
 
     def shards(self) -> tuple[Shard, ...]:
         return vocab_shards(self.vocab_size, self.padded_vocab_size, self.tensor_size)
 
     def content(self) -> Payload:
-        """The payload with everything that its size depends on; from the teacher's facts."""
+        """The payload with everything that its size depends on; from the teacher's handshake."""
         payload = payload_named(self.payload).sized(top_k=self.top_k)
         if self.head is None:
             return payload
         return payload.sized(state_size=self.head.size, state_dtype=STATE_DTYPES[self.head.dtype])
 
     def places(self, replica: int, replicas: int) -> tuple[Place, ...]:
-        """The student's ranks that a teacher replica serves; from the student's facts."""
+        """The student's ranks that a teacher replica serves; from the student's handshake."""
         return places(students_of(replica, self.copies, replicas), self.context_size, self.tensor_size)
 
     @property
@@ -143,37 +143,41 @@ class Facts:
         return asdict(self)
 
 
-def read(values: Any, whose: str) -> Facts:
-    """Facts from what JSON held; HandshakeRefused if it is not that, or of another protocol version."""
+def read(values: Any, whose: str) -> Handshake:
+    """Handshake from what JSON held; HandshakeRefused if it is not that, or of another protocol version."""
     if not isinstance(values, dict) or not isinstance(values.get("protocol"), int):
-        raise HandshakeRefused(f"the link is refused: the {whose}'s facts cannot be read")
+        raise HandshakeRefused(f"the link is refused: the {whose}'s handshake cannot be read")
     if values["protocol"] != headers.PROTOCOL:
-        # Another version may state other facts; this one alone is enough to refuse it.
+        # Another version may state other handshake; this one alone is enough to refuse it.
         if whose == "student":
             reason = f"a student rank's protocol version is {values['protocol']}, not {headers.PROTOCOL}"
             raise HandshakeRefused(f"the link is refused: {reason}")
-        return Facts(0, 0, "", 0, 0, 0, 0, protocol=values["protocol"])
+        return Handshake(0, 0, "", 0, 0, 0, 0, protocol=values["protocol"])
     try:
-        if values.keys() != {each.name for each in fields(Facts)} or not isinstance(values["payload"], str):
+        if values.keys() != {each.name for each in fields(Handshake)} or not isinstance(
+            values["payload"], str
+        ):
             raise ValueError
         if values["transport"] not in TRANSPORTS or values["identity"] not in IDENTITIES:
             raise ValueError
         head = None if values["head"] is None else Head(**values["head"])
         tokenizer = None if values["tokenizer"] is None else Tokenizer(**values["tokenizer"])
-        facts = Facts(**{**values, "head": head, "tokenizer": tokenizer})
-        _check_numbers(facts)
-        _check_identity(facts)
+        handshake = Handshake(**{**values, "head": head, "tokenizer": tokenizer})
+        _check_numbers(handshake)
+        _check_identity(handshake)
     except (TypeError, ValueError):
-        reason = f"the {whose}'s facts are not those of protocol {headers.PROTOCOL}"
+        reason = f"the {whose}'s handshake are not those of protocol {headers.PROTOCOL}"
         raise HandshakeRefused(f"the link is refused: {reason}") from None
-    return facts
+    return handshake
 
 
-def refusal(student: Facts, teacher: Facts, replicas: int, first: Facts | None = None) -> str | None:
+def refusal(
+    student: Handshake, teacher: Handshake, replicas: int, first: Handshake | None = None
+) -> str | None:
     """Why these two may not be linked, in one sentence that reads the same on both sides; None if they may.
 
-    replicas: the number that the first replica to come announced. first: the facts of the first teacher that this run
-    had, whose weights are compared; None for none.
+    replicas: the number that the first replica to come announced. first: the handshake of the run's first teacher,
+    whose weights are compared; None for none.
     """
     if student.protocol != teacher.protocol:
         return _sentence([versions_differ(student.protocol, teacher.protocol)])
@@ -189,9 +193,9 @@ def refusal(student: Facts, teacher: Facts, replicas: int, first: Facts | None =
         reasons.append(
             f"{teacher.copies} teacher replicas are more than the student's {student.copies} data ranks"
         )
-    for whose, facts in (("student", student), ("teacher", teacher)):
+    for whose, handshake in (("student", student), ("teacher", teacher)):
         try:
-            _check_layout(facts)
+            _check_layout(handshake)
         except ValueError as error:
             reasons.append(f"for the {whose} {error}")
     if (teacher.payload == "hidden") != (teacher.head is not None):
@@ -206,7 +210,7 @@ def refusal(student: Facts, teacher: Facts, replicas: int, first: Facts | None =
     return _sentence(reasons) if reasons else None
 
 
-def doubts(student: Facts, teacher: Facts, first: Facts | None = None) -> list[str]:
+def doubts(student: Handshake, teacher: Handshake, first: Handshake | None = None) -> list[str]:
     """What people should know of two that may be linked. first: as for `refusal`."""
     said = _differences(student, teacher, first) if student.identity == "warn" else []
     mine, theirs = student.tokenizer, teacher.tokenizer
@@ -220,7 +224,7 @@ def doubts(student: Facts, teacher: Facts, first: Facts | None = None) -> list[s
     return said
 
 
-def _differences(student: Facts, teacher: Facts, first: Facts | None) -> list[str]:
+def _differences(student: Handshake, teacher: Handshake, first: Handshake | None) -> list[str]:
     """Digests that say that an id stands for different tokens, or that a teacher has other weights than before."""
     found = []
     mine, theirs = student.tokenizer, teacher.tokenizer
@@ -235,19 +239,19 @@ def _differences(student: Facts, teacher: Facts, first: Facts | None) -> list[st
     return found
 
 
-def _unstated(student: Facts, teacher: Facts) -> list[str]:
+def _unstated(student: Handshake, teacher: Handshake) -> list[str]:
     """What identity "insist" asks for and a side does not state."""
     reasons = [
         f"identity is 'insist', and the {whose} states no tokenizer with a vocabulary"
-        for whose, facts in (("student", student), ("teacher", teacher))
-        if facts.tokenizer is None or not facts.tokenizer.digest
+        for whose, handshake in (("student", student), ("teacher", teacher))
+        if handshake.tokenizer is None or not handshake.tokenizer.digest
     ]
     if not teacher.weights:
         reasons.append("identity is 'insist', and the teacher states no digest of its weights")
     return reasons
 
 
-def transport_of(student: Facts, teacher: Facts, missing: str = "") -> tuple[str, str]:
+def transport_of(student: Handshake, teacher: Handshake, missing: str = "") -> tuple[str, str]:
     """The transport that two jobs which fit will try; and, where that is TCP and nobody asked for TCP, why.
 
     missing: what the teacher lacks for NCCL, in words. No reason where neither side could use it.
@@ -261,7 +265,7 @@ def transport_of(student: Facts, teacher: Facts, missing: str = "") -> tuple[str
     return "tcp", missing or versions
 
 
-def _transport_misfits(student: Facts, teacher: Facts) -> list[str]:
+def _transport_misfits(student: Handshake, teacher: Handshake) -> list[str]:
     said = {student.transport, teacher.transport} - {"auto"}
     if len(said) > 1 or (said == {"fake"} and student.transport != teacher.transport):
         return [f"transport is {student.transport} for the student and {teacher.transport} for the teacher"]
@@ -270,39 +274,41 @@ def _transport_misfits(student: Facts, teacher: Facts) -> list[str]:
     return []
 
 
-def _versions(student: Facts, teacher: Facts) -> str:
-    def version(facts: Facts) -> str:
-        if not facts.nccl:
+def _versions(student: Handshake, teacher: Handshake) -> str:
+    def version(handshake: Handshake) -> str:
+        if not handshake.nccl:
             return "not available"
-        return f"{facts.nccl // 10000}.{facts.nccl // 100 % 100}.{facts.nccl % 100}"
+        return f"{handshake.nccl // 10000}.{handshake.nccl // 100 % 100}.{handshake.nccl % 100}"
 
     return f"{version(student)} for the student and {version(teacher)} for the teacher"
 
 
-def served_by(student: Facts, replicas: int, data_rank: int) -> int:
+def served_by(student: Handshake, replicas: int, data_rank: int) -> int:
     """The replica that a data rank turns to; 0, to be refused, if replicas outnumber data ranks."""
     return replica_of(data_rank, student.copies, replicas) if replicas <= student.copies else 0
 
 
-def _check_numbers(facts: Facts) -> None:
+def _check_numbers(handshake: Handshake) -> None:
     """ValueError for what is no count, or so large that to walk through it would take for ever."""
-    for each in fields(facts):
-        value = getattr(facts, each.name)
+    for each in fields(handshake):
+        value = getattr(handshake, each.name)
         if each.type == "int" and (type(value) is not int or not 0 <= value < 1 << 48):
             raise ValueError(f"{each.name} must be an integer of at least 0, got {value!r}")
-    if facts.padded_vocab_size > _MOST_COLUMNS:
-        raise ValueError(f"padded_vocab_size must be at most {_MOST_COLUMNS}, got {facts.padded_vocab_size}")
-    sizes = (facts.copies, facts.context_size, facts.tensor_size)
+    if handshake.padded_vocab_size > _MOST_COLUMNS:
+        raise ValueError(
+            f"padded_vocab_size must be at most {_MOST_COLUMNS}, got {handshake.padded_vocab_size}"
+        )
+    sizes = (handshake.copies, handshake.context_size, handshake.tensor_size)
     if math.prod(max(size, 1) for size in sizes) > _MOST_RANKS:
         raise ValueError(f"a side must have at most {_MOST_RANKS} ranks, got {' x '.join(map(str, sizes))}")
 
 
-def _check_identity(facts: Facts) -> None:
+def _check_identity(handshake: Handshake) -> None:
     """ValueError for what is no digest, or no name."""
-    _check_digest("weights", facts.weights)
-    if not isinstance(facts.checkpoint, str) or len(facts.checkpoint) > LONGEST_NAME:
+    _check_digest("weights", handshake.weights)
+    if not isinstance(handshake.checkpoint, str) or len(handshake.checkpoint) > LONGEST_NAME:
         raise ValueError(
-            f"checkpoint must be a text of at most {LONGEST_NAME} characters, got {facts.checkpoint!r:.300}"
+            f"checkpoint must be a text of at most {LONGEST_NAME} characters, got {handshake.checkpoint!r:.300}"
         )
 
 
@@ -311,16 +317,16 @@ def _check_digest(name: str, digest: Any) -> None:
         raise ValueError(f"{name} must be at most 64 hexadecimal digits, got {digest!r:.300}")
 
 
-def _check_layout(facts: Facts) -> None:
-    _check_numbers(facts)
-    _check_identity(facts)
+def _check_layout(handshake: Handshake) -> None:
+    _check_numbers(handshake)
+    _check_identity(handshake)
     for name in ("sequence_length", "tensor_size", "copies", "context_size"):
-        if getattr(facts, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(facts, name)}")
-    facts.shards()
-    payload_named(facts.payload)
-    if facts.top_k > facts.vocab_size:
-        raise ValueError(f"top_k must be at most vocab_size {facts.vocab_size}, got {facts.top_k}")
+        if getattr(handshake, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(handshake, name)}")
+    handshake.shards()
+    payload_named(handshake.payload)
+    if handshake.top_k > handshake.vocab_size:
+        raise ValueError(f"top_k must be at most vocab_size {handshake.vocab_size}, got {handshake.top_k}")
 
 
 def _sentence(reasons: list[str]) -> str:

@@ -192,7 +192,7 @@ def layout(tensor: tuple[int, int] = (0, 1), context: tuple[int, int] = (0, 1)):
 
 def sentences_of_wrong_fields() -> list[str]:
     """What each of two tensor ranks says of each of `wrong_batches`, one after another, then of a right one."""
-    from vcrd.megatron.outside import Outside
+    from vcrd.megatron.external_validity import Outside
     from vcrd.megatron.settings import DistillSettings
 
     rank = dist.get_rank()
@@ -214,7 +214,7 @@ def sentences_of_wrong_fields() -> list[str]:
 
 def a_check_that_comes_late() -> list[str]:
     """As on a GPU: a wrong micro-batch counts as one of equal validities until the next comes, or the end."""
-    from vcrd.megatron.outside import Outside
+    from vcrd.megatron.external_validity import Outside
     from vcrd.megatron.settings import DistillSettings
 
     rank = dist.get_rank()
@@ -252,7 +252,7 @@ def wrong_batches() -> list[list[dict[str, Tensor]]]:
 
 def sentences_of_failing_verifiers() -> list[str]:
     """What each of two tensor ranks says of verifiers that fail."""
-    from vcrd.megatron.outside import Outside
+    from vcrd.megatron.external_validity import Outside
     from vcrd.megatron.settings import DistillSettings
 
     def raises(tokens, student_action, teacher_action):
@@ -286,7 +286,7 @@ def context_parallel(size: int, edges: list[int], judged: bool) -> dict[str, Ten
     """The loss of this rank's positions of one micro-batch, split by hand over `size` context-parallel ranks."""
     import vcrd
     from vcrd.link.plan import context_rows
-    from vcrd.megatron.outside import Outside
+    from vcrd.megatron.external_validity import Outside
     from vcrd.megatron.settings import DistillSettings
 
     rank, sequence = dist.get_rank(), 24

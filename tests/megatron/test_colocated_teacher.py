@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import colocated_jobs
 import jobs
-import local_jobs
 import pytest
 import torch
 from ports import free_port
@@ -84,9 +84,9 @@ def test_one_process():
         {"teacher": jobs.TEACHER, "payload": "hidden", "lazily": True},
     ]
     found = compare(
-        World(local_jobs.students, arguments=(chosen, MICRO_BATCHES, variants)),
-        World(local_jobs.students, arguments=(chosen, MICRO_BATCHES, [{"teacher": None}])),
-        World(local_jobs.serve, arguments=(chosen, jobs.TEACHER)),
+        World(colocated_jobs.students, arguments=(chosen, MICRO_BATCHES, variants)),
+        World(colocated_jobs.students, arguments=(chosen, MICRO_BATCHES, [{"teacher": None}])),
+        World(colocated_jobs.serve, arguments=(chosen, jobs.TEACHER)),
     )
     ((truth,),) = run_worlds(World(jobs.direct, arguments=(chosen, MICRO_BATCHES)))
     for (rank,) in found:
@@ -102,14 +102,14 @@ def test_one_process():
 def test_tensor_parallel():
     chosen = settings(divergence="jsd")
     variants = [
-        {"teacher": local_jobs.TEACHER},
-        {"teacher": local_jobs.TEACHER, "payload": "hidden"},
-        {"teacher": local_jobs.TEACHER, "payload": "hidden", "fused_head": True},  # no logits of either
+        {"teacher": colocated_jobs.TEACHER},
+        {"teacher": colocated_jobs.TEACHER, "payload": "hidden"},
+        {"teacher": colocated_jobs.TEACHER, "payload": "hidden", "fused_head": True},  # no logits of either
     ]
     compare(
-        World(local_jobs.students, 2, tensor=2, arguments=(chosen, MICRO_BATCHES, variants)),
-        World(local_jobs.students, 2, tensor=2, arguments=(chosen, MICRO_BATCHES, [{"teacher": None}])),
-        World(local_jobs.serve, arguments=(chosen, local_jobs.TEACHER)),
+        World(colocated_jobs.students, 2, tensor=2, arguments=(chosen, MICRO_BATCHES, variants)),
+        World(colocated_jobs.students, 2, tensor=2, arguments=(chosen, MICRO_BATCHES, [{"teacher": None}])),
+        World(colocated_jobs.serve, arguments=(chosen, colocated_jobs.TEACHER)),
     )
 
 
@@ -123,42 +123,42 @@ def test_pipeline_with_and_without_recomputed_activations():
         "recompute_num_layers": 1,
     }
     variants = [
-        {"teacher": local_jobs.TEACHER},
-        {"teacher": local_jobs.TEACHER, "payload": "hidden", "deallocate_pipeline_outputs": True},
-        {"teacher": local_jobs.TEACHER, **recomputed},
+        {"teacher": colocated_jobs.TEACHER},
+        {"teacher": colocated_jobs.TEACHER, "payload": "hidden", "deallocate_pipeline_outputs": True},
+        {"teacher": colocated_jobs.TEACHER, **recomputed},
     ]
     compare(
-        World(local_jobs.students, 2, pipeline=2, arguments=(chosen, MICRO_BATCHES, variants)),
-        World(local_jobs.students, 2, pipeline=2, arguments=(chosen, MICRO_BATCHES, [{"teacher": None}])),
-        World(local_jobs.serve, arguments=(chosen, local_jobs.TEACHER)),
+        World(colocated_jobs.students, 2, pipeline=2, arguments=(chosen, MICRO_BATCHES, variants)),
+        World(colocated_jobs.students, 2, pipeline=2, arguments=(chosen, MICRO_BATCHES, [{"teacher": None}])),
+        World(colocated_jobs.serve, arguments=(chosen, colocated_jobs.TEACHER)),
     )
 
 
 def test_interleaved_pipeline():
     chosen = settings(validity="margin")
-    shape = local_jobs.INTERLEAVED_TEACHER
+    shape = colocated_jobs.INTERLEAVED_TEACHER
     compare(
         World(
-            local_jobs.students,
+            colocated_jobs.students,
             2,
             pipeline=2,
             virtual=2,
             arguments=(chosen, MICRO_BATCHES, [{"teacher": shape, "per_rank": 2}]),
         ),
         World(
-            local_jobs.students,
+            colocated_jobs.students,
             2,
             pipeline=2,
             virtual=2,
             arguments=(chosen, MICRO_BATCHES, [{"teacher": None, "per_rank": 2}]),
         ),
-        World(local_jobs.serve, arguments=(chosen, shape)),
+        World(colocated_jobs.serve, arguments=(chosen, shape)),
         chunks=2,
     )
 
 
 def test_a_checkpoint_is_loaded_as_the_documentation_says(tmp_path):
-    (found,) = run_worlds(World(local_jobs.save_and_load, 2, pipeline=2, arguments=(str(tmp_path),)))
+    (found,) = run_worlds(World(colocated_jobs.save_and_load, 2, pipeline=2, arguments=(str(tmp_path),)))
     assert found == [(False, True)] * 2
 
 
@@ -179,7 +179,7 @@ def test_a_run_of_megatron_training_evaluates_and_saves_without_the_teacher(tmp_
         f"--pipeline-model-parallel-size 2 --ckpt-format torch_dist --save {tmp_path} --save-interval 4 "
         f"--data-cache-path {tmp_path / 'cache'}"
     )
-    script = str(Path(local_jobs.__file__).with_name("local_pretrain.py"))
+    script = str(Path(colocated_jobs.__file__).with_name("colocated_pretrain.py"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--master-port", str(free_port()), script, *arguments.split()]
     environment = {**os.environ, "USE_LIBUV": "0", "OMP_NUM_THREADS": "1"}
@@ -196,9 +196,9 @@ def test_a_run_of_megatron_training_evaluates_and_saves_without_the_teacher(tmp_
 
 def test_a_teacher_that_does_not_fit_is_one_sentence():
     ((sentences,), padding, fixed) = run_worlds(
-        World(local_jobs.refusals, arguments=(settings(),)),
-        World(local_jobs.refuse_padding, 2, tensor=2, arguments=(settings(),)),
-        World(local_jobs.refuse_fixed_shapes, 2, pipeline=2, arguments=(settings(),)),
+        World(colocated_jobs.refusals, arguments=(settings(),)),
+        World(colocated_jobs.refuse_padding, 2, tensor=2, arguments=(settings(),)),
+        World(colocated_jobs.refuse_fixed_shapes, 2, pipeline=2, arguments=(settings(),)),
     )
     expected = [
         "ValueError: payload: expected one of hidden, float16, float32 with a teacher in the same ranks",

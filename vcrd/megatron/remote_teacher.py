@@ -15,17 +15,17 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
 from vcrd.link.answers import Hidden, TopK
-from vcrd.link.facts import Tokenizer
+from vcrd.link.handshake import Tokenizer
 from vcrd.link.plan import context_rows
 from vcrd.link.rendezvous import Rendezvous, host_rendezvous
 from vcrd.link.student import StudentLink
 from vcrd.link.waits import Waits
-from vcrd.megatron.ahead import AskAhead, TokensOf, question, tokens_in
 from vcrd.megatron.borders import Doubts, look_for_borders, look_for_other_edges, refuse_other_split
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.packing import edges_in, packed
+from vcrd.megatron.prefetch import Prefetcher, TokensOf, question, tokens_in
 from vcrd.megatron.random_state import EvaluationState, WhoDraws
-from vcrd.megatron.rerun import AskAgain, keeps_micro_batches, running_again
+from vcrd.megatron.replay import ReplayIterator, keeps_micro_batches, running_again
 from vcrd.megatron.settings import DistillSettings
 from vcrd.teacher_forms import HiddenStates, TopKLogits
 
@@ -33,7 +33,7 @@ _log = logging.getLogger("vcrd")
 TeacherForm = Tensor | TopKLogits | HiddenStates
 
 
-class LinkedTeacher:
+class RemoteTeacher:
     """On every rank `host`, then on ranks of the last stage `connect`, and for each micro-batch `watched` and `answer`.
 
     waited: seconds that this rank stood still for answers. waits: for what. bytes_received: of payload.
@@ -42,7 +42,7 @@ class LinkedTeacher:
     ahead come first; every rank keeps them for later. The rank that asks tells the others how many they are, by one
     all-reduce of an integer over the tensor- and context-parallel ranks when a step begins again.
 
-    What is asked ahead, and how often, changes no sample and no state that a checkpoint saves: see `AskAhead`.
+    What is asked ahead, and how often, changes no sample and no state that a checkpoint saves: see `Prefetcher`.
 
     The first micro-batch is asked for when the model is called (`given`): its arguments say whether the edges of packed
     sequences come from the micro-batch. If so, or if nothing is packed, later ones are asked for ahead. Where the
@@ -56,11 +56,11 @@ class LinkedTeacher:
         self._link: StudentLink | None = None
         self._layout: Layout | None = None
         self._credit = settings.link.credits if settings.ahead is None else settings.ahead
-        self._ahead: AskAhead | None = None
+        self._ahead: Prefetcher | None = None
         self._who_draws = WhoDraws()
         self._evaluation = EvaluationState()
         self._step_ended = False
-        self._again: AskAgain | None = None  # while a step is run again
+        self._again: ReplayIterator | None = None  # while a step is run again
         self._source: Any = None  # the script's iterator, of which both draw
         self._drawn = 0  # from iterators that were replaced
         self._running_again = False
@@ -120,7 +120,7 @@ class LinkedTeacher:
             return data_iterator
         if again:
             if not before:
-                self._again = AskAgain(data_iterator, self._link.request, self._tokens_of, self._ahead)
+                self._again = ReplayIterator(data_iterator, self._link.request, self._tokens_of, self._ahead)
                 self._again.late = self._late
             return self._again
         if self._again is not None:
@@ -147,7 +147,7 @@ class LinkedTeacher:
         rewinds = keeps_micro_batches(data_iterator)
         source = data_iterator.iterable if rewinds else data_iterator
         credit = 0 if self._credit and _saves_unseen(source, rewinds) else self._credit
-        self._ahead = AskAhead(
+        self._ahead = Prefetcher(
             source, self._link.request, credit, self._tokens_of, self._who_draws, _micro_batches_of_step
         )
         self._ahead.late = self._late

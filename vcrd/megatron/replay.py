@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vcrd.megatron.ahead import AskAhead, TokensOf, question
+from vcrd.megatron.prefetch import Prefetcher, TokensOf, question
 
 _MODULE = "megatron.core.rerun_state_machine"
 
@@ -30,14 +30,14 @@ def keeps_micro_batches(data_iterator: Any) -> bool:
     return kind is not None and isinstance(data_iterator, kind)
 
 
-class AskAgain:
+class ReplayIterator:
     """An iterator over `source`, rewound, that calls `ask(tokens, edges)` for each micro-batch when it is drawn.
 
-    batch, late: as of `AskAhead`. ahead: what drew them first; it moves the random state as it did then.
+    batch, late: as of `Prefetcher`. ahead: what drew them first; it moves the random state as it did then.
     """
 
     def __init__(
-        self, source: Any, ask: Callable[[Tensor, Tensor], int], tokens_of: TokensOf, ahead: AskAhead
+        self, source: Any, ask: Callable[[Tensor, Tensor], int], tokens_of: TokensOf, ahead: Prefetcher
     ) -> None:
         self.source = source
         self.drawn = 0
@@ -47,7 +47,7 @@ class AskAgain:
         self._tokens_of = tokens_of
         self._ahead = ahead
 
-    def __iter__(self) -> AskAgain:
+    def __iter__(self) -> ReplayIterator:
         return self
 
     def __next__(self) -> Any:

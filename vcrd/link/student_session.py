@@ -10,19 +10,19 @@ from torch import Tensor
 
 from .connection import Connection, digest_of
 from .errors import HandshakeRefused, LinkError
-from .facts import Facts
+from .handshake import Handshake
 from .header import Header
 from .payload import STATE_DTYPES
 from .plan import Piece, Place, Shard, overlaps, pieces_of
 
 
-class Session:
-    """The teacher's facts, what each of its senders owes this rank, and the connections that stand.
+class StudentSession:
+    """The teacher's handshake, what each of its senders owes this rank, and the connections that stand.
 
     pieces: of each response, by sender. head_pieces: of the output layer, by sender, with the payload "hidden".
     """
 
-    def __init__(self, epoch: int, student: Facts, teacher: Facts, place: Place) -> None:
+    def __init__(self, epoch: int, student: Handshake, teacher: Handshake, place: Place) -> None:
         self.epoch = epoch
         self.teacher = teacher
         self.payload = teacher.content()
@@ -33,7 +33,7 @@ class Session:
             self.head_pieces = {p.sender: p for p in overlaps(*shards) if p.receiver == place.tensor}
         self.head_weight: Tensor | None = None  # where they go
         self.senders: dict[int, Connection] = {}
-        self.intake: Connection | None = None
+        self.requests: Connection | None = None
         self.ready = False  # the teacher has said that every connection stands; on the rank that asks
         self.begun = time.monotonic()
 
@@ -47,7 +47,7 @@ class Session:
 
     @property
     def connections(self) -> list[Connection]:
-        return [*self.senders.values(), *([self.intake] if self.intake else [])]
+        return [*self.senders.values(), *([self.requests] if self.requests else [])]
 
     @property
     def heard(self) -> float:
@@ -63,7 +63,7 @@ class Head:
     """This rank's columns of the teacher's output layer, piece by piece, each checked by its SHA-256.
 
     A layer that arrived as a whole is kept for good: a teacher that comes back, in whatever layout, has to have the
-    same one, and sends none of it again. Guarded by the lock of `Membership`, but for `receive`.
+    same one, and sends none of it again. Guarded by the lock of `StudentConnections`, but for `receive`.
     """
 
     def __init__(self, columns: Shard) -> None:
@@ -77,7 +77,7 @@ class Head:
         """Whether all of it has arrived, or the payload needs none."""
         return not self._missing
 
-    def begin(self, session: Session) -> None:
+    def begin(self, session: StudentSession) -> None:
         """A new epoch: what an earlier one sent in part is forgotten, in memory that only its readers still see."""
         head = session.teacher.head
         if head is not None and (self.weight is None or self._missing):
@@ -99,7 +99,7 @@ class Head:
         return True
 
     def receive(
-        self, piece: Piece, header: Header, digest: str, session: Session, connection: Connection
+        self, piece: Piece, header: Header, digest: str, session: StudentSession, connection: Connection
     ) -> None:
         """Takes in the rows that follow a header; LinkError if they are not what was announced."""
         size = session.teacher.head.size
@@ -112,7 +112,7 @@ class Head:
         if digest_of(rows) != digest:
             raise LinkError("a part of the output layer arrived damaged: its SHA-256 differs")
 
-    def arrived(self, piece: Piece, digest: str, session: Session) -> None:
+    def arrived(self, piece: Piece, digest: str, session: StudentSession) -> None:
         """After `receive`."""
         if self.weight is session.head_weight:
             self._missing.discard(_key(piece))

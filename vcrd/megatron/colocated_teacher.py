@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vcrd.link.facts import Tokenizer
+from vcrd.link.handshake import Tokenizer
 from vcrd.link.waits import Waits
 from vcrd.megatron.borders import Doubts, look_for_borders
 from vcrd.megatron.extra_heads import ExtraHeads
 from vcrd.megatron.fp8 import refuse_delayed_scaling, refuse_uneven_tokens
 from vcrd.megatron.layout import Layout, unwrap
-from vcrd.megatron.linked import TeacherForm
 from vcrd.megatron.output_layer import OutputLayer
 from vcrd.megatron.packing import by_engine
+from vcrd.megatron.remote_teacher import TeacherForm
 from vcrd.megatron.settings import DistillSettings
 from vcrd.teacher_forms import HiddenStates
 
@@ -37,8 +37,8 @@ _STUDENTS_OWN = ("labels", "loss_mask")
 _WHO_SEES_WHOM = ("packed_seq_params", "packing_kwargs", "attention_mask")
 
 
-class LocalTeacher:
-    """In the place of `LinkedTeacher`: on every rank `alongside` each forward step, on the last stage `answer`.
+class ColocatedTeacher:
+    """In the place of `RemoteTeacher`: on every rank `alongside` each forward step, on the last stage `answer`.
 
     The teacher has the student's tensor, pipeline and context parallelism, and its interleaving; with tensor
     parallelism also its padded vocabulary. Layers, heads and hidden size are its own. It is given what the script gives

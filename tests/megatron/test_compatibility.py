@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from vcrd.megatron import DistillSettings
-from vcrd.megatron.clashes import refuse_clashes
+from vcrd.megatron.compatibility import check_compatibility
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = re.compile(r"`(--[a-z0-9-]+)")
@@ -25,7 +25,7 @@ CLEAN = {
 
 def check(config=None, args=None, settings=None, **model):
     chunk = SimpleNamespace(config=SimpleNamespace(**{**CLEAN, **(config or {})}), **model)
-    refuse_clashes(chunk, settings or DistillSettings(), SimpleNamespace(**(args or {})))
+    check_compatibility(chunk, settings or DistillSettings(), SimpleNamespace(**(args or {})))
 
 
 def test_what_does_not_clash_passes():
@@ -63,7 +63,7 @@ def test_a_clash_is_one_sentence_that_names_the_argument(config, args, model, na
 
 def test_a_teacher_in_the_same_ranks_is_given_what_the_dataset_made():
     chunk, args = SimpleNamespace(config=SimpleNamespace(**CLEAN)), SimpleNamespace(reset_position_ids=True)
-    refuse_clashes(chunk, DistillSettings(), args, linked=False)
+    check_compatibility(chunk, DistillSettings(), args, linked=False)
 
 
 @pytest.mark.parametrize(("parts", "replicas", "refused"), [(1, 1, False), (2, 1, True), (1, 2, True)])
@@ -106,7 +106,7 @@ def test_the_documentation_lists_what_is_refused_and_nothing_else():
     }
     refused = {
         node.args[0].value
-        for node in ast.walk(ast.parse((ROOT / "vcrd" / "megatron" / "clashes.py").read_text()))
+        for node in ast.walk(ast.parse((ROOT / "vcrd" / "megatron" / "compatibility.py").read_text()))
         if isinstance(node, ast.Call)
         and getattr(node.func, "id", "") == "_refuse"
         and isinstance(node.args[0], ast.Constant)
