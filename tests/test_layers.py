@@ -81,8 +81,8 @@ LAYERS = (
         ("vcrd.plan", "vcrd.link.header", "vcrd.link.payload", "vcrd.link.plan"),
         packages=(),
     ),
-    Layer("vcrd/bad_rows.py"),
-    Layer("vcrd/loss.py", ("vcrd.validity", "vcrd.divergence", "vcrd.teacher_forms", "vcrd.bad_rows")),
+    Layer("vcrd/invalid_rows.py"),
+    Layer("vcrd/loss.py", ("vcrd.validity", "vcrd.divergence", "vcrd.teacher_forms", "vcrd.invalid_rows")),
     Layer(
         "vcrd/head.py",
         (
@@ -98,7 +98,7 @@ LAYERS = (
     Layer(
         "vcrd/divergence.py",
         (
-            *("vcrd.agreement", "vcrd.bad_rows", "vcrd.ops", "vcrd.layout", "vcrd.overwriting"),
+            *("vcrd.agreement", "vcrd.invalid_rows", "vcrd.ops", "vcrd.layout", "vcrd.overwriting"),
             *("vcrd.teacher_blocks", "vcrd.teacher_forms"),
         ),
     ),
@@ -131,7 +131,7 @@ LAYERS = (
         "vcrd/megatron/*.py",
         (
             "vcrd",
-            "vcrd.bad_rows",
+            "vcrd.invalid_rows",
             "vcrd.head",
             "vcrd.loss",
             "vcrd.validity",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vcrd import ops
 from vcrd.agreement import refuse
-from vcrd.bad_rows import skip_bad_rows
+from vcrd.invalid_rows import skip_invalid_rows
 from vcrd.layout import DIVERGENCES, Layout, settle_layout
 from vcrd.overwriting import (
     IF_UNUSED,
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
     teacher_share: float  # weight of the teacher in the mixture, for the divergences that have one
     columns: int
     first_column: int
-    skip_bad_teacher: bool
+    skip_invalid_teacher: bool
 
     @property
     def code(self) -> int:
@@ -94,7 +94,7 @@ def vocab_parallel_divergence(
     group: dist.ProcessGroup | None = None,
     inplace_gradient: bool | str = False,
     teacher_max: Tensor | None = None,
-    skip_bad_teacher: bool = False,
+    skip_invalid_teacher: bool = False,
     _block_bytes: int = BLOCK_BYTES,
 ) -> DivergenceStats:
     """Divergence of the student from the teacher at each token, and what validity estimators need, in one pass.
@@ -136,11 +136,11 @@ def vocab_parallel_divergence(
         teacher_max: [...], float32, added to a row's teacher logits: the maxima that codes, or float16 distances, were
             taken from. Only needed where these differ between the shards of a row, since a shift of the whole row
             changes nothing. For a dense teacher alone.
-        skip_bad_teacher: treat rows whose teacher is no distribution as masked: those with a NaN or +inf, with nothing
-            above -inf, or, of codes without `teacher_max`, with none below 255 (how the link marks them). All of their
-            statistics are 0, but for `teacher_entropy`, which is NaN; `vcrd.bad_rows.bad_rows` finds them. A row that
-            holds a NaN of the student's is never skipped. Found in the merged statistics, so alike on every rank, at no
-            cost and without waiting for the device.
+        skip_invalid_teacher: treat rows whose teacher is no distribution as masked: those with a NaN or +inf, with
+            nothing above -inf, or, of codes without `teacher_max`, with none below 255 (how the link marks them). All
+            of their statistics are 0, but for `teacher_entropy`, which is NaN; `vcrd.invalid_rows.invalid_rows` finds
+            them. A row that holds a NaN of the student's is never skipped. Found in the merged statistics, so alike on
+            every rank, at no cost and without waiting for the device.
 
     Accumulates in float32. Inputs are never modified, unless `inplace_gradient` says so.
 
@@ -155,7 +155,7 @@ def vocab_parallel_divergence(
     """
     return measure(
         *(student_logits, teacher_logits, labels, divergence, temperature, alpha, beta, vocab_size),
-        *(mask, group, inplace_gradient, teacher_max, skip_bad_teacher, _block_bytes),
+        *(mask, group, inplace_gradient, teacher_max, skip_invalid_teacher, _block_bytes),
     ).stats
 
 
@@ -188,7 +188,7 @@ def measure(
     group: dist.ProcessGroup | None,
     inplace_gradient: bool | str,
     teacher_max: Tensor | None,
-    skip_bad_teacher: bool,
+    skip_invalid_teacher: bool,
     block_bytes: int = BLOCK_BYTES,
 ) -> Measured:
     """What `vocab_parallel_divergence` gives, and the label validity."""
@@ -210,7 +210,7 @@ def measure(
         beta,
         vocab_size,
         group,
-        skip_bad_teacher,
+        skip_invalid_teacher,
     )
     leading, rows = student_logits.shape[:-1], student_logits.shape[:-1].numel()
     if torch.compiler.is_compiling():
@@ -251,7 +251,7 @@ def settle(
     beta: float,
     vocab_size: int | None,
     group: dist.ProcessGroup | None,
-    skip_bad_teacher: bool,
+    skip_invalid_teacher: bool,
 ) -> Call:
     """Checks the arguments of `vocab_parallel_divergence`; of the student's logits shape, dtype and device are read."""
     layout = settle_layout(
@@ -275,7 +275,7 @@ def settle(
     share = {"jsd": beta, "skew_kl": alpha, "skew_reverse_kl": 1 - alpha}.get(divergence, 0.0)
     plan = Plan(
         *(divergence, float(temperature), float(share), layout.columns, layout.first_column),
-        bool(skip_bad_teacher),
+        bool(skip_invalid_teacher),
     )
     if group is not None and dist.get_world_size(group) == 1:
         group = None
@@ -341,9 +341,9 @@ def statistics_pass(
     statistics, actions, constants = ops.merge_statistics(partials, labels, mask, plan.temperature, plan.code)
     if restate is not None:
         statistics = restate(statistics, actions, constants, labels, mask)
-    if plan.skip_bad_teacher:
+    if plan.skip_invalid_teacher:
         coded = isinstance(form, DenseBlocks) and teacher[0].dtype == torch.uint8 and teacher[1] is None
-        mask = skip_bad_rows(partials, statistics, actions, mask, coded)
+        mask = skip_invalid_rows(partials, statistics, actions, mask, coded)
     divergence, *rest = statistics.unbind(0)
     sums = None
     if plan.has_mixture:

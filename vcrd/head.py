@@ -43,7 +43,7 @@ def fused_validity_calibrated_kl(
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     teacher_max: Tensor | None = None,
-    skip_bad_teacher: bool = False,
+    skip_invalid_teacher: bool = False,
     validity: str | Estimator = "label",
     sharpness: float = 4.0,
     floor: float = 0.1,
@@ -119,7 +119,7 @@ def fused_validity_calibrated_kl(
         raise
     call = settle(
         *(logits, teacher_logits, teacher_max, labels, mask),
-        *(divergence, temperature, alpha, beta, vocab_size, group, skip_bad_teacher),
+        *(divergence, temperature, alpha, beta, vocab_size, group, skip_invalid_teacher),
     )
     if group is not None:
         facts: Facts = {

@@ -126,7 +126,7 @@ class FusedHead(torch.autograd.Function):
         label_validity = torch.zeros_like(floats[0]) if isinstance(task.form, TopKBlocks) else None
         keep = (
             None
-            if mask is None and not task.plan.skip_bad_teacher
+            if mask is None and not task.plan.skip_invalid_teacher
             else torch.zeros_like(actions[0], dtype=torch.uint8)
         )
         ctx.kept = []

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.bad_rows import bad_rows
 from vcrd.divergence import DivergenceStats, measure
+from vcrd.invalid_rows import invalid_rows
 from vcrd.teacher_forms import HiddenStates, TopKLogits
 from vcrd.validity import Estimator, validity_weights, weighted
 
@@ -36,7 +36,7 @@ def validity_calibrated_kl(
     group: dist.ProcessGroup | None = None,
     inplace_gradient: bool | str = False,
     teacher_max: Tensor | None = None,
-    skip_bad_teacher: bool = False,
+    skip_invalid_teacher: bool = False,
     validity: str | Estimator = "label",
     sharpness: float = 4.0,
     floor: float = 0.1,
@@ -53,7 +53,7 @@ def validity_calibrated_kl(
 
     The weight comes from the relative validity of the two models' proposals, is detached, and sets the strength of the
     update at each prefix; its direction stays the teacher's. Formula: `vcrd.validity`. Arguments, shapes, collectives
-    and errors: `vocab_parallel_divergence` (up to `skip_bad_teacher`) and `validity_weights` (from `validity` on).
+    and errors: `vocab_parallel_divergence` (up to `skip_invalid_teacher`) and `validity_weights` (from `validity` on).
 
     Args:
         labels: needed by validity "label" and by a `ce_weight`.
@@ -64,10 +64,10 @@ def validity_calibrated_kl(
     require_labels(labels, validity, ce_weight)
     stats, label_validity = measure(
         *(student_logits, teacher_logits, labels, divergence, temperature, alpha, beta, vocab_size),
-        *(mask, group, inplace_gradient, teacher_max, skip_bad_teacher),
+        *(mask, group, inplace_gradient, teacher_max, skip_invalid_teacher),
     )
-    if skip_bad_teacher:
-        kept = ~bad_rows(stats)
+    if skip_invalid_teacher:
+        kept = ~invalid_rows(stats)
         mask = kept if mask is None else kept & (mask != 0)
     weight, rho = validity_weights(
         stats,

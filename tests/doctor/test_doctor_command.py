@@ -46,17 +46,17 @@ def test_a_machine_with_five_faults_has_five_red_lines_and_no_more(tmp_path):
     )
     assert "another project" in found["apex"]["found"]
     assert f"127.0.0.1:{port} cannot be listened at" in found["address"]["found"]
-    assert "VCRD_SHARPNES is" in found["settings"]["found"] and "VCRD_SHARPNESS" in found["settings"]["mend"]
+    assert "VCRD_SHARPNES is" in found["settings"]["found"] and "VCRD_SHARPNESS" in found["settings"]["fix"]
     assert "NCCL_SOCKET_IFNAME=ib7" in found["interfaces"]["found"]
     assert "Not a directory" in found["run directory"]["found"]
     assert json.loads(got.out)["faults"] == 5
-    # The table says the same, each mend under its line.
+    # The table says the same, each fix under its line.
     assert text.out.splitlines()[-1].startswith("5 faults, ")
     for finding in got.faults:
-        assert re.search(rf"fault +{finding['name']} +{re.escape(finding['found'])}\n +mend: ", text.out), (
+        assert re.search(rf"fault +{finding['name']} +{re.escape(finding['found'])}\n +fix: ", text.out), (
             text.out
         )
-        assert f"mend: {finding['mend']}\n" in text.out
+        assert f"fix: {finding['fix']}\n" in text.out
 
 
 def broken_copy(folder):

@@ -26,14 +26,14 @@ def found(monkeypatch, nvml: FakeNvml, gpus: int = 0, size: int = 1, environment
     findings = device.check(Job(World(node="b1", size=size), environment or {}, gpus=gpus))
     assert nvml.open == 0  # what was opened is closed
     for finding in findings:
-        assert bool(finding.mend) == (finding.status == FAULT), finding
+        assert bool(finding.fix) == (finding.status == FAULT), finding
     return findings
 
 
 def only_fault(findings, name: str) -> str:
     faults = [finding for finding in findings if finding.status == FAULT]
     assert [finding.name for finding in faults] == [name], faults
-    return f"{faults[0].found} | {faults[0].mend}"
+    return f"{faults[0].found} | {faults[0].fix}"
 
 
 def node(**changes) -> FakeNvml:
@@ -113,7 +113,7 @@ def test_a_fault_that_several_gpus_have_is_one_line(monkeypatch):
 def test_another_package_of_its_name_is_told_from_nvidias(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", types.ModuleType("pynvml"))
     (line,) = device.check(Job(World(), {}))
-    assert line.status == FAULT and "pip uninstall pynvml" in line.mend
+    assert line.status == FAULT and "pip uninstall pynvml" in line.fix
 
 
 def test_a_driver_that_is_too_old_for_torch_names_the_one_that_is_needed(monkeypatch):
@@ -122,14 +122,14 @@ def test_a_driver_that_is_too_old_for_torch_names_the_one_that_is_needed(monkeyp
     said = only_fault(found(monkeypatch, nvml), "driver")
     assert "550.54.15, for CUDA up to 12.4" in said and "Install driver 580 or newer" in said
     nvml.cuda = 13010  # newer is as good
-    assert not [finding for finding in found(monkeypatch, nvml) if finding.mend]
+    assert not [finding for finding in found(monkeypatch, nvml) if finding.fix]
 
 
 def test_a_driver_of_the_same_major_version_runs_a_newer_minor_one(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     nvml = node()
     nvml.cuda = 12020
-    assert not [finding for finding in found(monkeypatch, nvml) if finding.mend]
+    assert not [finding for finding in found(monkeypatch, nvml) if finding.fix]
 
 
 def test_parts_of_a_gpu_are_enough_for_one_process_and_not_for_two(monkeypatch):
@@ -188,7 +188,7 @@ def test_gpus_without_the_driver_s_library_are_a_container_without_it(monkeypatc
 def test_without_nvidia_ml_py_one_line_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     (line,) = device.check(Job(World(), {}))
-    assert line.status == FAULT and "pip install nvidia-ml-py" in line.mend
+    assert line.status == FAULT and "pip install nvidia-ml-py" in line.fix
 
 
 def test_gpus_that_torch_does_not_reach_are_a_fault(monkeypatch):

@@ -28,9 +28,9 @@ def rows(section: str) -> list[str]:
 def test_the_table_has_every_line_that_can_be_red_and_no_other():
     made = [call for kind, call in calls() if kind == "fault"]
     for call in made:
-        name, _, mend = call.args
+        name, _, fix = call.args
         assert isinstance(name, ast.Constant), ast.dump(name)
-        assert not (isinstance(mend, ast.Constant) and not mend.value.endswith((".", "`."))), mend.value
+        assert not (isinstance(fix, ast.Constant) and not fix.value.endswith((".", "`."))), fix.value
     documented = [name for row in rows("Red lines") for name in re.findall("`(.+?)`", row)]
     assert documented == sorted({call.args[0].value for call in made})
 

@@ -41,7 +41,7 @@ TWO_NODES = World(size=2, local_size=1, node="b1", expected=("b1", "b2"))
 
 
 @pytest.mark.parametrize(
-    ("variables", "found", "mend"),
+    ("variables", "found", "fix"),
     [
         ({"VCRD_SHARPNES": "2"}, "VCRD_SHARPNES is no setting of vcrd", "Write VCRD_SHARPNESS"),
         ({"VCRD_XYZZY": "2"}, "VCRD_XYZZY is no setting of vcrd", "Unset it."),
@@ -58,14 +58,14 @@ TWO_NODES = World(size=2, local_size=1, node="b1", expected=("b1", "b2"))
         ),
     ],
 )
-def test_a_setting_that_is_none_or_wrong(variables, found, mend):
+def test_a_setting_that_is_none_or_wrong(variables, found, fix):
     got = line(checked(environment, job(variables)), "settings")
-    assert got.status == FAULT and got.found.startswith(found) and got.mend.startswith(mend)
+    assert got.status == FAULT and got.found.startswith(found) and got.fix.startswith(fix)
 
 
 def test_every_setting_that_is_wrong_has_a_line():
     variables = {"VCRD_SHARPNES": "3", "VCRD_FLOOR": "abc", "VCRD_PAYLOAD": "flot16", "VCRD_CEILING": "2"}
-    texts = [f.found for f in checked(environment, job(variables)) if f.name == "settings" and f.mend]
+    texts = [f.found for f in checked(environment, job(variables)) if f.name == "settings" and f.fix]
     assert [text.split()[0].strip(":") for text in texts] == ["VCRD_FLOOR", "VCRD_PAYLOAD", "VCRD_SHARPNES"]
 
 
@@ -85,7 +85,7 @@ def test_a_secret_that_others_may_read(tmp_path):
     path.chmod(0o644)
     variables = {"VCRD_SECRET_FILE": str(path)}
     got = line(checked(environment, job(variables)), "secret")
-    assert got.status == FAULT and got.mend == f"Run `chmod 600 {path}`."
+    assert got.status == FAULT and got.fix == f"Run `chmod 600 {path}`."
     path.chmod(stat.S_IRUSR | stat.S_IWUSR)
     assert line(checked(environment, job(variables)), "secret").status == OK
     path.write_text("")
@@ -95,7 +95,7 @@ def test_a_secret_that_others_may_read(tmp_path):
 @pytest.mark.parametrize("name", ["NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "CUDA_LAUNCH_BLOCKING"])
 def test_a_switch_that_was_left_over(name):
     got = line(checked(environment, job({name: "1"})), "left over")
-    assert got.status == FAULT and got.found.startswith(f"{name}=1") and got.mend == f"Unset {name}."
+    assert got.status == FAULT and got.found.startswith(f"{name}=1") and got.fix == f"Unset {name}."
     assert not [finding for finding in checked(environment, job({name: "0"})) if finding.name == "left over"]
 
 
@@ -156,20 +156,20 @@ def test_too_few_open_files(monkeypatch):
 
 
 def test_the_mend_of_open_files_heeds_the_hard_limit(monkeypatch):
-    for hard, mend in (
+    for hard, fix in (
         (1 << 20, "ulimit -n 65536"),
         (4096, "ulimit -n 4096"),
         (512, "LimitNOFILE of slurmd"),
     ):
         monkeypatch.setattr(resource, "getrlimit", lambda _, hard=hard: (256, hard))
-        assert mend in line(environment.open_files(job()), "open files").mend
+        assert fix in line(environment.open_files(job()), "open files").fix
 
 
 def test_shared_memory_of_a_container(monkeypatch):
     space = os.statvfs_result((4096, 4096, 16384, 16384, 16384, 1, 1, 1, 0, 255))  # 64 MiB
     monkeypatch.setattr(environment.os, "statvfs", lambda path: space)
     got = line(checked(environment, job()), "shared memory")
-    assert got.status == FAULT and "0.0671 of 0.0671 GB" in got.found and "--shm-size" in got.mend
+    assert got.status == FAULT and "0.0671 of 0.0671 GB" in got.found and "--shm-size" in got.fix
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_port_in_use():
         findings = checked(network, job(variables, ports=(port,)))
         for name in ("address", "ports"):
             got = line(findings, name)
-            assert got.status == FAULT and str(port) in got.found and f"sport = :{port}" in got.mend
+            assert got.status == FAULT and str(port) in got.found and f"sport = :{port}" in got.fix
         assert line(checked(network, job(variables, during_run=True)), "address").status == UNCHECKED
         alone = checked(network, job({"MASTER_PORT": str(port)}))
         assert line(alone, "ports").found == f"port {port} is taken"
@@ -240,7 +240,7 @@ def test_an_interface_that_is_not_there():
 def test_a_host_name_that_only_this_node_finds(monkeypatch):
     monkeypatch.setattr(network.socket, "gethostname", lambda: "localhost")
     got = line(checked(network, job(world=TWO_NODES)), "host name")
-    assert got.status == FAULT and "GLOO_SOCKET_IFNAME" in got.mend
+    assert got.status == FAULT and "GLOO_SOCKET_IFNAME" in got.fix
     assert line(checked(network, job({"GLOO_SOCKET_IFNAME": "lo"}, TWO_NODES)), "host name").status == OK
     assert line(checked(network, job()), "host name").status == OK
 
@@ -277,9 +277,9 @@ def test_the_folder_of_telemetry(tmp_path):
     (got,) = files.telemetry(job({"VCRD_TELEMETRY_DIR": str(tmp_path / "records")}))
     assert got.status == OK and not list((tmp_path / "records").iterdir())
     (got,) = files.telemetry(job({"VCRD_TELEMETRY_DIR": str(tmp_path / "file")}))
-    assert got.status == FAULT and "since a file is in its way" in got.mend
+    assert got.status == FAULT and "since a file is in its way" in got.fix
     (got,) = files.telemetry(job({"VCRD_TELEMETRY_DIR": "/proc/records"}))
-    assert got.status == FAULT and "may write on every node" in got.mend
+    assert got.status == FAULT and "may write on every node" in got.fix
 
 
 def test_a_full_folder_is_not_taken_for_one_without_permission(tmp_path, monkeypatch):
@@ -288,4 +288,4 @@ def test_a_full_folder_is_not_taken_for_one_without_permission(tmp_path, monkeyp
 
     monkeypatch.setattr(files, "_write", full)
     (got,) = files.check(job(run_dir=str(tmp_path)))
-    assert "No space left" in got.found and got.mend.startswith("Remove old checkpoints")
+    assert "No space left" in got.found and got.fix.startswith("Remove old checkpoints")

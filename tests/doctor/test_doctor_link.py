@@ -110,7 +110,7 @@ def test_a_link_on_which_a_micro_batch_takes_longer_than_the_compute_is_a_fault(
     assert got.status == OK and "from rank 1 (b1) to rank 0 (b0)" in got.found
     got = judged({(1, 0): 0.99 * enough})
     assert got.status == FAULT and got.found.endswith("so the student waits")
-    assert re.fullmatch(r"Set VCRD_PAYLOAD=\w+ in both jobs, or use a faster network\.", got.mend)
+    assert re.fullmatch(r"Set VCRD_PAYLOAD=\w+ in both jobs, or use a faster network\.", got.fix)
     assert judged({(1, 0): 0.99 * enough}, known=False).status == OK
 
 
@@ -141,16 +141,16 @@ def test_how_tensors_would_travel_is_a_line(setting, version, why, status, found
     monkeypatch.setattr(network, "nccl_version", lambda: (version, why))
     (line,) = network.transport(Job(World(), {}, LinkSettings(transport=setting)))
     assert (line.name, line.status, line.found) == ("transport", status, found)
-    assert bool(line.mend) == (status == FAULT)
+    assert bool(line.fix) == (status == FAULT)
 
 
 def test_the_payload_that_is_proposed_is_the_plan_s():
     """At a twentieth of the needed speed only hidden states and top-k are fast enough."""
     (pair,) = pairs_of(RUN, "float16")
     slow = {(1, 0): pair.bytes / student_seconds(RUN) / 20}
-    assert judged(slow).mend.startswith(("Set VCRD_PAYLOAD=hidden ", "Set VCRD_PAYLOAD=topk "))
+    assert judged(slow).fix.startswith(("Set VCRD_PAYLOAD=hidden ", "Set VCRD_PAYLOAD=topk "))
     hopeless = {(1, 0): 1e3}
-    assert judged(hopeless, payload="topk").mend == "Use a faster network, since no payload is better here."
+    assert judged(hopeless, payload="topk").fix == "Use a faster network, since no payload is better here."
 
 
 def test_the_slowest_of_several_pairs_is_named_and_silence_is_a_fault():

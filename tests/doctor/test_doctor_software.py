@@ -26,7 +26,7 @@ def only(findings):
 
 def test_what_is_here_has_no_fault():
     findings = [f for check in (*software.CHECKS, *packages.CHECKS) for f in check(ALONE)]
-    assert not [finding for finding in findings if finding.mend]
+    assert not [finding for finding in findings if finding.fix]
     texts = {finding.name: finding.found for finding in findings}
     assert texts["torch"].startswith(torch.__version__)
     assert texts["extension"].startswith("built with this torch")
@@ -46,7 +46,7 @@ def test_apex_from_pypi_is_recognised_by_what_it_is(on_path):
         line.status == FAULT
         and "apex 0.9.10.dev0 from PyPI is another project (Pyramid toolkit" in line.found
     )
-    assert "pip uninstall apex" in line.mend
+    assert "pip uninstall apex" in line.fix
 
 
 def test_nvidias_apex_is_not_taken_for_it(on_path):
@@ -83,7 +83,7 @@ def test_an_extension_for_other_gpus_is_a_fault_that_names_both(gpu):
     assert (
         line.status == FAULT and line.found == "the extension is built for 8.0;10.0a, the GPUs here are 9.0"
     )
-    assert "TORCH_CUDA_ARCH_LIST=9.0" in line.mend
+    assert "TORCH_CUDA_ARCH_LIST=9.0" in line.fix
     assert software._architectures(built("8.0;9.0a")).status == OK
     assert software._architectures(built("")).status == UNCHECKED
     assert software._architectures(built("Hopper")).status == UNCHECKED
@@ -128,7 +128,7 @@ def test_an_extension_that_does_not_load_says_why_in_words(monkeypatch, said, fo
     monkeypatch.setattr(software.importlib, "import_module", broken)
     (line,) = software.extension(ALONE)
     assert line.status == FAULT and re.search(found, line.found), line
-    assert "pip install --no-build-isolation" in line.mend
+    assert "pip install --no-build-isolation" in line.fix
 
 
 def test_an_extension_that_was_built_with_another_torch_names_both(monkeypatch):
@@ -186,9 +186,7 @@ def test_a_transformer_engine_that_breaks_megatron_core_is_named_and_not_megatro
     line = only(packages.megatron_core(ALONE))
     assert line.status == UNCHECKED and "before transformer_engine can" in line.found
     line = only(packages.transformer_engine(ALONE))
-    assert (
-        line.status == FAULT and "undefined symbol: x" in line.found and "--no-build-isolation" in line.mend
-    )
+    assert line.status == FAULT and "undefined symbol: x" in line.found and "--no-build-isolation" in line.fix
 
 
 def test_an_old_megatron_core_is_told_before_it_is_imported(monkeypatch):
@@ -199,14 +197,14 @@ def test_an_old_megatron_core_is_told_before_it_is_imported(monkeypatch):
 
 def test_a_mend_of_megatron_core_leaves_torch_alone(monkeypatch):
     monkeypatch.setattr(packages, "failure_of", lambda name: packages.Failure("no module named x", ""))
-    assert "--no-deps" in only(packages.megatron_core(ALONE)).mend
+    assert "--no-deps" in only(packages.megatron_core(ALONE)).fix
 
 
 def test_a_folder_that_is_taken_for_apex_is_named(on_path):
     (on_path / "apex" / "apex").mkdir(parents=True)
     line = only(packages.apex(ALONE))
     assert line.status == FAULT and f"{on_path}/apex is taken for it" in line.found
-    assert "uninstall" not in line.mend
+    assert "uninstall" not in line.fix
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_a_fault_of_one_node_names_it_and_the_others_are_green():
 
 def test_versions_must_be_alike_and_figures_need_not():
     (line,) = of_nodes(*(ok("driver", number, alike="Install one.") for number in ("580", "550", "580")))
-    assert (line.status, line.found, line.mend) == ("fault", "b1: 550; others: 580", "Install one.")
+    assert (line.status, line.found, line.fix) == ("fault", "b1: 550; others: 580", "Install one.")
     (line,) = of_nodes(fact("space", "5 GB"), fact("space", "6 GB"))
     assert line.status == "fact" and line.found == "5 GB (so on b0; other figures elsewhere)"
 
@@ -285,7 +285,7 @@ def test_what_hangs_takes_no_other_line_with_it_and_is_named(tmp_path):
     job = Job(World(), variables, environment_checks.link_settings(variables), scenario=run, patience=2.0)
     try:
         lines = examination.looked(job, *environment_checks.CHECKS)
-        found = {line.name: line.found for line in lines if line.mend}
+        found = {line.name: line.found for line in lines if line.fix}
         assert {"check", "settings", "interfaces"} <= set(found)
         assert found["check"] == "secret: no answer within 2 seconds"
         (line,) = examination._linked(job, None, {0: "b1"})

@@ -185,7 +185,7 @@ def test_rows_of_a_bad_teacher_are_skipped_as_with_stored_logits(in_forward):
     for fused in (False, True):
         hidden = tensors["hidden"].clone().requires_grad_()
         weight = tensors["weight"].nan_to_num().requires_grad_()
-        options = {"skip_bad_teacher": True, "normalization": "mean"}
+        options = {"skip_invalid_teacher": True, "normalization": "mean"}
         if fused:
             out = vcrd.fused_validity_calibrated_kl(
                 *(hidden, weight, teacher, tensors["labels"]), gradient_in_forward=in_forward, **options

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vcrd
-from vcrd.bad_rows import bad_rows
+from vcrd.invalid_rows import invalid_rows
 from vcrd.layout import DIVERGENCES
 from vcrd.link.payload import encode, payload_named, row_max
 from vcrd.link.plan import Shard
@@ -53,38 +53,38 @@ def run(teacher, mask, divergence="forward_kl", **settings):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", ["float32", "float16", "logits_8bit", "topk", "hidden"])
-def test_bad_rows_of_every_payload_are_skipped_as_masked_ones_are(name, inplace):
+def test_invalid_rows_of_every_payload_are_skipped_as_masked_ones_are(name, inplace):
     teacher = as_payload(name, spoilt())
     mask = torch.ones(8, 1, dtype=torch.bool)
     mask[list(BAD)] = False
     settings = {"normalization": "mean", "steps": torch.arange(8)[:, None] // 4, "inplace_gradient": inplace}
     expected, gradient = run(teacher, mask, **settings)
-    out, got = run(teacher, None, skip_bad_teacher=True, **settings)
-    assert bad_rows(out.stats).flatten().nonzero().flatten().tolist() == list(BAD)
+    out, got = run(teacher, None, skip_invalid_teacher=True, **settings)
+    assert invalid_rows(out.stats).flatten().nonzero().flatten().tolist() == list(BAD)
     assert torch.equal(out.loss, expected.loss) and torch.equal(out.weight, expected.weight)
     assert torch.equal(got, gradient) and got.isfinite().all() and (got[0] != 0).any()
     assert (got[list(BAD)] == 0).all() and (out.loss[list(BAD)] == 0).all()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_bad_rows_are_skipped_by_every_divergence(divergence):
+def test_invalid_rows_are_skipped_by_every_divergence(divergence):
     teacher = spoilt()
     mask = torch.ones(8, 1, dtype=torch.bool)
     mask[list(BAD)] = False
     expected, gradient = run(teacher, mask, divergence)
-    out, got = run(teacher, None, divergence, skip_bad_teacher=True)
+    out, got = run(teacher, None, divergence, skip_invalid_teacher=True)
     assert torch.equal(got, gradient) and torch.equal(out.loss, expected.loss)
-    assert torch.equal(bad_rows(out.stats).flatten(), ~mask.flatten())
+    assert torch.equal(invalid_rows(out.stats).flatten(), ~mask.flatten())
 
 
-def test_a_mask_counts_beside_the_bad_rows():
+def test_a_mask_counts_beside_the_invalid_rows():
     """Of the masked rows one is bad and two are not: none of them is in the mean, and none brings a gradient."""
     mask = torch.ones(8, 1)
     mask[[0, 1, 7]] = 0.0
     both = mask.clone()
     both[list(BAD)] = 0.0
     expected, gradient = run(spoilt(), both, normalization="mean")
-    out, got = run(spoilt(), mask, skip_bad_teacher=True, normalization="mean")
+    out, got = run(spoilt(), mask, skip_invalid_teacher=True, normalization="mean")
     assert torch.equal(out.weight, expected.weight) and torch.equal(out.loss, expected.loss)
     assert torch.equal(got, gradient) and (got[2] != 0).any()
 
@@ -92,8 +92,8 @@ def test_a_mask_counts_beside_the_bad_rows():
 def test_nothing_is_skipped_unasked_and_a_masked_row_is_not_bad():
     out, _ = run(spoilt(), None)
     assert out.loss.isnan().sum() == len(BAD)
-    out, _ = run(spoilt(), torch.zeros(8, 1), skip_bad_teacher=True)
-    assert not bad_rows(out.stats).any()
+    out, _ = run(spoilt(), torch.zeros(8, 1), skip_invalid_teacher=True)
+    assert not invalid_rows(out.stats).any()
 
 
 @pytest.mark.parametrize("name", ["float32", "topk", "logits_8bit"])
@@ -103,14 +103,14 @@ def test_a_nan_of_the_students_is_not_hidden(name):
     student = leaf * 1.0
     with torch.no_grad():
         student[2], student[6] = torch.nan, torch.nan  # beside a good row and beside a bad one
-    out = vcrd.validity_calibrated_kl(student, teacher, validity="uniform", skip_bad_teacher=True)
-    assert out.loss[[2, 6]].isnan().all() and not bad_rows(out.stats)[[2, 6]].any()
-    assert bad_rows(out.stats)[[1, 3, 4]].all()
+    out = vcrd.validity_calibrated_kl(student, teacher, validity="uniform", skip_invalid_teacher=True)
+    assert out.loss[[2, 6]].isnan().all() and not invalid_rows(out.stats)[[2, 6]].any()
+    assert invalid_rows(out.stats)[[1, 3, 4]].all()
 
 
-def test_codes_of_a_flat_row_and_of_a_far_shard_are_no_bad_rows():
+def test_codes_of_a_flat_row_and_of_a_far_shard_are_no_invalid_rows():
     flat, far = torch.zeros(1, 1, VOCAB), torch.full((1, 1, VOCAB), -100.0)
     far[..., 50] = 0.0
     teacher = as_payload("logits_8bit", torch.cat([flat, far] * 4))
-    out, _ = run(teacher, None, skip_bad_teacher=True)
-    assert not bad_rows(out.stats).any() and out.loss.isfinite().all()
+    out, _ = run(teacher, None, skip_invalid_teacher=True)
+    assert not invalid_rows(out.stats).any() and out.loss.isfinite().all()

@@ -136,7 +136,7 @@ def test_a_known_token_in_the_padding_is_refused_or_no_distribution(device):
     with pytest.MonkeyPatch.context() as patch:  # where nobody looks before the kernels run
         patch.setattr("vcrd.divergence._check_ids", lambda *_: None)
         stats = measured(student, form, labels, device, vocab_size=12)
-        skipped = measured(student, form, labels, device, vocab_size=12, skip_bad_teacher=True)
+        skipped = measured(student, form, labels, device, vocab_size=12, skip_invalid_teacher=True)
     for name in (*OF_THE_TEACHER[1:], "divergence", "student_logprob_of_teacher_action"):
         assert getattr(stats, name)[0].isfinite(), name
     for name in (*OF_THE_TEACHER[1:], "divergence"):

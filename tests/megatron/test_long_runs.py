@@ -245,7 +245,7 @@ def test_figures_are_sums_over_tokens_of_the_interval_and_of_all_ranks(folder):
         loss = sum(float.fromhex(line["loss"]) for line in mine) / tokens
         assert figures["tokens"] == tokens and figures["loss"] == pytest.approx(loss, rel=1e-5)
         assert figures["weight p10"] <= figures["weight p50"] <= figures["weight p90"] <= 1.95
-        assert 0 < figures["student more valid"] < 1 and figures["bad rows"] == 0
+        assert 0 < figures["student more valid"] < 1 and figures["invalid rows"] == 0
         (sent,) = [line for line in wandb if line["step"] == steps[1] and "vcrd/loss" in line]
         for name, value in figures.items():
             tag = f"vcrd/{name.replace(' ', '_')}"

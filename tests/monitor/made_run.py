@@ -102,7 +102,7 @@ def _figures(rank: int, intervals: int, every: int):
         yield {
             **first,
             "kind": "figures",
-            **{"steps": every, "seconds": seconds, "tokens": sum(counts), "loss": loss, "bad_rows": 0.0},
+            **{"steps": every, "seconds": seconds, "tokens": sum(counts), "loss": loss, "invalid_rows": 0.0},
             **{"divergence": 0.9 * loss, "cross_entropy": 1.4 + loss, "weight": 1 - 0.1 * part},
             **{"weight_p10": 0.6 - 0.2 * part, "weight_p90": 1.4, "agreement": 0.5 + 0.3 * part},
             **{"student_more_valid": 0.2 + 0.25 * part, "verifier_time": 0.0, "teacher_wait": wait},

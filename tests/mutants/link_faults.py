@@ -116,11 +116,11 @@ FAULTS = [
         *("tests/megatron/test_attach.py", "-k", "data_parallel_student"),
     ),
     _fault(
-        "every tensor rank counts the bad rows again",
+        "every tensor rank counts the invalid rows again",
         "megatron/attach.py",
         "and not self._measuring and self._layout.tensor_rank == 0:",
         "and not self._measuring:",
-        *("tests/megatron/test_bad_rows.py", "-k", "stop"),
+        *("tests/megatron/test_invalid_rows.py", "-k", "stop"),
     ),
     _fault(
         "a piece that is narrower than the shard is received in parts, and sent whole",

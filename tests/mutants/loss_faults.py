@@ -109,13 +109,13 @@ FAULTS = [
     ),
     _fault(
         "a student's NaN is skipped as if it were the teacher's",
-        "bad_rows.py",
+        "invalid_rows.py",
         "    bad = bad & ~statistics[_STUDENT_ENTROPY].isnan()\n",
         "",
         *(_SKIPPED, "-k", "students"),
     ),
     _fault(
-        "where bad rows are skipped masked tokens count for the mean weight",
+        "where invalid rows are skipped masked tokens count for the mean weight",
         "loss.py",
         "mask = kept if mask is None else kept & (mask != 0)",
         "mask = kept",

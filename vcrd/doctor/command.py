@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> tuple[str, int]:
         return "", 1
     if world.rank:
         return "", 0  # rank 0 prints, and its status is that of all
-    return _shown(asked, world, outcome.findings, outcome.nodes), int(any(f.mend for f in outcome.findings))
+    return _shown(asked, world, outcome.findings, outcome.nodes), int(any(f.fix for f in outcome.findings))
 
 
 def _no_torch(seconds: float) -> str:
@@ -75,8 +75,8 @@ def _without_torch(asked: Asked, world: World, why: str) -> tuple[str, int]:
     if world.rank:  # rank 0 will say that this one did not come
         print(f"python -m vcrd doctor: torch on {world.node}: {why}", file=sys.stderr)
         return "", 1
-    mend = "Install torch anew in this environment (pytorch.org has the command), or use another container image."
-    return _shown(asked, world, [fault("torch", f"{why}; nothing else was looked at", mend)], [world.node]), 1
+    fix = "Install torch anew in this environment (pytorch.org has the command), or use another container image."
+    return _shown(asked, world, [fault("torch", f"{why}; nothing else was looked at", fix)], [world.node]), 1
 
 
 def _shown(asked: Asked, world: World, findings: Sequence, nodes: Sequence[str]) -> str:
@@ -84,7 +84,7 @@ def _shown(asked: Asked, world: World, findings: Sequence, nodes: Sequence[str])
         values = {
             "processes": world.size,
             "nodes": list(nodes),
-            "faults": sum(bool(f.mend) for f in findings),
+            "faults": sum(bool(f.fix) for f in findings),
         }
         return json.dumps({**values, "findings": [finding.plain() for finding in findings]}, indent=1)
     from vcrd.doctor.table import text_of

@@ -56,8 +56,8 @@ def check(job: Job) -> list[Finding]:
     else:
         text = "the package pynvml here is another one"
     if not hasattr(nvml, "nvmlInit"):
-        mend = "Run `pip uninstall pynvml`, and `pip install --force-reinstall nvidia-ml-py`."
-        return [fault("nvidia-ml-py", text, mend)]
+        fix = "Run `pip uninstall pynvml`, and `pip install --force-reinstall nvidia-ml-py`."
+        return [fault("nvidia-ml-py", text, fix)]
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
@@ -170,10 +170,10 @@ def _kinds(gpus: list[Gpu], job: Job) -> Finding:
 def _summed(each: Callable[[Gpu, Job], Finding | None], gpus: list[Gpu], job: Job) -> list[Finding]:
     """One line for all GPUs that have the same fault, and one for all that have none."""
     found = [(gpu, finding) for gpu in gpus if (finding := each(gpu, job))]
-    good = [finding for _, finding in found if not finding.mend]
+    good = [finding for _, finding in found if not finding.fix]
     alike: dict[Finding, list[str]] = {}
     for gpu, finding in found:
-        if finding.mend:
+        if finding.fix:
             without = replace(finding, found=finding.found.replace(gpu.name, _SOME, 1))
             alike.setdefault(without, []).append(gpu.name)
     wrong = [replace(f, found=f.found.replace(_SOME, ", ".join(names))) for f, names in alike.items()]
@@ -247,16 +247,16 @@ def _errors(gpu: Gpu, job: Job) -> Finding | None:
         getattr(nvml, "NVML_VOLATILE_ECC", 0),
     )
     rows = gpu.ask("nvmlDeviceGetRemappedRows")  # corrected, uncorrected, pending, failed
-    mend = "Take the node out of the job and reset that GPU (`nvidia-smi -r`), or have it replaced if it comes back."
+    fix = "Take the node out of the job and reset that GPU (`nvidia-smi -r`), or have it replaced if it comes back."
     if count:
         return fault(
             "gpu errors",
             f"{gpu.name}: {count} uncorrected memory errors (ECC) since the driver started",
-            mend,
+            fix,
         )
     if rows and (rows[2] or rows[3]):
         what = "could not be replaced" if rows[3] else "wait to be replaced at the next reset"
-        return fault("gpu errors", f"{gpu.name}: rows of its memory {what}", mend)
+        return fault("gpu errors", f"{gpu.name}: rows of its memory {what}", fix)
     if mode is None:
         return None
     return ok(

@@ -65,8 +65,8 @@ def _wrong_setting(name: str, text: str) -> Finding:
     known = ["VCRD_" + f.name.upper() for kind in (DistillSettings, LinkSettings) for f in fields(kind)]
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
-        mend = f"Write {close[0]}, if that was meant, or unset it." if close else "Unset it."
-        return fault("settings", f"{name} is no setting of vcrd", mend)
+        fix = f"Write {close[0]}, if that was meant, or unset it." if close else "Unset it."
+        return fault("settings", f"{name} is no setting of vcrd", fix)
     # Settings name themselves, some as a field and some as the variable.
     own = "|".join(map(re.escape, (name, name.removeprefix("VCRD_").lower())))
     text = re.sub(f"^({own}):? ", "", text)
@@ -144,8 +144,8 @@ def interfaces(job: Job) -> list[Finding]:
         if left:
             found.append(ok("interfaces", f"{variable}={text} is {', '.join(left)} here"))
         else:
-            mend = f"Name one of {', '.join(here)} in {variable}, or unset it."
-            found.append(fault("interfaces", f"{variable}={text} names no interface of this node", mend))
+            fix = f"Name one of {', '.join(here)} in {variable}, or unset it."
+            found.append(fault("interfaces", f"{variable}={text} names no interface of this node", fix))
     return found
 
 
@@ -160,12 +160,12 @@ def adapters(job: Job) -> list[Finding]:
     ]
     if known or (but and here):
         return [ok("adapters", f"NCCL_IB_HCA={text}, of {', '.join(here)}")]
-    mend = (
+    fix = (
         f"Name one of {', '.join(here)} in NCCL_IB_HCA."
         if here
         else "Unset NCCL_IB_HCA, or use nodes with InfiniBand."
     )
-    return [fault("adapters", f"NCCL_IB_HCA={text} names no adapter of this node", mend)]
+    return [fault("adapters", f"NCCL_IB_HCA={text} names no adapter of this node", fix)]
 
 
 def _names(folder: Path) -> list[str]:
@@ -185,8 +185,8 @@ def shared_memory(job: Job) -> list[Finding]:
     total, free = space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize
     text = f"{free / 1e9:.3g} of {total / 1e9:.3g} GB of {_SHARED_MEMORY} are free"
     if free < _LEAST_SHARED:
-        mend = "Start the container with --shm-size=8g or --ipc=host, or remove what fills /dev/shm."
-        return [fault("shared memory", f"{text}; NCCL and the data loaders need more", mend)]
+        fix = "Start the container with --shm-size=8g or --ipc=host, or remove what fills /dev/shm."
+        return [fault("shared memory", f"{text}; NCCL and the data loaders need more", fix)]
     return [ok("shared memory", text)]
 
 
@@ -199,16 +199,16 @@ def open_files(job: Job) -> list[Finding]:
         return [ok("open files", "as many as a process likes")]
     if soft >= needed:
         return [ok("open files", f"{soft} of a process")]
-    mend = f"Run `ulimit -n {max(65536, needed)}` before the job, or raise the limit of the container."
+    fix = f"Run `ulimit -n {max(65536, needed)}` before the job, or raise the limit of the container."
     if hard != resource.RLIM_INFINITY and hard < max(65536, needed):
-        mend = (
+        fix = (
             f"Run `ulimit -n {hard}` before the job."
             if hard >= needed
             else (
                 "Raise the limit of what starts the job (LimitNOFILE of slurmd, --ulimit nofile of the container)."
             )
         )
-    return [fault("open files", f"{soft} of a process, and a run of {job.world.size} needs {needed}", mend)]
+    return [fault("open files", f"{soft} of a process, and a run of {job.world.size} needs {needed}", fix)]
 
 
 def locked_memory(job: Job) -> list[Finding]:
@@ -217,8 +217,8 @@ def locked_memory(job: Job) -> list[Finding]:
     if not job.first_on_node or not _names(_INFINIBAND):
         return []
     if soft != resource.RLIM_INFINITY:
-        mend = "Run `ulimit -l unlimited` before the job, or start the container with --ulimit memlock=-1."
-        return [fault("locked memory", f"{soft / 1e6:.3g} MB of a process, too little for InfiniBand", mend)]
+        fix = "Run `ulimit -l unlimited` before the job, or start the container with --ulimit memlock=-1."
+        return [fault("locked memory", f"{soft / 1e6:.3g} MB of a process, too little for InfiniBand", fix)]
     return [ok("locked memory", "as much as a process likes")]
 
 

@@ -84,11 +84,11 @@ def limited(check: Callable[[Job], list[Finding]], job: Job, seconds: float) -> 
     try:
         found = within(seconds, lambda: check(job), None)
     except Exception as error:  # the table must come out whatever a machine has in store
-        mend = "Please report this with the output of `python -m vcrd doctor --json`."
-        return [fault("check", f"{name}: the check itself failed: {error!r:.200}", mend)]
+        fix = "Please report this with the output of `python -m vcrd doctor --json`."
+        return [fault("check", f"{name}: the check itself failed: {error!r:.200}", fix)]
     if found is None:
-        mend = "Look at that node: a hanging file system, driver or GPU is the usual cause; --timeout gives it longer."
-        return [fault("check", f"{name}: no answer within {seconds:.3g} seconds", mend)]
+        fix = "Look at that node: a hanging file system, driver or GPU is the usual cause; --timeout gives it longer."
+        return [fault("check", f"{name}: no answer within {seconds:.3g} seconds", fix)]
     return found
 
 
@@ -128,9 +128,9 @@ def _secret(job: Job) -> str:
 
 
 def _without_others(job: Job, asked: Asked, why: str) -> Outcome:
-    mend = "Choose a free port in MASTER_PORT, and in MASTER_ADDR the address of the first node."
+    fix = "Choose a free port in MASTER_PORT, and in MASTER_ADDR the address of the first node."
     alone = looked(job, *_FIRST, *_THEN)
-    line = fault("processes", f"the other {job.world.size - 1} could not be asked: {why}", mend)
+    line = fault("processes", f"the other {job.world.size - 1} could not be asked: {why}", fix)
     return Outcome([line, *alone], [job.world.node])
 
 

@@ -36,8 +36,8 @@ def check(job: Job) -> list[Finding]:
     if folder is None:
         return [unchecked("run directory", "not named; --run-dir is what all nodes share")]
     if refused := _refused(folder, "--run-dir (and in the run's own arguments)"):
-        text, mend = refused
-        return [fault("run directory", text, mend)]
+        text, fix = refused
+        return [fault("run directory", text, fix)]
     return [
         ok("run directory", f"{folder} can be written, and a file there replaced in one step"),
         _space(job, folder),
@@ -49,13 +49,13 @@ def telemetry(job: Job) -> list[Finding]:
     if not folder or not job.first_on_node:
         return []
     if refused := _refused(folder, "VCRD_TELEMETRY_DIR"):
-        text, mend = refused
-        return [fault("telemetry", text, mend)]
+        text, fix = refused
+        return [fault("telemetry", text, fix)]
     return [ok("telemetry", f"VCRD_TELEMETRY_DIR={folder} can be written")]
 
 
 def _refused(folder: str, where: str) -> tuple[str, str] | None:
-    """Why a folder cannot be made or written, and the mend; None where it can. where: what it is named in."""
+    """Why a folder cannot be made or written, and the fix; None where it can. where: what it is named in."""
     try:
         os.makedirs(folder, exist_ok=True)
         _write(folder)

@@ -11,14 +11,14 @@ OK, FAULT, UNCHECKED, FACT = "ok", "fault", "not checked", "fact"
 @dataclass(frozen=True)
 class Finding:
     """name: of the line, the same in every run (docs/troubleshooting.md lists those that can be faults). status: one of
-    the four above. found: what was seen. mend: of a fault, one sentence that says what to do. where: which nodes or
+    the four above. found: what was seen. fix: of a fault, one sentence that says what to do. where: which nodes or
     ranks, where not all. alike: what to do where processes differ in this; empty where they may.
     """
 
     name: str
     status: str
     found: str
-    mend: str = ""
+    fix: str = ""
     where: str = ""
     alike: str = ""
 
@@ -31,8 +31,8 @@ def ok(name: str, found: str, alike: str = "") -> Finding:
     return Finding(name, OK, found, alike=alike)
 
 
-def fault(name: str, found: str, mend: str) -> Finding:
-    return Finding(name, FAULT, found, mend)
+def fault(name: str, found: str, fix: str) -> Finding:
+    return Finding(name, FAULT, found, fix)
 
 
 def unchecked(name: str, why: str) -> Finding:

@@ -50,7 +50,7 @@ def check(job: Job) -> list[Finding]:
     count = torch.cuda.device_count()
     mine = range(count) if job.world.size == 1 else [job.world.local_rank % count]
     results = [_on(torch.device("cuda", index)) for index in mine]
-    wrong = [result for result in results if result.mend]
+    wrong = [result for result in results if result.fix]
     return [*found, *(wrong or results[:1])]
 
 
@@ -72,13 +72,13 @@ def _on(device: torch.device) -> Finding:
 
 
 def _failed(device: torch.device, text: str) -> Finding:
-    mend = (
+    fix = (
         "Build the extension anew on this node with `pip install --no-build-isolation .`, and if the line stays, take "
         "the node out of the job."
     )
     if device.type == "cpu":
-        return fault("kernels", text, mend)
-    return fault("cuda kernels", text, mend)
+        return fault("kernels", text, fix)
+    return fault("cuda kernels", text, fix)
 
 
 def _cases() -> Iterator[_Case]:

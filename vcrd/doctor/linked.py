@@ -33,8 +33,8 @@ def try_link(job: Job, gathering: Gathering | None, nodes: dict[int, str]) -> li
         run = job.scenario
         text = f"the layouts take {run.student_gpus} + {needed - run.student_gpus} processes"
         text += f", and here are {job.world.size}"
-        mend = f"Start {needed} processes, the student's first, or correct --student and --teacher."
-        return [fault("processes of the link", text, mend)]
+        fix = f"Start {needed} processes, the student's first, or correct --student and --teacher."
+        return [fault("processes of the link", text, fix)]
     return _measured(job, gathering, nodes)
 
 

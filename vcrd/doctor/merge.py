@@ -59,7 +59,7 @@ def _different(groups: Mapping[Finding, list[int]], places: _Places) -> Finding:
     """What most say is taken for what was meant."""
     *odd, (usual, _) = sorted(groups.items(), key=lambda item: len(item[1]))
     parts = [f"{places.where(ranks)}: {finding.found}" for finding, ranks in odd]
-    return replace(usual, status=FAULT, found=f"{'; '.join(parts)}; others: {usual.found}", mend=usual.alike)
+    return replace(usual, status=FAULT, found=f"{'; '.join(parts)}; others: {usual.found}", fix=usual.alike)
 
 
 class _Places:

@@ -46,8 +46,8 @@ def transport(job: Job) -> list[Finding]:
     if version:
         return [ok("transport", f"NCCL {version}, GPU to GPU, if the other job has it too")]
     if setting == "nccl":
-        mend = "Run `pip install 'vcrd[nccl]'`, give the process a GPU, or set VCRD_TRANSPORT=auto."
-        return [fault("transport", f"VCRD_TRANSPORT is nccl, and {why}", mend)]
+        fix = "Run `pip install 'vcrd[nccl]'`, give the process a GPU, or set VCRD_TRANSPORT=auto."
+        return [fault("transport", f"VCRD_TRANSPORT is nccl, and {why}", fix)]
     return [fact("transport", f"TCP: {why}")]
 
 
@@ -63,8 +63,8 @@ def host_name(job: Job) -> list[Finding]:
     try:
         address = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
-        text, mend = f"{name} cannot be resolved: {first_line(error)}", f"Add {name} to DNS or to /etc/hosts."
-        return [fault("host name", text, mend) if job.world.size > 1 else fact("host name", text)]
+        text, fix = f"{name} cannot be resolved: {first_line(error)}", f"Add {name} to DNS or to /etc/hosts."
+        return [fault("host name", text, fix) if job.world.size > 1 else fact("host name", text)]
     chosen = job.environment.get("GLOO_SOCKET_IFNAME")
     if _loopback(address) and not _alone(job) and not chosen:
         return [
@@ -87,8 +87,8 @@ def link_interface(job: Job) -> list[Finding]:
             pass
     except LinkError as error:
         # Which names those of the interfaces that have an address.
-        mend = "Name one of these in VCRD_INTERFACE, or unset it."
-        return [fault("link interface", f"VCRD_INTERFACE={name}: {error}", mend)]
+        fix = "Name one of these in VCRD_INTERFACE, or unset it."
+        return [fault("link interface", f"VCRD_INTERFACE={name}: {error}", fix)]
     return [ok("link interface", f"VCRD_INTERFACE={name} is {address} here")]
 
 

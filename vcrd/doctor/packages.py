@@ -51,21 +51,21 @@ def megatron_core(job: Job) -> list[Finding]:
         number = "a checkout"
     numbers = tuple(int(part) for part in re.findall(r"\d+", number)[:2])
     if numbers and numbers < _LEAST_MEGATRON:
-        text, mend = (
+        text, fix = (
             f"{number}, and vcrd is for 0.16 and newer",
             "Run `pip install -U --no-deps megatron-core`.",
         )
-        return [fault("megatron-core", text, mend)]
+        return [fault("megatron-core", text, fix)]
     failure = failure_of("megatron.core")
     if failure and failure.culprit:
         text = f"{number}; it cannot be imported before {failure.culprit} can, see its line"
         return [unchecked("megatron-core", text)]
     if failure:
         # Without what it needs: that would bring another torch into an image that has its own.
-        mend = (
+        fix = (
             "Install it anew into this environment: `pip install --force-reinstall --no-deps megatron-core`."
         )
-        return [fault("megatron-core", f"{number} cannot be imported: {failure.text}", mend)]
+        return [fault("megatron-core", f"{number} cannot be imported: {failure.text}", fix)]
     training = "with" if _importable("megatron.training") else "without"
     return [ok("megatron-core", f"{number}, {training} megatron.training", alike=ALIKE)]
 
@@ -88,8 +88,8 @@ def transformer_engine(job: Job) -> list[Finding]:
     gpu = torch.cuda.is_available()
     failure = failure_of("transformer_engine.pytorch" if gpu else "megatron.core")
     if failure and (gpu or failure.culprit == _ENGINE):
-        mend = "Install it for this torch: `pip install --no-build-isolation transformer_engine[pytorch]`."
-        return [fault("transformer engine", f"{number} cannot be imported: {failure.text}", mend)]
+        fix = "Install it for this torch: `pip install --no-build-isolation transformer_engine[pytorch]`."
+        return [fault("transformer engine", f"{number} cannot be imported: {failure.text}", fix)]
     if not gpu:
         return [unchecked("transformer engine", f"{number}; whether it works shows on a GPU alone")]
     return [ok("transformer engine", number, alike=ALIKE)]
@@ -117,8 +117,8 @@ def apex(job: Job) -> list[Finding]:
         ]
     failure = failure_of("megatron.core")
     if failure and failure.culprit == _APEX:
-        mend = "Build it anew for this torch, or run `pip uninstall apex`, since Megatron works without it."
-        return [fault("apex", f"it cannot be imported: {failure.text}", mend)]
+        fix = "Build it anew for this torch, or run `pip uninstall apex`, since Megatron works without it."
+        return [fault("apex", f"it cannot be imported: {failure.text}", fix)]
     return [ok("apex", f"NVIDIA's {known['Version'] if known else ''}".strip(), alike=ALIKE)]
 
 

@@ -52,14 +52,14 @@ def torch_gpus(job: Job) -> list[Finding]:
         if not present:
             return [unchecked("torch gpus", "NVIDIA's driver shows none, see the line `driver`")]
         if torch.version.cuda is None:
-            mend = "Install a torch with CUDA (pytorch.org has the command)."
-            return [fault("torch gpus", "none: this torch is built without CUDA", mend)]
-        mend = "Look at CUDA_VISIBLE_DEVICES and at the line `driver` of this table."
-        return [fault("torch gpus", f"none: {_why_none()}", mend)]
+            fix = "Install a torch with CUDA (pytorch.org has the command)."
+            return [fault("torch gpus", "none: this torch is built without CUDA", fix)]
+        fix = "Look at CUDA_VISIBLE_DEVICES and at the line `driver` of this table."
+        return [fault("torch gpus", f"none: {_why_none()}", fix)]
     count = torch.cuda.device_count()
     if 1 < count < job.world.local_size:
-        mend = "Start one process for each GPU, or look at CUDA_VISIBLE_DEVICES."
-        return [fault("torch gpus", f"{count} for {job.world.local_size} processes on this node", mend)]
+        fix = "Start one process for each GPU, or look at CUDA_VISIBLE_DEVICES."
+        return [fault("torch gpus", f"{count} for {job.world.local_size} processes on this node", fix)]
     found = []
     for capability in dict.fromkeys(torch.cuda.get_device_capability(i) for i in range(count)):
         if not runs_on(torch.cuda.get_arch_list(), capability):
@@ -144,16 +144,16 @@ def _architectures(built: object) -> Finding:
         return unchecked("architectures", text)
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     names = ", ".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
-    mend = f"{_BUILD} on this node, or with TORCH_CUDA_ARCH_LIST={names.replace(', ', ';')}."
+    fix = f"{_BUILD} on this node, or with TORCH_CUDA_ARCH_LIST={names.replace(', ', ';')}."
     if not built.with_cuda:
-        return fault("architectures", "the extension has no CUDA kernels, and there is a GPU", mend)
+        return fault("architectures", "the extension has no CUDA kernels, and there is a GPU", fix)
     if not all(map(_ARCHITECTURE.fullmatch, listed.split(";"))):  # "Hopper", or nothing
         return unchecked(
             "architectures",
             f"this build of the extension does not say its own by number: {listed or 'nothing'}",
         )
     if not all(runs_on(listed.split(";"), capability) for capability in capabilities):
-        return fault("architectures", f"the extension is built for {listed}, the GPUs here are {names}", mend)
+        return fault("architectures", f"the extension is built for {listed}, the GPUs here are {names}", fix)
     return ok("architectures", f"the extension is built for {listed}, the GPUs here are {names}")
 
 

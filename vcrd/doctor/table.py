@@ -1,4 +1,4 @@
-"""The table: one line for each check, green or red, and the mend under each red one."""
+"""The table: one line for each check, green or red, and the fix under each red one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _rows(finding: Finding) -> list[tuple[str, str, str]]:
     """Status, name, text."""
     place = f"{finding.where}: " if finding.where else ""
     rows = [(finding.status, finding.name, place + finding.found)]
-    return [*rows, ("", "", f"mend: {finding.mend}")] if finding.mend else rows
+    return [*rows, ("", "", f"fix: {finding.fix}")] if finding.fix else rows
 
 
 def _plain(rows: Sequence[tuple[str, str, str]]) -> str:

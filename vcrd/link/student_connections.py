@@ -136,7 +136,7 @@ class StudentConnections:
         self._peers.tell(_with_text(Kind.GIVE_UP, 0, reason), reason, but=told_by)
 
     def fail(self, error: LinkError) -> None:
-        """What no teacher can mend; the first error stays."""
+        """What no teacher can fix; the first error stays."""
         with self._changed:
             if not self._parting:
                 self.failure = self.failure or error

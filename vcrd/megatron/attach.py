@@ -29,7 +29,7 @@ from vcrd.megatron.remote_teacher import RemoteTeacher
 from vcrd.megatron.replay import running_again
 from vcrd.megatron.report import Figures, Report
 from vcrd.megatron.settings import DistillSettings
-from vcrd.megatron.step_end import StepEnd, raise_if_bad
+from vcrd.megatron.step_end import StepEnd, raise_if_invalid
 from vcrd.megatron.teacher_check import TeacherCheck
 
 
@@ -117,7 +117,7 @@ class Distillation:
         self._counted = (0.0, 0)  # of the link's seconds waited and bytes received: what a report has already
         self._step_end = StepEnd(self._end_step, self._end_backward)
         # In each micro-batch of the step, where the run is to stop for them.
-        self._bad_rows: list[Tensor] = []
+        self._invalid_rows: list[Tensor] = []
         self._log = IntervalLog(settings, self._teacher)
         self._checked = False  # for clashes, on every rank alike
         self._measuring = False
@@ -178,9 +178,9 @@ class Distillation:
         self._teacher.end_step()
         repeated = running_again()
         self.report.end_step(repeated)
-        if self.settings.bad_rows == "stop":
-            counts, self._bad_rows = self._bad_rows, []
-            raise_if_bad(counts, 0 if self._layout is None else self._layout.data_rank)
+        if self.settings.invalid_rows == "stop":
+            counts, self._invalid_rows = self._invalid_rows, []
+            raise_if_invalid(counts, 0 if self._layout is None else self._layout.data_rank)
         if self._attached is not None and not self._first_step_checked:
             self._first_step_checked = True
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -277,8 +277,8 @@ class Distillation:
             out.loss.register_hook(partial(self.report.compare, mask))
         if not self._measuring:
             self._check.add(out, mask, labels.transpose(0, 1), answer)
-        if self.settings.bad_rows == "stop" and not self._measuring and self._layout.tensor_rank == 0:
-            self._bad_rows.append(self.report.last("bad_rows")[0])
+        if self.settings.invalid_rows == "stop" and not self._measuring and self._layout.tensor_rank == 0:
+            self._invalid_rows.append(self.report.last("invalid_rows")[0])
         self.report.add_verifier(self._outside.take_seconds())
         if self._observer is not None:
             self._observer(Observation(number, labels, loss_mask, out))

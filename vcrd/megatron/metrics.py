@@ -146,10 +146,10 @@ class IntervalLog:
     def _write(self, found: Any, iteration: int, figures: Figures, rows: list[Row]) -> None:
         args = found.get_args()
         values = scalars(figures, max(row.waited for row in rows), sum(row.received for row in rows))
-        if figures.bad_rows:
+        if figures.invalid_rows:
             _log.warning(
                 "%d tokens up to iteration %d were skipped, for their teacher was no distribution",
-                figures.bad_rows,
+                figures.invalid_rows,
                 iteration,
             )
         text = " | ".join(f"{name.replace('_', ' ')}: {value:.6g}" for name, value in values.items())
@@ -221,7 +221,7 @@ def scalars(figures: Figures, wait: float, received: float) -> dict[str, float]:
     values = {name: float(getattr(figures, name)) for name in names}
     for percent in QUANTILES:
         values[f"weight_p{percent}"] = figures.weight_quantile(percent / 100)
-    for name in ("student_more_valid", "agreement", "bad_rows", "verifier_time"):
+    for name in ("student_more_valid", "agreement", "invalid_rows", "verifier_time"):
         values[name] = float(getattr(figures, name))
     return {**values, "teacher_wait": wait, "link_bytes": received}
 

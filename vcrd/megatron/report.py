@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.bad_rows import bad_rows
+from vcrd.invalid_rows import invalid_rows
 from vcrd.loss import CalibratedLoss
 from vcrd.megatron.teacher_check import TeacherCheck
 
@@ -25,7 +25,7 @@ _SUMS = (
     "weight",
     "student_more_valid",
     "agreement",
-    "bad_rows",
+    "invalid_rows",
 )
 # Micro-batches; the tokens of each that the mask keeps, and their squares, which tell whether the numbers are equal.
 _COUNTS = ("micro_batches", "kept", "kept_squared")
@@ -40,8 +40,8 @@ class Figures:
     with relative validity below 1/2. agreement: share of tokens where both models' most probable token is the
     same. validity_histogram: tokens by relative validity, BINS equal bins over [0, 1]. teacher_wait: seconds
     this rank stood still for answers. link_bytes: payload bytes that reached this rank. verifier_time: seconds that
-    tensor rank 0 spent in the verifier, the same on each of its tensor ranks. bad_rows: tokens that were skipped, for
-    their teacher was no distribution; in no other figure. weight_histogram: see `weight_quantile`.
+    tensor rank 0 spent in the verifier, the same on each of its tensor ranks. invalid_rows: tokens that were
+    skipped, for their teacher was no distribution; in no other figure. weight_histogram: see `weight_quantile`.
     micro_batches: how many there were, those of all ranks. micro_batch_tokens, micro_batch_deviation: mean and standard
     deviation of the tokens that the mask keeps in each; the deviation is exactly 0 where they are equal.
     unlike_mask: tokens of training that the mask keeps and loss_func gives no gradient, or the other way round.
@@ -61,7 +61,7 @@ class Figures:
     teacher_wait: float
     link_bytes: int
     verifier_time: float = 0.0
-    bad_rows: int = 0
+    invalid_rows: int = 0
     weight_histogram: tuple[int, ...] = ()
     micro_batches: int = 0
     micro_batch_tokens: float = 0.0
@@ -105,7 +105,7 @@ class Report:
     def add(self, out: CalibratedLoss, mask: Tensor | None) -> None:
         """Adds one micro-batch; `mask` [s, b] or None, as given to the loss."""
         stats, rho = out.stats, out.relative_validity
-        bad = bad_rows(stats)
+        bad = invalid_rows(stats)
         read = torch.ones_like(bad) if mask is None else mask != 0
         keep = read & ~bad
         rows = (
@@ -188,7 +188,7 @@ class Report:
         micro_batches, kept, squares = (int(value) for value in values[len(_SUMS) : _BEFORE_BINS])
         bins = tuple(int(value) for value in values[_BEFORE_BINS:])
         figures = Figures(
-            **{**means, "tokens": int(tokens), "bad_rows": int(values[_SUMS.index("bad_rows")])},
+            **{**means, "tokens": int(tokens), "invalid_rows": int(values[_SUMS.index("invalid_rows")])},
             validity_histogram=bins[:BINS],
             weight_histogram=bins[BINS:],
             teacher_wait=wait,

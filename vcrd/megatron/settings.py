@@ -20,7 +20,7 @@ class DistillSettings:
 
     validity: also "scores", student's and teacher's validity of each token as fields of the micro-batches, and steps:
         whether they carry the reasoning step of each token (`vcrd.megatron.external_validity`, docs/validity.md).
-    bad_rows: what happens to a token whose teacher is no distribution (a NaN, +inf, or nothing above -inf among its
+    invalid_rows: what happens to a token whose teacher is no distribution (a NaN, +inf, or nothing above -inf among its
         logits). "skip": its loss, weight and gradient are 0, and it is counted. "stop": the step raises before the
         optimizer runs, on every rank.
     fused_head: make the student's logits chunk by chunk inside the loss, never all of them
@@ -53,7 +53,7 @@ class DistillSettings:
     ceiling: float = 1.9
     normalization: str = "none"
     ce_weight: float = 0.0
-    bad_rows: str = "skip"
+    invalid_rows: str = "skip"
     fused_head: bool = False
     fused_head_recompute: bool = False
     vocab_size: int | None = None
@@ -80,8 +80,8 @@ class DistillSettings:
             raise TypeError(
                 f"telemetry_dir: expected a folder or None, got {type(self.telemetry_dir).__name__}"
             )
-        if self.bad_rows not in ("skip", "stop"):
-            raise ValueError(f"bad_rows: expected 'skip' or 'stop', got {self.bad_rows!r}")
+        if self.invalid_rows not in ("skip", "stop"):
+            raise ValueError(f"invalid_rows: expected 'skip' or 'stop', got {self.invalid_rows!r}")
         for name in ("steps", "fused_head", "fused_head_recompute"):
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -131,7 +131,7 @@ class DistillSettings:
         names = ("divergence", "temperature", "alpha", "beta", "validity", "sharpness", "floor", "ceiling")
         found = {name: getattr(self, name) for name in (*names, "normalization", "ce_weight")}
         # Also where the run is to stop: it does so at the end of the step, and knows then how many there were.
-        return {**found, "skip_bad_teacher": True}
+        return {**found, "skip_invalid_teacher": True}
 
 
 def _parse(variable: str, text: str, annotation: str) -> Any:

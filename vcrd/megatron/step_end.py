@@ -43,8 +43,8 @@ class StepEnd:
         self._watched.clear()
 
 
-def raise_if_bad(counts: list[Tensor], data_rank: int) -> None:
-    """RuntimeError on every rank of the world if any rank's teacher had bad rows in this step.
+def raise_if_invalid(counts: list[Tensor], data_rank: int) -> None:
+    """RuntimeError on every rank of the world if any rank's teacher had invalid rows in this step.
 
     counts: tokens with a bad teacher in each micro-batch of the step, scalars on the device; empty where they are
     counted by another rank. One all-gather of 3 int64 over the world, and one wait for the device.
@@ -60,7 +60,7 @@ def raise_if_bad(counts: list[Tensor], data_rank: int) -> None:
     if bad:
         number, rank = bad[0]
         raise RuntimeError(
-            f"bad_rows: expected a teacher of finite logits, got {sum(row[0] for row in rows)} tokens in this step "
+            f"invalid_rows: expected a teacher of finite logits, got {sum(row[0] for row in rows)} tokens in this step "
             f"with a NaN, a +inf or nothing above -inf, the first in micro-batch {number} on data rank {rank}; "
-            "the step is not applied (bad_rows='skip' skips and counts such tokens)"
+            "the step is not applied (invalid_rows='skip' skips and counts such tokens)"
         )

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.bad_rows import bad_rows
+from vcrd.invalid_rows import invalid_rows
 from vcrd.loss import CalibratedLoss
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.remote_teacher import TeacherForm
@@ -60,7 +60,7 @@ class TeacherCheck:
     def add(self, out: CalibratedLoss, mask: Tensor | None, labels: Tensor, answer: TeacherForm) -> None:
         """Adds one micro-batch; mask [s, b] or None, labels [s, b] and the teacher's answer, as given to the loss."""
         stats, columns = out.stats, self._layout.vocab_size
-        bad = bad_rows(stats)
+        bad = invalid_rows(stats)
         read = torch.ones_like(bad) if mask is None else mask != 0
         keep = read & ~bad
         # One label of probability 0 must not decide for a thousand others.

@@ -129,7 +129,7 @@ def _curves(run: Run) -> str:
         ),
         charts.lines("Speed", "tokens per second", x, [("tokens", charts.INK, rate)], least=0),
     ]
-    bad = bins.sum(figures["bad_rows"])
+    bad = bins.sum(figures["invalid_rows"])
     if bad.any():
         found.append(
             charts.lines("Skipped", "tokens, their teacher none", x, [("", charts.STUDENT, bad)], least=0)

@@ -16,7 +16,15 @@ _AT_ONCE = 4096  # records that are held as Python objects
 _ALWAYS = ("time", "role", "rank", "iteration")  # what a run writes in each
 FIGURES = (
     *("iteration", "time", "steps", "seconds", "tokens", "loss", "divergence", "cross_entropy"),
-    *("weight", "weight_p10", "weight_p90", "student_more_valid", "agreement", "bad_rows", "verifier_time"),
+    *(
+        "weight",
+        "weight_p10",
+        "weight_p90",
+        "student_more_valid",
+        "agreement",
+        "invalid_rows",
+        "verifier_time",
+    ),
     *("forward", "backward", "gradients", "between"),
 )
 OF_RANK = (

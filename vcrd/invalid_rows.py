@@ -19,7 +19,7 @@ class _Entropies(Protocol):
     teacher_entropy: Tensor
 
 
-def bad_rows(stats: _Entropies) -> Tensor:
+def invalid_rows(stats: _Entropies) -> Tensor:
     """Bool [...]: rows of `DivergenceStats` whose teacher is no distribution. Codes: those that were skipped, alone.
 
     Not where the student holds a NaN.
@@ -27,10 +27,10 @@ def bad_rows(stats: _Entropies) -> Tensor:
     return stats.teacher_entropy.isnan() & ~stats.student_entropy.isnan()
 
 
-def skip_bad_rows(
+def skip_invalid_rows(
     partials: Tensor, statistics: Tensor, actions: Tensor, mask: Tensor | None, coded: bool
 ) -> Tensor:
-    """The mask [rows], uint8, without the bad rows, in which all statistics become 0, but the teacher's entropy NaN.
+    """The mask [rows], uint8, without the invalid rows. Their statistics become 0, but the teacher's entropy NaN.
 
     partials: [shards, rows, n]; statistics [10, rows] and actions [2, rows], changed in place: as merged, equal on all
     rank. coded: whether the teacher is 8-bit codes relative to one maximum per row. No collective, no synchronisation.

@@ -17,7 +17,7 @@ BAD = {3: torch.nan, 5: torch.inf, 8: -torch.inf}  # what is among the teacher's
 PAYLOADS = ["float32", "float16", "logits_8bit", "topk", "hidden"]
 
 
-def serve_bad_rows(chosen: DistillSettings) -> int:
+def serve_invalid_rows(chosen: DistillSettings) -> int:
     """In the logits of the last tensor rank alone, where they are what is sent; else in the states of every rank."""
     from megatron.core import parallel_state
 
@@ -93,11 +93,11 @@ def masks(micro_batches: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_bad_rows_of_the_teacher_are_skipped_and_counted(payload):
+def test_invalid_rows_of_the_teacher_are_skipped_and_counted(payload):
     chosen = settings(payload=payload, top_k=7, normalization="mean")
     students, _ = run_worlds(
         World(mean_step, 2, tensor=2, arguments=(chosen,)),
-        World(serve_bad_rows, 2, tensor=2, arguments=(chosen,)),
+        World(serve_invalid_rows, 2, tensor=2, arguments=(chosen,)),
     )
     for rank in students:
         assert rank.error is None and rank.own_again
@@ -106,7 +106,7 @@ def test_bad_rows_of_the_teacher_are_skipped_and_counted(payload):
             assert loss.isfinite().all()
             assert (loss[:, list(BAD)] == 0).all()
             bad += int(mask[:, list(BAD)].sum())
-        assert rank.figures.bad_rows == bad > 0
+        assert rank.figures.invalid_rows == bad > 0
         assert rank.figures.tokens == sum(int(mask.sum()) for mask in masks(1)) - bad
         assert rank.figures.loss > 0 and rank.figures.weight == pytest.approx(1, rel=1e-5)
         assert sum(rank.figures.weight_histogram) == rank.figures.tokens
@@ -115,20 +115,20 @@ def test_bad_rows_of_the_teacher_are_skipped_and_counted(payload):
 
 
 def test_a_run_that_is_to_stop_does_so_on_every_rank_before_the_optimizer():
-    chosen = settings(bad_rows="stop")
+    chosen = settings(invalid_rows="stop")
     students, _ = run_worlds(
         World(step, 4, tensor=2, pipeline=2, arguments=(chosen, 2)),
-        World(serve_bad_rows, arguments=(chosen,)),
+        World(serve_invalid_rows, arguments=(chosen,)),
     )
     bad = sum(int(mask[:, list(BAD)].sum()) for mask in masks(2))
     for rank in students:
         assert rank.error.startswith(
-            f"bad_rows: expected a teacher of finite logits, got {bad} tokens in this step with a NaN"
+            f"invalid_rows: expected a teacher of finite logits, got {bad} tokens in this step with a NaN"
         )
         assert "the first in micro-batch 0 on data rank 0" in rank.error and rank.own_again
     assert [len(rank.losses) for rank in students if rank.is_last] == [2, 2], "two tensor ranks, one count"
 
 
 def test_the_setting_is_one_of_two():
-    with pytest.raises(ValueError, match="bad_rows: expected 'skip' or 'stop', got 'ignore'"):
-        DistillSettings(bad_rows="ignore")
+    with pytest.raises(ValueError, match="invalid_rows: expected 'skip' or 'stop', got 'ignore'"):
+        DistillSettings(invalid_rows="ignore")
