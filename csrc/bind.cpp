@@ -7,6 +7,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <cstddef>
+#include <iterator>
 #include <string>
 #include <tuple>
 
@@ -321,6 +323,34 @@ TORCH_LIBRARY_IMPL(vcrd, CPU, library) { implement(library); }
 TORCH_LIBRARY_IMPL(vcrd, CUDA, library) { implement(library); }
 #endif
 
+// The names of what crosses to Python, in the order of params.h: Python finds a row or a column by its name.
+constexpr const char* kDivergenceNames[] = {"forward_kl", "reverse_kl", "jeffreys",
+                                            "jsd",        "skew_kl",    "skew_reverse_kl"};
+static_assert(std::size(kDivergenceNames) == static_cast<size_t>(Divergence::kEvenJsd));
+
+constexpr const char* kStatisticNames[] = {
+    "divergence",
+    "cross_entropy",
+    "student_label_logprob",
+    "teacher_label_logprob",
+    "student_logprob_of_student_action",
+    "student_logprob_of_teacher_action",
+    "teacher_logprob_of_student_action",
+    "teacher_logprob_of_teacher_action",
+    "student_entropy",
+    "teacher_entropy",
+};
+static_assert(std::size(kStatisticNames) == static_cast<size_t>(kStatistics));
+
+template <size_t kCount>
+pybind11::tuple tuple_of(const char* const (&names)[kCount]) {
+  pybind11::tuple out(kCount);
+  for (size_t i = 0; i < kCount; ++i) out[i] = names[i];
+  return out;
+}
+
+#define VCRD_PLACE(Struct, field) pybind11::arg(#field) = offsetof(Struct, field) / sizeof(float)
+
 PYBIND11_MODULE(_C, module) {
   module.doc() = "vcrd's compiled kernels, registered as torch.ops.vcrd.*";
   module.attr("cpu_instruction_set") = std::string(cpu::kernels().instruction_set);
@@ -334,7 +364,11 @@ PYBIND11_MODULE(_C, module) {
   module.attr("torch_version") = std::string(VCRD_TORCH_VERSION);
   module.attr("partial_floats") = kPartialFloats;
   module.attr("constant_floats") = kConstantFloats;
-  module.attr("statistics") = int64_t(kStatistics);
+  module.attr("divergences") = tuple_of(kDivergenceNames);
+  module.attr("statistics") = tuple_of(kStatisticNames);
+  module.attr("partial_columns") =
+      pybind11::dict(VCRD_PLACE(RowPartial, teacher_max), VCRD_PLACE(RowPartial, teacher_sum));
+  module.attr("constant_columns") = pybind11::dict(VCRD_PLACE(RowConstants, student_max));
 }
 
 }  // namespace vcrd

@@ -81,7 +81,7 @@ LAYERS = (
         ("vcrd.plan", "vcrd.link.header", "vcrd.link.payload", "vcrd.link.plan"),
         packages=(),
     ),
-    Layer("vcrd/invalid_rows.py"),
+    Layer("vcrd/invalid_rows.py", ("vcrd.ops",)),
     Layer("vcrd/loss.py", ("vcrd.validity", "vcrd.divergence", "vcrd.teacher_forms", "vcrd.invalid_rows")),
     Layer(
         "vcrd/head.py",
@@ -104,7 +104,7 @@ LAYERS = (
     ),
     Layer("vcrd/overwriting.py"),
     Layer("vcrd/teacher_blocks.py", ("vcrd.ops", "vcrd.known_tokens", "vcrd.teacher_forms")),
-    Layer("vcrd/known_tokens.py"),
+    Layer("vcrd/known_tokens.py", ("vcrd.ops",)),
     Layer("vcrd/teacher_forms.py"),
     Layer("vcrd/layout.py", ("vcrd.agreement", "vcrd.teacher_forms")),
     Layer("vcrd/agreement.py"),

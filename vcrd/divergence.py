@@ -61,6 +61,14 @@ class DivergenceStats(NamedTuple):
     teacher_action: Tensor
 
 
+# Divergences and statistics go by their numbers between Python and the extension.
+if (ops.DIVERGENCES, ops.STATISTICS) != (DIVERGENCES, DivergenceStats._fields[: len(ops.STATISTICS)]):
+    raise ImportError(
+        f"vcrd._C: expected the divergences {DIVERGENCES} and the statistics {DivergenceStats._fields}, got "
+        f"{ops.DIVERGENCES} and {ops.STATISTICS}: build the extension again"
+    )
+
+
 class Plan(NamedTuple):
     """Everything but tensors that the passes need."""
 
@@ -360,7 +368,8 @@ def statistics_pass(
         if group is not None and sums.shape[0]:
             dist.all_reduce(sums, group=group)
         divergence = sums[:, 0].clamp(min=0)  # rounding may leave a hair below
-    rest = (*rest[: ops.STATISTICS - 1], *actions.unbind(0), *rest[ops.STATISTICS - 1 :])
+    others = len(ops.STATISTICS) - 1
+    rest = (*rest[:others], *actions.unbind(0), *rest[others:])
     return (divergence, *rest), (constants, sums, teacher, mask)
 
 

@@ -120,7 +120,7 @@ class FusedHead(torch.autograd.Function):
         need_hidden, need_weight = (task.in_forward and need for need in ctx.needs_input_grad[:2])
         hidden_gradient = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        floats = hidden.new_zeros((ops.STATISTICS, rows), dtype=torch.float32)
+        floats = hidden.new_zeros((len(ops.STATISTICS), rows), dtype=torch.float32)
         actions = hidden.new_zeros((2, rows), dtype=torch.int64)
         weights = hidden.new_zeros((2, rows), dtype=torch.float32)
         label_validity = torch.zeros_like(floats[0]) if isinstance(task.form, TopKBlocks) else None
@@ -145,8 +145,8 @@ class FusedHead(torch.autograd.Function):
             ctx.kept.append((chunk, measured, prepared))
             if keep is not None:
                 keep[chunk] = 1 if counted is None else counted
-            floats[:, chunk] = torch.stack(fields[: ops.STATISTICS])
-            actions[:, chunk] = torch.stack(fields[ops.STATISTICS : ops.STATISTICS + 2])
+            floats[:, chunk] = torch.stack(fields[: len(ops.STATISTICS)])
+            actions[:, chunk] = torch.stack(fields[len(ops.STATISTICS) : len(ops.STATISTICS) + 2])
             measurement = measured_of(fields)
             if label_validity is not None:
                 label_validity[chunk] = measurement.label_validity

@@ -7,8 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Rows of the merged statistics and a column of the partial ones: csrc/params.h.
-_STUDENT_ENTROPY, _TEACHER_ENTROPY, _TEACHER_MAX = 8, 9, 1
+from vcrd import ops
+
+_STUDENT_ENTROPY, _TEACHER_ENTROPY = map(ops.STATISTICS.index, ("student_entropy", "teacher_entropy"))
+_TEACHER_MAX = ops.PARTIAL_COLUMNS["teacher_max"]
 # Above what the code 255 stands for, below what 254 does. In a row of codes the largest logit has the code 0, so a row
 # without any code below 255 is none: the link sends it in the place of what codes cannot say.
 _NO_CODE = -23.9

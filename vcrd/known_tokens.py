@@ -7,10 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Rows of the merged statistics: csrc/params.h.
-_TEACHER_LABEL, _STUDENT_AT_OWN, _STUDENT_AT_TEACHERS, _TEACHER_AT_STUDENTS, _TEACHER_AT_OWN = 3, 4, 5, 6, 7
-_TEACHER_ENTROPY = 9
-_STUDENT_MAX = 0  # a column of the constants
+from vcrd import ops
+
+# Rows of the merged statistics, and a column of the constants.
+_TEACHER_LABEL = ops.STATISTICS.index("teacher_label_logprob")
+_STUDENT_AT_OWN = ops.STATISTICS.index("student_logprob_of_student_action")
+_STUDENT_AT_TEACHERS = ops.STATISTICS.index("student_logprob_of_teacher_action")
+_TEACHER_AT_STUDENTS = ops.STATISTICS.index("teacher_logprob_of_student_action")
+_TEACHER_AT_OWN = ops.STATISTICS.index("teacher_logprob_of_teacher_action")
+_TEACHER_ENTROPY = ops.STATISTICS.index("teacher_entropy")
+_STUDENT_MAX = ops.CONSTANT_COLUMNS["student_max"]
 
 
 class KnownTokens(NamedTuple):

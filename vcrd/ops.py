@@ -18,9 +18,14 @@ except ImportError as error:
         f"checkout. The loader said: {error}"
     ) from error
 
+# What the extension calls its divergences and the rows of its merged statistics, in the order of their numbers, and
+# where Python finds columns of the partial statistics and of the constants.
+DIVERGENCES: tuple[str, ...] = _C.divergences
+STATISTICS: tuple[str, ...] = _C.statistics
+PARTIAL_COLUMNS: dict[str, int] = _C.partial_columns
+CONSTANT_COLUMNS: dict[str, int] = _C.constant_columns
 PARTIAL_FLOATS: int = _C.partial_floats
 CONSTANT_FLOATS: int = _C.constant_floats
-STATISTICS: int = _C.statistics
 
 row_statistics = torch.ops.vcrd.row_statistics
 merge_statistics = torch.ops.vcrd.merge_statistics
@@ -40,7 +45,7 @@ def _(student, teacher, teacher_max, labels, mask, temperature, columns, first_c
 def _(partials, labels, mask, temperature, divergence):
     rows = partials.shape[1]
     return (
-        partials.new_empty((STATISTICS, rows)),
+        partials.new_empty((len(STATISTICS), rows)),
         partials.new_empty((2, rows), dtype=torch.int64),
         partials.new_empty((rows, CONSTANT_FLOATS)),
     )

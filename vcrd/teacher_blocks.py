@@ -24,6 +24,8 @@ from vcrd.teacher_forms import HiddenStates, TopKLogits
 # it: on CPU each block would be of fresh pages, which cost more than the arithmetic.
 BLOCK_BYTES = 31 << 20
 
+_MAX, _SUM = ops.PARTIAL_COLUMNS["teacher_max"], ops.PARTIAL_COLUMNS["teacher_sum"]
+
 Tensors = tuple["Tensor | None", ...]
 Group = "dist.ProcessGroup | None"
 # Given the merged statistics, actions and constants, labels and mask: see `KnownTokens.restate`.
@@ -146,8 +148,7 @@ class TopKBlocks(NamedTuple):
             partials = ops.row_statistics(
                 rows, tail, None, None, kept, 1.0, self.columns, self.first_column, 0
             )
-            # teacher_max and teacher_sum of a RowPartial, csrc/params.h
-            tails.append(torch.cat([partials[:, 1:4:2], at_action], -1))
+            tails.append(torch.stack([partials[:, _MAX], partials[:, _SUM], at_action[:, 0]], -1))
         maxima, sums, at_action = gather_shards(joined(tails), group).double().unbind(-1)
         top = maxima.amax(0)
         sums = (sums * (maxima - top).exp()).sum(0)

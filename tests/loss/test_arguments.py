@@ -155,3 +155,21 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "vcrd's compiled extension vcrd._C is missing" in done.stdout and "pip install" in done.stdout
+
+
+@pytest.mark.cpu_kernels
+@pytest.mark.parametrize("names", ["DIVERGENCES", "STATISTICS"])
+def test_an_extension_that_counts_otherwise_is_refused(names):
+    """Divergences and statistics go by their numbers: of another order each would be a wrong number in silence."""
+    script = f"""
+from vcrd import ops
+ops.{names} = ops.{names}[::-1]
+try:
+    import vcrd.divergence
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (
+        done.stdout.startswith("vcrd._C: expected the divergences") and "build the extension" in done.stdout
+    )
