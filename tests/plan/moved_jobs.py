@@ -141,11 +141,11 @@ def run_teacher(rank: int, replica: int, case: Case, port: int) -> None:
 
 def compare(link: TeacherLink, case: Case, payload: str, tensor: int, replica: int) -> None:
     planned = case.traffic(payload).sent_by(tensor, replica, case.replicas, SHAPES)
-    service = link._services[0]
+    session = link._sessions[0]
     # Every student has said goodbye to the intake; each receiver is told goodbye by this rank at some time about now.
-    goodbyes = headers.BYTES * len(service.receivers)
+    goodbyes = headers.BYTES * len(session.receivers)
     link.close()
-    assert service.delivery.bytes_sent == planned + goodbyes, (
-        f"{payload}: {service.delivery.bytes_sent - goodbyes}, planned {planned}"
+    assert session.responses.bytes_sent == planned + goodbyes, (
+        f"{payload}: {session.responses.bytes_sent - goodbyes}, planned {planned}"
     )
     print(f"{payload} {planned}", flush=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scenarios import GPU, scenario
 
 from vcrd import teacher_blocks
-from vcrd.link import delivery
+from vcrd.link import respond
 from vcrd.link.transport import tcp
 from vcrd.plan import costs as module
 from vcrd.plan.catalogue import MODELS
@@ -180,6 +180,6 @@ def test_shares_are_shares(changes):
 
 
 def test_the_sizes_of_other_modules_are_theirs():
-    assert module.RESPONSES_UNDER_WAY == delivery._UNDER_WAY
+    assert module.RESPONSES_UNDER_WAY == respond._UNDER_WAY
     assert module.BLOCK_BYTES == teacher_blocks.BLOCK_BYTES
     assert module.ASSEMBLY_BYTES == tcp._AT_ONCE
