@@ -99,7 +99,9 @@ def test_answers_that_are_there_are_not_late():
         serving = pool.submit(serve, teacher)
         found = waits(
             student,
-            lambda number: wait_until(lambda: student._reassembly.complete > number, LONG, "the answer is there"),
+            lambda number: wait_until(
+                lambda: student._reassembly.complete > number, LONG, "the answer is there"
+            ),
         )
         student.close()
         serving.result()
