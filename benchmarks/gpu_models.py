@@ -41,7 +41,8 @@ def build(
     **settings: Any,
 ) -> torch.nn.Module:
     """recipe: of FP8. engine: of Transformer Engine's layers. dtype: of the parameters, bfloat16 or float32.
-    layers: Megatron's specification of them, in place of its own. settings: of its configuration, besides."""
+    layers: a layer specification of Megatron's; None for the one that it would choose. settings: further fields of its
+    configuration."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,

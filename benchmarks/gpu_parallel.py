@@ -4,8 +4,8 @@
     python benchmarks/gpu_parallel.py --device cpu
 
 Four ranks of NCCL on one GPU (gpu_ranks.py) train a student through Transformer Engine's layers, three steps from the
-same weights in each layout of CASES. The teacher is a job of its own, of one more rank, that the link connects, or is
-in the student's ranks. Another process trains the same student alone. The four ranks must have its losses, figures,
+same weights in each layout of CASES. The teacher is either in the student's ranks, or a separate job of one rank that
+is connected by the link. Another process trains the same student alone. The four ranks must have its losses, figures,
 gradient norms and gradients, with the differences that LIMITS allows; otherwise the exit status is 1.
 
 On the CPU the ranks talk over gloo, the parameters are float32, and Megatron's local layers are used with a norm and an

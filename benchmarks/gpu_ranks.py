@@ -1,4 +1,4 @@
-"""Processes that share one GPU and are ranks of NCCL, each on a host of its own as far as NCCL knows.
+"""Starts NCCL ranks as processes that share one GPU. NCCL takes each of them for a separate host.
 
 NCCL refuses two ranks on one device where host and bus are equal. With another NCCL_HOSTID in each process (from NCCL
 2.30 on with NCCL_MULTI_RANK_GPU_ENABLE) they count as two hosts and talk over sockets of the loopback interface.

@@ -117,7 +117,7 @@ def test_other_weights_than_the_first_teachers_are_refused_or_named():
 )
 def test_statements_of_the_wrong_kind_are_refused(change):
     assert handshake.read(TEACHER.plain(), "teacher") == TEACHER
-    with pytest.raises(HandshakeRefused, match="are not those of protocol"):
+    with pytest.raises(HandshakeRefused, match="handshake is not that of protocol"):
         handshake.read(TEACHER.plain() | change, "teacher")
 
 

@@ -108,7 +108,7 @@ def test_facts_with_one_field_exchanged_are_read_or_refused(stated, data, value)
     ],
 )
 def test_facts_of_the_wrong_kind_are_refused(change):
-    with pytest.raises(HandshakeRefused, match="are not those of protocol"):
+    with pytest.raises(HandshakeRefused, match="handshake is not that of protocol"):
         handshake.read(HANDSHAKE.plain() | change, "teacher")
 
 

@@ -31,7 +31,7 @@ class HeldByPython(torch.autograd.Function):
 
 
 class Scaled(torch.autograd.Function):
-    """As Megatron's MoEAuxLossAutoScaler: logits pass, and the term gets a gradient of its own."""
+    """Like Megatron's MoEAuxLossAutoScaler: passes the logits on, and in backward also gives the term a gradient."""
 
     @staticmethod
     def forward(ctx, logits, term):

@@ -262,3 +262,18 @@ def warnings() -> Iterator[list[str]]:
         yield found
     finally:
         logging.getLogger("vcrd").removeHandler(handler)
+
+
+def one_step(forward_step, model: torch.nn.Module) -> None:
+    """Two micro-batches forward and backward, by Megatron's schedule without a pipeline."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches(2)),
+        model=[model],
+        num_microbatches=2,
+        seq_length=SEQUENCE,
+        micro_batch_size=2,
+        forward_only=False,
+    )

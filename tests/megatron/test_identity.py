@@ -83,7 +83,7 @@ def test_the_number_is_of_every_bit_and_place_and_the_same_in_every_layout():
 
 
 def share_of_experts() -> int:
-    """Of a model with experts and an output layer of its own, whose weights do not depend on the layout."""
+    """Of a model with experts and an untied output layer, whose weights do not depend on the layout."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

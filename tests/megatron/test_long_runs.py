@@ -145,7 +145,7 @@ def test_a_resumed_run_draws_the_samples_of_the_uninterrupted_one(folder, draws,
     assert 6 <= len(first.curve()) < 2 * STEPS
     second = run(folder, f"{name}-second", arguments, **environment)
     assert first.curve() + second.curve() == undisturbed.curve()
-    if not loader:  # of the loaders Megatron saves the training one alone
+    if not loader:  # Megatron saves only the state of the training loader
         evaluated = [line["evaluated"] for line in first.lines() + second.lines() if "evaluated" in line]
         assert evaluated == [line["evaluated"] for line in undisturbed.lines() if "evaluated" in line]
     assert second.lines()[-1] == undisturbed.lines()[-1] and "weights" in undisturbed.lines()[-1]

@@ -20,7 +20,7 @@ Z = 0.05
 
 
 class Scaled(torch.autograd.Function):
-    """As Megatron's MoEAuxLossAutoScaler: the logits pass, and the term gets a gradient of its own in backward."""
+    """Like Megatron's MoEAuxLossAutoScaler: passes the logits on, and in backward also gives the term a gradient."""
 
     @staticmethod
     def forward(ctx, logits, term):
@@ -66,7 +66,6 @@ def with_term(model: torch.nn.Module, how: str) -> torch.nn.Module:
 
 def gradients(how: str, in_place, **settings) -> SimpleNamespace:
     """Of one step of two micro-batches through the plug; and how often logits became their own gradient."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     model = with_term(build(tied=False), how)
     plug = vcrd.megatron.distill(
@@ -87,15 +86,7 @@ def gradients(how: str, in_place, **settings) -> SimpleNamespace:
         patch.object(vcrd.ops, "gradient_", counted),
     ):
         try:
-            get_forward_backward_func()(
-                forward_step_func=plug,
-                data_iterator=iter(jobs.batches(2)),
-                model=[model],
-                num_microbatches=2,
-                seq_length=jobs.SEQUENCE,
-                micro_batch_size=2,
-                forward_only=False,
-            )
+            jobs.one_step(plug, model)
         except RuntimeError as found:
             error = str(found)
     plug.close()

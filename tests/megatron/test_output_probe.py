@@ -254,7 +254,6 @@ def test_megatrons_layers_on_two_ranks_say_the_same_with_and_without_sequence_pa
 
 def whole_models(tied: bool) -> list[str]:
     """A student beside its teacher, as they are, and with a cap or a factor in the student's own code."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from vcrd.megatron import distill
     from vcrd.megatron.settings import DistillSettings
@@ -274,15 +273,7 @@ def whole_models(tied: bool) -> list[str]:
             teacher=build(tied),
         )
         try:
-            get_forward_backward_func()(
-                forward_step_func=plug,
-                data_iterator=iter(jobs.batches(2)),
-                model=[model],
-                num_microbatches=2,
-                seq_length=jobs.SEQUENCE,
-                micro_batch_size=2,
-                forward_only=False,
-            )
+            jobs.one_step(plug, model)
         except ValueError as error:
             found.append(str(error))
         else:

@@ -142,7 +142,7 @@ def run_teacher(rank: int, replica: int, case: Case, port: int) -> None:
 def compare(link: TeacherLink, case: Case, payload: str, tensor: int, replica: int) -> None:
     planned = case.traffic(payload).sent_by(tensor, replica, case.replicas, SHAPES)
     session = link._sessions[0]
-    # Every student has said goodbye to the intake; each receiver is told goodbye by this rank at some time about now.
+    # Every student has said goodbye to the teacher's first rank. This rank says goodbye to each receiver about now.
     goodbyes = headers.BYTES * len(session.receivers)
     link.close()
     assert session.responses.bytes_sent == planned + goodbyes, (

@@ -148,7 +148,7 @@ def read(values: Any, whose: str) -> Handshake:
     if not isinstance(values, dict) or not isinstance(values.get("protocol"), int):
         raise HandshakeRefused(f"the link is refused: the {whose}'s handshake cannot be read")
     if values["protocol"] != headers.PROTOCOL:
-        # Another version may state other handshake; this one alone is enough to refuse it.
+        # The handshake of another version may have other fields; its version alone is enough to refuse it.
         if whose == "student":
             reason = f"a student rank's protocol version is {values['protocol']}, not {headers.PROTOCOL}"
             raise HandshakeRefused(f"the link is refused: {reason}")
@@ -166,7 +166,7 @@ def read(values: Any, whose: str) -> Handshake:
         _check_numbers(handshake)
         _check_identity(handshake)
     except (TypeError, ValueError):
-        reason = f"the {whose}'s handshake are not those of protocol {headers.PROTOCOL}"
+        reason = f"the {whose}'s handshake is not that of protocol {headers.PROTOCOL}"
         raise HandshakeRefused(f"the link is refused: {reason}") from None
     return handshake
 

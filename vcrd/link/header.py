@@ -17,15 +17,15 @@ LARGEST = 1 << 48  # far above every count that is sent, far below where int64 p
 
 
 class Kind(IntEnum):
-    REQUEST = 1  # asker to requests; then the tokens and the boundaries, int32
+    REQUEST = 1  # request leader to teacher; then the tokens and the boundaries, int32
     RESPONSE = 2  # sender to student; then the payload, unless it is empty
     HEAD = 3  # sender to student; then rows of the teacher's output layer and their digest
-    READY = 4  # requests to asker: every connection of the epoch stands
+    READY = 4  # teacher to request leader: every connection of the epoch stands
     GOODBYE = 5  # either way, and answered: nothing follows from either
-    JOIN = 6  # asker to sibling: senders of epoch `number` may connect
-    LOST = 7  # between asker and sibling: epoch `number` is over; then the reason
-    PROGRESS = 8  # sibling to asker: the responses below `number` are complete there
-    GIVE_UP = 9  # between asker and sibling: no teacher is waited for any more; then the reason
+    JOIN = 6  # request leader to peer: senders of epoch `number` may connect
+    LOST = 7  # between request leader and peer: epoch `number` is over; then the reason
+    PROGRESS = 8  # peer to request leader: the responses below `number` are complete there
+    GIVE_UP = 9  # between request leader and peer: no teacher is waited for any more; then the reason
     # From sender to student: tensors travel by the transport with code `number`; then what it is made with, or the
     # reason. 0: by none, and there is no link; then the reason. The answer: 1, or 0 and the reason why it is not there.
     TRANSPORT = 10

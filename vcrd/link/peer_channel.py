@@ -18,9 +18,9 @@ Start = Callable[[Callable[[Connection], None], Connection], None]
 class PeerChannel:
     """One connection to each of the others on the rank that asks; elsewhere one to that rank.
 
-    changed: guards what is here. timeout: seconds in which a sibling must take something of what it is told. start:
+    changed: guards what is here. timeout: seconds in which a peer must take something of what it is told. start:
     runs a reader in a thread of its own. hear: called, without the lock, with each message and the text that came with
-    it; a LinkError of it ends the sibling. lost: called when one is gone without goodbye.
+    it; a LinkError of it ends that peer. lost: called when one is gone without goodbye.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PeerChannel:
 
     @property
     def settled(self) -> list[int]:
-        """For each sibling, the number below which responses are complete there; on the rank that asks."""
+        """For each peer, the number below which responses are complete there; on the rank that asks."""
         return list(self._progress.values())
 
     @property
@@ -62,7 +62,7 @@ class PeerChannel:
         return place in self._awaited and place not in self._connections
 
     def join(self, place: Place, connection: Connection) -> None:
-        """A sibling has come, or this rank has come to the one that asks. LinkError if it was there already."""
+        """A peer has come, or this rank has come to the one that asks. LinkError if it was there already."""
         with self._changed:
             if not self.expects(place):
                 raise LinkError(f"{place} is not expected at {self._place}")

@@ -346,8 +346,11 @@ def _checked_head(head: Head | None, weight: Tensor | None, width: int) -> Tenso
 
 
 def _agreed(replica_group: ReplicaGroup, handshake: Handshake, replica: int, sender: int) -> Handshake:
-    """The handshake, with the last stage's output layer in them on every rank; ValueError on every rank if they do not
-    make up one replica. sender: this rank's tensor rank if it is on the last stage, else -1."""
+    """The handshake with the last stage's output layer in it, on every rank.
+
+    ValueError on every rank if the ranks do not make up one replica. sender: this rank's tensor rank if it is on the
+    last stage, else -1.
+    """
     own = [
         handshake.vocab_size,
         handshake.padded_vocab_size,
@@ -362,7 +365,7 @@ def _agreed(replica_group: ReplicaGroup, handshake: Handshake, replica: int, sen
     rows = replica_group.gather([sender, *_head_numbers(handshake.head), handshake.nccl, *own])
     if any(row[6:] != rows[0][6:] for row in rows):
         raise ValueError(
-            f"the ranks of a teacher replica must be given equal handshake, got {[row[6:] for row in rows]}"
+            f"the ranks of a teacher replica must be given equal arguments, got {[row[6:] for row in rows]}"
         )
     senders = sorted(row[0] for row in rows if row[0] >= 0)
     if senders != list(range(handshake.tensor_size)):

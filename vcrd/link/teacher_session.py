@@ -126,7 +126,7 @@ def join(
     head_weight: Tensor | None,
     setting: str,
 ) -> TeacherSession:
-    """Collective over the replica_group: every rank's connections of a new epoch.
+    """Collective over `replica_group`: every rank's connections of a new epoch.
 
     Rank 0 first asks the rendezvous for an epoch and lets the ranks that ask admit it, all of which takes at most the
     seconds of `setting`, connect_timeout or rejoin_timeout; then every rank of the last stage dials its students and
@@ -211,7 +211,7 @@ def _open_transports(
 
 
 def _opened(replica_group: ReplicaGroup, session: TeacherSession, name: str, reason: str) -> str:
-    """Collective over the replica_group: "" or, on every rank alike, why it could not be opened for some pair."""
+    """Collective over `replica_group`: "" or, on every rank alike, why it could not be opened for some pair."""
     outcome, text, why = Outcome.DONE, "", ""
     try:
         why = session.responses.open(name, reason) if session.responses else ""

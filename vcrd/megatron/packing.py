@@ -62,7 +62,7 @@ def packed(batch: Any, tokens: Tensor, arguments: Any = None) -> tuple[Tensor, T
 
     A batch without edges is asked for as it is. Megatron makes one row of packed samples, b * s tokens long, whose
     edges follow each other; so does this. Edges: int64, ascending from 0 to b * s, empty where nothing is packed.
-    What lies past the last edge is a sequence of its own, as in Megatron: padding.
+    The tokens after the last edge form one more sequence, as in Megatron: they are padding.
 
     arguments: those of the model's forward, by name; they are looked at where the batch has no edges.
     ValueError for edges that are not ascending integers from 0 to at most the length of what they cut.
