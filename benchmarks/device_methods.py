@@ -17,7 +17,7 @@ from torch import Tensor
 
 import vcrd
 from loss_methods import Method, compiled, modelopt
-from vcrd import reference
+from vcrd.loss import reference
 
 
 @dataclass(frozen=True)

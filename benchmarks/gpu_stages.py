@@ -128,7 +128,7 @@ def sanitizer(seconds: float) -> Finding:
 
 
 LOSS = (
-    *("setup.py", "csrc/**/*", "vcrd/*.py"),
+    *("setup.py", "csrc/**/*", "vcrd/*.py", "vcrd/loss/*.py"),
     "!vcrd/__main__.py",
 )
 LINK = (*LOSS, "vcrd/link/**/*.py")

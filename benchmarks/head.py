@@ -28,7 +28,7 @@ import torch
 
 from loss_measure import CpuMeter, release
 from machine import installed, processor
-from vcrd.teacher_forms import HiddenStates
+from vcrd.teacher_logits import HiddenStates
 
 SLOWEST, MOST_MEMORY, LARGEST_ERROR = 1.15, 1 / 8, 1e-5
 STORED, FUSED, AGAIN = "stored", "fused", "again"

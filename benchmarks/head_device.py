@@ -21,7 +21,7 @@ from torch import Tensor
 from device_measure import CHECKED_ROWS, CLOCKS, WARMUPS, CudaClock, HostClock
 from device_table import LARGEST_ERROR
 from head import FUSED, STORED, HeadCase, Inputs, methods
-from vcrd import reference
+from vcrd.loss import reference
 
 BLOCK = 16384  # rows of the weight at a time in float64
 

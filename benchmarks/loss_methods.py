@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import vcrd
-from vcrd import reference
+from vcrd.loss import reference
 
 Method = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import vcrd
-from vcrd import reference
 from vcrd.link.payload import encode, payload_named, row_max
+from vcrd.loss import reference
 
 BLOCK_ROWS = 16  # float64 copies of whole rows are made of this many only
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import vcrd
-from vcrd.divergence import DivergenceStats
+from vcrd.loss.divergence import DivergenceStats
 
 TRACES, OWN = "traces", "own"  # prefixes of the teacher's solutions, of the student's own
 

@@ -31,6 +31,6 @@ _stand_in()
 
 def check() -> None:
     """Proves that no process quietly tests the wrong kernels."""
-    from vcrd import ops
+    from vcrd.loss import ops
 
     assert not EMULATED or ops._C.__file__ == PATH, f"{ops._C.__file__} is tested instead of {PATH}"

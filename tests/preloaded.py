@@ -9,7 +9,7 @@ import kernels_under_test
 import torch.distributed  # noqa: F401
 
 import vcrd.link
-import vcrd.loss  # noqa: F401
+import vcrd.loss.api  # noqa: F401
 
 # Emulated kernels are for the loss alone. A process that has looked for a GPU has no working CUDA in its forks, and
 # Megatron may look for one while it is imported.

@@ -54,12 +54,19 @@ LAYERS = (
     Layer("vcrd/doctor/packages.py", ("vcrd.doctor",), packages=("torch", "megatron", "transformer_engine")),
     Layer(
         "vcrd/doctor/software.py",
-        ("vcrd", "vcrd.doctor", "vcrd.ops"),
+        ("vcrd", "vcrd.doctor", "vcrd.loss.ops"),
         packages=("torch", "pynvml"),
     ),
     Layer(
         "vcrd/doctor/kernels.py",
-        ("vcrd", "vcrd.doctor", "vcrd.layout", "vcrd.ops", "vcrd.reference", "vcrd.teacher_forms"),
+        (
+            "vcrd",
+            "vcrd.doctor",
+            "vcrd.loss.checks",
+            "vcrd.loss.ops",
+            "vcrd.loss.reference",
+            "vcrd.teacher_logits",
+        ),
     ),
     Layer("vcrd/doctor/environment.py", ("vcrd.doctor", "vcrd.link.settings", "vcrd.megatron.settings")),
     Layer("vcrd/doctor/*.py", ("vcrd.doctor", "vcrd.link", "vcrd.plan")),
@@ -81,38 +88,60 @@ LAYERS = (
         ("vcrd.plan", "vcrd.link.header", "vcrd.link.payload", "vcrd.link.plan"),
         packages=(),
     ),
-    Layer("vcrd/invalid_rows.py", ("vcrd.ops",)),
-    Layer("vcrd/loss.py", ("vcrd.validity", "vcrd.divergence", "vcrd.teacher_forms", "vcrd.invalid_rows")),
+    Layer("vcrd/loss/__init__.py", packages=()),
+    Layer("vcrd/loss/invalid_rows.py", ("vcrd.loss.ops",)),
     Layer(
-        "vcrd/head.py",
+        "vcrd/loss/api.py",
+        ("vcrd.loss.validity", "vcrd.loss.divergence", "vcrd.teacher_logits", "vcrd.loss.invalid_rows"),
+    ),
+    Layer(
+        "vcrd/loss/fused_head.py",
         (
-            *("vcrd.head_chunks", "vcrd.loss", "vcrd.validity", "vcrd.divergence", "vcrd.layout"),
-            *("vcrd.agreement", "vcrd.teacher_blocks", "vcrd.teacher_forms"),
+            *(
+                "vcrd.loss.fused_chunks",
+                "vcrd.loss.api",
+                "vcrd.loss.validity",
+                "vcrd.loss.divergence",
+                "vcrd.loss.checks",
+            ),
+            *("vcrd.loss.agreement", "vcrd.loss.teacher_blocks", "vcrd.teacher_logits"),
         ),
     ),
     Layer(
-        "vcrd/head_chunks.py",
-        ("vcrd.ops", "vcrd.validity", "vcrd.divergence", "vcrd.teacher_blocks", "vcrd.teacher_forms"),
-    ),
-    Layer("vcrd/validity.py", ("vcrd.divergence", "vcrd.layout", "vcrd.agreement")),
-    Layer(
-        "vcrd/divergence.py",
+        "vcrd/loss/fused_chunks.py",
         (
-            *("vcrd.agreement", "vcrd.invalid_rows", "vcrd.ops", "vcrd.layout", "vcrd.overwriting"),
-            *("vcrd.teacher_blocks", "vcrd.teacher_forms"),
+            "vcrd.loss.ops",
+            "vcrd.loss.validity",
+            "vcrd.loss.divergence",
+            "vcrd.loss.teacher_blocks",
+            "vcrd.teacher_logits",
         ),
     ),
-    Layer("vcrd/overwriting.py"),
-    Layer("vcrd/teacher_blocks.py", ("vcrd.ops", "vcrd.known_tokens", "vcrd.teacher_forms")),
-    Layer("vcrd/known_tokens.py", ("vcrd.ops",)),
-    Layer("vcrd/teacher_forms.py"),
-    Layer("vcrd/layout.py", ("vcrd.agreement", "vcrd.teacher_forms")),
-    Layer("vcrd/agreement.py"),
-    Layer("vcrd/ops.py", ("vcrd._C",)),
-    Layer("vcrd/reference.py"),
+    Layer("vcrd/loss/validity.py", ("vcrd.loss.divergence", "vcrd.loss.checks", "vcrd.loss.agreement")),
+    Layer(
+        "vcrd/loss/divergence.py",
+        (
+            *(
+                "vcrd.loss.agreement",
+                "vcrd.loss.invalid_rows",
+                "vcrd.loss.ops",
+                "vcrd.loss.checks",
+                "vcrd.loss.overwriting",
+            ),
+            *("vcrd.loss.teacher_blocks", "vcrd.teacher_logits"),
+        ),
+    ),
+    Layer("vcrd/loss/overwriting.py"),
+    Layer("vcrd/loss/teacher_blocks.py", ("vcrd.loss.ops", "vcrd.loss.known_tokens", "vcrd.teacher_logits")),
+    Layer("vcrd/loss/known_tokens.py", ("vcrd.loss.ops",)),
+    Layer("vcrd/teacher_logits.py"),
+    Layer("vcrd/loss/checks.py", ("vcrd.loss.agreement", "vcrd.teacher_logits")),
+    Layer("vcrd/loss/agreement.py"),
+    Layer("vcrd/loss/ops.py", ("vcrd._C",)),
+    Layer("vcrd/loss/reference.py"),
     Layer("vcrd/link/errors.py", packages=()),
     Layer("vcrd/link/plan.py", ("vcrd.link.errors",), packages=()),
-    Layer("vcrd/link/payload.py", ("vcrd.ops",)),
+    Layer("vcrd/link/payload.py", ("vcrd.loss.ops",)),
     Layer("vcrd/link/student*.py", ("vcrd.link",), never=("vcrd.link.teacher",)),
     Layer("vcrd/link/teacher*.py", ("vcrd.link",), never=("vcrd.link.student",)),
     Layer("vcrd/link/__init__.py", ("vcrd.link",)),
@@ -131,12 +160,12 @@ LAYERS = (
         "vcrd/megatron/*.py",
         (
             "vcrd",
-            "vcrd.invalid_rows",
-            "vcrd.head",
-            "vcrd.loss",
-            "vcrd.validity",
-            "vcrd.divergence",
-            "vcrd.teacher_forms",
+            "vcrd.loss.invalid_rows",
+            "vcrd.loss.fused_head",
+            "vcrd.loss.api",
+            "vcrd.loss.validity",
+            "vcrd.loss.divergence",
+            "vcrd.teacher_logits",
             "vcrd.link",
             "vcrd.monitor.bottleneck",
             "vcrd.monitor.telemetry",
@@ -147,7 +176,14 @@ LAYERS = (
     Layer(
         "examples/**/*.py",
         (
-            *("vcrd", "vcrd.loss", "vcrd.validity", "vcrd.reference", "vcrd.link", "vcrd.megatron"),
+            *(
+                "vcrd",
+                "vcrd.loss.api",
+                "vcrd.loss.validity",
+                "vcrd.loss.reference",
+                "vcrd.link",
+                "vcrd.megatron",
+            ),
             *("vcrd.report", "examples"),
         ),
         packages=None,
@@ -211,7 +247,7 @@ def is_module(root: Path, name: str) -> bool:
 
 
 def resolve(root: Path, name: str) -> str:
-    """Cut the imported name down to the module it comes from: `vcrd.loss.CalibratedLoss` to `vcrd.loss`."""
+    """Cut the imported name down to the module it comes from: `vcrd.loss.api.CalibratedLoss` to `vcrd.loss.api`."""
     while "." in name and not is_module(root, name):
         name = name.rpartition(".")[0]
     return name
@@ -282,7 +318,7 @@ def test_the_repository_keeps_its_layers(check):
 PLANTED = [
     (
         "vcrd/link/wire.py",
-        "import torch\nfrom vcrd.loss import validity_calibrated_kl\n",
+        "import torch\nfrom vcrd.loss.api import validity_calibrated_kl\n",
         "vcrd/link/wire.py:2:",
     ),
     ("vcrd/link/wire.py", "import vcrd\n", "vcrd/link/wire.py:1:"),
@@ -293,13 +329,13 @@ PLANTED = [
     ("vcrd/link/wire.py", "from .student import StudentLink\n", "may not import vcrd.link.student"),
     ("vcrd/link/student.py", "from .teacher import TeacherLink\n", "may not import vcrd.link.teacher"),
     ("vcrd/link/plan.py", "import torch\n", "may not import torch"),
-    ("vcrd/loss.py", "from megatron.core import parallel_state\n", "may not import megatron"),
-    ("vcrd/loss.py", "from vcrd import _C\n", "may not import vcrd._C"),
-    ("vcrd/divergence.py", "from vcrd.loss import CalibratedLoss\n", "may not import vcrd.loss"),
-    ("vcrd/reference.py", "from vcrd import ops\n", "may not import vcrd.ops"),
-    ("vcrd/megatron/attach.py", "from vcrd.ops import gradient\n", "may not import vcrd.ops"),
+    ("vcrd/loss/api.py", "from megatron.core import parallel_state\n", "may not import megatron"),
+    ("vcrd/loss/api.py", "from vcrd import _C\n", "may not import vcrd._C"),
+    ("vcrd/loss/divergence.py", "from vcrd.loss.api import CalibratedLoss\n", "may not import vcrd.loss.api"),
+    ("vcrd/loss/reference.py", "from vcrd.loss import ops\n", "may not import vcrd.loss.ops"),
+    ("vcrd/megatron/distillation.py", "from vcrd.loss.ops import gradient\n", "may not import vcrd.loss.ops"),
     ("vcrd/surprise.py", "", "no layer"),
-    ("examples/demo/run.py", "import vcrd\nfrom vcrd.ops import gradient\n", "examples/demo/run.py:2:"),
+    ("examples/demo/run.py", "import vcrd\nfrom vcrd.loss.ops import gradient\n", "examples/demo/run.py:2:"),
     ("csrc/cuda/forward.cu", "#include <torch/extension.h>\n", "csrc/cuda/forward.cu:1:"),
     ("csrc/cpu/inner/loops.h", '//\n#  include "ATen/ATen.h"\n', "csrc/cpu/inner/loops.h:2:"),
     ("csrc/kernels.h", "#include <c10/util/Half.h>\n", "csrc/kernels.h:1:"),
@@ -312,10 +348,10 @@ PLANTED = [
 ALLOWED = [
     ("vcrd/link/wire.py", "import json\nimport torch.distributed as dist\nfrom .errors import LinkError\n"),
     ("vcrd/link/plan.py", "from .errors import LinkError\n"),
-    ("vcrd/loss.py", "from torch import Tensor\nfrom vcrd.divergence import DivergenceStats\n"),
-    ("vcrd/ops.py", "from vcrd import _C\n"),
+    ("vcrd/loss/api.py", "from torch import Tensor\nfrom vcrd.loss.divergence import DivergenceStats\n"),
+    ("vcrd/loss/ops.py", "from vcrd import _C\n"),
     (
-        "vcrd/megatron/attach.py",
+        "vcrd/megatron/distillation.py",
         "import vcrd\nfrom megatron.core import mpu\nfrom vcrd.link.student import StudentLink\n",
     ),
     ("examples/demo/run.py", "import rich\nimport vcrd\nfrom vcrd import megatron\n"),
@@ -328,7 +364,7 @@ ALLOWED = [
 def plant(root: Path, file: str, text: str) -> list[str]:
     """What the checks say of a repository with these empty modules and this one file."""
     exact = [layer.files for layer in LAYERS if "*" not in layer.files]
-    for empty in [*exact, "vcrd/link/student.py", "vcrd/link/teacher.py", "vcrd/megatron/attach.py"]:
+    for empty in [*exact, "vcrd/link/student.py", "vcrd/link/teacher.py", "vcrd/megatron/distillation.py"]:
         (root / empty).parent.mkdir(parents=True, exist_ok=True)
         (root / empty).touch()
     (root / file).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Validity-calibrated reasoning distillation for Megatron-Core.
 
-The loss needs the compiled extension `vcrd._C` and is loaded on first use, so that `vcrd.link` and `vcrd.reference`
-work, and an absent extension is one clear error, exactly where the loss is asked for.
+The loss needs the compiled extension `vcrd._C` and is loaded on first use. So `vcrd.link` and `vcrd.loss.reference`
+work without it, and where the loss is asked for, a missing extension is one clear error.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
-    "vocab_parallel_divergence": "vcrd.divergence",
-    "DivergenceStats": "vcrd.divergence",
-    "validity_weights": "vcrd.validity",
-    "validity_calibrated_kl": "vcrd.loss",
-    "CalibratedLoss": "vcrd.loss",
-    "fused_validity_calibrated_kl": "vcrd.head",
-    "TopKLogits": "vcrd.teacher_forms",
-    "HiddenStates": "vcrd.teacher_forms",
+    "vocab_parallel_divergence": "vcrd.loss.divergence",
+    "DivergenceStats": "vcrd.loss.divergence",
+    "validity_weights": "vcrd.loss.validity",
+    "validity_calibrated_kl": "vcrd.loss.api",
+    "CalibratedLoss": "vcrd.loss.api",
+    "fused_validity_calibrated_kl": "vcrd.loss.fused_head",
+    "TopKLogits": "vcrd.teacher_logits",
+    "HiddenStates": "vcrd.teacher_logits",
 }
 
 __all__ = [*_HOME, "__version__"]

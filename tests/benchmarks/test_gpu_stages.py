@@ -73,7 +73,12 @@ def test_a_shard_is_stale_by_its_own_tests_and_not_by_those_of_others():
     )
     assert ROOT / "tests/loss/test_topk.py" not in files(rows.sources)
     assert ROOT / "tests/loss/test_topk.py" in files(topk.sources)
-    for shared in ("tests/loss/cases.py", "tests/loss/conftest.py", "csrc/merge.h", "vcrd/divergence.py"):
+    for shared in (
+        "tests/loss/cases.py",
+        "tests/loss/conftest.py",
+        "csrc/merge.h",
+        "vcrd/loss/divergence.py",
+    ):
         assert ROOT / shared in files(rows.sources), shared
     assert ROOT / "vcrd/monitor/telemetry.py" not in files(rows.sources)
 

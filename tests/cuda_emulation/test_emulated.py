@@ -114,7 +114,7 @@ vocab_parallel_divergence(lying(student), lying(teacher))
 
 def test_the_emulated_module_is_the_one_that_is_tested(module):
     script = "import kernels_under_test as k; k.check(); "
-    script += "from vcrd import ops; print(ops._C.__file__, ops._C.with_cuda)"
+    script += "from vcrd.loss import ops; print(ops._C.__file__, ops._C.with_cuda)"
     done = run(module, "-c", script, seconds=120)
     assert done.stdout.split() == [str(module), "True"], done.stdout + done.stderr
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vcrd import ops
 from vcrd.doctor import kernels
 from vcrd.doctor.findings import FAULT, OK, UNCHECKED
 from vcrd.doctor.job import Job
 from vcrd.doctor.world import World
+from vcrd.loss import ops
 
 
 def lines(world: World | None = None) -> list:
@@ -25,7 +25,7 @@ def test_the_kernels_here_are_right():
 
 
 def test_every_divergence_form_and_dtype_is_tried():
-    from vcrd.layout import DIVERGENCES
+    from vcrd.loss.checks import DIVERGENCES
 
     cases = list(kernels._cases())
     assert {case.divergence for case in cases} == set(DIVERGENCES)

@@ -10,11 +10,11 @@ import pytest
 import torch
 import wrong_apex
 
-from vcrd import ops
 from vcrd.doctor import loading, packages, software
 from vcrd.doctor.findings import FACT, FAULT, OK, UNCHECKED
 from vcrd.doctor.job import Job
 from vcrd.doctor.world import World
+from vcrd.loss import ops
 
 ALONE = Job(World(), {})
 
@@ -121,7 +121,7 @@ def test_an_extension_that_does_not_load_says_why_in_words(monkeypatch, said, fo
     real = importlib.import_module
 
     def broken(name, *rest):
-        if name == "vcrd.ops":
+        if name == "vcrd.loss.ops":
             raise ImportError("vcrd's compiled extension is missing") from ImportError(said)
         return real(name, *rest)
 

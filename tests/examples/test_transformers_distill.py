@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from examples import transformers_distill as example
-from vcrd import reference
+from vcrd.loss import reference
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "transformers_distill.py"

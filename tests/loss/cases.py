@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import vcrd
-from vcrd import reference
-from vcrd.layout import DIVERGENCES
+from vcrd.loss import reference
+from vcrd.loss.checks import DIVERGENCES
 
 FLOAT_FIELDS = vcrd.DivergenceStats._fields[:10]
 

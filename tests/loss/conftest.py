@@ -16,7 +16,7 @@ collect_ignore = [] if "cuda" in DEVICES else ["test_cuda.py"]
 def device(request) -> torch.device:
     """Where the loss runs; the reference stays on the CPU."""
     kernels_under_test.check()
-    from vcrd import ops
+    from vcrd.loss import ops
 
     if request.param == "cuda" and not ops._C.with_cuda:
         pytest.skip("vcrd._C was built without CUDA kernels")

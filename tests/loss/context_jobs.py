@@ -9,8 +9,8 @@ from sharded_jobs import shard
 from torch import Tensor
 
 import vcrd
-from vcrd import reference
 from vcrd.link.plan import context_rows
+from vcrd.loss import reference
 
 ROWS, SEQUENCE, VOCAB = 2, 24, 64
 # Steps of every length, the longest over half of a row, and of one row each; -1 between them.

@@ -9,7 +9,7 @@ from cases import Case
 from torch import Tensor
 
 import vcrd
-from vcrd import reference
+from vcrd.loss import reference
 
 NEVER = 10**12  # an id that no vocabulary has
 

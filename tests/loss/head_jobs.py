@@ -13,8 +13,8 @@ from cases import coded, decoded
 from torch import Tensor
 
 import vcrd
-from vcrd import reference
-from vcrd.layout import DIVERGENCES
+from vcrd.loss import reference
+from vcrd.loss.checks import DIVERGENCES
 
 SIZE, SCALE = 12, 1.3
 

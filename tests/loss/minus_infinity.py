@@ -10,8 +10,8 @@ from sharded_jobs import shard
 from torch import Tensor
 
 import vcrd
-from vcrd import reference
-from vcrd.layout import DIVERGENCES
+from vcrd.loss import reference
+from vcrd.loss.checks import DIVERGENCES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # JSD with beta 1/2 uses other kernels than JSD with any other beta.

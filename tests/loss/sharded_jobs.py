@@ -20,7 +20,7 @@ from fork_server import context
 from torch import Tensor
 
 import vcrd
-from vcrd import reference
+from vcrd.loss import reference
 
 
 def spawn(job, size: int, folder: Path, device: torch.device) -> None:

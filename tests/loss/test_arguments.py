@@ -147,7 +147,7 @@ class Absent(importlib.abc.MetaPathFinder):
         if name == "vcrd._C":
             raise ImportError("no such file")
 sys.meta_path.insert(0, Absent())
-import vcrd, vcrd.link, vcrd.reference
+import vcrd, vcrd.link, vcrd.loss.reference
 try:
     vcrd.validity_calibrated_kl
 except ImportError as error:
@@ -162,10 +162,10 @@ except ImportError as error:
 def test_an_extension_that_counts_otherwise_is_refused(names):
     """Divergences and statistics go by their numbers: of another order each would be a wrong number in silence."""
     script = f"""
-from vcrd import ops
+from vcrd.loss import ops
 ops.{names} = ops.{names}[::-1]
 try:
-    import vcrd.divergence
+    import vcrd.loss.divergence
 except ImportError as error:
     print(error)
 """

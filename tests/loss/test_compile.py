@@ -8,7 +8,7 @@ from cases import Case
 from torch import library
 
 import vcrd
-from vcrd import ops, reference
+from vcrd.loss import ops, reference
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])

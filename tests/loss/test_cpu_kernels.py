@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import Case, run
 
-from vcrd import ops
+from vcrd.loss import ops
 
 pytestmark = pytest.mark.cpu_kernels
 
@@ -49,7 +49,7 @@ MANY = ("test_divergence.py", "test_rows.py", "test_lanes.py")
 def test_every_instruction_set_passes_these_tests(instruction_set, names):
     chosen = {**os.environ, "VCRD_CPU_INSTRUCTION_SET": instruction_set}
     used = subprocess.run(
-        [sys.executable, "-c", "from vcrd import ops; print(ops._C.cpu_instruction_set)"],
+        [sys.executable, "-c", "from vcrd.loss import ops; print(ops._C.cpu_instruction_set)"],
         env=chosen,
         capture_output=True,
         text=True,

@@ -10,7 +10,7 @@ from cases import Case, call
 from forms import HiddenCase, TopKCase
 
 import vcrd
-from vcrd.layout import DIVERGENCES
+from vcrd.loss.checks import DIVERGENCES
 
 FEW_LONG_ROWS = Case((2,), 40_000, student_dtype=torch.bfloat16, teacher_dtype=torch.bfloat16)
 MANY_ROWS = Case((1200,), 500, student_dtype=torch.bfloat16, teacher_dtype=torch.bfloat16)

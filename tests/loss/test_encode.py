@@ -8,7 +8,7 @@ from cases import Case, coded, on_cpu
 from kernels_under_test import EMULATED
 
 import vcrd
-from vcrd import ops, reference
+from vcrd.loss import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vcrd
-from vcrd.head_chunks import OutputLayer, common_multiple
+from vcrd.loss.fused_chunks import OutputLayer, common_multiple
 
 pytestmark = pytest.mark.cpu_kernels
 

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vcrd
-from vcrd.layout import DIVERGENCES
-from vcrd.teacher_blocks import BLOCK_BYTES, HiddenBlocks
+from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.teacher_blocks import BLOCK_BYTES, HiddenBlocks
 
 TINY = 3 * 4 * 300  # bytes: few rows of most vocabularies here, one of the others
 # Float32 products of these sizes: the logits themselves are exact to about 1e-6.

@@ -11,7 +11,7 @@ from forms import HiddenCase
 from torch import Tensor
 
 import vcrd
-from vcrd import ops, reference
+from vcrd.loss import ops, reference
 
 TOKENS, COLUMNS = (5, 2), 70
 CHANGED = "modified by an inplace operation"

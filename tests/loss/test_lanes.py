@@ -14,7 +14,7 @@ import torch
 from cases import assert_stats, relative_error
 
 import vcrd
-from vcrd import reference
+from vcrd.loss import reference
 
 pytestmark = pytest.mark.cpu_kernels
 

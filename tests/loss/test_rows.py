@@ -13,8 +13,8 @@ from kernels_under_test import EMULATED
 from torch import Tensor
 
 import vcrd
-from vcrd import ops, reference
-from vcrd.layout import DIVERGENCES
+from vcrd.loss import ops, reference
+from vcrd.loss.checks import DIVERGENCES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EDGES = (1024, 4096, 8192)

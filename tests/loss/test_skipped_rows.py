@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import vcrd
-from vcrd.invalid_rows import invalid_rows
-from vcrd.layout import DIVERGENCES
 from vcrd.link.payload import encode, payload_named, row_max
 from vcrd.link.plan import Shard
 from vcrd.link.topk import top_k_of
-from vcrd.teacher_forms import HiddenStates, TopKLogits
+from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.invalid_rows import invalid_rows
+from vcrd.teacher_logits import HiddenStates, TopKLogits
 
 VOCAB = 67
 BAD = (1, 3, 4, 6)

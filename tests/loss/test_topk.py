@@ -10,8 +10,8 @@ from cases import Case, assert_stats, backward, call, relative_error, run
 from forms import NEVER, TopKCase, moved
 
 import vcrd
-from vcrd import reference
-from vcrd.layout import DIVERGENCES
+from vcrd.loss import reference
+from vcrd.loss.checks import DIVERGENCES
 
 TINY = 3 * 4 * 300  # bytes: few rows of most vocabularies here, one of the others
 
@@ -240,7 +240,7 @@ def test_ids_outside_the_vocabulary(device, monkeypatch):
             ):
                 call(case, student, teacher, labels, None)
         # Where nobody looks before the kernels run.
-        monkeypatch.setattr("vcrd.divergence._check_ids", lambda *_: None)
+        monkeypatch.setattr("vcrd.loss.divergence._check_ids", lambda *_: None)
         divergence = call(case, student, teacher, labels, None).divergence
         assert divergence.isnan().tolist() == [False, False, True, False]
         monkeypatch.undo()

@@ -9,7 +9,7 @@ from forms import NEVER, TopKCase, moved
 from torch import Tensor
 
 import vcrd
-from vcrd import reference
+from vcrd.loss import reference
 
 OF_THE_TEACHER = (
     "teacher_action",
@@ -134,7 +134,7 @@ def test_a_known_token_in_the_padding_is_refused_or_no_distribution(device):
         with pytest.raises(ValueError, match="teacher_logits.ids: expected ids from 0 to 11, got 13"):
             measured(student, form, labels, device, vocab_size=12)
     with pytest.MonkeyPatch.context() as patch:  # where nobody looks before the kernels run
-        patch.setattr("vcrd.divergence._check_ids", lambda *_: None)
+        patch.setattr("vcrd.loss.divergence._check_ids", lambda *_: None)
         stats = measured(student, form, labels, device, vocab_size=12)
         skipped = measured(student, form, labels, device, vocab_size=12, skip_invalid_teacher=True)
     for name in (*OF_THE_TEACHER[1:], "divergence", "student_logprob_of_teacher_action"):

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vcrd
-from vcrd import reference
+from vcrd.loss import reference
 
 pytestmark = pytest.mark.usefixtures("on_device")
 ESTIMATORS = ("label", "margin", "confidence", "uniform")

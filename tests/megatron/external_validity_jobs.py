@@ -126,7 +126,7 @@ def teacher_job(settings) -> None:
 
 def direct(settings) -> dict[str, SimpleNamespace]:
     """Each mode in one process, from the reference: losses, weights and the gradient of the last norm."""
-    from vcrd import reference
+    from vcrd.loss import reference
 
     results = {}
     teacher = jobs.model(jobs.TEACHER, seed=2)

@@ -211,7 +211,7 @@ def direct(settings, micro_batches: int, data_size: int = 1) -> SimpleNamespace:
     """The same step in one process, from both models' whole logits: reference losses, autograd, no plug, no link."""
     from torch.nn.functional import cross_entropy
 
-    from vcrd import reference
+    from vcrd.loss import reference
 
     student, teacher = model(STUDENT, seed=1), model(TEACHER, seed=2)
     losses, plain, weights_, total = [], [], [], 0.0

@@ -138,7 +138,7 @@ def step(
 
 def direct(settings: DistillSettings, data: list[dict[str, Tensor]]) -> SimpleNamespace:
     """A step of these micro-batches from the reference: losses, and the gradient of the last norm."""
-    from vcrd import reference
+    from vcrd.loss import reference
 
     student, teacher = jobs.model(jobs.STUDENT, seed=1), jobs.model(TEACHER, seed=2)
     losses, total = [], 0.0

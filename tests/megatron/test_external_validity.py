@@ -8,7 +8,7 @@ import torch
 from ports import free_port
 from worlds import World, run_worlds
 
-from vcrd import reference
+from vcrd.loss import reference
 from vcrd.megatron.external_validity import Outside
 from vcrd.megatron.settings import DistillSettings
 

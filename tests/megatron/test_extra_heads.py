@@ -6,7 +6,7 @@ import extra_heads_jobs
 import jobs
 import pytest
 import torch
-from test_attach import settings
+from test_distillation import settings
 from worlds import World, run_worlds
 
 

@@ -9,11 +9,11 @@ from unittest.mock import patch
 import jobs
 import pytest
 import torch
-from test_attach import check_against_direct, settings
+from test_distillation import check_against_direct, settings
 from worlds import World, run_worlds
 
 import vcrd
-from vcrd.megatron.attach import Attachment
+from vcrd.megatron.distillation import Attachment
 from vcrd.megatron.fused_head import FusedHead
 from vcrd.megatron.settings import DistillSettings
 
@@ -55,7 +55,7 @@ def step(model: torch.nn.Module, arguments: dict, fused: bool) -> tuple[torch.Te
     """One micro-batch's loss [b, s] and all gradients, with random teacher logits."""
     from megatron.core import parallel_state
 
-    from vcrd.megatron.attach import _in_place
+    from vcrd.megatron.distillation import _in_place
 
     group = parallel_state.get_tensor_model_parallel_group()
     (batch,) = jobs.batches(1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jobs
 import torch
-from test_attach import settings
+from test_distillation import settings
 from worlds import World, run_worlds
 from wrong_teachers import steps
 

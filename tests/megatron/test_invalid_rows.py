@@ -8,7 +8,7 @@ import jobs
 import mask_jobs
 import pytest
 import torch
-from test_attach import settings
+from test_distillation import settings
 from worlds import World, run_worlds
 
 from vcrd.megatron.settings import DistillSettings

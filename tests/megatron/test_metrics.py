@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jobs
 import pytest
 import torch
-from test_attach import settings
+from test_distillation import settings
 from worlds import World, run_worlds
 
 from vcrd.link.waits import Waits

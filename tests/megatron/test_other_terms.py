@@ -74,7 +74,7 @@ def gradients(how: str, in_place, **settings) -> SimpleNamespace:
         teacher=build(tied=True),
     )
     overwritten = []
-    plain = vcrd.ops.gradient_
+    plain = vcrd.loss.ops.gradient_
 
     def counted(*given):
         overwritten.append(True)
@@ -83,7 +83,7 @@ def gradients(how: str, in_place, **settings) -> SimpleNamespace:
     error = None
     with (
         patch.object(attach, "_in_place", in_place),
-        patch.object(vcrd.ops, "gradient_", counted),
+        patch.object(vcrd.loss.ops, "gradient_", counted),
     ):
         try:
             jobs.one_step(plug, model)

@@ -9,7 +9,7 @@ import jobs
 import packing_jobs
 import pytest
 import torch
-from test_attach import settings
+from test_distillation import settings
 from worlds import World, run_worlds
 
 from vcrd.link.requests import Request

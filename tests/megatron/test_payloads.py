@@ -6,7 +6,7 @@ import jobs
 import pytest
 import torch
 from ports import free_port
-from test_attach import check_against_direct, settings
+from test_distillation import check_against_direct, settings
 from test_teacher import connect
 from worlds import World, run_worlds
 

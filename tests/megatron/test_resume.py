@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from resume_jobs import MICRO_BATCHES, Case, Outcome, serve, stop_and_resume
-from test_attach import settings
+from test_distillation import settings
 from worlds import World, run_worlds
 
 STEPS = 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_attach import settings
+from test_distillation import settings
 from worlds import World, run_worlds
 from wrong_teachers import linked_student, local_students, serve
 

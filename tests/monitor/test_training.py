@@ -8,7 +8,7 @@ import re
 import pretrain_jobs
 import pytest
 import training_jobs
-from test_attach import settings
+from test_distillation import settings
 from worlds import World, run_worlds
 
 from vcrd.__main__ import main

@@ -75,10 +75,10 @@ FAULTS = [
     ),
     _fault(
         "the loss mask is read in the wrong order, not transposed",
-        "megatron/attach.py",
+        "megatron/distillation.py",
         "mask = loss_mask.transpose(0, 1)",
         "mask = loss_mask.reshape(loss_mask.shape[::-1])",
-        *("tests/megatron/test_attach.py", "-k", "tensor_and_pipeline_parallel"),
+        *("tests/megatron/test_distillation.py", "-k", "tensor_and_pipeline_parallel"),
     ),
     _fault(
         "steps of two samples share their numbers",
@@ -113,11 +113,11 @@ FAULTS = [
         "megatron/report.py",
         "            dist.all_reduce(sums, group=group)\n",
         "",
-        *("tests/megatron/test_attach.py", "-k", "data_parallel_student"),
+        *("tests/megatron/test_distillation.py", "-k", "data_parallel_student"),
     ),
     _fault(
         "every tensor rank counts the invalid rows again",
-        "megatron/attach.py",
+        "megatron/distillation.py",
         "and not self._measuring and self._layout.tensor_rank == 0:",
         "and not self._measuring:",
         *("tests/megatron/test_invalid_rows.py", "-k", "stop"),

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scenarios import GPU, scenario
 
-from vcrd import teacher_blocks
 from vcrd.link import respond
 from vcrd.link.transport import tcp
+from vcrd.loss import teacher_blocks
 from vcrd.plan import costs as module
 from vcrd.plan.catalogue import MODELS
 from vcrd.plan.costs import costs

@@ -14,7 +14,7 @@ import page
 import tables
 from data import SYMBOLS
 from problems import END, Line, Problem
-from vcrd import reference
+from vcrd.loss import reference
 
 
 def test_the_tables_of_the_page_are_those_of_the_committed_results():

@@ -14,7 +14,7 @@ import vcrd
 from compared import methods, named, sets
 from methods import OWN, TRACES, Place
 from problems import Problem
-from vcrd import reference
+from vcrd.loss import reference
 
 ROWS, LENGTH, VOCAB = 3, 7, 11
 METHODS = {method.name: method for method in methods()}

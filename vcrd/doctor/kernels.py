@@ -1,4 +1,4 @@
-"""Whether the kernels compute what they should here: the loss and its gradient beside `vcrd.reference`, in float64."""
+"""Checks the kernels on this machine: the loss and its gradient against `vcrd.loss.reference`, which is in float64."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vcrd import reference
 from vcrd.doctor import loading
 from vcrd.doctor.findings import Finding, fault, first_line, ok, unchecked
 from vcrd.doctor.job import Job
+from vcrd.loss import reference
 
 _TOKENS, _VOCAB, _HIDDEN, _K = 7, 1031, 32, 8  # 1031: of no vector's and no block's width a multiple
 _TOLERANCE = 1e-4  # of the largest value; float32 does 1e-5, a wrong kernel nothing like it
@@ -33,8 +33,8 @@ class _Case:
 def check(job: Job) -> list[Finding]:
     """On the CPU once a node, and on this process's GPU, or on every GPU where it is alone. No collectives."""
     try:
-        loadable = not loading.cannot_bear("vcrd.ops", job.patience / 2) and importlib.import_module(
-            "vcrd.ops"
+        loadable = not loading.cannot_bear("vcrd.loss.ops", job.patience / 2) and importlib.import_module(
+            "vcrd.loss.ops"
         )
     except ImportError:
         loadable = False
@@ -82,7 +82,7 @@ def _failed(device: torch.device, text: str) -> Finding:
 
 
 def _cases() -> Iterator[_Case]:
-    from vcrd.layout import DIVERGENCES
+    from vcrd.loss.checks import DIVERGENCES
 
     dtypes = list(_ROUNDING)
     for number, divergence in enumerate(DIVERGENCES):
@@ -123,7 +123,7 @@ def _error(case: _Case, device: torch.device) -> float:
 
 def _teacher(case: _Case, normal, device: torch.device):
     """What the loss is given, and the same for the reference."""
-    from vcrd.teacher_forms import HiddenStates, TopKLogits
+    from vcrd.teacher_logits import HiddenStates, TopKLogits
 
     logits = normal(_TOKENS, _VOCAB)
     if case.form == "logits":

@@ -43,7 +43,7 @@ def torch_gpus(job: Job) -> list[Finding]:
     """Whether torch reaches the GPUs that the driver has."""
     import torch
 
-    loading.cannot_bear("vcrd.ops", job.patience / 2)  # before anything here asks CUDA
+    loading.cannot_bear("vcrd.loss.ops", job.patience / 2)  # before anything here asks CUDA
     present = _driver_is_here()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a driver that is too old, for which there is a line
@@ -99,11 +99,11 @@ def extension(job: Job) -> list[Finding]:
     """vcrd._C: whether it loads, what it was built against, and for which GPUs."""
     import torch
 
-    if what := loading.cannot_bear("vcrd.ops", job.patience / 2):
+    if what := loading.cannot_bear("vcrd.loss.ops", job.patience / 2):
         text = f"whoever loads it {what}: its file is damaged, or made for another machine"
         return [fault("extension", text, f"{_BUILD} on this machine.")]
     try:
-        built = importlib.import_module("vcrd.ops")._C
+        built = importlib.import_module("vcrd.loss.ops")._C
     except ImportError as error:
         return [_unloadable(error)]
     found = []

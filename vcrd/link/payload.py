@@ -129,7 +129,7 @@ def encode(payload: Payload, output: Tensor, top: Tensor | None = None, empty: E
 
 
 def _encode_relative(logits: Tensor, top: Tensor, result: Tensor) -> None:
-    from vcrd import ops  # only here, so that the link can be imported without the compiled extension
+    from vcrd.loss import ops  # only here, so that the link can be imported without the compiled extension
 
     logits = logits.float() if logits.dtype == torch.float64 else logits
     rows = logits.reshape(-1, logits.shape[-1])

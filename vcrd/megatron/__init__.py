@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 
 _HOME = {
-    "distill": "vcrd.megatron.attach",
-    "Distillation": "vcrd.megatron.attach",
-    "Observation": "vcrd.megatron.attach",
+    "distill": "vcrd.megatron.distillation",
+    "Distillation": "vcrd.megatron.distillation",
+    "Observation": "vcrd.megatron.distillation",
     "DistillSettings": "vcrd.megatron.settings",
     "Figures": "vcrd.megatron.report",
     "Report": "vcrd.megatron.report",
-    "serve": "vcrd.megatron.teacher",
+    "serve": "vcrd.megatron.serving",
 }
 
 __all__ = list(_HOME)

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 from vcrd.link.settings import LinkSettings
+from vcrd.loss.validity import validity_weights
 from vcrd.megatron.settings import DistillSettings
-from vcrd.validity import validity_weights
 
 # A command line is read by everyone on the machine, so a secret has a file or the environment.
 _NOT_ARGUMENTS = ("link", "secret")

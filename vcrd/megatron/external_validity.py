@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from vcrd.divergence import DivergenceStats
 from vcrd.link.plan import context_rows
+from vcrd.loss.divergence import DivergenceStats
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.packing import field, packed
 from vcrd.megatron.prefetch import TokensOf, tokens_in

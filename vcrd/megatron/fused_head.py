@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.head import fused_validity_calibrated_kl
-from vcrd.loss import CalibratedLoss
+from vcrd.loss.api import CalibratedLoss
+from vcrd.loss.fused_head import fused_validity_calibrated_kl
 from vcrd.megatron.fp8 import refuse_other_output_layer
 from vcrd.megatron.output_layer import scale_and_softcap
 from vcrd.megatron.output_probe import TOLERANCES, OutputProbe
-from vcrd.teacher_forms import HiddenStates, TopKLogits
+from vcrd.teacher_logits import HiddenStates, TopKLogits
 
 
 class FusedHead:

@@ -27,7 +27,7 @@ from vcrd.megatron.prefetch import Prefetcher, TokensOf, question, tokens_in
 from vcrd.megatron.random_state import EvaluationState, WhoDraws
 from vcrd.megatron.replay import ReplayIterator, keeps_micro_batches, running_again
 from vcrd.megatron.settings import DistillSettings
-from vcrd.teacher_forms import HiddenStates, TopKLogits
+from vcrd.teacher_logits import HiddenStates, TopKLogits
 
 _log = logging.getLogger("vcrd")
 TeacherForm = Tensor | TopKLogits | HiddenStates

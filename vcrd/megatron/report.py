@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.invalid_rows import invalid_rows
-from vcrd.loss import CalibratedLoss
+from vcrd.loss.api import CalibratedLoss
+from vcrd.loss.invalid_rows import invalid_rows
 from vcrd.megatron.teacher_check import TeacherCheck
 
 _log = logging.getLogger("vcrd")

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.invalid_rows import invalid_rows
-from vcrd.loss import CalibratedLoss
+from vcrd.loss.api import CalibratedLoss
+from vcrd.loss.invalid_rows import invalid_rows
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.remote_teacher import TeacherForm
-from vcrd.teacher_forms import TopKLogits
+from vcrd.teacher_logits import TopKLogits
 
 _log = logging.getLogger("vcrd")
 # Uniform: the most probable token has this little more than 1 / columns, in nats. An output layer of zeros has 0, a

@@ -23,7 +23,7 @@ from vcrd.plan.traffic import Traffic
 
 # Of other modules, which this one need not import: a test keeps them equal.
 RESPONSES_UNDER_WAY = 4  # vcrd.link.respond: answers that a teacher rank holds while they are sent
-BLOCK_BYTES = 31 << 20  # vcrd.teacher_blocks: float32 logits made at once from top-k and hidden states
+BLOCK_BYTES = 31 << 20  # vcrd.loss.teacher_blocks: float32 logits made at once from top-k and hidden states
 ASSEMBLY_BYTES = 1 << 22  # vcrd.link.reassembly: received at once, where a piece is not all columns of a rank
 
 # The loss reads the teacher in forward and again in backward (divergences with a mixture: one pass more).

@@ -1,4 +1,4 @@
-"""The output layer and the loss by chunks of tokens: the one autograd function of `vcrd.head`, and its products.
+"""The output layer and the loss by chunks of tokens: the autograd function of `fused_head`, and its products.
 
 A chunk's logits are made, measured, turned into their own gradient and multiplied back while they are in memory: three
 products, as many as with all logits stored. That needs each token's upstream gradient before backward has brought it.
@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd import ops
-from vcrd.divergence import DivergenceStats, Measured, Plan, measured_of, statistics_pass
-from vcrd.teacher_blocks import DenseBlocks, HiddenBlocks, TeacherBlocks, TopKBlocks, padded_columns
-from vcrd.teacher_forms import HiddenStates
-from vcrd.validity import mean_weight, weighted
+from vcrd.loss import ops
+from vcrd.loss.divergence import DivergenceStats, Measured, Plan, measured_of, statistics_pass
+from vcrd.loss.teacher_blocks import DenseBlocks, HiddenBlocks, TeacherBlocks, TopKBlocks, padded_columns
+from vcrd.loss.validity import mean_weight, weighted
+from vcrd.teacher_logits import HiddenStates
 
 Rows = slice | Tensor  # of all tokens: from .. to, or their indices
 Weigh = Callable[[Measured, "Rows | None", "Tensor | None"], tuple[Tensor, Tensor]]

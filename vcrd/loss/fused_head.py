@@ -6,14 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.agreement import Facts, agree, refuse
-from vcrd.divergence import DivergenceStats, Measured, settle
-from vcrd.head_chunks import FusedHead, Rows, Task, part_of
-from vcrd.layout import STUDENT_DTYPES
-from vcrd.loss import CalibratedLoss, require_labels
-from vcrd.teacher_blocks import blocks_of
-from vcrd.teacher_forms import HiddenStates, TopKLogits
-from vcrd.validity import Estimator, check_weighting, validity_weights
+from vcrd.loss.agreement import Facts, agree, refuse
+from vcrd.loss.api import CalibratedLoss, require_labels
+from vcrd.loss.checks import STUDENT_DTYPES
+from vcrd.loss.divergence import DivergenceStats, Measured, settle
+from vcrd.loss.fused_chunks import FusedHead, Rows, Task, part_of
+from vcrd.loss.teacher_blocks import blocks_of
+from vcrd.loss.validity import Estimator, check_weighting, validity_weights
+from vcrd.teacher_logits import HiddenStates, TopKLogits
 
 # Of float32 logits: [256, 131072]. Each chunk reads the weight, and reads and writes its float32 gradient, so it should
 # be of many tokens: docs/performance.md has what smaller ones cost on CPU.

@@ -15,7 +15,7 @@ from vcrd.link import addresses
 from vcrd.link import header as headers
 from vcrd.link.errors import LinkError
 from vcrd.link.settings import LinkSettings
-from vcrd.megatron.attach import Attachment
+from vcrd.megatron.distillation import Attachment
 from vcrd.megatron.prefetch import Prefetcher
 from vcrd.megatron.report import Report
 from vcrd.megatron.settings import DistillSettings

@@ -1,7 +1,7 @@
 """Loads the compiled extension and gives its operators fake kernels, so that torch.compile can trace them.
 
 The operators work on [tokens, vocabulary shard] matrices and are documented by `csrc/params.h`. They have no autograd
-of their own: `vcrd.divergence` is the one autograd function above them.
+of their own: `vcrd.loss.divergence` is the one autograd function above them.
 """
 
 from __future__ import annotations

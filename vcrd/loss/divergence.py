@@ -9,18 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd import ops
-from vcrd.agreement import refuse
-from vcrd.invalid_rows import skip_invalid_rows
-from vcrd.layout import DIVERGENCES, Layout, settle_layout
-from vcrd.overwriting import (
+from vcrd.loss import ops
+from vcrd.loss.agreement import refuse
+from vcrd.loss.checks import DIVERGENCES, Layout, settle_layout
+from vcrd.loss.invalid_rows import skip_invalid_rows
+from vcrd.loss.overwriting import (
     IF_UNUSED,
     check_inplace_gradient,
     holders,
     holders_of_a_lone_loss,
     shares_memory,
 )
-from vcrd.teacher_blocks import (
+from vcrd.loss.teacher_blocks import (
     BLOCK_BYTES,
     DenseBlocks,
     Restate,
@@ -31,7 +31,7 @@ from vcrd.teacher_blocks import (
     joined,
     rows_of,
 )
-from vcrd.teacher_forms import HiddenStates, TopKLogits
+from vcrd.teacher_logits import HiddenStates, TopKLogits
 
 
 class DivergenceStats(NamedTuple):
@@ -146,7 +146,7 @@ def vocab_parallel_divergence(
             changes nothing. For a dense teacher alone.
         skip_invalid_teacher: treat rows whose teacher is no distribution as masked: those with a NaN or +inf, with
             nothing above -inf, or, of codes without `teacher_max`, with none below 255 (how the link marks them). All
-            of their statistics are 0, but for `teacher_entropy`, which is NaN; `vcrd.invalid_rows.invalid_rows` finds
+            of their statistics are 0, but for `teacher_entropy`, which is NaN; `invalid_rows` finds
             them. A row that holds a NaN of the student's is never skipped. Found in the merged statistics, so alike on
             every rank, at no cost and without waiting for the device.
 

@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from vcrd.loss import CalibratedLoss, validity_calibrated_kl
+from vcrd.loss.api import CalibratedLoss, validity_calibrated_kl
 from vcrd.megatron.colocated_teacher import ColocatedTeacher, TeacherModel
 from vcrd.megatron.compatibility import MeanOfStep, check_compatibility
 from vcrd.megatron.external_validity import Outside, Verifier

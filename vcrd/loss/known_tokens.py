@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vcrd import ops
+from vcrd.loss import ops
 
 # Rows of the merged statistics, and a column of the constants.
 _TEACHER_LABEL = ops.STATISTICS.index("teacher_label_logprob")

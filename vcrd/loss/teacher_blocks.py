@@ -1,4 +1,4 @@
-"""The teacher's logits by blocks of tokens, whatever form it came in: what the passes of `vcrd.divergence` read.
+"""The teacher's logits by blocks of tokens, whatever form it came in: what the passes of `vcrd.loss.divergence` read.
 
 Each class here holds settings alone. Its tensors travel beside it, flat, for autograd to save, and are the whole of
 what it computes from: a block is the same in forward and in backward.
@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd import ops
-from vcrd.known_tokens import known_tokens
-from vcrd.teacher_forms import HiddenStates, TopKLogits
+from vcrd.loss import ops
+from vcrd.loss.known_tokens import known_tokens
+from vcrd.teacher_logits import HiddenStates, TopKLogits
 
 # Bytes of a block of float32 logits. It is written and at once read again, so it should stay in a cache (an H100's L2
 # has 50 MB) and weigh little beside the student's logits; yet each block reads the whole output layer, so it should be

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.divergence import DivergenceStats, measure
-from vcrd.invalid_rows import invalid_rows
-from vcrd.teacher_forms import HiddenStates, TopKLogits
-from vcrd.validity import Estimator, validity_weights, weighted
+from vcrd.loss.divergence import DivergenceStats, measure
+from vcrd.loss.invalid_rows import invalid_rows
+from vcrd.loss.validity import Estimator, validity_weights, weighted
+from vcrd.teacher_logits import HiddenStates, TopKLogits
 
 
 class CalibratedLoss(NamedTuple):
@@ -52,8 +52,9 @@ def validity_calibrated_kl(
     """loss = weight * divergence + ce_weight * cross_entropy, per token.
 
     The weight comes from the relative validity of the two models' proposals, is detached, and sets the strength of the
-    update at each prefix; its direction stays the teacher's. Formula: `vcrd.validity`. Arguments, shapes, collectives
-    and errors: `vocab_parallel_divergence` (up to `skip_invalid_teacher`) and `validity_weights` (from `validity` on).
+    update at each prefix; its direction stays the teacher's. Formula: `vcrd.loss.validity`. Arguments, shapes,
+    collectives and errors: `vocab_parallel_divergence` (up to `skip_invalid_teacher`) and `validity_weights` (from
+    `validity` on).
 
     Args:
         labels: needed by validity "label" and by a `ce_weight`.

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.agreement import Facts, agree, refuse
-from vcrd.teacher_forms import HiddenStates, TopKLogits
+from vcrd.loss.agreement import Facts, agree, refuse
+from vcrd.teacher_logits import HiddenStates, TopKLogits
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl")
 STUDENT_DTYPES = {

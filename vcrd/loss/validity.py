@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.divergence import DivergenceStats
+from vcrd.loss.divergence import DivergenceStats
 
 ESTIMATORS = ("label", "margin", "confidence", "scores", "uniform")
 NORMALIZATIONS = ("none", "mean")

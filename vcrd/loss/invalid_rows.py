@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vcrd import ops
+from vcrd.loss import ops
 
 _STUDENT_ENTROPY, _TEACHER_ENTROPY = map(ops.STATISTICS.index, ("student_entropy", "teacher_entropy"))
 _TEACHER_MAX = ops.PARTIAL_COLUMNS["teacher_max"]
