@@ -183,7 +183,7 @@ container-check:
 
 # On its own PYTHON and without network: what builds and runs here must be there already.
 gpu-check:
-	@$(PYTHON) benchmarks/gpu_check.py --seconds $(SECONDS) $(ARGS)
+	@$(PYTHON) -m benchmarks.gpu.check --seconds $(SECONDS) $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info vcrd/_C*.so vcrd/_C*.build.json .pytest_cache .ruff_cache .hypothesis

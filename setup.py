@@ -113,7 +113,7 @@ class SummarisedBuild(BuildExtension):
         _, with_cuda = sources()
         if self.inplace:
             # So that a built file that was carried to another machine can be told from an outdated one, whatever the
-            # times of modification are there: benchmarks/gpu_build.py reads it.
+            # times of modification are there: benchmarks/gpu/build.py reads it.
             record = {"sources": before, "torch": torch.__version__, "with_cuda": with_cuda}
             built = Path(self.get_ext_fullpath("vcrd._C"))
             built.with_suffix(".build.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import gpu_build
-from gpu_results import ROOT
+from benchmarks.gpu import build
+from benchmarks.gpu.results import ROOT
 
 
 def built_from(root: Path) -> dict[str, str]:
@@ -27,7 +27,7 @@ def checkout(tmp_path) -> Path:
     for name in ("setup.py", "csrc/bind.cpp", "csrc/cuda/rows.cu", "vcrd/__init__.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    record = gpu_build.record_of_the_build(tmp_path)
+    record = build.record_of_the_build(tmp_path)
     record.with_name(record.name.replace(".build.json", ".so")).touch()
     write(tmp_path, with_cuda=True)
     return tmp_path
@@ -35,45 +35,45 @@ def checkout(tmp_path) -> Path:
 
 def write(checkout: Path, **changes) -> None:
     record = {"sources": built_from(checkout), "torch": "2.11", "with_cuda": True, **changes}
-    gpu_build.record_of_the_build(checkout).write_text(json.dumps(record))
+    build.record_of_the_build(checkout).write_text(json.dumps(record))
 
 
 def test_a_carried_build_is_used_while_its_sources_and_torch_are_these(checkout):
-    assert gpu_build.reason_to_build("2.11", checkout) is None
+    assert build.reason_to_build("2.11", checkout) is None
     (checkout / "csrc/bind.cpp").touch()
     (checkout / "vcrd/__init__.py").write_text("no part of the extension")
-    assert gpu_build.reason_to_build("2.11", checkout) is None
-    assert "with torch 2.11, here is 2.13" in gpu_build.reason_to_build("2.13", checkout)
+    assert build.reason_to_build("2.11", checkout) is None
+    assert "with torch 2.11, here is 2.13" in build.reason_to_build("2.13", checkout)
 
 
 def test_a_change_is_found_and_named(checkout):
     (checkout / "csrc/cuda/rows.cu").write_text("csrc/cuda/rows.cv")
-    assert gpu_build.changed(checkout) == ["csrc/cuda/rows.cu"]
-    assert gpu_build.reason_to_build("2.11", checkout).startswith("csrc/cuda/rows.cu changed")
+    assert build.changed(checkout) == ["csrc/cuda/rows.cu"]
+    assert build.reason_to_build("2.11", checkout).startswith("csrc/cuda/rows.cu changed")
     (checkout / "csrc/bind.cpp").unlink()
     (checkout / "csrc/new.h").touch()
-    assert gpu_build.changed(checkout) == ["csrc/bind.cpp", "csrc/cuda/rows.cu", "csrc/new.h"]
-    assert "and 2 more changed" in gpu_build.reason_to_build("2.11", checkout)
+    assert build.changed(checkout) == ["csrc/bind.cpp", "csrc/cuda/rows.cu", "csrc/new.h"]
+    assert "and 2 more changed" in build.reason_to_build("2.11", checkout)
 
 
 def test_what_nobody_vouches_for_is_built_anew(checkout):
     write(checkout, with_cuda=False)
-    assert gpu_build.reason_to_build("2.11", checkout) == "vcrd._C was built without its CUDA kernels"
-    record = gpu_build.record_of_the_build(checkout)
+    assert build.reason_to_build("2.11", checkout) == "vcrd._C was built without its CUDA kernels"
+    record = build.record_of_the_build(checkout)
     record.unlink()
-    assert gpu_build.changed(checkout) is None
-    assert gpu_build.reason_to_build("2.11", checkout).startswith("nothing says")
+    assert build.changed(checkout) is None
+    assert build.reason_to_build("2.11", checkout).startswith("nothing says")
     record.with_name(record.name.replace(".build.json", ".so")).unlink()
-    assert gpu_build.reason_to_build("2.11", checkout).startswith("vcrd._C is not built")
+    assert build.reason_to_build("2.11", checkout).startswith("vcrd._C is not built")
 
 
 def test_ninja_is_made_to_see_what_changed(monkeypatch, tmp_path):
     touched, commands = [], []
     monkeypatch.setattr(Path, "touch", lambda path, *_: touched.append(path.name))
-    monkeypatch.setattr(gpu_build, "run", lambda command, seconds: commands.append(command))
-    monkeypatch.setattr(gpu_build, "changed", lambda: ["csrc/merge.h", "csrc/removed.h"])
-    gpu_build.build(300)
+    monkeypatch.setattr(build, "run", lambda command, seconds: commands.append(command))
+    monkeypatch.setattr(build, "changed", lambda: ["csrc/merge.h", "csrc/removed.h"])
+    build.build(300)
     assert touched == ["merge.h"] and "--force" in commands[0]
-    monkeypatch.setattr(gpu_build, "changed", lambda: None)
-    gpu_build.build(300)
+    monkeypatch.setattr(build, "changed", lambda: None)
+    build.build(300)
     assert {"setup.py", "bind.cpp", "merge.h"} <= set(touched[1:])

@@ -14,13 +14,11 @@ from types import SimpleNamespace
 import pytest
 from waiting import wait_until
 
-import gpu_check
-import gpu_results as results
-from gpu_process import Outcome
-from gpu_results import Finding
-from gpu_stages import STAGES, Stage
+from benchmarks.gpu import check, results
+from benchmarks.gpu.process import Outcome
+from benchmarks.gpu.results import Finding
+from benchmarks.gpu.stages import STAGES, Stage
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SOURCES = ("LICENSE",)
 MACHINE = {
     "torch": "2",
@@ -46,9 +44,9 @@ class Bench:
     def __init__(self, folder: Path, monkeypatch) -> None:
         self.folder, self.now, self.ran, self.limits = folder, 0.0, [], {}
         self.machine = dict(MACHINE)
-        monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(gpu_check, "usable_machine", lambda: self.machine)
-        monkeypatch.setattr(gpu_check, "probe", lambda *_: self.machine)
+        monkeypatch.setattr(check, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(check, "usable_machine", lambda: self.machine)
+        monkeypatch.setattr(check, "probe", lambda *_: self.machine)
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         monkeypatch.setattr(results, "commit", lambda: {"commit": "abc", "dirty": False})
 
@@ -66,7 +64,7 @@ class Bench:
         started, self.now = self.now, self.now
         build = [] if any(stage.name == "build" for stage in stages) else [self.stage("build")]
         given = ["--results", str(self.folder), "--seconds", str(seconds), *arguments]
-        status = gpu_check.main(given, [*build, *stages])
+        status = check.main(given, [*build, *stages])
         assert self.now >= started
         return status
 
@@ -74,7 +72,7 @@ class Bench:
         return json.loads((self.folder / f"{name}.json").read_text())
 
     def state(self, stage: Stage) -> str:
-        return gpu_check.Entry.of(stage, self.folder).state
+        return check.Entry.of(stage, self.folder).state
 
 
 @pytest.fixture
@@ -87,7 +85,7 @@ def without_a_gpu() -> dict:
 
 
 def test_says_in_one_sentence_that_there_is_no_gpu(tmp_path):
-    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--results", str(tmp_path / "gpu")]
+    command = [sys.executable, "-m", "benchmarks.gpu.check", "--results", str(tmp_path / "gpu")]
     done = subprocess.run(command, capture_output=True, text=True, env=without_a_gpu(), timeout=200)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("gpu-check: torch ") and done.stderr.count("\n") == 1
@@ -95,9 +93,9 @@ def test_says_in_one_sentence_that_there_is_no_gpu(tmp_path):
 
 
 def test_says_why_its_interpreter_cannot_be_used(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu_check, "run", lambda *_: Outcome(1, 5.0, "Traceback\nImportError: no torch\n"))
+    monkeypatch.setattr(check, "run", lambda *_: Outcome(1, 5.0, "Traceback\nImportError: no torch\n"))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    assert gpu_check.main(["--results", str(tmp_path)]) == 1
+    assert check.main(["--results", str(tmp_path)]) == 1
     assert capsys.readouterr().err.endswith("cannot be used: ImportError: no torch\n")
 
 
@@ -107,14 +105,14 @@ def test_an_extension_that_cannot_be_loaded_is_built_anew(monkeypatch):
         (f"a warning\n{first}\nSegmentation fault", "vcrd._C ends the process that loads it"),
         (f"{first}\n{json.dumps(MACHINE)}\n", None),
     ):
-        monkeypatch.setattr(gpu_check, "run", lambda *_, output=output: Outcome(-11, 5.0, output))
-        assert gpu_check.usable_machine()["kernels"] == kernels
+        monkeypatch.setattr(check, "run", lambda *_, output=output: Outcome(-11, 5.0, output))
+        assert check.usable_machine()["kernels"] == kernels
 
 
 def test_the_list_needs_neither_a_gpu_nor_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--list"]
+    command = [sys.executable, "-m", "benchmarks.gpu.check", "--list"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
     header, *rows = done.stdout.splitlines()
@@ -215,7 +213,7 @@ def test_a_stage_that_does_not_fit_is_left_and_a_shorter_one_gets_its_turn(bench
     ]
     assert bench.run(*stages, seconds=100) == 0
     assert bench.ran == ["first", "short"]
-    assert bench.limits == {"first": 90, "short": 100 - gpu_check.MARGIN - 60}
+    assert bench.limits == {"first": 90, "short": 100 - check.MARGIN - 60}
     assert not (bench.folder / "long.json").exists()
     printed = capsys.readouterr().out
     assert "takes about 50 s, 38 s were left" in printed
@@ -276,7 +274,7 @@ def test_a_build_that_is_here_is_used(bench):
 
 
 def test_a_build_that_cannot_be_used_is_made_anew(bench, monkeypatch):
-    monkeypatch.setattr(gpu_check, "probe", lambda *_: MACHINE)
+    monkeypatch.setattr(check, "probe", lambda *_: MACHINE)
     bench.machine["kernels"] = "csrc/merge.h changed since vcrd._C was built"
     assert bench.run(bench.stage("build", limit=300), bench.stage("fast")) == 0
     assert bench.ran == ["build", "fast"] and bench.limits["build"] == 300
@@ -328,9 +326,9 @@ def test_the_commit_is_gits_or_the_environments(tmp_path, monkeypatch):
 
 ENDS_ON_SIGTERM = """
 import signal, sys
-import gpu_process
+from benchmarks.gpu import process
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-gpu_process.run(["bash", "-c", "sleep 300 & echo $! > {path}.part; mv {path}.part {path}; wait"], 300)
+process.run(["bash", "-c", "sleep 300 & echo $! > {path}.part; mv {path}.part {path}; wait"], 300)
 """
 
 
@@ -339,20 +337,20 @@ def test_no_process_of_a_stage_outlives_it(tmp_path, monkeypatch, ended_by):
     path = tmp_path / "process"
     if ended_by == "a signal":
         command = [sys.executable, "-c", ENDS_ON_SIGTERM.format(path=path)]
-        queue = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(BENCHMARKS)})
+        queue = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(results.ROOT)})
         wait_until(path.exists, 60, "the stage began")
         queue.terminate()
         assert queue.wait(timeout=60) == 143
     else:
-        import gpu_process
+        from benchmarks.gpu import process
 
         # The clock reaches the limit when the stage has begun, however slow this machine is.
         clock = SimpleNamespace(monotonic=lambda: 1000.0 if path.exists() else 0.0)
         end = "exit 3" if ended_by == "its own end" else "wait"
         if end == "wait":
-            monkeypatch.setattr(gpu_process, "time", clock)
+            monkeypatch.setattr(process, "time", clock)
         script = f"sleep 300 & echo $! > {path}.part; mv {path}.part {path}; echo begun; {end}"
-        outcome = gpu_process.run(["bash", "-c", script], 500)
+        outcome = process.run(["bash", "-c", script], 500)
         assert outcome.returncode == (3 if end != "wait" else None)
         assert outcome.how == ("exit status 3" if end != "wait" else "cut off after 1000 s")
     wait_until(lambda: not runs(int(path.read_text())), 60, "its child ended")

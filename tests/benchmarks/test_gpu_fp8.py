@@ -16,12 +16,9 @@ import pytest
 import torch
 from worlds import World, run_worlds
 
-import gpu_fp8
-import gpu_process
-import gpu_stages
+from benchmarks.gpu import fp8, process, stages
+from benchmarks.gpu.results import ROOT
 from vcrd.megatron.fp8 import refuse_delayed_scaling
-
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_fp8.py"
 
 
 def found(monkeypatch, *missing: str) -> None:
@@ -34,26 +31,26 @@ def found(monkeypatch, *missing: str) -> None:
 
 def test_it_says_why_it_does_not_run(monkeypatch):
     found(monkeypatch, "transformer_engine")
-    assert gpu_fp8.reason_to_skip() == "Transformer Engine is not installed"
-    assert gpu_fp8.run() == {"passed": None, "how": "Transformer Engine is not installed"}
+    assert fp8.reason_to_skip() == "Transformer Engine is not installed"
+    assert fp8.run() == {"passed": None, "how": "Transformer Engine is not installed"}
     found(monkeypatch, "megatron")
-    assert gpu_fp8.reason_to_skip() == "megatron-core is not installed"
+    assert fp8.reason_to_skip() == "megatron-core is not installed"
     found(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_fp8.reason_to_skip().endswith("finds no GPU that it can use")
+    assert fp8.reason_to_skip().endswith("finds no GPU that it can use")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert gpu_fp8.reason_to_skip() == "FP8 needs compute capability 8.9, this GPU has 8.0"
+    assert fp8.reason_to_skip() == "FP8 needs compute capability 8.9, this GPU has 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert gpu_fp8.reason_to_skip() is None
+    assert fp8.reason_to_skip() is None
 
 
 def test_it_reports_the_difference_and_fails_on_what_is_not_finite():
     bf16 = {"losses": [3.0, 2.0], "gradient_norm": 1.0}
-    result = gpu_fp8.summary(bf16, {"tensorwise": {"losses": [3.0, 2.1], "gradient_norm": 1.5}})
+    result = fp8.summary(bf16, {"tensorwise": {"losses": [3.0, 2.1], "gradient_norm": 1.5}})
     assert result["passed"] is True
     assert result["fp8"]["tensorwise"]["relative_difference"] == pytest.approx(0.05)
-    assert gpu_fp8.lines(result).splitlines() == [
+    assert fp8.lines(result).splitlines() == [
         "bf16: loss 2.00000 nat per token, gradient norm 1",
         "fp8 tensorwise: loss 2.10000 nat per token, gradient norm 1.5, +0.10000 nat, +5.00 %",
     ]
@@ -62,34 +59,34 @@ def test_it_reports_the_difference_and_fails_on_what_is_not_finite():
         {"losses": [2.0], "gradient_norm": math.inf},
         "RuntimeError: no such recipe",
     ):
-        result = gpu_fp8.summary(bf16, {"tensorwise": broken})
+        result = fp8.summary(bf16, {"tensorwise": broken})
         assert result["passed"] is False
-        assert gpu_fp8.lines(result).endswith(
+        assert fp8.lines(result).endswith(
             "not every recipe ran, to finite numbers, and learned where it was to"
         )
-    assert "fp8 tensorwise: RuntimeError: no such recipe" in gpu_fp8.lines(result)
+    assert "fp8 tensorwise: RuntimeError: no such recipe" in fp8.lines(result)
 
 
 def test_a_recipe_that_fails_is_a_line():
     def fails(recipe):
         raise RuntimeError("not on this GPU\nand more")
 
-    assert gpu_fp8.tried(fails, "blockwise") == "RuntimeError: not on this GPU"
+    assert fp8.tried(fails, "blockwise") == "RuntimeError: not on this GPU"
 
 
 def test_no_recipe_is_one_that_a_teacher_may_not_have():
-    for recipe in gpu_fp8.RECIPES:
-        refuse_delayed_scaling(SimpleNamespace(fp8="hybrid", fp8_recipe=gpu_fp8.of_teacher(recipe)))
+    for recipe in fp8.RECIPES:
+        refuse_delayed_scaling(SimpleNamespace(fp8="hybrid", fp8_recipe=fp8.of_teacher(recipe)))
 
 
 def test_its_reason_makes_the_stage_unavailable(monkeypatch):
     def run(command, seconds, show=False, **environment):
         path = Path(command[command.index("--json") + 1])
         path.write_text(json.dumps({"passed": None, "how": "FP8 needs compute capability 8.9"}))
-        return gpu_process.Outcome(0, 1.0, "")
+        return process.Outcome(0, 1.0, "")
 
-    monkeypatch.setattr(gpu_stages, "run", run)
-    for stage in gpu_stages.STAGES:
+    monkeypatch.setattr(stages, "run", run)
+    for stage in stages.STAGES:
         if stage.name.startswith("fp8"):
             found = stage.work(60)
             assert (found.passed, found.how) == (None, "FP8 needs compute capability 8.9")
@@ -98,33 +95,35 @@ def test_its_reason_makes_the_stage_unavailable(monkeypatch):
 def test_training_must_lower_the_loss(monkeypatch):
     learns = {"losses": [3.0] * 4 + [2.0] * 26, "gradient_norm": 1.0}
     stays = {"losses": [3.0] * 30, "gradient_norm": 1.0}
-    monkeypatch.setattr(gpu_fp8, "reason_to_skip", lambda: None)
-    monkeypatch.setattr(gpu_fp8, "one_rank", contextlib.nullcontext)
-    monkeypatch.setattr(gpu_fp8, "train", lambda recipe: learns)
-    result = gpu_fp8.run(training=True)
+    monkeypatch.setattr(fp8, "reason_to_skip", lambda: None)
+    monkeypatch.setattr(fp8, "one_rank", contextlib.nullcontext)
+    monkeypatch.setattr(fp8, "train", lambda recipe: learns)
+    result = fp8.run(training=True)
     assert result["passed"] is True
     assert all(run["loss_difference"] == 0 for run in result["fp8"].values())
-    monkeypatch.setattr(gpu_fp8, "train", lambda recipe: stays if recipe == "blockwise" else learns)
-    assert gpu_fp8.run(training=True)["passed"] is False
-    monkeypatch.setattr(gpu_fp8, "measure", lambda recipe: stays)
-    assert gpu_fp8.run()["passed"] is True, "a micro-batch teaches nothing"
+    monkeypatch.setattr(fp8, "train", lambda recipe: stays if recipe == "blockwise" else learns)
+    assert fp8.run(training=True)["passed"] is False
+    monkeypatch.setattr(fp8, "measure", lambda recipe: stays)
+    assert fp8.run()["passed"] is True, "a micro-batch teaches nothing"
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is installed"
 )
 def test_the_script_ends_well_where_transformer_engine_is_not_installed():
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.fp8"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (0, "Transformer Engine is not installed\n"), done.stderr
 
 
 def test_its_models_and_its_steps_run_on_the_cpu_with_local_layers():
     (result,), (trained,) = run_worlds(
-        World(gpu_fp8.measure, arguments=(None, False)), World(gpu_fp8.train, arguments=(None, False, 8))
+        World(fp8.measure, arguments=(None, False)), World(fp8.train, arguments=(None, False, 8))
     )
-    assert len(result["losses"]) == gpu_fp8.STEPS
+    assert len(result["losses"]) == fp8.STEPS
     assert all(loss > 0.1 and math.isfinite(loss) for loss in result["losses"])
     assert max(result["losses"]) == pytest.approx(min(result["losses"]), rel=1e-4), "no weight changes"
     assert 0 < result["gradient_norm"] < math.inf
-    assert len(trained["losses"]) == 8 and gpu_fp8.lowered(trained)
+    assert len(trained["losses"]) == 8 and fp8.lowered(trained)
     assert trained["losses"][0] == pytest.approx(result["losses"][0], rel=1e-4), "the same models and tokens"

@@ -6,29 +6,26 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from worlds import World, run_worlds
 
-import gpu_parallel
-import gpu_ranks
-from gpu_parallel import ALONE, CASES, RANKS, STEPS
-
-SCRIPTS = Path(gpu_parallel.__file__).parent
+from benchmarks.gpu import parallel, ranks
+from benchmarks.gpu.parallel import ALONE, CASES, RANKS, STEPS
+from benchmarks.gpu.results import ROOT
 
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
     """All jobs have run, as the processes of the script do."""
-    trial = gpu_parallel.trial("cpu", tmp_path_factory.mktemp("trial"))
-    run_worlds(*(World(work, size, arguments=(trial,)) for work, size in gpu_parallel.JOBS.values()))
+    trial = parallel.trial("cpu", tmp_path_factory.mktemp("trial"))
+    run_worlds(*(World(work, size, arguments=(trial,)) for work, size in parallel.JOBS.values()))
     return trial
 
 
 def test_every_layout_has_the_losses_and_gradients_of_one_rank(trial):
-    result = gpu_parallel.compared(trial)
+    result = parallel.compared(trial)
     assert result["passed"] is True, result
     assert list(result["cases"]) == [case.name for case in CASES]
     assert len({*result["one rank"]["loss"]}) == STEPS and min(result["one rank"]["norm"]) > 0.1
@@ -49,7 +46,7 @@ def test_what_differs_on_one_rank_in_one_step_fails_the_case(trial, key, value):
         step[key] *= value
     torch.save(found, path)
     try:
-        result = gpu_parallel.compared(trial)
+        result = parallel.compared(trial)
     finally:
         path.write_bytes(before)
     assert result["passed"] is False
@@ -66,7 +63,7 @@ def unmarked_norms(trial) -> None:
             self.weight.sequence_parallel = False
 
     cpu_layers.Norm = Norm
-    gpu_parallel.train(CASES[2], trial)
+    parallel.train(CASES[2], trial)
 
 
 def test_a_gradient_that_no_rank_sums_is_found(trial):
@@ -74,31 +71,31 @@ def test_a_gradient_that_no_rank_sums_is_found(trial):
     before = [path.read_bytes() for path in paths]
     try:
         run_worlds(World(unmarked_norms, RANKS, arguments=(trial,)))
-        found = gpu_parallel.differences(CASES[2], trial)
+        found = parallel.differences(CASES[2], trial)
     finally:
         for path, content in zip(paths, before, strict=True):
             path.write_bytes(content)
     assert found["passed"] is False and found["gradient"] > 0.3
     assert "norm" in found["of the gradient of"]
     # Not by rounding: the limit for bfloat16 finds it, too.
-    assert found["gradient"] > gpu_parallel.LIMITS[torch.bfloat16][1]
+    assert found["gradient"] > parallel.LIMITS[torch.bfloat16][1]
 
 
 def test_what_did_not_end_is_said(tmp_path, trial):
-    empty = gpu_parallel.trial("cpu", tmp_path)
-    assert gpu_parallel.compared(empty) == {"passed": False, "error": "one rank did not end"}
+    empty = parallel.trial("cpu", tmp_path)
+    assert parallel.compared(empty) == {"passed": False, "error": "one rank did not end"}
     (tmp_path / f"{ALONE.name}.0.found").write_bytes((trial.folder / f"{ALONE.name}.0.found").read_bytes())
-    found = gpu_parallel.compared(empty)
+    found = parallel.compared(empty)
     assert found["passed"] is False
     assert all(case == {"passed": False, "error": "did not end"} for case in found["cases"].values())
 
 
 def test_the_first_process_that_fails_ends_the_others():
     waits = ["-c", "import signal; signal.pause()"]
-    how = gpu_ranks.run_together({"first": waits, "second": ["-c", "raise SystemExit(3)"]}, 60)
+    how = ranks.run_together({"first": waits, "second": ["-c", "raise SystemExit(3)"]}, 60)
     assert how == "second ended with exit status 3"
-    assert gpu_ranks.run_together({"first": waits}, 0.1) == "first did not end within 0.1 seconds"
-    assert gpu_ranks.run_together({"first": ["-c", "pass"]}, 60) is None
+    assert ranks.run_together({"first": waits}, 0.1) == "first did not end within 0.1 seconds"
+    assert ranks.run_together({"first": ["-c", "pass"]}, 60) is None
 
 
 def test_each_process_is_a_host_of_its_own_for_nccl(tmp_path):
@@ -106,18 +103,26 @@ def test_each_process_is_a_host_of_its_own_for_nccl(tmp_path):
     write = "import os, sys; open(sys.argv[1], 'w').write(os.environ['NCCL_HOSTID'] + os.environ['NCCL_RAS_ENABLE'])"
     paths = [tmp_path / name for name in names]
     commands = {name: ["-c", write, str(path)] for name, path in zip(names, paths, strict=True)}
-    assert gpu_ranks.run_together(commands, 60) is None
+    assert ranks.run_together(commands, 60) is None
     assert [path.read_text() for path in paths] == ["host-student00", "host-student10"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command", [["gpu_parallel.py"], ["gpu_nccl.py", "ranks"]], ids=lambda command: command[0]
-)
+@pytest.mark.parametrize("command", [["parallel"], ["nccl", "ranks"]], ids=lambda command: command[0])
 def test_the_script_runs_on_the_cpu(command, tmp_path):
     path = tmp_path / "figures.json"
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / command[0]), *command[1:], "--device", "cpu", "--json", str(path)],
+        [
+            sys.executable,
+            "-m",
+            f"benchmarks.gpu.{command[0]}",
+            *command[1:],
+            "--device",
+            "cpu",
+            "--json",
+            str(path),
+        ],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=200,

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-import gpu_profile
-import gpu_results
+from benchmarks.gpu import profile
+from benchmarks.gpu.results import write
 
 # Written by hand after ncu's documentation of --csv --page raw, units in the second row; not the output of a run.
 HEADER = (
@@ -42,13 +42,13 @@ def test_it_takes_the_loss_of_vcrd_that_is_furthest_from_a_copy():
         result((4096, 131072, 131072), **{"vcrd": 0.98, "vcrd jsd": 0.83, "Liger KL": 0.11}),
         result((1024, 4096, 32768), **{"vcrd": 0.77, "vcrd in place": 0.79}),
     ]
-    assert gpu_profile.furthest(results) == ("1024x4096of32768", "bfloat16", "vcrd")
-    assert gpu_profile.furthest(results[:3]) == ("4096x131072of131072", "bfloat16", "vcrd jsd")
-    assert gpu_profile.furthest(results[:2]) is None
+    assert profile.furthest(results) == ("1024x4096of32768", "bfloat16", "vcrd")
+    assert profile.furthest(results[:3]) == ("4096x131072of131072", "bfloat16", "vcrd jsd")
+    assert profile.furthest(results[:2]) is None
 
 
 def test_a_report_is_read():
-    first, second = (gpu_profile.figures(kernel) for kernel in gpu_profile.parse(REPORT))
+    first, second = (profile.figures(kernel) for kernel in profile.parse(REPORT))
     metrics = first.pop("metrics")
     assert first == {
         "kernel": "void vcrd::cuda::statistics<(int)1>(Params, Grid)",
@@ -62,7 +62,7 @@ def test_a_report_is_read():
     }
     assert "launch__function_pcs" not in metrics and metrics["gpu__time_duration.sum"] == 81920
     assert second["longest_stall"] == "barrier"
-    assert gpu_profile.parse("==ERROR== nothing was profiled") == []
+    assert profile.parse("==ERROR== nothing was profiled") == []
 
 
 @pytest.mark.parametrize(
@@ -75,12 +75,12 @@ def test_a_report_is_read():
 )
 def test_it_passes_fails_or_is_unavailable(monkeypatch, tmp_path, capsys, log, printed, passed):
     asked = []
-    monkeypatch.setattr(gpu_profile, "tool", lambda name: f"/cuda/bin/{name}")
-    monkeypatch.setattr(gpu_profile, "profile", lambda *case: asked.append(case[:3]) or (log, printed))
-    gpu_results.write(tmp_path / "gpu", "benchmark-headline", result((1024, 32768, 32768), vcrd=0.5))
+    monkeypatch.setattr(profile, "tool", lambda name: f"/cuda/bin/{name}")
+    monkeypatch.setattr(profile, "profile", lambda *case: asked.append(case[:3]) or (log, printed))
+    write(tmp_path / "gpu", "benchmark-headline", result((1024, 32768, 32768), vcrd=0.5))
     path = tmp_path / "profile.json"
     monkeypatch.setattr(sys, "argv", ["p", "--results", str(tmp_path / "gpu"), "--json", str(path)])
-    assert gpu_profile.main() == (1 if passed is False else 0)
+    assert profile.main() == (1 if passed is False else 0)
     assert asked == [("1024x32768of32768", "bfloat16", "vcrd")]
     written = json.loads(path.read_text())
     assert written["passed"] is passed
@@ -89,4 +89,4 @@ def test_it_passes_fails_or_is_unavailable(monkeypatch, tmp_path, capsys, log, p
 
 
 def test_what_is_profiled_is_one_call_of_that_method():
-    gpu_profile.run_child("24x515", "bfloat16", gpu_profile.FALLBACK[1], "cpu")
+    profile.run_child("24x515", "bfloat16", profile.FALLBACK[1], "cpu")

@@ -11,18 +11,17 @@ from pathlib import Path
 import pytest
 
 import device_table
-import gpu_process
-import gpu_stages
 import loss
-from gpu_results import ROOT, files
-from gpu_stages import LIMIT, STAGES, Script
+from benchmarks.gpu import process, stages
+from benchmarks.gpu.results import ROOT, files
+from benchmarks.gpu.stages import LIMIT, STAGES, Script
 
 NAMES = [stage.name for stage in STAGES]
 
 
 def shards() -> list[str]:
     """The files of the stages that run tests on CUDA tensors; tests over NCCL are chosen by its name."""
-    tests = [stage.work for stage in STAGES if isinstance(stage.work, gpu_stages.Tests)]
+    tests = [stage.work for stage in STAGES if isinstance(stage.work, stages.Tests)]
     return [path for work in tests if work.keyword == "cuda" for path in work.paths]
 
 
@@ -44,16 +43,17 @@ def test_names_are_files_and_unique():
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_a_stage_is_short_and_says_what_it_proves_of_which_files(stage):
     assert stage.proves.endswith(".") and "\n" not in stage.proves
-    longer = {"build": gpu_stages.LIMIT_OF_THE_BUILD, "nccl-alive": gpu_stages.LIMIT_OF_THE_LOOK}
+    longer = {"build": stages.LIMIT_OF_THE_BUILD, "nccl-alive": stages.LIMIT_OF_THE_LOOK}
     assert stage.limit == longer.get(stage.name, LIMIT) and LIMIT <= 90
     assert 0 < stage.expected <= stage.limit
     for pattern in stage.sources:
         assert files([pattern.removeprefix("!")]), f"{pattern} matches no file"
     if isinstance(stage.work, Script):
-        assert ROOT / stage.work.command[0] in files(stage.sources) or stage.work.command[0].endswith(
-            "loss.py"
-        )
-    if isinstance(stage.work, gpu_stages.Tests):
+        script = stage.work.command[0]
+        if script == "-m":
+            script = f"{stage.work.command[1].replace('.', '/')}.py"
+        assert ROOT / script in files(stage.sources) or script.endswith("loss.py")
+    if isinstance(stage.work, stages.Tests):
         assert {ROOT / path for path in stage.work.paths} <= set(files(stage.sources))
         # tests/conftest.py imports hypothesis for all.
         assert set(stage.modules) - {"nccl"} == {"pytest", "hypothesis"}
@@ -124,9 +124,9 @@ def test_figures_that_a_script_wrote_before_it_was_cut_off_are_kept(tmp_path, mo
 
     def run(command, seconds, show=False, **environment):
         Path(command[-1]).write_text(json.dumps(written))
-        return gpu_process.Outcome(None, seconds, "the second case began")
+        return process.Outcome(None, seconds, "the second case began")
 
-    monkeypatch.setattr(gpu_stages, "run", run)
+    monkeypatch.setattr(stages, "run", run)
     found = Script(("benchmarks/loss.py",))(90)
     assert found.passed is False and found.how == "cut off after 90 s"
     assert found.figures["cases"] == [1] and found.figures["output"] == "the second case began"
@@ -147,21 +147,21 @@ def test_the_sanitizers_errors_fail_it(monkeypatch):
 
     def run(command, seconds, **environment):
         commands.append((command, environment))
-        return gpu_process.Outcome(9, 5.0, "Invalid __global__ read\nERROR SUMMARY: 1 error")
+        return process.Outcome(9, 5.0, "Invalid __global__ read\nERROR SUMMARY: 1 error")
 
-    monkeypatch.setattr(gpu_stages, "run", run)
-    monkeypatch.setattr(gpu_stages, "tool", lambda name: f"/cuda/bin/{name}")
-    found = gpu_stages.sanitizer(60)
+    monkeypatch.setattr(stages, "run", run)
+    monkeypatch.setattr(stages, "tool", lambda name: f"/cuda/bin/{name}")
+    found = stages.sanitizer(60)
     assert found.passed is False and "1 error" in found.figures["output"]
     ((command, environment),) = commands
-    assert command[0] == "/cuda/bin/compute-sanitizer" and (ROOT / command[-1]).exists()
+    assert command[0] == "/cuda/bin/compute-sanitizer" and command[-2:] == ["-m", "benchmarks.gpu.small_case"]
     assert environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 def test_the_small_case_of_the_sanitizer_runs():
-    import gpu_small_case
+    from benchmarks.gpu import small_case
 
-    gpu_small_case.main("cpu")
+    small_case.main("cpu")
 
 
 def test_a_tool_is_found_in_the_toolkit_too(tmp_path, monkeypatch):
@@ -171,15 +171,15 @@ def test_a_tool_is_found_in_the_toolkit_too(tmp_path, monkeypatch):
     path.chmod(0o755)
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert gpu_stages.tool("a-tool") == str(path)
-    assert gpu_stages.tool("another-tool") is None
+    assert stages.tool("a-tool") == str(path)
+    assert stages.tool("another-tool") is None
 
 
 def test_the_queue_imports_no_torch():
     assert "torch" not in {
         name.split(".")[0]
         for path in ("check", "stages", "results", "process", "tests", "build")
-        for node in ast.walk(ast.parse((ROOT / f"benchmarks/gpu_{path}.py").read_text()))
+        for node in ast.walk(ast.parse((ROOT / f"benchmarks/gpu/{path}.py").read_text()))
         for name in imported(node)
     }
     assert "torch" in sys.modules, "the tests do"

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import gpu_process
-import gpu_tests
+from benchmarks.gpu import process
+from benchmarks.gpu.tests import run_tests, summary
 
 TESTS = """
 import os, pathlib, threading
@@ -54,7 +54,7 @@ def names(tests) -> list[str]:
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_what_failed_and_what_timed_out_are_told_apart_by_name(tmp_path, workers):
-    found = gpu_tests.run_tests([path_of(tmp_path, TESTS, TIMES_OUT)], 300, workers)
+    found = run_tests([path_of(tmp_path, TESTS, TIMES_OUT)], 300, workers)
     assert found.passed is False
     assert names(found.figures["failed"]) == ["test_bad[cuda]"], "that on the CPU is not run"
     assert names(found.figures["timed_out"]) == ["test_slow_cuda"]
@@ -72,8 +72,8 @@ def test_a_run_that_is_cut_off_names_what_was_running(tmp_path, monkeypatch, wor
     # The clock reaches the limit when the last test hangs and the others have ended, however slow this machine is.
     hangs = tmp_path / "hangs"
     clock = SimpleNamespace(monotonic=lambda: 1000.0 if hangs.exists() else 0.0)
-    monkeypatch.setattr(gpu_process, "time", clock)
-    found = gpu_tests.run_tests([path_of(tmp_path, TESTS, HANGS.format(others=3))], 90, workers)
+    monkeypatch.setattr(process, "time", clock)
+    found = run_tests([path_of(tmp_path, TESTS, HANGS.format(others=3))], 90, workers)
     assert found.passed is False and found.how.startswith("cut off after 1000 s; 1 passed; 1 failed: ")
     assert names(found.figures["running_at_the_end"]) == ["test_hangs_cuda"]
     assert names(found.figures["failed"]) == ["test_bad[cuda]"]
@@ -82,7 +82,7 @@ def test_a_run_that_is_cut_off_names_what_was_running(tmp_path, monkeypatch, wor
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_process_that_dies_takes_no_name_along(tmp_path, workers):
-    found = gpu_tests.run_tests([path_of(tmp_path, TESTS, DIES)], 300, workers)
+    found = run_tests([path_of(tmp_path, TESTS, DIES)], 300, workers)
     assert found.passed is False
     died = found.figures["failed" if workers > 1 else "running_at_the_end"]
     assert "test_dies_cuda" in names(died)
@@ -90,12 +90,12 @@ def test_a_process_that_dies_takes_no_name_along(tmp_path, workers):
 
 def test_passed_means_that_something_ran(tmp_path):
     good = "def test_good_cuda(): pass\n"
-    assert gpu_tests.run_tests([path_of(tmp_path, good)], 300, 1).passed is True
-    none = gpu_tests.run_tests([path_of(tmp_path, "def test_of_the_cpu(): pass\n")], 300, 1)
+    assert run_tests([path_of(tmp_path, good)], 300, 1).passed is True
+    none = run_tests([path_of(tmp_path, "def test_of_the_cpu(): pass\n")], 300, 1)
     assert none.passed is False and none.how.startswith("exit status 5; 0 passed")
     assert "deselected" in none.figures["output"]
 
 
 def test_a_line_that_was_cut_off_is_no_line():
     lines = ['{"event": "start", "test": "a"}', '{"event": "call", "test": "a", "outc']
-    assert gpu_tests.summary(lines)["running_at_the_end"] == ["a"]
+    assert summary(lines)["running_at_the_end"] == ["a"]

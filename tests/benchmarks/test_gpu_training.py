@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 
 import pytest
 from worlds import World, run_worlds
 
-import gpu_training
-from gpu_models import Shape
-from gpu_training import HEAD, PLAIN, PLUG, UNFUSED, Times
+from benchmarks.gpu import training
+from benchmarks.gpu.models import Shape
+from benchmarks.gpu.training import HEAD, PLAIN, PLUG, UNFUSED, Times
 
 SHAPE = Shape(2, 32, 64, 4, vocab=96, sequence=16, groups=2, gated=True, tied=True)
-SCRIPT = Path(gpu_training.__file__)
 
 
 def tiny() -> tuple[dict, list]:
     """The figures; how often each answer of the teacher was given in the last block."""
     given = []
-    forward = gpu_training.ReadyTeacher.forward
+    forward = training.ReadyTeacher.forward
 
     def counted(teacher, input_ids):
         answer = forward(teacher, input_ids)
         given.append(answer.data_ptr())
         return answer
 
-    gpu_training.ReadyTeacher.forward = counted
+    training.ReadyTeacher.forward = counted
     settings = {"use_cpu_initialization": True, "bias_activation_fusion": True}
-    clock = gpu_training.HostClock()
-    return gpu_training.measure(SHAPE, 1, False, clock, rounds=1, steps=2, **settings), given
+    clock = training.HostClock()
+    return training.measure(SHAPE, 1, False, clock, rounds=1, steps=2, **settings), given
 
 
 def test_each_loss_takes_its_turn_on_one_model():
@@ -47,7 +45,7 @@ def test_each_loss_takes_its_turn_on_one_model():
     # Three warm-ups, one step for the memory and two timed ones, of either plug; answers take turns.
     assert len(given) == 12 and len(set(given)) == 2 and given[0] != given[1]
     assert given[:6] == given[6:], "both plugs end with the same answer"
-    assert gpu_training.lines(result).count("\n") == 4
+    assert training.lines(result).count("\n") == 4
 
 
 def found(**changes) -> dict[str, Times]:
@@ -58,22 +56,22 @@ def found(**changes) -> dict[str, Times]:
 
 
 def test_what_it_costs_is_in_percent_of_the_step_with_cross_entropy():
-    result = gpu_training.summary(SHAPE, 1, True, 10**9, found())
+    result = training.summary(SHAPE, 1, True, 10**9, found())
     assert result["passed"] is True and result["layers_of"] == "Transformer Engine"
     assert result["longer_percent"] == pytest.approx({PLAIN: 0, UNFUSED: 25, PLUG: 5, HEAD: 0})
-    assert "1.00 B parameters" in gpu_training.lines(result)
+    assert "1.00 B parameters" in training.lines(result)
 
 
 @pytest.mark.parametrize("changes", [{"loss": math.nan}, {"gradient_norm": math.inf}, {"loss": 1.1}])
 def test_what_is_wrong_fails_it(changes):
-    result = gpu_training.summary(SHAPE, 1, True, 10**9, found(**changes))
+    result = training.summary(SHAPE, 1, True, 10**9, found(**changes))
     assert result["passed"] is False
-    assert "WRONG" in gpu_training.lines(result)
+    assert "WRONG" in training.lines(result)
 
 
 def test_it_says_that_there_is_no_gpu(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(gpu_training.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--json", str(tmp_path / "f.json"), "--layers", "2"])
-    assert gpu_training.main() == 0
+    monkeypatch.setattr(training.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["training", "--json", str(tmp_path / "f.json"), "--layers", "2"])
+    assert training.main() == 0
     assert "finds no GPU" in capsys.readouterr().out
     assert '"passed": null' in (tmp_path / "f.json").read_text()

@@ -109,7 +109,7 @@ def test_a_page_of_a_run_is_drawn_with_what_make_build_installs(built, tmp_path)
         ("evidence", "research/anatomy.py"),
         ("estimators", "research/estimators.py"),
         ("bench-link", "benchmarks/link.py"),
-        ("build", "benchmarks/gpu_parallel.py"),
+        ("build", "-m benchmarks.gpu.parallel"),
         ("build", "tests/megatron/parallelisms.py"),
     ],
 )

@@ -10,7 +10,7 @@ import json
 
 import torch
 
-from gpu_build import reason_to_build
+from benchmarks.gpu.build import reason_to_build
 from machine import gpu_facts, versions
 
 

@@ -1,6 +1,6 @@
 """FP8 through Transformer Engine: a small teacher and student, the loss in FP8 and in bfloat16, on one GPU.
 
-    python benchmarks/gpu_fp8.py [--training] [--json fp8.json]
+    python -m benchmarks.gpu.fp8 [--training] [--json fp8.json]
 
 Both models have the same bfloat16 parameters in all runs; in those in FP8 their linear layers multiply in FP8
 (`fp8="hybrid"`) by one recipe each, and the output layer and the loss as in bfloat16. Without --training the parameters
@@ -21,9 +21,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
-
-from gpu_models import Batch, Shape, build, forward_backward, forward_step, one_rank
+from benchmarks.gpu.models import Batch, Shape, build, forward_backward, forward_step, one_rank
 
 # FP8 products take multiples of 16 in each dimension, tokens included; blocks are of 128.
 VOCAB, SEQUENCE, BATCH = 4096, 128, 2

@@ -1,9 +1,9 @@
 """NCCL between processes that share one GPU: does it work here, and how fast is the link over it?
 
-    python benchmarks/gpu_nccl.py ranks [--json ranks.json]
-    python benchmarks/gpu_nccl.py speed [--megabytes 8 64 256] [--json speed.json]
+    python -m benchmarks.gpu.nccl ranks [--json ranks.json]
+    python -m benchmarks.gpu.nccl speed [--megabytes 8 64 256] [--json speed.json]
 
-They talk over sockets of the loopback interface (gpu_ranks.py). That is the path between nodes without GPUDirect, so
+They talk over sockets of the loopback interface (ranks.py). That is the path between nodes without GPUDirect, so
 its speed says what the link costs beside NCCL, not what NVLink or InfiniBand reach.
 
 ranks: torch's own all-reduce, send and receive between two processes; exits with 1 where a value is wrong.
@@ -27,9 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
-
-from gpu_ranks import run_together
+from benchmarks.gpu.ranks import run_together
 
 VOCAB = 32768
 ROUNDS, WARMUPS = 5, 2
@@ -65,7 +63,7 @@ def main() -> int:
 
 def both(folder: str) -> dict | None:
     """What rank 0 found, once both processes have ended well."""
-    given = [__file__, *sys.argv[1:], "--folder", folder]
+    given = ["-m", "benchmarks.gpu.nccl", *sys.argv[1:], "--folder", folder]
     error = run_together({f"rank{rank}": [*given, "--rank", str(rank)] for rank in range(2)}, SECONDS)
     if error:
         print(error, file=sys.stderr)

@@ -1,6 +1,6 @@
 """What distillation costs a Megatron training step on one GPU, beside plain cross-entropy, when the answers are ready.
 
-    python benchmarks/gpu_training.py [--layers 16] [--hidden 2048] [--vocab 131072] [--json training.json]
+    python -m benchmarks.gpu.training [--layers 16] [--hidden 2048] [--vocab 131072] [--json training.json]
 
 A GPT model with the layer sizes of a model of 1 B parameters, bfloat16, Megatron's data-parallel wrapper, schedule and
 Adam with float32 masters. Transformer Engine's layers where it is installed, Megatron's local ones otherwise, whose
@@ -33,10 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
-
+from benchmarks.gpu.models import Batch, Shape, build, forward_backward, forward_step, one_rank
 from device_measure import CudaClock, HostClock
-from gpu_models import Batch, Shape, build, forward_backward, forward_step, one_rank
 
 SHAPE = Shape(16, 2048, 8192, 32, vocab=131072, sequence=4096, groups=8, gated=True, tied=True)
 ROUNDS, STEPS = 3, 5

@@ -2,7 +2,7 @@
 
     make gpu-check PYTHON=python3 [SECONDS=420] [ARGS="--list"]
 
-Runs, within that time, the stages of gpu_stages.py whose result is missing, older than the code that they test, or
+Runs, within that time, the stages of stages.py whose result is missing, older than the code that they test, or
 failed, and writes each result at once to docs/performance/gpu/<stage>.json. Those that failed with the code as it is
 come after those that have never run, so that one failure does not keep the rest from its turn. A built extension that
 is here already is used if it was built from these sources with this torch.
@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import gpu_results as results
-from gpu_process import run
-from gpu_results import FAILED, MISSING, PASSED, STALE, UNAVAILABLE, Finding
-from gpu_stages import STAGES, Stage
+from benchmarks.gpu import results
+from benchmarks.gpu.process import run
+from benchmarks.gpu.results import FAILED, MISSING, PASSED, STALE, UNAVAILABLE, Finding
+from benchmarks.gpu.stages import STAGES, Stage
 
 SECONDS = 420
 MARGIN = 2  # seconds kept for writing results and the table
@@ -178,8 +178,8 @@ def shortened(text: str, longest: int = 160) -> str:
 
 
 def probe(seconds: float = 120) -> dict:
-    """What gpu_probe.py says of the machine and of the extension; `error`: why it says nothing."""
-    outcome = run([sys.executable, "benchmarks/gpu_probe.py"], seconds)
+    """What probe.py says of the machine and of the extension; `error`: why it says nothing."""
+    outcome = run([sys.executable, "-m", "benchmarks.gpu.probe"], seconds)
     for line in reversed(outcome.output.splitlines()):
         if line.startswith('{"torch"'):
             return json.loads(line)

@@ -1,4 +1,4 @@
-"""A pytest plugin (`-p gpu_test_log`): one line of JSON for each test that starts and ends, in the file VCRD_TEST_LOG.
+"""A pytest plugin that writes a line of JSON to the file VCRD_TEST_LOG when a test starts and when it ends.
 
 Lines are appended at once, by the process that runs the test, so that they tell what was running when the run was
 killed. With pytest-xdist these are the workers; the controller adds only what no worker can: that one has died.

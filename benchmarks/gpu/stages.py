@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import gpu_build
-from gpu_process import run
-from gpu_results import Finding
-from gpu_tests import run_tests, workers
+from benchmarks.gpu import build as extension
+from benchmarks.gpu.process import run
+from benchmarks.gpu.results import Finding
+from benchmarks.gpu.tests import run_tests, workers
 
 LIMIT = 90  # seconds of any stage but these two
 # The whole extension, torch's headers among it, on however many cores there are. Nothing can run before it.
@@ -109,7 +109,7 @@ class Tests:
 
 
 def build(seconds: float) -> Finding:
-    outcome = gpu_build.build(seconds)
+    outcome = extension.build(seconds)
     built = outcome.output[outcome.output.rfind("vcrd._C built") :].strip() if outcome.ended_well else ""
     figures = {"built": built} if built else {"output": outcome.tail()}
     return Finding(outcome.ended_well, outcome.how, figures, built or outcome.tail())
@@ -119,7 +119,7 @@ def sanitizer(seconds: float) -> Finding:
     command = [tool("compute-sanitizer"), "--tool", "memcheck", "--error-exitcode", "9"]
     # Without torch's pool, so that reading past a tensor is reading past an allocation.
     outcome = run(
-        [*command, sys.executable, "benchmarks/gpu_small_case.py"],
+        [*command, sys.executable, "-m", "benchmarks.gpu.small_case"],
         seconds,
         PYTORCH_NO_CUDA_MEMORY_CACHING="1",
     )
@@ -132,7 +132,7 @@ LOSS = (
     "!vcrd/__main__.py",
 )
 LINK = (*LOSS, "vcrd/link/**/*.py")
-MEGATRON = (*LINK, "vcrd/monitor/bottleneck.py", "vcrd/megatron/*.py", "benchmarks/gpu_models.py")
+MEGATRON = (*LINK, "vcrd/monitor/bottleneck.py", "vcrd/megatron/*.py", "benchmarks/gpu/models.py")
 BENCHMARK = (
     *LOSS,
     *("benchmarks/loss.py", "benchmarks/device_*.py", "benchmarks/loss_methods.py"),
@@ -191,7 +191,7 @@ def head(shape: str, *hidden: str) -> dict:
 
 
 FP8 = {
-    "sources": (*MEGATRON, "benchmarks/gpu_fp8.py"),
+    "sources": (*MEGATRON, "benchmarks/gpu/fp8.py"),
     "modules": ("transformer_engine", "megatron.core"),
     "expected": 40,
 }
@@ -201,7 +201,7 @@ STAGES = (
         "build",
         "The extension with its CUDA kernels compiles for this GPU with this torch, and loads.",
         build,
-        gpu_build.SOURCES,
+        extension.SOURCES,
         expected=60,
         limit=LIMIT_OF_THE_BUILD,
     ),
@@ -263,8 +263,8 @@ STAGES = (
     Stage(
         "training",
         "How much longer a Megatron training step takes with the plug than with plain cross-entropy, answers ready.",
-        Script(("benchmarks/gpu_training.py",)),
-        (*MEGATRON, "benchmarks/gpu_training.py", "benchmarks/device_measure.py"),
+        Script(("-m", "benchmarks.gpu.training")),
+        (*MEGATRON, "benchmarks/gpu/training.py", "benchmarks/device_measure.py"),
         expected=60,
         modules=("megatron.core",),
     ),
@@ -276,8 +276,8 @@ STAGES = (
     Stage(
         "nccl-ranks",
         "Two processes on one GPU are two ranks for NCCL: what the next stages rest on.",
-        Script(("benchmarks/gpu_nccl.py", "ranks")),
-        ("benchmarks/gpu_nccl.py", "benchmarks/gpu_ranks.py"),
+        Script(("-m", "benchmarks.gpu.nccl", "ranks")),
+        ("benchmarks/gpu/nccl.py", "benchmarks/gpu/ranks.py"),
         expected=20,
     ),
     Stage(
@@ -299,43 +299,43 @@ STAGES = (
     Stage(
         "nccl-speed",
         "GB/s of the link beside bare ncclSend and ncclRecv and beside TCP, and what is left of products beside it.",
-        Script(("benchmarks/gpu_nccl.py", "speed")),
-        (*LINK, "benchmarks/gpu_nccl.py", "benchmarks/gpu_ranks.py"),
+        Script(("-m", "benchmarks.gpu.nccl", "speed")),
+        (*LINK, "benchmarks/gpu/nccl.py", "benchmarks/gpu/ranks.py"),
         expected=60,
         modules=("nccl",),
     ),
     Stage(
         "megatron-sp-cp",
         "Four ranks with sequence parallelism, with context parallelism and with both train as one rank does.",
-        Script(("benchmarks/gpu_parallel.py",)),
-        (*MEGATRON, "benchmarks/gpu_parallel.py", "benchmarks/gpu_ranks.py"),
+        Script(("-m", "benchmarks.gpu.parallel")),
+        (*MEGATRON, "benchmarks/gpu/parallel.py", "benchmarks/gpu/ranks.py"),
         expected=85,
         modules=("transformer_engine", "megatron.core"),
     ),
     Stage(
         "fp8-micro-batch",
         "A micro-batch through a student and a teacher in FP8, by each recipe, beside bfloat16.",
-        Script(("benchmarks/gpu_fp8.py",)),
+        Script(("-m", "benchmarks.gpu.fp8")),
         **FP8,
     ),
     Stage(
         "fp8-training",
         "30 steps of training in FP8, by each recipe, beside the same steps in bfloat16.",
-        Script(("benchmarks/gpu_fp8.py", "--training")),
+        Script(("-m", "benchmarks.gpu.fp8", "--training")),
         **FP8,
     ),
     Stage(
         "sanitizer",
         "compute-sanitizer finds no access of the kernels outside their tensors.",
         sanitizer,
-        (*LOSS, "benchmarks/gpu_small_case.py"),
+        (*LOSS, "benchmarks/gpu/small_case.py"),
         tool="compute-sanitizer",
     ),
     Stage(
         "profile",
         "What holds up the kernels of the shape that is furthest from the copy's bandwidth, by Nsight Compute.",
-        Script(("benchmarks/gpu_profile.py",)),
-        (*BENCHMARK, "benchmarks/gpu_profile.py"),
+        Script(("-m", "benchmarks.gpu.profile")),
+        (*BENCHMARK, "benchmarks/gpu/profile.py"),
         tool="ncu",
     ),
     Stage(

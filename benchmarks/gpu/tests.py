@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gpu_process import Outcome, run
-from gpu_results import Finding, without_paths
+from benchmarks.gpu.process import Outcome, run
+from benchmarks.gpu.results import Finding, without_paths
 
 # Of one test. Shorter than a stage, so that one that hangs is named by pytest and not only cut off with the rest.
 SECONDS_OF_A_TEST = 60
 
 
 def summary(lines: Sequence[str]) -> dict:
-    """From the lines of gpu_test_log: names of tests by how they ended, and of those that had not ended."""
+    """From the lines of test_log: names of tests by how they ended, and of those that had not ended."""
     tests: dict[str, dict] = {}
     for line in lines:
         try:
@@ -68,7 +68,7 @@ def sentence(outcome: Outcome, found: dict) -> str:
 
 def run_tests(paths: Sequence[str], seconds: float, workers: int, keyword: str | None = "cuda") -> Finding:
     """keyword: of pytest's -k; the names of tests on CUDA tensors, and of no others, have "cuda" in them."""
-    command = ["-m", "pytest", *paths, "-q", "-p", "no:cacheprovider", "-p", "gpu_test_log"]
+    command = ["-m", "pytest", *paths, "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.test_log"]
     command += ["-k", keyword] if keyword else []
     if workers > 1 and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(workers)]

@@ -11,8 +11,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from gpu_process import Outcome, run
-from gpu_results import ROOT, files
+from benchmarks.gpu.process import Outcome, run
+from benchmarks.gpu.results import ROOT, files
 
 SOURCES = ("setup.py", "csrc/**/*")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gpu_results import ROOT
+from benchmarks.gpu.results import ROOT
 
 
 @dataclass(frozen=True)

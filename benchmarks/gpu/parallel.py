@@ -1,9 +1,9 @@
 """Megatron with sequence and with context parallelism: the plug's losses and gradients beside those of one rank.
 
-    python benchmarks/gpu_parallel.py [--json parallel.json]
-    python benchmarks/gpu_parallel.py --device cpu
+    python -m benchmarks.gpu.parallel [--json parallel.json]
+    python -m benchmarks.gpu.parallel --device cpu
 
-Four ranks of NCCL on one GPU (gpu_ranks.py) train a student through Transformer Engine's layers, three steps from the
+Four ranks of NCCL on one GPU (ranks.py) train a student through Transformer Engine's layers, three steps from the
 same weights in each layout of CASES. The teacher is either in the student's ranks, or a separate job of one rank that
 is connected by the link. Another process trains the same student alone. The four ranks must have its losses, figures,
 gradient norms and gradients, with the differences that LIMITS allows; otherwise the exit status is 1.
@@ -28,14 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gpu_models import Shape, build
-from gpu_ranks import run_together
+from benchmarks.gpu.models import Shape, build
+from benchmarks.gpu.ranks import run_together
 
 SECONDS = 85  # that all processes may take
 RANKS, STEPS, MICRO_BATCHES, ROWS = 4, 3, 4, 2  # micro-batches of a step, over all data ranks
@@ -375,7 +373,7 @@ def main() -> int:
         be(given.job, given.rank, trial(given.device, given.folder), given.device)
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        common = [__file__, "--device", given.device, "--folder", folder]
+        common = ["-m", "benchmarks.gpu.parallel", "--device", given.device, "--folder", folder]
         error = run_together(
             {
                 f"{job}{rank}": [*common, "--job", job, "--rank", str(rank)]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "performance" / "gpu"
 
 MISSING, STALE, FAILED, UNAVAILABLE, PASSED = "missing", "stale", "failed", "unavailable", "passed"

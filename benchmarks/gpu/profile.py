@@ -1,6 +1,6 @@
 """Nsight Compute on the loss of vcrd that is furthest from the copy's bandwidth: what its kernels are held up by.
 
-    python benchmarks/gpu_profile.py [--case 1024x32768 --method vcrd] [--json profile.json]
+    python -m benchmarks.gpu.profile [--case 1024x32768 --method vcrd] [--json profile.json]
 
 Without --case it looks into the results of the benchmark's stages, and takes a small shape where there are none. It
 says of each kernel how long it takes, which share of the peak of memory and of arithmetic it reaches, how many warps
@@ -19,10 +19,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that was only built in place
-
-import gpu_results
-from gpu_stages import STAGES, tool
+from benchmarks.gpu.results import FOLDER, read
+from benchmarks.gpu.stages import STAGES, tool
 
 FALLBACK = ("1024x32768", "vcrd")  # the shape that was furthest away when the page was measured
 SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "LaunchStats")
@@ -98,7 +96,18 @@ def figures(kernel: dict) -> dict:
 def profile(shape: str, dtype: str, method: str, folder: Path) -> tuple[str, str]:
     """What ncu wrote to its log, and what it and the child printed."""
     log = folder / "log"
-    child = [sys.executable, __file__, "--child", "--case", shape, "--dtype", dtype, "--method", method]
+    child = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.profile",
+        "--child",
+        "--case",
+        shape,
+        "--dtype",
+        dtype,
+        "--method",
+        method,
+    ]
     command = [
         *(str(tool("ncu")), "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)),
         # Kernels of vcrd alone, each once: the child asks for one call's. Clocks stay as training finds them.
@@ -174,7 +183,7 @@ def main() -> int:
     parser.add_argument("--case", metavar="TOKENSxSHARDofVOCAB")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--method", default=FALLBACK[1], help="a loss of vcrd, as device_methods.py names it")
-    parser.add_argument("--results", type=Path, default=gpu_results.FOLDER, help="of the benchmark's stages")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="of the benchmark's stages")
     parser.add_argument("--json", type=Path, help="where the figures are written")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -187,7 +196,7 @@ def main() -> int:
         case, chosen = (options.case, options.dtype, options.method), "as asked for"
         if options.case is None:
             names = [stage.name for stage in STAGES if stage.name.startswith("benchmark")]
-            found = furthest([gpu_results.read(options.results, name) for name in names])
+            found = furthest([read(options.results, name) for name in names])
             case, chosen = found or (FALLBACK[0], "bfloat16", FALLBACK[1]), "no benchmark has a result"
             chosen = "the furthest from the copy's bandwidth" if found else chosen
         result = measure(case, chosen)
