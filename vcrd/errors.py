@@ -64,7 +64,7 @@ def check_number(
     below: float = math.inf,
     optional: bool = False,
 ) -> None:
-    """Raises TypeError unless `value` is an int or a float and no bool, and ValueError unless it is finite and in range.
+    """Raises TypeError unless `value` is an int or a float and no bool; ValueError unless it is finite and in range.
 
     least, most: bounds that the value may have. above, below: bounds that it may not have. optional: None is right too.
     """
