@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -269,7 +270,10 @@ class Student:
 
 def students(trial: Trial) -> None:
     for case in CASES:
+        begun = time.monotonic()
         train(case, trial)
+        if dist.get_rank() == 0:
+            print(f"{case.name}: {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
 
 
 def alone(trial: Trial) -> None:

@@ -30,7 +30,8 @@ def run_together(arguments: Mapping[str, list[str]], seconds: float) -> str | No
     """
     processes = {
         name: subprocess.Popen(
-            [sys.executable, *given], env={**os.environ, **ONE_GPU, "NCCL_HOSTID": f"host-{name}"}
+            [sys.executable, *given],
+            env={**os.environ, **ONE_GPU, "NCCL_HOSTID": f"host-{name}", "OMP_NUM_THREADS": "1"},
         )
         for name, given in arguments.items()
     }

@@ -74,7 +74,12 @@ def run_tests(paths: Sequence[str], seconds: float, workers: int, keyword: str |
         command += ["-n", str(workers)]
     with TemporaryDirectory() as folder:
         log = Path(folder) / "tests"
-        environment = {"VCRD_TEST_LOG": str(log), "PYTEST_TIMEOUT": str(SECONDS_OF_A_TEST)}
+        environment = {
+            "VCRD_TEST_LOG": str(log),
+            "PYTEST_TIMEOUT": str(SECONDS_OF_A_TEST),
+            # Each worker would otherwise start as many threads as there are cores.
+            "OMP_NUM_THREADS": "1",
+        }
         outcome = run([sys.executable, *command], seconds, **environment)
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     found = summary(lines)

@@ -48,6 +48,17 @@ def each_transport_at_leisure(request, monkeypatch):
     return _by_default(request.param, monkeypatch)
 
 
+# NCCL refuses two ranks of one process on one GPU, so tests with both ends in one process run over the others.
+@pytest.fixture(params=["tcp", "fake"])
+def each_transport_in_one_process(request, monkeypatch):
+    return _by_default(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["tcp", pytest.param("fake", marks=pytest.mark.slow)])
+def each_transport_in_one_process_at_leisure(request, monkeypatch):
+    return _by_default(request.param, monkeypatch)
+
+
 def _by_default(transport: str, monkeypatch) -> str:
     default = list(LinkSettings.__init__.__defaults__)
     default[default.index("auto")] = transport

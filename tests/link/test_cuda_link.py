@@ -15,9 +15,11 @@ from ports import free_port
 
 import vcrd
 from vcrd.link import Head, LinkSettings, StudentLink, TeacherLink, host_rendezvous
+from vcrd.link.buffers import Upload
 from vcrd.link.payload import encode, payload_named, row_max
 from vcrd.link.plan import Shard
 from vcrd.link.topk import top_k_of
+from vcrd.link.transport import tcp
 
 PAYLOADS = ["float32", "float16", "logits_8bit", "topk", "hidden"]
 TOKENS, VOCAB, SIZE, TOP_K, CREDITS = 64, 2000, 32, 8, 2
@@ -115,18 +117,26 @@ def test_the_host_never_waits_for_the_device(payload):
                 torch.cuda.set_sync_debug_mode("error" if 0 < number < len(outputs) - 1 else "default")
 
 
-def test_the_host_goes_on_while_the_answer_is_copied_and_the_computing_stream_waits_for_it():
+def test_the_host_goes_on_while_the_answer_is_copied_and_the_computing_stream_waits_for_it(monkeypatch):
+    copying = []
+
+    class WatchedUpload(Upload):
+        def __init__(self, tensors, memory):
+            super().__init__(tensors, memory)
+            copying[:] = [memory.stream(memory.device)]
+
+    monkeypatch.setattr(tcp, "Upload", WatchedUpload)
     with linked("float32") as (student, teacher):
         for number in range(2):
             ask(student)
             (request,) = teacher.next_batch(1)
             torch.cuda.synchronize()
             if number:  # once memory is there, whose first allocation may wait for the device
-                with torch.cuda.stream(student._stream):
+                with torch.cuda.stream(copying[0]):
                     torch.cuda._sleep(2_000_000_000)  # about a second before the copy can begin
             teacher.respond(request, output_of("float32", number))
             answer = student.receive(number)
-        assert not student._stream.query(), "receive waited for the copy"
+        assert not copying[0].query(), "receive waited for the copy"
         assert torch.equal(answer, expected_of("float32", 1)[0])
 
 

@@ -322,7 +322,7 @@ def test_a_student_that_is_gone_is_waited_for_and_then_lost_to_every_teacher_ran
         all_said(jobs, "teacher", "within 2 seconds (rejoin_timeout)", case.teachers)
 
 
-@pytest.mark.usefixtures("each_transport_at_leisure")
+@pytest.mark.usefixtures("each_transport_in_one_process_at_leisure")
 def test_idle_time_is_not_counted():
     """On either side: nothing is asked, nothing under way, for longer than every time-out."""
     settings = link_settings(free_port(), timeout=3.0, rejoin_timeout=3.0, connect_timeout=20.0)
@@ -362,7 +362,7 @@ def forget_teacher(settings: LinkSettings) -> None:
         pass
 
 
-@pytest.mark.usefixtures("each_transport_at_leisure")
+@pytest.mark.usefixtures("each_transport_in_one_process_at_leisure")
 def test_a_link_that_is_forgotten_leaves_nothing_behind():
     settings = link_settings(free_port())
     rendezvous = host_rendezvous(settings)
@@ -374,7 +374,7 @@ def test_a_link_that_is_forgotten_leaves_nothing_behind():
     rendezvous.close()
 
 
-@pytest.mark.usefixtures("each_transport_at_leisure")
+@pytest.mark.usefixtures("each_transport_in_one_process_at_leisure")
 def test_twenty_links_in_a_row_leave_nothing_behind():
     """Half of them part, half of them are dropped without a goodbye."""
     settings = link_settings(free_port())

@@ -143,7 +143,7 @@ def test_each_student_rank_receives_its_columns(grid, tmp_path):
         jobs.succeed()
 
 
-@pytest.mark.usefixtures("each_transport")
+@pytest.mark.usefixtures("each_transport_in_one_process")
 def test_credits_bound_what_is_asked_ahead():
     settings = LinkSettings(address=f"127.0.0.1:{free_port()}", credits=2, timeout=30)
     rendezvous = host_rendezvous(settings)
@@ -189,7 +189,7 @@ def test_an_answer_that_keeps_arriving_is_waited_for(monkeypatch):
     rendezvous.close()
 
 
-@pytest.mark.usefixtures("each_transport_at_leisure")
+@pytest.mark.usefixtures("each_transport_in_one_process_at_leisure")
 def test_wrong_arguments_are_named_and_leave_the_link_usable():
     settings = LinkSettings(address=f"127.0.0.1:{free_port()}", timeout=30, max_tokens=32)
     rendezvous = host_rendezvous(settings)

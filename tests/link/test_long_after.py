@@ -1,6 +1,6 @@
 """A student long after its teacher died in the middle of a transfer, where torch's monitors look for what went wrong.
 
-Over NCCL the student trains on for two minutes, its default group on NCCL and with the monitors' timeouts set low. An
+Over NCCL the student trains on for a minute, its default group on NCCL and with the monitors' timeouts set low. An
 error of one process group can end the whole process minutes later; the link has none, so nothing may happen.
 """
 
@@ -22,7 +22,7 @@ LAYOUT = Layout(
     student_data=2, teacher_tensor=2, vocab=40_000
 )  # responses of 5 MB, of which the sockets hold a part
 STEPS, DIES_SENDING = 24, 3
-PAUSE = {"nccl": 6.0}  # seconds between two steps: the last twenty take two minutes
+PAUSE = {"nccl": 3.0}  # seconds between two steps: the last twenty take a minute
 MONITORS = {
     "TORCH_NCCL_ENABLE_MONITORING": "1",
     "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "10",

@@ -133,7 +133,7 @@ def answer_hidden(student: StudentLink, teacher: TeacherLink, number: int, weigh
     assert torch.equal(got.weight, weight) and torch.equal(got.states, torch.ones(4, 1, 4))
 
 
-@pytest.mark.usefixtures("each_transport_at_leisure")
+@pytest.mark.usefixtures("each_transport_in_one_process_at_leisure")
 @pytest.mark.parametrize("comes_back", [False, True])
 def test_closing_while_a_teacher_is_waited_for_leaves_nothing_behind(comes_back, monkeypatch):
     """Also when one comes back in that very moment, on a machine that is slow to begin threads."""
@@ -180,7 +180,7 @@ def end(coming) -> None:
     teacher.close()
 
 
-@pytest.mark.usefixtures("each_transport_at_leisure")
+@pytest.mark.usefixtures("each_transport_in_one_process_at_leisure")
 def test_teacher_lost_is_raised_again_by_whatever_comes_after():
     settings = settings_for(free_port(), payload="float16", rejoin_timeout=0.1)
     rendezvous = host_rendezvous(settings)
@@ -199,7 +199,7 @@ def test_teacher_lost_is_raised_again_by_whatever_comes_after():
     rendezvous.close()
 
 
-@pytest.mark.usefixtures("each_transport_at_leisure")
+@pytest.mark.usefixtures("each_transport_in_one_process_at_leisure")
 def test_two_teachers_that_come_back_at_once_do_not_hold_each_other_up(monkeypatch):
     """The second one must not be welcome too while the first one's admission is under way: it would wait in vain for
     the other ranks of the student, which nobody would tell of it."""

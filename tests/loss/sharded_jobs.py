@@ -1,10 +1,11 @@
-"""What each rank of a gloo world runs in test_sharded.py; imported by the spawned processes.
+"""What each rank of a world runs in test_sharded.py; imported by the spawned processes.
 
-On CUDA the ranks share one GPU: gloo gathers CUDA tensors too.
+The ranks talk over gloo. On CUDA they share one GPU and talk over NCCL, as users' ranks do.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from dataclasses import replace
@@ -20,11 +21,12 @@ from fork_server import context
 from torch import Tensor
 
 import vcrd
+from benchmarks.gpu.ranks import ONE_GPU
 from vcrd.loss import reference
 
 
 def spawn(job, size: int, folder: Path, device: torch.device) -> None:
-    """Runs job(rank, device) on `size` ranks of one gloo group; any rank's failure fails the caller."""
+    """Runs job(rank, device) on `size` ranks of one group; any rank's failure fails the caller."""
     context()  # starts the server of forks
     arguments = (job, size, str(folder / "store"), str(device))
     mp.start_processes(_rank, arguments, nprocs=size, start_method="forkserver")
@@ -34,8 +36,12 @@ def _rank(rank: int, job, size: int, store: str, device: str) -> None:
     kernels_under_test.check()
     torch.set_num_threads(1)
     timeout = timedelta(seconds=60)
+    backend = "gloo"
+    if device.startswith("cuda"):
+        os.environ |= ONE_GPU | {"NCCL_HOSTID": f"host-{rank}"}
+        backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
     )
     try:
         job(rank, torch.device(device))

@@ -64,7 +64,7 @@ def statistics(
     """
     vocab_size = vocab_size or min(student_logits.shape[-1], teacher_logits.shape[-1])
     student, teacher = student_logits[..., :vocab_size].double(), teacher_logits[..., :vocab_size].double()
-    keep = torch.ones(student.shape[:-1], dtype=torch.bool) if mask is None else mask != 0
+    keep = student.new_ones(student.shape[:-1], dtype=torch.bool) if mask is None else mask != 0
     # where, not multiplication: a masked row may hold NaN, and NaN times 0 would reach the gradient.
     student = torch.where(keep[..., None], student, 0.0)
     teacher = torch.where(keep[..., None], teacher.detach(), 0.0)
@@ -79,7 +79,7 @@ def statistics(
 
     labelled = torch.zeros_like(keep) if labels is None else labels >= 0
     label = (
-        torch.zeros(keep.shape, dtype=torch.long)
+        torch.zeros_like(keep, dtype=torch.long)
         if labels is None
         else labels.clamp(min=0, max=vocab_size - 1)
     )
