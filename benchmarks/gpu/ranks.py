@@ -28,11 +28,10 @@ def run_together(arguments: Mapping[str, list[str]], seconds: float) -> str | No
 
     The first that fails ends the others, which may wait for it in a collective; so does the end of the time.
     """
+    # With a thread for each core in each process they would hold each other up.
+    environment = {**os.environ, **ONE_GPU, "OMP_NUM_THREADS": "1"}
     processes = {
-        name: subprocess.Popen(
-            [sys.executable, *given],
-            env={**os.environ, **ONE_GPU, "NCCL_HOSTID": f"host-{name}", "OMP_NUM_THREADS": "1"},
-        )
+        name: subprocess.Popen([sys.executable, *given], env={**environment, "NCCL_HOSTID": f"host-{name}"})
         for name, given in arguments.items()
     }
     deadline = time.monotonic() + seconds
