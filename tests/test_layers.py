@@ -42,37 +42,44 @@ LAYERS = (
     Layer("vcrd/errors.py", packages=()),
     Layer(
         "vcrd/__main__.py",
-        ("vcrd.doctor.command", "vcrd.doctor.options", "vcrd.plan", "vcrd.report"),
+        ("vcrd.doctor.command", "vcrd.plan", "vcrd.report"),
         packages=(),
     ),
-    Layer("vcrd/doctor/findings.py", packages=()),
-    Layer("vcrd/doctor/table.py", ("vcrd.doctor.findings",), packages=("rich",)),
-    Layer("vcrd/doctor/merge.py", ("vcrd.doctor.findings",), packages=()),
-    Layer("vcrd/doctor/options.py", ("vcrd.plan.options", "vcrd.plan.scenario"), packages=()),
-    Layer("vcrd/doctor/world.py", ("vcrd.plan.options",), packages=()),
-    Layer("vcrd/doctor/command.py", ("vcrd.doctor",), packages=("torch",)),
-    Layer("vcrd/doctor/loading.py", packages=()),
-    Layer("vcrd/doctor/nvlink.py", ("vcrd.doctor.findings",), packages=()),
-    Layer("vcrd/doctor/device.py", ("vcrd.doctor",), packages=("torch", "pynvml")),
-    Layer("vcrd/doctor/packages.py", ("vcrd.doctor",), packages=("torch", "megatron", "transformer_engine")),
+    Layer("vcrd/doctor/findings.py", packages=("rich",)),
+    Layer("vcrd/doctor/processes.py", ("vcrd.doctor.findings", "vcrd.plan.options")),
     Layer(
-        "vcrd/doctor/software.py",
-        ("vcrd", "vcrd.doctor", "vcrd.loss.ops"),
+        "vcrd/doctor/checks.py",
+        ("vcrd.doctor.findings", "vcrd.doctor.processes", "vcrd.link.settings", "vcrd.plan.scenario"),
+        packages=(),
+    ),
+    Layer("vcrd/doctor/command.py", ("vcrd.doctor", "vcrd.plan.options", "vcrd.plan.scenario")),
+    Layer(
+        "vcrd/doctor/gpus.py", ("vcrd.doctor.checks", "vcrd.doctor.findings"), packages=("torch", "pynvml")
+    ),
+    Layer(
+        "vcrd/doctor/packages.py",
+        ("vcrd", "vcrd.doctor.checks", "vcrd.doctor.findings"),
         packages=("torch", "pynvml"),
     ),
     Layer(
-        "vcrd/doctor/kernels.py",
+        "vcrd/doctor/extension.py",
         (
-            "vcrd",
-            "vcrd.doctor",
-            "vcrd.loss.checks",
-            "vcrd.loss.ops",
-            "vcrd.loss.reference",
-            "vcrd.teacher_logits",
+            *("vcrd", "vcrd.doctor.checks", "vcrd.doctor.findings", "vcrd.doctor.packages"),
+            *("vcrd.loss.checks", "vcrd.loss.ops", "vcrd.loss.reference", "vcrd.teacher_logits"),
         ),
     ),
-    Layer("vcrd/doctor/environment.py", ("vcrd.doctor", "vcrd.link.settings", "vcrd.megatron.settings")),
-    Layer("vcrd/doctor/*.py", ("vcrd.doctor", "vcrd.link", "vcrd.plan")),
+    Layer(
+        "vcrd/doctor/environment.py",
+        (
+            *("vcrd.doctor.checks", "vcrd.doctor.findings"),
+            *("vcrd.link.addresses", "vcrd.link.settings", "vcrd.megatron.settings"),
+        ),
+    ),
+    Layer(
+        "vcrd/doctor/network.py",
+        ("vcrd.doctor.checks", "vcrd.doctor.environment", "vcrd.doctor.findings", "vcrd.link"),
+    ),
+    Layer("vcrd/doctor/*.py", ("vcrd.doctor", "vcrd.link", "vcrd.plan"), never=("vcrd.doctor.command",)),
     Layer("vcrd/monitor/__init__.py", packages=()),
     Layer("vcrd/monitor/nvml.py", packages=("pynvml",)),
     Layer("vcrd/monitor/records.py", packages=()),
@@ -283,6 +290,42 @@ def import_violations(root: Path) -> list[str]:
     return found
 
 
+def startup_violations(root: Path) -> list[str]:
+    """Packages that `python -m vcrd` would import before it reads its options. --help must not wait for torch."""
+    found, seen, waiting = [], set(), ["vcrd/__main__.py"]
+    while waiting:
+        file = waiting.pop()
+        path = root / file
+        if file in seen or not path.exists():
+            continue
+        seen.add(file)
+        for line, name in startup_imports(path):
+            top = name.split(".")[0]
+            if top == "vcrd":
+                parts = resolve(root, name).split(".")
+                waiting += ["/".join([*parts[:n], "__init__.py"]) for n in range(1, len(parts) + 1)]
+                waiting.append("/".join(parts) + ".py")
+            elif top not in sys.stdlib_module_names:
+                found.append(f"{file}:{line}: imports {top} when the command starts")
+    return found
+
+
+def startup_imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Absolute imports that run with the module itself: not those in functions and under TYPE_CHECKING."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text(), str(path))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        waiting += ast.iter_child_nodes(node)
+
+
 def include_violations(root: Path) -> list[str]:
     found = []
     for rule in INCLUDES:
@@ -313,7 +356,9 @@ def matches(relative: Path, pattern: str) -> bool:
     return re.fullmatch(expression, relative.as_posix()) is not None
 
 
-@pytest.mark.parametrize("check", [import_violations, include_violations, length_violations])
+@pytest.mark.parametrize(
+    "check", [import_violations, startup_violations, include_violations, length_violations]
+)
 def test_the_repository_keeps_its_layers(check):
     found = check(ROOT)
     assert not found, "\n" + "\n".join(found)
@@ -338,6 +383,14 @@ PLANTED = [
     ("vcrd/loss/divergence.py", "from vcrd.loss.api import CalibratedLoss\n", "may not import vcrd.loss.api"),
     ("vcrd/loss/reference.py", "from vcrd.loss import ops\n", "may not import vcrd.loss.ops"),
     ("vcrd/megatron/distillation.py", "from vcrd.loss.ops import gradient\n", "may not import vcrd.loss.ops"),
+    ("vcrd/doctor/command.py", "import rich\n", "may not import rich"),
+    ("vcrd/doctor/checks.py", "import torch\n", "may not import torch"),
+    ("vcrd/doctor/gpus.py", "from vcrd.doctor import network\n", "may not import vcrd.doctor.network"),
+    (
+        "vcrd/doctor/examination.py",
+        "from vcrd.doctor.command import run\n",
+        "may not import vcrd.doctor.command",
+    ),
     ("vcrd/surprise.py", "", "no layer"),
     ("examples/demo/run.py", "import vcrd\nfrom vcrd.loss.ops import gradient\n", "examples/demo/run.py:2:"),
     ("csrc/cuda/forward.cu", "#include <torch/extension.h>\n", "csrc/cuda/forward.cu:1:"),
@@ -385,3 +438,22 @@ def test_a_planted_violation_is_caught(tmp_path, file, text, complaint):
 @pytest.mark.parametrize(("file", "text"), ALLOWED)
 def test_what_the_design_allows_passes(tmp_path, file, text):
     assert plant(tmp_path, file, text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("import torch\n", ["vcrd/doctor/processes.py:1: imports torch when the command starts"]),
+        (
+            "if True:\n    from torch import nn\n",
+            ["vcrd/doctor/processes.py:2: imports torch when the command starts"],
+        ),
+        ("def f():\n    import torch\n", []),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n", []),
+    ],
+)
+def test_an_import_that_delays_the_command_is_caught(tmp_path, text, found):
+    plant(tmp_path, "vcrd/doctor/processes.py", text)
+    (tmp_path / "vcrd" / "__main__.py").write_text("from vcrd.doctor import command\n")
+    (tmp_path / "vcrd" / "doctor" / "command.py").write_text("from vcrd.doctor.processes import World\n")
+    assert startup_violations(tmp_path) == found

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vcrd.doctor import command as doctor
-from vcrd.doctor.options import add_options as add_doctor_options
 from vcrd.plan import command as plan
-from vcrd.plan.options import OptionError, add_options
+from vcrd.plan.options import OptionError
+from vcrd.plan.options import add_options as add_plan_options
 from vcrd.report import command as report
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One sentence, without the usage before it."""
+        """Prints one sentence, without the usage text."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m vcrd", description="Validity-calibrated reasoning distillation.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
     for name, command, add in (
-        ("plan", plan, add_options),
-        ("doctor", doctor, add_doctor_options),
+        ("plan", plan, add_plan_options),
+        ("doctor", doctor, doctor.add_options),
         ("report", report, report.add_options),
     ):
         one = commands.add_parser(

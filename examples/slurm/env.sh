@@ -25,7 +25,7 @@
 : "${STUDENTS_DIR=$RUN_DIR/students}"   # with two jobs, the same for all of them: where students write their address
 : "${VCRD_CONNECT_TIMEOUT=1800}" # seconds that either job waits for the other at the start
 : "${VCRD_REJOIN_TIMEOUT=1800}"  # and when it is lost; a teacher on a new node has to load first
-: "${DOCTOR=look}"              # look: the doctor's table at the head of the log; stop: no start with a red line; no
+: "${DOCTOR=look}"              # look: the doctor's table at the head of the log; stop: no start with a problem; no
 : "${DOCTOR_ARGS=}"              # such as --student tp=8,dp=4 --teacher tp=8,pp=2, for it to measure the link
 
 # --- the network

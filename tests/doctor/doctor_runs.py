@@ -19,6 +19,11 @@ from pathlib import Path
 from fork_server import context
 from ports import free_port
 
+from vcrd.doctor.checks import Job, Options
+from vcrd.doctor.environment import link_settings
+from vcrd.doctor.processes import World
+from vcrd.link.settings import LinkSettings
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 200
 _LAUNCHERS = (
@@ -34,6 +39,16 @@ _LAUNCHERS = (
 )
 
 
+def make_job(
+    world: World | None = None,
+    variables: Mapping[str, str] | None = None,
+    link: LinkSettings | None = None,
+    **options,
+) -> Job:
+    variables = variables or {}
+    return Job(world or World(), variables, link or link_settings(variables), Options(**options))
+
+
 @dataclass
 class Ended:
     status: int
@@ -45,8 +60,8 @@ class Ended:
         return json.loads(self.out)["findings"]
 
     @property
-    def faults(self) -> list[dict]:
-        return [finding for finding in self.findings if finding["status"] == "fault"]
+    def problems(self) -> list[dict]:
+        return [finding for finding in self.findings if finding["status"] == "problem"]
 
     def line(self, name: str) -> dict:
         (found,) = [finding for finding in self.findings if finding["name"] == name]

@@ -1,4 +1,4 @@
-"""NVIDIA's management library as far as the doctor asks it, for a node that never was: faults are attributes."""
+"""A fake of NVML with the functions that the doctor uses. Problems are set as attributes."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
     """Every call of what makes a line, by its function."""
     for path in (ROOT / "vcrd" / "doctor").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("ok", "fact", "fault"):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("ok", "info", "problem"):
                 yield node.func.id, node
 
 
@@ -26,23 +26,24 @@ def rows(section: str) -> list[str]:
 
 
 def test_the_table_has_every_line_that_can_be_red_and_no_other():
-    made = [call for kind, call in calls() if kind == "fault"]
+    made = [call for kind, call in calls() if kind == "problem"]
     for call in made:
         name, _, fix = call.args
         assert isinstance(name, ast.Constant), ast.dump(name)
         assert not (isinstance(fix, ast.Constant) and not fix.value.endswith((".", "`."))), fix.value
-    documented = [name for row in rows("Red lines") for name in re.findall("`(.+?)`", row)]
+    documented = [name for row in rows("Problems") for name in re.findall("`(.+?)`", row)]
     assert documented == sorted({call.args[0].value for call in made})
 
 
-def test_the_lines_that_must_be_alike_are_named():
-    alike = {
+def test_the_lines_that_must_be_equal_are_named():
+    equal = {
         call.args[0].value
         for kind, call in calls()
-        if kind != "fault" and (len(call.args) > 2 or any(each.arg == "alike" for each in call.keywords))
+        if kind != "problem"
+        and (len(call.args) > 2 or any(each.arg == "fix_if_different" for each in call.keywords))
     }
-    (paragraph,) = re.findall(r"\n\n([^\n]+\n[^\n]+) are red as well where processes differ", PAGE)
-    assert re.findall("`(.+?)`", paragraph) == sorted(alike)
+    (paragraph,) = re.findall(r"\n\n([^\n]+\n[^\n]+) are problems too if processes differ", PAGE)
+    assert re.findall("`(.+?)`", paragraph) == sorted(equal)
 
 
 def test_the_messages_of_the_link_are_its_own():
@@ -63,7 +64,7 @@ def test_variables_and_options_exist():
         for name in (*DistillSettings.__dataclass_fields__, *dir(DistillSettings().link))
     }
     assert set(re.findall(r"VCRD_[A-Z_]*[A-Z]", PAGE)) <= settings
-    options = (ROOT / "vcrd" / "doctor" / "options.py").read_text() + (
+    options = (ROOT / "vcrd" / "doctor" / "command.py").read_text() + (
         ROOT / "vcrd" / "plan" / "options.py"
     ).read_text()
     ours = [line for line in PAGE.splitlines() if "vcrd doctor" in line]

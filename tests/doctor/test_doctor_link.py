@@ -6,13 +6,12 @@ import re
 from dataclasses import replace
 
 import pytest
-from doctor_runs import Step
+from doctor_runs import Step, make_job
 
 from vcrd.doctor import link, network
-from vcrd.doctor.bandwidth import Measurement, Pair, pairs_of
-from vcrd.doctor.findings import FACT, FAULT, OK
-from vcrd.doctor.job import Job
-from vcrd.doctor.world import World
+from vcrd.doctor.findings import INFO, OK, PROBLEM
+from vcrd.doctor.link import Measurement, RankPair, pairs_of
+from vcrd.doctor.processes import World
 from vcrd.link.settings import LinkSettings
 from vcrd.plan.catalogue import GPUS, MODELS
 from vcrd.plan.costs import student_seconds
@@ -72,7 +71,7 @@ def test_bytes_are_those_of_the_plan():
 def test_a_measurement_counts_what_arrived_and_leaves_no_thread():
     import threading
 
-    pairs = [Pair(0, 0, 1 << 20)]
+    pairs = [RankPair(0, 0, 1 << 20)]
     measurement = Measurement(pairs, 0, "sesame", "token")
     place = measurement.listen("127.0.0.1")
     assert measurement.connect({0: place}) == {}
@@ -84,10 +83,10 @@ def test_a_measurement_counts_what_arrived_and_leaves_no_thread():
 
 
 def test_who_does_not_know_the_secret_or_the_measurement_is_refused():
-    receiver = Measurement([Pair(1, 0, 1 << 20)], 0, "sesame", "token")
+    receiver = Measurement([RankPair(1, 0, 1 << 20)], 0, "sesame", "token")
     place = receiver.listen("127.0.0.1")
     for secret, token, said in (("other", "token", "secret differs"), ("sesame", "another", "")):
-        sender = Measurement([Pair(1, 0, 1 << 20)], 1, secret, token)
+        sender = Measurement([RankPair(1, 0, 1 << 20)], 1, secret, token)
         failed = sender.connect({0: place})
         assert said in failed.get(0, "")
         sender.send(0.05)
@@ -98,18 +97,18 @@ def test_who_does_not_know_the_secret_or_the_measurement_is_refused():
 
 def judged(rates: dict, payload: str = "float16", known: bool = True, **changes):
     run = replace(RUN, **changes)
-    job = Job(World(), {}, LinkSettings(payload=payload), scenario=run, models_known=known)
+    job = make_job(World(), link=LinkSettings(payload=payload), scenario=run, models_known=known)
     names = {rank: f"rank {rank} (b{rank})" for rank in range(9)}
-    return link.measured(job, pairs_of(run, payload), rates, names)
+    return link.judge(job, pairs_of(run, payload), rates, names)
 
 
-def test_a_link_on_which_a_micro_batch_takes_longer_than_the_compute_is_a_fault():
+def test_a_link_on_which_a_micro_batch_takes_longer_than_the_compute_is_a_problem():
     (pair,) = pairs_of(RUN, "float16")
     enough = pair.bytes / student_seconds(RUN)
     got = judged({(1, 0): 1.01 * enough})
     assert got.status == OK and "from rank 1 (b1) to rank 0 (b0)" in got.found
     got = judged({(1, 0): 0.99 * enough})
-    assert got.status == FAULT and got.found.endswith("so the student waits")
+    assert got.status == PROBLEM and got.found.endswith("so the student waits")
     assert re.fullmatch(r"Set VCRD_PAYLOAD=\w+ in both jobs, or use a faster network\.", got.fix)
     assert judged({(1, 0): 0.99 * enough}, known=False).status == OK
 
@@ -121,27 +120,27 @@ def test_a_link_on_which_a_micro_batch_takes_longer_than_the_compute_is_a_fault(
 def test_tcp_is_judged_where_the_run_uses_it(setting, version, judges, monkeypatch):
     (pair,) = pairs_of(RUN, "float16")
     monkeypatch.setattr(link, "nccl_version", lambda: (version, ""))
-    job = Job(World(), {}, LinkSettings(transport=setting), scenario=RUN, models_known=True)
+    job = make_job(World(), link=LinkSettings(transport=setting), scenario=RUN, models_known=True)
     slow = {(1, 0): 0.5 * pair.bytes / student_seconds(RUN)}
-    got = link.measured(job, [pair], slow, {rank: f"rank {rank}" for rank in range(2)})
-    assert got.status == (FAULT if judges else OK)
-    assert ("(over TCP; NCCL, which the run uses, was not measured)" in got.found) == (not judges)
+    got = link.judge(job, [pair], slow, {rank: f"rank {rank}" for rank in range(2)})
+    assert got.status == (PROBLEM if judges else OK)
+    assert ("(over TCP; the run will use NCCL, which was not measured)" in got.found) == (not judges)
 
 
 @pytest.mark.parametrize(
     ("setting", "version", "why", "status", "found"),
     [
-        ("auto", "2.28.9", "", OK, "NCCL 2.28.9, GPU to GPU, if the other job has it too"),
-        ("auto", "", "torch reaches no GPU", FACT, "TCP: torch reaches no GPU"),
-        ("tcp", "2.28.9", "", FACT, "tcp, as VCRD_TRANSPORT says"),
-        ("nccl", "", "no binding", FAULT, "VCRD_TRANSPORT is nccl, and no binding"),
+        ("auto", "2.28.9", "", OK, "NCCL 2.28.9 from GPU to GPU, if the other job has it too"),
+        ("auto", "", "torch finds no GPU", INFO, "TCP: torch finds no GPU"),
+        ("tcp", "2.28.9", "", INFO, "tcp, as set in VCRD_TRANSPORT"),
+        ("nccl", "", "no binding", PROBLEM, "VCRD_TRANSPORT is nccl, but no binding"),
     ],
 )
 def test_how_tensors_would_travel_is_a_line(setting, version, why, status, found, monkeypatch):
     monkeypatch.setattr(network, "nccl_version", lambda: (version, why))
-    (line,) = network.transport(Job(World(), {}, LinkSettings(transport=setting)))
+    (line,) = network.transport(make_job(World(), link=LinkSettings(transport=setting)))
     assert (line.name, line.status, line.found) == ("transport", status, found)
-    assert bool(line.fix) == (status == FAULT)
+    assert bool(line.fix) == (status == PROBLEM)
 
 
 def test_the_payload_that_is_proposed_is_the_plan_s():
@@ -150,24 +149,26 @@ def test_the_payload_that_is_proposed_is_the_plan_s():
     slow = {(1, 0): pair.bytes / student_seconds(RUN) / 20}
     assert judged(slow).fix.startswith(("Set VCRD_PAYLOAD=hidden ", "Set VCRD_PAYLOAD=topk "))
     hopeless = {(1, 0): 1e3}
-    assert judged(hopeless, payload="topk").fix == "Use a faster network, since no payload is better here."
+    assert judged(hopeless, payload="topk").fix == "Use a faster network: no other payload is faster here."
 
 
-def test_the_slowest_of_several_pairs_is_named_and_silence_is_a_fault():
+def test_the_slowest_of_several_pairs_is_named_and_silence_is_a_problem():
     rates = {pair: 1e9 * pair[1] + 1e9 for pair in ranks(student_tensor=2)}
     got = judged(rates, known=False, student_tensor=2)
     assert got.found.startswith(
         "1 GB/s from rank 2 (b2) to rank 0 (b0), the slowest of 2 pairs at once; 3 GB/s together"
     )
     got = judged(rates | {(2, 1): 0.0}, known=False, student_tensor=2)
-    assert got.status == FAULT and "nothing arrived" in got.found and "to rank 1 (b1)" in got.found
+    assert got.status == PROBLEM and "nothing arrived" in got.found and "to rank 1 (b1)" in got.found
 
 
 def test_pairs_that_do_not_reach_each_other_are_one_line_for_each_reason():
     names = {rank: f"rank {rank} (b{rank})" for rank in range(4)}
-    lines = link.unreached(dict.fromkeys([(2, 0), (3, 0), (2, 1)], "timed out") | {(3, 1): "refused"}, names)
+    lines = link.unreachable(
+        dict.fromkeys([(2, 0), (3, 0), (2, 1)], "timed out") | {(3, 1): "refused"}, names
+    )
     assert [line.found for line in lines] == [
-        "rank 2 (b2) does not reach rank 0 (b0) (nor do 2 other pairs): timed out",
+        "rank 2 (b2) does not reach rank 0 (b0) (and 2 other pairs): timed out",
         "rank 3 (b3) does not reach rank 1 (b1): refused",
     ]
 
@@ -186,19 +187,19 @@ def test_planned_ranks_of_real_processes_are_measured_and_one_that_cannot_listen
     assert got.status == 1
     line = got.line("link")
     assert line["found"].startswith("rank 2 (b3) does not reach rank 1 (b2): interface must be an IP address")
-    (line,) = [finding for finding in got.faults if finding["name"] == "link interface"]
+    (line,) = [finding for finding in got.problems if finding["name"] == "link interface"]
     assert line["where"] == "b2"
 
 
-def test_layouts_that_do_not_fit_the_processes_are_a_fault():
+def test_layouts_that_do_not_fit_the_processes_are_a_problem():
     got = Step(("b1", "b2"), "--student", "tp=2", "--teacher", "tp=2").ended()[0]
-    line = got.line("processes of the link")
-    assert line["status"] == "fault" and line["found"] == "the layouts take 2 + 2 processes, and here are 2"
+    line = got.line("link processes")
+    assert (
+        line["status"] == "problem" and line["found"] == "the layouts take 2 + 2 processes, but there are 2"
+    )
 
 
 @pytest.mark.parametrize(("size", "replicas"), [(2, 1), (6, 1), (8, 2), (12, 4), (99, 4)])
 def test_replicas_fill_the_processes_where_nothing_was_said(size, replicas):
-    from vcrd.doctor.linked import _with_replicas
-
     run = replace(RUN, student_data=4, teacher_tensor=2, replicas=None)
-    assert _with_replicas(Job(World(size=size), {}, scenario=run)).scenario.replicas == replicas
+    assert link.with_replicas(run, size).replicas == replicas

@@ -12,19 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
-from doctor_runs import ROOT, SECONDS, Step, environment, forked, slurm
+from doctor_runs import ROOT, SECONDS, Step, environment, forked, make_job, slurm
 from fork_server import context
 from ports import free_port
 from waiting import wait_until
 
 from vcrd.doctor import environment as environment_checks
 from vcrd.doctor import examination
-from vcrd.doctor.files import Shared
-from vcrd.doctor.findings import Finding, fact, fault, ok
-from vcrd.doctor.gathering import Gathering
-from vcrd.doctor.job import Job
-from vcrd.doctor.merge import merged
-from vcrd.doctor.world import World, expand, world_of
+from vcrd.doctor.checks import run_check, run_checks
+from vcrd.doctor.findings import Finding, info, merged, ok, problem
+from vcrd.doctor.processes import Gathering, World, expand, world_of
 from vcrd.plan.catalogue import GPUS, MODELS
 from vcrd.plan.scenario import Scenario
 
@@ -53,17 +50,17 @@ def test_differences_between_nodes_are_red_lines_that_name_them(tmp_path):
     assert not outcomes[1].out and not outcomes[2].out and not outcomes[0].err
     got = outcomes[0]
     assert got.line("processes")["found"] == "all 3 came, from 3 nodes"
-    found = {finding["name"]: finding for finding in got.faults if finding["name"] != "shared folder"}
+    found = {finding["name"]: finding for finding in got.problems if finding["name"] != "shared folder"}
     assert set(found) == {"megatron-core", "settings"}
     assert re.match(r"b3: 0\.17\.0, .*; others: 0\.", found["megatron-core"]["found"])
     assert "b3: " in found["settings"]["found"] and "VCRD_SHARPNESS=2" in found["settings"]["found"]
     shared = {
-        finding["where"]: finding["found"] for finding in got.faults if finding["name"] == "shared folder"
+        finding["where"]: finding["found"] for finding in got.problems if finding["name"] == "shared folder"
     }
     assert set(shared) == {"b1, b2", "b3"} or set(shared) == {"b1", "b2", "b3"}
-    assert any("is not the folder of b3 (rank 2)" in text for text in shared.values())
-    assert any("is not the folder of b1 (rank 0), b2 (rank 1)" in text for text in shared.values())
-    # What was written for the test is gone, but for the folder.
+    assert any("run here and on b3 (rank 2) are different" in text for text in shared.values())
+    assert any("run here and on b1 (rank 0), b2 (rank 1) are different" in text for text in shared.values())
+    # What was written for the test is gone, except the folder.
     assert [list((tmp_path / node / "run").iterdir()) for node in ("common", "own")] == [[], []]
 
 
@@ -87,10 +84,10 @@ def test_a_rank_that_never_comes_and_one_that_is_killed_are_named(tmp_path):
         got = step.ended()[0]
         lost.join(SECONDS)
     assert lost.exitcode == -signal.SIGKILL and got.status == 1, got
-    found = [finding["found"] for finding in got.faults if finding["name"] == "processes"]
+    found = [finding["found"] for finding in got.problems if finding["name"] == "processes"]
     assert found == [
-        "rank 3 did not come, b4 with all of its own",
-        "rank 2 on b3 came and was lost, or took too long",
+        "rank 3 did not come, no rank of b4 came",
+        "rank 2 on b3 came, then ended or took too long",
     ]
     assert got.line("shared folder")["status"] == "ok"  # the two that are left are looked at
     # The teacher's ranks are not there, of which there are lines: no cable is blamed for it.
@@ -101,7 +98,7 @@ def test_a_rank_that_never_comes_and_one_that_is_killed_are_named(tmp_path):
 
 
 def hang_at_the_shared_folder() -> None:
-    Shared.look = lambda *_: time.sleep(600)
+    environment_checks.SharedFolder.missing = lambda *_: time.sleep(600)
 
 
 def test_where_rank_0_is_lost_nothing_stays_in_the_shared_folder(tmp_path):
@@ -119,7 +116,7 @@ def test_without_rank_0_a_process_says_so_and_ends():
     got = forked("--timeout", "2", variables=variables)
     assert got.status == 1 and not got.out
     assert re.match(
-        r"python -m vcrd doctor: rank 0 is not reached at 127\.0\.0\.1:\d+ from b2 within 2 seconds", got.err
+        r"python -m vcrd doctor: b2 cannot reach rank 0 at 127\.0\.0\.1:\d+ within 2 seconds", got.err
     )
     assert got.err.count("\n") == 1
 
@@ -134,7 +131,7 @@ def test_where_rank_0_cannot_listen_it_says_so_and_looks_at_its_own_node():
         variables = environment(**slurm(0, ("b1", "b2"), taken.getsockname()[1]), GLOO_SOCKET_IFNAME="lo")
         got = forked("--timeout", "60", "--json", variables=variables)
     line = got.line("processes")
-    assert got.status == 1 and "the other 1 could not be asked: rank 0 cannot listen at" in line["found"]
+    assert got.status == 1 and "the other 1 were not checked: rank 0 cannot listen at" in line["found"]
     assert got.line("kernels")["status"] == "ok"
 
 
@@ -223,27 +220,29 @@ def test_what_all_say_is_said_once():
 
 
 def test_a_fault_of_one_node_names_it_and_the_others_are_green():
-    wrong = fault("gpu memory", "taken", "End it.")
+    wrong = problem("gpu memory", "taken", "End it.")
     lines = of_nodes(ok("gpu memory", "free"), wrong, ok("gpu memory", "free"))
-    assert [(line.status, line.where) for line in lines] == [("fault", "b1"), ("ok", "b0, b2")]
+    assert [(line.status, line.where) for line in lines] == [("problem", "b1"), ("ok", "b0, b2")]
 
 
-def test_versions_must_be_alike_and_figures_need_not():
-    (line,) = of_nodes(*(ok("driver", number, alike="Install one.") for number in ("580", "550", "580")))
-    assert (line.status, line.found, line.fix) == ("fault", "b1: 550; others: 580", "Install one.")
-    (line,) = of_nodes(fact("space", "5 GB"), fact("space", "6 GB"))
-    assert line.status == "fact" and line.found == "5 GB (so on b0; other figures elsewhere)"
+def test_versions_must_be_equal_and_other_values_need_not():
+    (line,) = of_nodes(
+        *(ok("driver", number, fix_if_different="Install one.") for number in ("580", "550", "580"))
+    )
+    assert (line.status, line.found, line.fix) == ("problem", "b1: 550; others: 580", "Install one.")
+    (line,) = of_nodes(info("space", "5 GB"), info("space", "6 GB"))
+    assert line.status == "info" and line.found == "5 GB (on b0; other values elsewhere)"
 
 
 def test_a_rank_among_others_of_its_node_is_named_as_such():
-    found = {rank: [fact("x", "y")] for rank in range(4)}
-    found[3] = [fault("x", "z", "Mend it.")]
+    found = {rank: [info("x", "y")] for rank in range(4)}
+    found[3] = [problem("x", "z", "Fix it.")]
     lines = merged(found, {rank: f"b{rank // 2}" for rank in found})
     assert lines[0].where == "rank 3 on b1" and lines[1].where == "b0, rank 2 on b1"
 
 
 def test_many_nodes_are_counted():
-    findings = [fault("x", "z", "Mend it.")] * 9 + [ok("x", "y")]
+    findings = [problem("x", "z", "Fix it.")] * 9 + [ok("x", "y")]
     assert of_nodes(*findings)[0].where == "b0, b1, b2, b3 and 5 others"
 
 
@@ -251,8 +250,8 @@ def test_many_nodes_are_counted():
     ("seconds", "says"), [(0.5, None), (42.0, "42 seconds ahead of"), (-42.0, "42 seconds behind")]
 )
 def test_a_clock_that_is_wrong(seconds, says):
-    line = examination._clock(Job(World(rank=1, size=2), {}), {0: 1000.0, 1: 1000.0 + seconds})
-    assert line.status == ("ok" if says is None else "fault") and (says or "within") in line.found
+    line = examination._clock(make_job(World(rank=1, size=2)), {0: 1000.0, 1: 1000.0 + seconds})
+    assert line.status == ("ok" if says is None else "problem") and (says or "within") in line.found
 
 
 def test_a_check_that_hangs_or_fails_is_a_line_of_its_own():
@@ -265,12 +264,12 @@ def test_a_check_that_hangs_or_fails_is_a_line_of_its_own():
         raise LookupError("what no one foresaw")
 
     try:
-        (line,) = examination.limited(hangs, Job(World(), {}), 0.2)
-        assert line.status == "fault" and "no answer within 0.2 seconds" in line.found
+        (line,) = run_check(hangs, make_job(), 0.2)
+        assert line.status == "problem" and "no answer within 0.2 seconds" in line.found
     finally:
         held.set()
-    (line,) = examination.limited(fails, Job(World(), {}), 10)
-    assert line.status == "fault" and "LookupError('what no one foresaw')" in line.found
+    (line,) = run_check(fails, make_job(), 10)
+    assert line.status == "problem" and "LookupError('what no one foresaw')" in line.found
 
 
 def test_what_hangs_takes_no_other_line_with_it_and_is_named(tmp_path):
@@ -282,13 +281,13 @@ def test_what_hangs_takes_no_other_line_with_it_and_is_named(tmp_path):
     }
     sides = {"teacher": MODELS["Qwen3-32B"], "student": MODELS["Qwen3-4B"]}
     run = Scenario(**sides, teacher_gpu=GPUS["h100"], student_gpu=GPUS["h100"], replicas=1)
-    job = Job(World(), variables, environment_checks.link_settings(variables), scenario=run, patience=2.0)
+    job = make_job(variables=variables, scenario=run, timeout=2.0)
     try:
-        lines = examination.looked(job, *environment_checks.CHECKS)
+        lines = run_checks(job, *environment_checks.CHECKS)
         found = {line.name: line.found for line in lines if line.fix}
         assert {"check", "settings", "interfaces"} <= set(found)
         assert found["check"] == "secret: no answer within 2 seconds"
-        (line,) = examination._linked(job, None, {0: "b1"})
+        (line,) = examination._link(job, None, {0: "b1"})
         assert line.found == "not measured, because the secret could not be read"
     finally:
         os.close(os.open(tmp_path / "secret", os.O_WRONLY))  # ends who still reads

@@ -1,6 +1,9 @@
-"""Whether a run will work here, asked before it is started: `python -m vcrd doctor`.
+"""Checks, before a run starts, whether it will work here: `python -m vcrd doctor`.
 
-Each check is a small function of a `Job` that returns `Finding`s: what was looked at, what was found, and for a fault
-the fix. `examination` runs them and gathers those of all processes, `table` shows them. Nothing here changes the
-machine: what a check writes it removes again, but for the folder of --run-dir, and what it starts it ends.
+Each check is a small function that takes a `checks.Job` and returns `Finding`s: what was looked at, what was seen, and
+for a problem the fix. `examination` runs all checks and gathers the findings of all processes; `findings` merges them
+into one table. The modules `gpus`, `packages`, `extension`, `environment`, `network` and `link` hold the checks.
+
+The doctor does not change the machine. It removes every file that it writes, except the folder of --run-dir, and ends
+every process and thread that it starts.
 """

@@ -1,76 +1,83 @@
-"""What the environment of a process says: settings of vcrd, variables of CUDA and NCCL, limits of the system."""
+"""The environment of a process: settings, variables of CUDA and NCCL, limits of the system, and its folders."""
 
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import resource
-import socket
 import stat
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from vcrd.doctor.findings import Finding, fact, fault, first_line, ok, unchecked
-from vcrd.doctor.job import Job
+from vcrd.doctor.checks import Job
+from vcrd.doctor.findings import Finding, first_line, info, ok, problem, unchecked
+from vcrd.link import addresses
 from vcrd.link.settings import LinkSettings
 from vcrd.megatron.settings import DistillSettings
 
 _INFINIBAND = Path("/sys/class/infiniband")
 _SHARED_MEMORY = Path("/dev/shm")
-_LEAST_SHARED = 1 << 30
-_LEAST_FILES = 1024
-# Switches that somebody set to find a fault, and that make every run slow.
-_LEFT_OVER = {
-    "CUDA_LAUNCH_BLOCKING": "every kernel is waited for",
-    "NCCL_P2P_DISABLE": "GPUs of a node do not talk over NVLink",
-    "NCCL_SHM_DISABLE": "processes of a node talk over the network",
+_LEAST_SHARED_MEMORY = 1 << 30  # bytes
+_LEAST_OPEN_FILES = 1024
+_LEAST_SPACE = 1e9  # bytes
+# Bytes of a checkpoint per parameter: bfloat16 weights, float32 weights and the two moments of Adam in float32.
+_CHECKPOINT_BYTES = 14
+_FILE_TIMEOUT = 5.0  # seconds; NFS shows a new file to other nodes with a delay
+# Variables for debugging that make every run slow.
+_DEBUG_VARIABLES = {
+    "CUDA_LAUNCH_BLOCKING": "the host waits for every kernel",
+    "NCCL_P2P_DISABLE": "GPUs of a node do not communicate over NVLink",
+    "NCCL_SHM_DISABLE": "processes of a node communicate over the network",
 }
 
 
 def link_settings(environment: Mapping[str, str]) -> LinkSettings:
-    """Those of the run, without the variables that are wrong: `settings` has lines for these."""
-    return DistillSettings.from_environment(_sorted_out(environment)[0]).link
+    """The settings of the link, without the variables that are wrong; `settings` reports those."""
+    return DistillSettings.from_environment(_valid_and_wrong(environment)[0]).link
 
 
-def _sorted_out(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The settings of vcrd that are right, and what is wrong with the others, by name."""
-    good: dict[str, str] = {}
+def _valid_and_wrong(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The values of the valid VCRD_ variables, and the error of each wrong one."""
+    valid: dict[str, str] = {}
     wrong: dict[str, str] = {}
     for name in sorted(environment):
         if name.startswith("VCRD_"):
             try:
-                DistillSettings.from_environment({**good, name: environment[name]})
+                DistillSettings.from_environment({**valid, name: environment[name]})
             except (TypeError, ValueError) as error:
                 wrong[name] = first_line(error)
                 continue
-            good[name] = environment[name]
-    return good, wrong
+            valid[name] = environment[name]
+    return valid, wrong
 
 
 def settings(job: Job) -> list[Finding]:
-    good, wrong = _sorted_out(job.environment)
+    valid, wrong = _valid_and_wrong(job.environment)
     if wrong:
         return [_wrong_setting(name, text) for name, text in wrong.items()]
-    # Of these one must not be shown, and the other may differ from process to process.
-    shown = [name for name in good if name not in ("VCRD_SECRET", "VCRD_INTERFACE")]
-    text = ", ".join(f"{name}={good[name]}" for name in shown) or "none set, so the defaults hold"
-    return [ok("settings", text, alike="Set the VCRD_ variables alike in all processes.")]
+    # The secret must not be shown. The interface may differ between processes.
+    shown = [name for name in valid if name not in ("VCRD_SECRET", "VCRD_INTERFACE")]
+    text = ", ".join(f"{name}={valid[name]}" for name in shown) or "none set, so the defaults apply"
+    return [ok("settings", text, "Set the VCRD_ variables to the same values in all processes.")]
 
 
 def _wrong_setting(name: str, text: str) -> Finding:
     known = ["VCRD_" + f.name.upper() for kind in (DistillSettings, LinkSettings) for f in fields(kind)]
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
-        fix = f"Write {close[0]}, if that was meant, or unset it." if close else "Unset it."
-        return fault("settings", f"{name} is no setting of vcrd", fix)
-    # Settings name themselves, some as a field and some as the variable.
+        fix = f"Write {close[0]} if you meant that, or unset it." if close else "Unset it."
+        return problem("settings", f"{name} is not a setting of vcrd", fix)
+    # The message of some settings begins with the field, that of others with the variable.
     own = "|".join(map(re.escape, (name, name.removeprefix("VCRD_").lower())))
     text = re.sub(f"^({own}):? ", "", text)
-    return fault("settings", f"{name}: {text}", "Correct that variable, or unset it.")
+    return problem("settings", f"{name}: {text}", "Correct the variable, or unset it.")
 
 
 def secret(job: Job) -> list[Finding]:
@@ -81,28 +88,23 @@ def secret(job: Job) -> list[Finding]:
         job.link.shared_secret()
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
-        return [
-            fault(
-                "secret",
-                first_line(error),
-                "Name in VCRD_SECRET_FILE a file that holds the secret and can be read.",
-            )
-        ]
+        fix = "Set VCRD_SECRET_FILE to a readable file that holds the secret."
+        return [problem("secret", first_line(error), fix)]
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        return [fault("secret", f"others may read {path}", f"Run `chmod 600 {path}`.")]
+        return [problem("secret", f"other users can read {path}", f"Run `chmod 600 {path}`.")]
     return [ok("secret", f"in {path}")]
 
 
-def left_over(job: Job) -> list[Finding]:
+def debug_variables(job: Job) -> list[Finding]:
     environment = job.environment
     found = [
-        fault("left over", f"{name}=1: {what}", f"Unset {name}.")
-        for name, what in _LEFT_OVER.items()
+        problem("debug variables", f"{name}=1: {what}", f"Unset {name}.")
+        for name, what in _DEBUG_VARIABLES.items()
         if _on(environment.get(name))
     ]
-    if _on(environment.get("NCCL_IB_DISABLE")) and _names(_INFINIBAND):
-        text = f"NCCL_IB_DISABLE=1, and there is InfiniBand here ({', '.join(_names(_INFINIBAND))})"
-        found.append(fault("left over", text, "Unset NCCL_IB_DISABLE."))
+    if _on(environment.get("NCCL_IB_DISABLE")) and (adapters := infiniband_adapters()):
+        text = f"NCCL_IB_DISABLE=1, but the node has InfiniBand ({', '.join(adapters)})"
+        found.append(problem("debug variables", text, "Unset NCCL_IB_DISABLE."))
     return found
 
 
@@ -113,64 +115,23 @@ def _on(text: str | None) -> bool:
 def connections(job: Job) -> list[Finding]:
     name = "CUDA_DEVICE_MAX_CONNECTIONS"
     value = job.environment.get(name)
-    if job.tensor_size > 1 and value != "1" and torch.cuda.is_available():
+    run = job.options.scenario
+    tensor_size = 1 if run is None else max(run.student_tensor, run.teacher_tensor)
+    if tensor_size > 1 and value != "1" and torch.cuda.is_available():
         return [
-            fault(
+            problem(
                 "connections",
-                f"{name} is {value or 'not set'} with tensor parallelism {job.tensor_size}",
-                f"Set {name}=1, as Megatron asks for (with FSDP, or on Blackwell, it may stay otherwise).",
+                f"{name} is {value or 'not set'} with tensor parallelism {tensor_size}",
+                f"Set {name}=1, as Megatron requires (except with FSDP or on Blackwell).",
             )
         ]
-    text = f"{name}={value}" if value else f"{name} is not set; Megatron wants 1 with tensor parallelism"
-    return [(fact if value != "1" else ok)("connections", text)]
+    text = f"{name}={value}" if value else f"{name} is not set; Megatron requires 1 with tensor parallelism"
+    return [(info if value != "1" else ok)("connections", text)]
 
 
-def interfaces(job: Job) -> list[Finding]:
-    """What NCCL and gloo are told to use: names or beginnings of names, "^" for all but these, "=" for no more."""
-    here = [name for _, name in socket.if_nameindex()]
-    found = []
-    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-        text = job.environment.get(variable)
-        if not text:
-            continue
-        but, exact, names = re.fullmatch(r"(\^?)(=?)(.*)", text).groups()
-        wanted = [name for name in names.split(",") if name]
-        whole = bool(exact) or variable.startswith("GLOO")
-
-        def matches(name: str, wanted: list[str] = wanted, whole: bool = whole) -> bool:
-            return any(name == each if whole else name.startswith(each) for each in wanted)
-
-        left = [name for name in here if matches(name) != bool(but)]
-        if left:
-            found.append(ok("interfaces", f"{variable}={text} is {', '.join(left)} here"))
-        else:
-            fix = f"Name one of {', '.join(here)} in {variable}, or unset it."
-            found.append(fault("interfaces", f"{variable}={text} names no interface of this node", fix))
-    return found
-
-
-def adapters(job: Job) -> list[Finding]:
-    text, here = job.environment.get("NCCL_IB_HCA"), _names(_INFINIBAND)
-    if not text:
-        return []
-    but, exact, names = re.fullmatch(r"(\^?)(=?)(.*)", text).groups()
-    wanted = [name.partition(":")[0] for name in names.split(",") if name]
-    known = [
-        name for name in here if any(name == each if exact else name.startswith(each) for each in wanted)
-    ]
-    if known or (but and here):
-        return [ok("adapters", f"NCCL_IB_HCA={text}, of {', '.join(here)}")]
-    fix = (
-        f"Name one of {', '.join(here)} in NCCL_IB_HCA."
-        if here
-        else "Unset NCCL_IB_HCA, or use nodes with InfiniBand."
-    )
-    return [fault("adapters", f"NCCL_IB_HCA={text} names no adapter of this node", fix)]
-
-
-def _names(folder: Path) -> list[str]:
+def infiniband_adapters() -> list[str]:
     try:
-        return sorted(os.listdir(folder))
+        return sorted(os.listdir(_INFINIBAND))
     except OSError:
         return []
 
@@ -184,9 +145,9 @@ def shared_memory(job: Job) -> list[Finding]:
         return [unchecked("shared memory", f"{_SHARED_MEMORY}: {error.strerror}")]
     total, free = space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize
     text = f"{free / 1e9:.3g} of {total / 1e9:.3g} GB of {_SHARED_MEMORY} are free"
-    if free < _LEAST_SHARED:
+    if free < _LEAST_SHARED_MEMORY:
         fix = "Start the container with --shm-size=8g or --ipc=host, or remove what fills /dev/shm."
-        return [fault("shared memory", f"{text}; NCCL and the data loaders need more", fix)]
+        return [problem("shared memory", f"{text}; NCCL and the data loaders need more", fix)]
     return [ok("shared memory", text)]
 
 
@@ -194,35 +155,190 @@ def open_files(job: Job) -> list[Finding]:
     if not job.first_on_node:
         return []
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = max(_LEAST_FILES, 8 * job.world.size)
+    needed = max(_LEAST_OPEN_FILES, 8 * job.world.size)
     if soft == resource.RLIM_INFINITY:
-        return [ok("open files", "as many as a process likes")]
+        return [ok("open files", "unlimited")]
     if soft >= needed:
-        return [ok("open files", f"{soft} of a process")]
+        return [ok("open files", f"{soft} per process")]
     fix = f"Run `ulimit -n {max(65536, needed)}` before the job, or raise the limit of the container."
     if hard != resource.RLIM_INFINITY and hard < max(65536, needed):
-        fix = (
-            f"Run `ulimit -n {hard}` before the job."
-            if hard >= needed
-            else (
-                "Raise the limit of what starts the job (LimitNOFILE of slurmd, --ulimit nofile of the container)."
-            )
+        fix = "Raise the limit of what starts the job (LimitNOFILE of slurmd, --ulimit nofile of the container)."
+        if hard >= needed:
+            fix = f"Run `ulimit -n {hard}` before the job."
+    return [
+        problem(
+            "open files", f"{soft} per process, but a run of {job.world.size} processes needs {needed}", fix
         )
-    return [fault("open files", f"{soft} of a process, and a run of {job.world.size} needs {needed}", fix)]
+    ]
 
 
 def locked_memory(job: Job) -> list[Finding]:
-    """What RDMA pins; nothing else here needs it."""
+    """RDMA pins memory."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if not job.first_on_node or not _names(_INFINIBAND):
+    if not job.first_on_node or not infiniband_adapters():
         return []
     if soft != resource.RLIM_INFINITY:
         fix = "Run `ulimit -l unlimited` before the job, or start the container with --ulimit memlock=-1."
-        return [fault("locked memory", f"{soft / 1e6:.3g} MB of a process, too little for InfiniBand", fix)]
-    return [ok("locked memory", "as much as a process likes")]
+        return [problem("locked memory", f"{soft / 1e6:.3g} MB per process, too little for InfiniBand", fix)]
+    return [ok("locked memory", "unlimited")]
+
+
+def folder_of(job: Job) -> str | None:
+    """--run-dir, or else the folder of the file in VCRD_ADDRESS."""
+    if job.options.run_dir is not None:
+        return os.path.abspath(job.options.run_dir)
+    if job.link.address.startswith(addresses.SCHEME):
+        return os.path.dirname(job.link.address.removeprefix(addresses.SCHEME))
+    return None
+
+
+def run_directory(job: Job) -> list[Finding]:
+    """Whether this node can use the folder; `SharedFolder` checks whether all nodes see the same one."""
+    if not job.first_on_node:
+        return []
+    folder = folder_of(job)
+    if folder is None:
+        return [unchecked("run directory", "not given; --run-dir names the folder that all nodes share")]
+    if refused := _write_error(folder, "--run-dir and in the arguments of the run"):
+        text, fix = refused
+        return [problem("run directory", text, fix)]
+    return [
+        ok("run directory", f"{folder} can be written, and a file in it can be replaced atomically"),
+        _space(job, folder),
+    ]
+
+
+def telemetry(job: Job) -> list[Finding]:
+    folder = job.environment.get("VCRD_TELEMETRY_DIR")
+    if not folder or not job.first_on_node:
+        return []
+    if refused := _write_error(folder, "VCRD_TELEMETRY_DIR"):
+        text, fix = refused
+        return [problem("telemetry", text, fix)]
+    return [ok("telemetry", f"VCRD_TELEMETRY_DIR={folder} can be written")]
+
+
+def _write_error(folder: str, where: str) -> tuple[str, str] | None:
+    """Why a folder cannot be created or written, and the fix; None if it can. where: the option or variable with it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        _write(folder)
+    except OSError as error:
+        return f"{folder} cannot be written: {error.strerror or first_line(error)}", _fix(error, where)
+    return None
+
+
+def _fix(error: OSError, where: str) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Remove old checkpoints there, or ask for a larger quota."
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return f"Name another folder in {where}: a file has this name."
+    return f"Name a folder in {where} that this user can write on every node."
+
+
+def _write(folder: str) -> None:
+    """Replaces a file by renaming another, as the run does. OSError if that fails."""
+    place, draft = (Path(folder) / f".vcrd-doctor-{os.getpid()}{ending}" for ending in ("", ".draft"))
+    try:
+        for text in ("first", "second"):
+            with open(draft, "w") as file:
+                file.write(text)
+                os.fsync(file.fileno())
+            os.replace(draft, place)
+            if place.read_text() != text:
+                raise OSError(None, "what is read differs from what was written")
+    finally:
+        for path in (place, draft):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _space(job: Job, folder: str) -> Finding:
+    space = os.statvfs(folder)
+    free = space.f_bavail * space.f_frsize
+    needed, what = _LEAST_SPACE, "a run"
+    if job.options.models_known:
+        needed, what = (
+            _CHECKPOINT_BYTES * job.options.scenario.student.params,
+            "one checkpoint with the state of Adam",
+        )
+    if free < needed:
+        text = f"{free / 1e9:.3g} GB free in {folder}, but {what} takes {needed / 1e9:.3g}"
+        return problem("space", text, "Remove old checkpoints, or choose another folder.")
+    return ok("space", f"{free / 1e9:.3g} GB free in {folder}")
+
+
+class SharedFolder:
+    """Checks whether processes see the files of each other. Each writes a file, looks for all, and removes its own.
+
+    All processes take these three steps together. A process that has no folder writes nothing.
+    """
+
+    def __init__(self, job: Job, token: str) -> None:
+        self._folder = folder_of(job)
+        self._rank = job.world.rank
+        self._token = token
+        self._mine: Path | None = None
+
+    def write(self) -> bool:
+        """Whether it succeeded; `run_directory` reports why not."""
+        if self._folder is None:
+            return False
+        path = self._path(self._rank)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self._token)
+        except OSError:
+            return False
+        self._mine = path
+        return True
+
+    def missing(self, writers: Sequence[int]) -> list[int]:
+        """The ranks that wrote a file that is not visible here."""
+        if self._mine is None:
+            return []
+        deadline = time.monotonic() + _FILE_TIMEOUT
+        missing = [rank for rank in writers if not self._has(rank)]
+        while missing and time.monotonic() < deadline:
+            time.sleep(0.1)
+            with suppress(OSError):
+                os.listdir(self._folder)  # makes NFS refresh its cache
+            missing = [rank for rank in missing if not self._has(rank)]
+        return missing
+
+    def remove(self) -> None:
+        """Never fails."""
+        if self._mine is not None:
+            with suppress(OSError):
+                self._mine.unlink()
+
+    def finding(self, missing: Sequence[int], nodes: dict[int, str]) -> Finding:
+        """nodes: of the ranks that wrote a file."""
+        if self._folder is None:
+            return unchecked("shared folder", "not given; --run-dir names the folder that all nodes share")
+        if self._mine is None:
+            return unchecked("shared folder", f"{self._folder} could not be written")
+        if not missing:
+            return ok("shared folder", f"{self._folder}: all processes see the files of each other")
+        names = [f"{nodes[rank]} (rank {rank})" for rank in missing]
+        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} others" if len(names) > 4 else "")
+        return problem(
+            "shared folder",
+            f"{self._folder} here and on {listed} are different folders",
+            "Name a folder in --run-dir that every node mounts under the same path.",
+        )
+
+    def _path(self, rank: int) -> Path:
+        return Path(self._folder) / f".vcrd-doctor-{self._token}-{rank}"
+
+    def _has(self, rank: int) -> bool:
+        try:
+            return self._path(rank).read_text() == self._token
+        except OSError:
+            return False
 
 
 CHECKS = (
-    *(settings, secret, left_over, connections, interfaces, adapters),
-    *(shared_memory, open_files, locked_memory),
+    *(settings, secret, debug_variables, connections),
+    *(shared_memory, open_files, locked_memory, run_directory, telemetry),
 )

@@ -1,19 +1,19 @@
-"""The self-test finds a kernel that computes wrongly, and says of which kind."""
+"""The test of the kernels finds a kernel that computes wrong values, and says which."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from doctor_runs import make_job
 
-from vcrd.doctor import kernels
-from vcrd.doctor.findings import FAULT, OK, UNCHECKED
-from vcrd.doctor.job import Job
-from vcrd.doctor.world import World
+from vcrd.doctor import extension
+from vcrd.doctor.findings import OK, PROBLEM, UNCHECKED
+from vcrd.doctor.processes import World
 from vcrd.loss import ops
 
 
 def lines(world: World | None = None) -> list:
-    return kernels.check(Job(world or World(), {}))
+    return extension.kernels(make_job(world))
 
 
 def test_the_kernels_here_are_right():
@@ -27,7 +27,7 @@ def test_the_kernels_here_are_right():
 def test_every_divergence_form_and_dtype_is_tried():
     from vcrd.loss.checks import DIVERGENCES
 
-    cases = list(kernels._cases())
+    cases = list(extension._cases())
     assert {case.divergence for case in cases} == set(DIVERGENCES)
     assert {case.form for case in cases} == {"logits", "logits_8bit", "topk", "hidden"}
     assert {(case.form, case.dtype) for case in cases if case.form == "logits"} == {
@@ -51,8 +51,8 @@ def test_an_operator_that_computes_a_little_wrongly_is_found(monkeypatch, name):
 
     monkeypatch.setattr(torch.ops.vcrd if name == "encode" else ops, name, wrong)
     line = lines()[0]
-    assert (line.name, line.status) == ("kernels", FAULT)
-    said = "8-bit codes are not those" if name == "encode" else "times the error that is allowed"
+    assert (line.name, line.status) == ("kernels", PROBLEM)
+    said = "8-bit codes do not match" if name == "encode" else "times the allowed error"
     assert " on cpu: " in line.found and said in line.found
 
 
@@ -70,5 +70,5 @@ def test_a_kernel_that_gives_nan_or_does_not_run_is_found(monkeypatch):
     )
 
 
-def test_the_cpu_is_tested_once_a_node():
+def test_the_cpu_is_tested_once_per_node():
     assert "kernels" not in [line.name for line in lines(World(rank=1, size=2, local_rank=1, local_size=2))]

@@ -1,4 +1,4 @@
-"""Faults of driver and GPUs, each planted in a node of a fake NVML, and the node without a fault."""
+"""Problems of driver and GPUs, each planted in a node of a fake NVML, and the node without a problem."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from doctor_runs import make_job
 from fake_nvml import FakeGpu, FakeNvml
 
-from vcrd.doctor import device, software
-from vcrd.doctor.findings import FACT, FAULT, OK, UNCHECKED
-from vcrd.doctor.job import Job
-from vcrd.doctor.world import World
+from vcrd.doctor import gpus as gpu_checks
+from vcrd.doctor import packages
+from vcrd.doctor.findings import INFO, OK, PROBLEM, UNCHECKED
+from vcrd.doctor.processes import World
 
 
 @pytest.fixture(autouse=True)
@@ -23,17 +24,17 @@ def torch_with_cuda(monkeypatch):
 
 def found(monkeypatch, nvml: FakeNvml, gpus: int = 0, size: int = 1, environment=None):
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    findings = device.check(Job(World(node="b1", size=size), environment or {}, gpus=gpus))
+    findings = gpu_checks.driver_and_gpus(make_job(World(node="b1", size=size), environment, gpus=gpus))
     assert nvml.open == 0  # what was opened is closed
     for finding in findings:
-        assert bool(finding.fix) == (finding.status == FAULT), finding
+        assert bool(finding.fix) == (finding.status == PROBLEM), finding
     return findings
 
 
-def only_fault(findings, name: str) -> str:
-    faults = [finding for finding in findings if finding.status == FAULT]
-    assert [finding.name for finding in faults] == [name], faults
-    return f"{faults[0].found} | {faults[0].fix}"
+def only_problem(findings, name: str) -> str:
+    problems = [finding for finding in findings if finding.status == PROBLEM]
+    assert [finding.name for finding in problems] == [name], problems
+    return f"{problems[0].found} | {problems[0].fix}"
 
 
 def node(**changes) -> FakeNvml:
@@ -56,15 +57,15 @@ def test_a_good_node_has_one_green_line_for_each_check(monkeypatch):
         "nvlink",
     ]
     texts = {finding.name: finding.found for finding in findings}
-    assert texts["driver"] == "580.65.06, for CUDA up to 13.0; torch's is 13.0"
+    assert texts["driver"] == "580.65.06, for CUDA up to 13.0; torch is built with CUDA 13.0"
     assert texts["gpus"] == "8 x NVIDIA H100 80GB HBM3"
     assert texts["nvlink"] == "18 links of each GPU are up"
 
 
-def test_what_a_run_holds_is_no_fault_during_it(monkeypatch):
+def test_what_a_run_holds_is_no_problem_during_it(monkeypatch):
     gpus = node(used=79_000_000_000, processes={4711: "/usr/bin/python train.py"})
     monkeypatch.setitem(sys.modules, "pynvml", gpus)
-    findings = device.check(Job(World(node="b1", size=1), {}, during_run=True))
+    findings = gpu_checks.driver_and_gpus(make_job(World(node="b1", size=1), during_run=True))
     (line,) = [finding for finding in findings if finding.name == "gpu memory"]
     assert line.status == OK and "during a run" in line.found
 
@@ -75,51 +76,55 @@ def test_what_a_run_holds_is_no_fault_during_it(monkeypatch):
         (
             "gpu memory",
             {"used": 41_000_000_000, "processes": {4711: "/usr/bin/python train.py"}},
-            "GPU 2: 41.0 of 85.5 GB taken by process 4711 (python)",
+            "GPU 2: 41.0 of 85.5 GB in use by process 4711 (python)",
         ),
-        ("gpu memory", {"used": 41_000_000_000}, "taken by processes that are not seen from here"),
+        ("gpu memory", {"used": 41_000_000_000}, "in use by processes that are not visible from here"),
         ("nvlink", {"links": [1] * 7 + [0] + [1] * 10}, "GPU 2: 17 of 18 links are up (down: 7)"),
         ("nvlink", {"links": []}, "GPU 2: 0 of 18 links are up"),
         (
             "gpu clocks",
             {"reasons": 0x40, "clock": 345},
-            "GPU 2 is slowed down to 345 of 1980 MHz, because it is too hot",
+            "GPU 2: throttled to 345 of 1980 MHz because it is too hot",
         ),
-        ("gpu clocks", {"reasons": 0x80, "clock": 800}, "because the power supply asks for it"),
-        ("gpu clocks", {"application_clock": 1200}, "GPU 2 is held at 1200 MHz, where 1980 is its default"),
+        ("gpu clocks", {"reasons": 0x80, "clock": 800}, "because the power supply requests it"),
+        (
+            "gpu clocks",
+            {"application_clock": 1200},
+            "GPU 2: the clock is set to 1200 MHz, below its default of 1980",
+        ),
         ("gpu errors", {"ecc_errors": 3}, "GPU 2: 3 uncorrected memory errors (ECC)"),
-        ("gpu errors", {"remapped": (0, 1, 1, 0)}, "GPU 2: rows of its memory wait to be replaced"),
-        ("gpu errors", {"remapped": (0, 1, 0, 1)}, "GPU 2: rows of its memory could not be replaced"),
-        ("gpu mode", {"mode": 2}, "GPU 2: its compute mode is PROHIBITED"),
+        ("gpu errors", {"remapped": (0, 1, 1, 0)}, "GPU 2: damaged memory rows will be remapped"),
+        ("gpu errors", {"remapped": (0, 1, 0, 1)}, "GPU 2: damaged memory rows could not be remapped"),
+        ("gpu mode", {"mode": 2}, "GPU 2: the compute mode is PROHIBITED"),
         ("gpus", {"name": "NVIDIA H200"}, "7 x NVIDIA H100 80GB HBM3 and 1 x NVIDIA H200"),
         ("gpu count", {"lost": True}, "GPU 2 does not answer: GPU is lost"),
     ],
 )
-def test_a_fault_of_one_gpu_is_one_red_line_that_names_it(monkeypatch, name, changes, says):
+def test_a_problem_of_one_gpu_is_one_red_line_that_names_it(monkeypatch, name, changes, says):
     findings = found(monkeypatch, node(**changes))
-    assert says in only_fault(findings, name)
+    assert says in only_problem(findings, name)
     # The others of the node are green in the same table.
     assert sum(finding.status == OK for finding in findings) >= 6 - (name == "gpus")
 
 
-def test_a_fault_that_several_gpus_have_is_one_line(monkeypatch):
+def test_a_problem_that_several_gpus_have_is_one_line(monkeypatch):
     gpus = [FakeGpu() for _ in range(8)]
     for index in (1, 2, 5):
         gpus[index] = replace(gpus[index], application_clock=1200)
-    text = only_fault(found(monkeypatch, FakeNvml(*gpus)), "gpu clocks")
-    assert text.startswith("GPU 1, GPU 2, GPU 5 is held at 1200 MHz")
+    text = only_problem(found(monkeypatch, FakeNvml(*gpus)), "gpu clocks")
+    assert text.startswith("GPU 1, GPU 2, GPU 5: the clock is set to 1200 MHz")
 
 
 def test_another_package_of_its_name_is_told_from_nvidias(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", types.ModuleType("pynvml"))
-    (line,) = device.check(Job(World(), {}))
-    assert line.status == FAULT and "pip uninstall pynvml" in line.fix
+    (line,) = gpu_checks.driver_and_gpus(make_job())
+    assert line.status == PROBLEM and "pip uninstall pynvml" in line.fix
 
 
 def test_a_driver_that_is_too_old_for_torch_names_the_one_that_is_needed(monkeypatch):
     nvml = node()
     nvml.cuda, nvml.driver = 12040, "550.54.15"
-    said = only_fault(found(monkeypatch, nvml), "driver")
+    said = only_problem(found(monkeypatch, nvml), "driver")
     assert "550.54.15, for CUDA up to 12.4" in said and "Install driver 580 or newer" in said
     nvml.cuda = 13010  # newer is as good
     assert not [finding for finding in found(monkeypatch, nvml) if finding.fix]
@@ -132,26 +137,26 @@ def test_a_driver_of_the_same_major_version_runs_a_newer_minor_one(monkeypatch):
     assert not [finding for finding in found(monkeypatch, nvml) if finding.fix]
 
 
-def test_parts_of_a_gpu_are_enough_for_one_process_and_not_for_two(monkeypatch):
-    assert "cut into parts (MIG)" in only_fault(
+def test_partitions_of_a_gpu_are_enough_for_one_process_and_not_for_two(monkeypatch):
+    assert "partitioned (MIG)" in only_problem(
         found(monkeypatch, FakeNvml(FakeGpu(mig=1)), size=2), "gpu mode"
     )
     alone = found(monkeypatch, FakeNvml(FakeGpu(mig=1)))
-    assert [finding.status for finding in alone if finding.name == "gpu mode"] == [FACT]
+    assert [finding.status for finding in alone if finding.name == "gpu mode"] == [INFO]
 
 
 @pytest.mark.parametrize(("option", "environment"), [(4, {}), (0, {"SLURM_GPUS_ON_NODE": "4"})])
-def test_fewer_gpus_than_the_job_was_given_is_a_fault(monkeypatch, option, environment):
+def test_fewer_gpus_than_the_job_was_given_is_a_problem(monkeypatch, option, environment):
     nvml = FakeNvml(FakeGpu(), FakeGpu(), FakeGpu())
-    said = only_fault(found(monkeypatch, nvml, gpus=option, environment=environment), "gpu count")
-    assert said.startswith("3 GPUs are seen and 4 expected")
+    said = only_problem(found(monkeypatch, nvml, gpus=option, environment=environment), "gpu count")
+    assert said.startswith("3 GPUs found, 4 expected")
 
 
 @pytest.mark.parametrize("links", [[], [0] * 12])
 def test_boards_without_bridges_talk_over_pcie(monkeypatch, links):
     nvml = FakeNvml(*(FakeGpu("NVIDIA A40", links=list(links)) for _ in range(2)))
     (line,) = [finding for finding in found(monkeypatch, nvml) if finding.name == "nvlink"]
-    assert line.status == FACT
+    assert line.status == INFO
 
 
 def test_what_a_gpu_does_not_know_is_left_out(monkeypatch):
@@ -170,33 +175,33 @@ def test_what_a_gpu_does_not_know_is_left_out(monkeypatch):
     ("code", "status", "says"),
     [
         (12, UNCHECKED, "no NVIDIA driver here"),
-        (9, FAULT, "installed, but not loaded"),
-        (18, FAULT, "of different versions"),
+        (9, PROBLEM, "installed, but not loaded"),
+        (18, PROBLEM, "have different versions"),
     ],
 )
 def test_a_library_that_does_not_start_says_why(monkeypatch, code, status, says):
-    monkeypatch.setattr(device.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(gpu_checks.glob, "glob", lambda pattern: [])
     (line,) = found(monkeypatch, FakeNvml(starts=code))
     assert line.status == status and says in line.found
 
 
 def test_gpus_without_the_driver_s_library_are_a_container_without_it(monkeypatch):
-    monkeypatch.setattr(device.glob, "glob", lambda pattern: ["/dev/nvidia0"])
-    assert "--gpus all" in only_fault(found(monkeypatch, FakeNvml(starts=12)), "driver")
+    monkeypatch.setattr(gpu_checks.glob, "glob", lambda pattern: ["/dev/nvidia0"])
+    assert "--gpus all" in only_problem(found(monkeypatch, FakeNvml(starts=12)), "driver")
 
 
 def test_without_nvidia_ml_py_one_line_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    (line,) = device.check(Job(World(), {}))
-    assert line.status == FAULT and "pip install nvidia-ml-py" in line.fix
+    (line,) = gpu_checks.driver_and_gpus(make_job())
+    assert line.status == PROBLEM and "pip install nvidia-ml-py" in line.fix
 
 
-def test_gpus_that_torch_does_not_reach_are_a_fault(monkeypatch):
+def test_gpus_that_torch_does_not_reach_are_a_problem(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", node())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    (line,) = software.torch_gpus(Job(World(), {}))
-    assert line.status == FAULT and "built without CUDA" in line.found
+    (line,) = packages.torch_gpus(make_job())
+    assert line.status == PROBLEM and "built without CUDA" in line.found
 
 
 @pytest.mark.parametrize(
@@ -218,4 +223,4 @@ def test_gpus_that_torch_does_not_reach_are_a_fault(monkeypatch):
     ],
 )
 def test_which_gpus_code_runs_on(architectures, capability, runs):
-    assert software.runs_on(architectures, capability) is runs
+    assert packages.runs_on(architectures, capability) is runs
