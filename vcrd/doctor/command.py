@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from vcrd.doctor.checks import Options, import_crash
 from vcrd.doctor.findings import Finding, first_line, problem, table
 from vcrd.doctor.processes import Unreachable, World, world_of
+from vcrd.errors import expected
 from vcrd.plan.options import OptionError, add_run_options, number, scenario_of, whole
 from vcrd.plan.scenario import Scenario
 
@@ -74,7 +75,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
     """OptionError for a wrong option."""
     if (arguments.teacher is None) != (arguments.student is None):
         missing, given = ("teacher", "student") if arguments.teacher is None else ("student", "teacher")
-        raise OptionError(f"--{missing}: expected a layout because --{given} is given, got none")
+        raise expected(f"--{missing}", f"a layout because --{given} is given", "none", OptionError)
     scenario, models_known = None, False
     if arguments.teacher is not None:
         scenario, models_known = _scenario(arguments)
@@ -97,8 +98,8 @@ def _scenario(arguments: argparse.Namespace) -> tuple[Scenario, bool]:
     bare = {side: _is_layout(getattr(arguments, side)) for side in ("teacher", "student")}
     if bare["teacher"] != bare["student"]:
         missing, given = ("teacher", "student") if bare["teacher"] else ("student", "teacher")
-        text = getattr(arguments, missing)
-        raise OptionError(f"--{missing}: expected a model because --{given} names one, got {text!r}")
+        text = repr(getattr(arguments, missing))
+        raise expected(f"--{missing}", f"a model because --{given} names one", text, OptionError)
     texts = {
         side: f"{_ANY_MODEL},{getattr(arguments, side)}" if bare[side] else getattr(arguments, side)
         for side in bare
@@ -114,7 +115,7 @@ def _is_layout(text: str) -> bool:
 def _port(text: str) -> int:
     port = whole("--port", text)
     if port > 65535:
-        raise OptionError(f"--port: expected a port from 1 to 65535, got {text!r}")
+        raise expected("--port", "a port from 1 to 65535", repr(text), OptionError)
     return port
 
 

@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 from vcrd.doctor.findings import first_line
+from vcrd.errors import expected
 from vcrd.plan.options import OptionError
 
 _RANK_0_GRACE = 10.0  # seconds that other ranks wait longer than rank 0 does
@@ -62,7 +63,7 @@ def _of_torchrun(environment: Mapping[str, str], node: str) -> World:
         return World(node=node)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(name):
-            raise OptionError(f"{name}: expected a value because RANK and WORLD_SIZE are set, got none")
+            raise expected(name, "a value because RANK and WORLD_SIZE are set", "none", OptionError)
     return World(
         rank=rank,
         size=size,
@@ -133,21 +134,21 @@ def _rank_and_size(environment: Mapping[str, str], rank_name: str, size_name: st
     size = _integer(environment, size_name, 1, least=1)
     rank = _integer(environment, rank_name, 0)
     if rank >= size:
-        raise OptionError(f"{rank_name}: expected an integer below {size_name}={size}, got {rank}")
+        raise expected(rank_name, f"an integer below {size_name}={size}", rank, OptionError)
     return rank, size
 
 
 def _integer(environment: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
     text = environment.get(name, str(default))
     if not (text.isascii() and text.isdigit() and int(text) >= least):
-        raise OptionError(f"{name}: expected an integer of at least {least}, got {text!r}")
+        raise expected(name, f"an integer of at least {least}", repr(text), OptionError)
     return int(text)
 
 
 def _port(environment: Mapping[str, str], name: str) -> int:
     port = _integer(environment, name, 0)
     if not 0 < port < 65536:
-        raise OptionError(f"{name}: expected a port from 1 to 65535, got {port}")
+        raise expected(name, "a port from 1 to 65535", port, OptionError)
     return port
 
 
