@@ -46,13 +46,13 @@ LAYERS = (
         packages=(),
     ),
     Layer("vcrd/doctor/findings.py", packages=("rich",)),
-    Layer("vcrd/doctor/processes.py", ("vcrd.doctor.findings", "vcrd.plan.options")),
+    Layer("vcrd/doctor/processes.py", ("vcrd.doctor.findings",)),
     Layer(
         "vcrd/doctor/checks.py",
         ("vcrd.doctor.findings", "vcrd.doctor.processes", "vcrd.link.settings", "vcrd.plan.scenario"),
         packages=(),
     ),
-    Layer("vcrd/doctor/command.py", ("vcrd.doctor", "vcrd.plan.options", "vcrd.plan.scenario")),
+    Layer("vcrd/doctor/command.py", ("vcrd.doctor", "vcrd.plan.command", "vcrd.plan.scenario")),
     Layer(
         "vcrd/doctor/gpus.py", ("vcrd.doctor.checks", "vcrd.doctor.findings"), packages=("torch", "pynvml")
     ),
@@ -87,12 +87,10 @@ LAYERS = (
     Layer("vcrd/monitor/bottleneck.py", ("vcrd.link.payload",), packages=()),
     Layer(
         "vcrd/report/*.py",
-        ("vcrd.report", "vcrd.monitor.records", "vcrd.plan.options"),
+        ("vcrd.report", "vcrd.monitor.records"),
         packages=("matplotlib", "numpy"),
     ),
     Layer("vcrd/plan/scenario.py", packages=()),
-    Layer("vcrd/plan/catalogue.py", ("vcrd.plan.scenario",), packages=()),
-    Layer("vcrd/plan/options.py", ("vcrd.plan.scenario", "vcrd.plan.catalogue"), packages=()),
     Layer(
         "vcrd/plan/*.py",
         ("vcrd.plan", "vcrd.link.header", "vcrd.link.payload", "vcrd.link.plan"),

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vcrd.doctor import command as doctor
+from vcrd.errors import OptionError
 from vcrd.plan import command as plan
-from vcrd.plan.options import OptionError
-from vcrd.plan.options import add_options as add_plan_options
 from vcrd.report import command as report
 
 
@@ -24,11 +23,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m vcrd", description="Validity-calibrated reasoning distillation.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
-    for name, command, add in (
-        ("plan", plan, add_plan_options),
-        ("doctor", doctor, doctor.add_options),
-        ("report", report, report.add_options),
-    ):
+    for name, command in (("plan", plan), ("doctor", doctor), ("report", report)):
         one = commands.add_parser(
             name,
             help=command.SUMMARY,
@@ -36,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        add(one)
+        command.add_options(one)
         one.set_defaults(run=command.run, parser=one)
     options = parser.parse_args(arguments)
     try:

@@ -10,6 +10,10 @@ import math
 from collections.abc import Sequence
 
 
+class OptionError(ValueError):
+    """A wrong option of a command. Its message is all that the user sees."""
+
+
 def expected(name: str, what: str, got: object, error: type[Exception] = ValueError) -> Exception:
     """The error to raise for the argument `name`. `got` is text, or a value whose text says enough."""
     return error(f"{name}: expected {what}, got {got}")

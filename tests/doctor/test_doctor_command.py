@@ -209,11 +209,11 @@ def test_on_a_terminal_lines_are_broken_and_no_word_is_lost(tmp_path, columns):
         (["--student", "tp=2"], "--teacher: expected a layout because --student is given, got none"),
         (
             ["--student", "tp=0", "--teacher", "tp=1"],
-            "--student: tp must be an integer of at least 1, got '0'",
+            "--student tp: expected an integer of at least 1, got '0'",
         ),
         (
             ["--student", "tp=2,dp=2", "--teacher", "replicas=3"],
-            "--teacher: replicas must be at most .* size 2, got 3",
+            "--teacher replicas: expected at most .* student, 2, got 3",
         ),
         (
             ["--student", "tp=2", "--teacher", "Qwen3-32B"],

@@ -18,8 +18,7 @@ from vcrd.doctor import environment, network
 from vcrd.doctor.checks import Job
 from vcrd.doctor.findings import INFO, OK, PROBLEM, UNCHECKED
 from vcrd.doctor.processes import World
-from vcrd.plan.catalogue import GPUS, MODELS
-from vcrd.plan.scenario import Scenario
+from vcrd.plan.scenario import GPUS, MODELS, Scenario
 
 HERE = World(node="b1")
 

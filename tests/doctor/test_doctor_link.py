@@ -13,9 +13,8 @@ from vcrd.doctor.findings import INFO, OK, PROBLEM
 from vcrd.doctor.link import Measurement, RankPair, pairs_of
 from vcrd.doctor.processes import World
 from vcrd.link.settings import LinkSettings
-from vcrd.plan.catalogue import GPUS, MODELS
 from vcrd.plan.costs import student_seconds
-from vcrd.plan.scenario import Scenario
+from vcrd.plan.scenario import GPUS, MODELS, Scenario
 
 RUN = Scenario(
     teacher=MODELS["Qwen3-32B"],

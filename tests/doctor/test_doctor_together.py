@@ -22,8 +22,7 @@ from vcrd.doctor import examination
 from vcrd.doctor.checks import run_check, run_checks
 from vcrd.doctor.findings import Finding, info, merged, ok, problem
 from vcrd.doctor.processes import Gathering, World, expand, world_of
-from vcrd.plan.catalogue import GPUS, MODELS
-from vcrd.plan.scenario import Scenario
+from vcrd.plan.scenario import GPUS, MODELS, Scenario
 
 NODES = ("b1", "b2", "b3")
 

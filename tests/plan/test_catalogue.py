@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vcrd.plan.catalogue import GPUS, MODELS
+from vcrd.plan.scenario import GPUS, MODELS
 
 # layers, hidden, heads, key-value heads, head width, feed-forward width, vocabulary, tied, norms of query and key.
 DENSE = {

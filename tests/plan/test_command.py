@@ -88,42 +88,42 @@ def test_numbers_may_be_written_with_an_exponent(capsys):
             "--teacher: expected a known model or params=.*; did you mean Qwen3-32B?",
         ),
         ({"--teacher": "Qwen3-32B,8"}, "--teacher: expected key=value, got '8'"),
-        ({"--teacher": "Qwen3-32B,tp=0"}, "--teacher: tp must be an integer of at least 1, got '0'"),
-        ({"--teacher": "Qwen3-32B,tp=2.5"}, "--teacher: tp must be an integer of at least 1, got '2.5'"),
-        ({"--teacher": "Qwen3-32B,tp=2,tp=4"}, "--teacher: tp must be given once, got it twice"),
+        ({"--teacher": "Qwen3-32B,tp=0"}, "--teacher tp: expected an integer of at least 1, got '0'"),
+        ({"--teacher": "Qwen3-32B,tp=2.5"}, "--teacher tp: expected an integer of at least 1, got '2.5'"),
+        ({"--teacher": "Qwen3-32B,tp=2,tp=4"}, "--teacher tp: expected one value, got two"),
         ({"--teacher": "Qwen3-32B,cp=2"}, "--teacher: expected keys among tp, pp, replicas, got 'cp'"),
-        ({"--teacher": "Qwen3-32B,pp=65"}, "--teacher: pp must be at most the 64 layers, got 65"),
-        ({"--teacher": "Qwen3-32B,replicas=3"}, "--teacher: replicas must be at most .* size 2, got 3"),
+        ({"--teacher": "Qwen3-32B,pp=65"}, "--teacher pp: expected at most the 64 layers, got 65"),
+        ({"--teacher": "Qwen3-32B,replicas=3"}, "--teacher replicas: expected at most .* student, 2, got 3"),
         (
             {"--teacher": "params=1e9,hidden=64"},
-            "--teacher: a model without a known name needs layers, vocab too",
+            "--teacher: expected params, hidden, layers, vocab for a model without a name, got no layers, vocab",
         ),
         (
             {"--teacher": "params=1e6,hidden=64,layers=2,vocab=151936"},
-            "--teacher: 1000000 active parameters are fewer than the 19447808 of embedding and output layer",
+            "--teacher active: expected at least the 19447808 parameters of embedding and output layer, got 1000000",
         ),
         (
             {"--teacher": "params=1e9,active=2e9,hidden=64,layers=2,vocab=9"},
-            "--teacher: active must be at most params, 1000000000, got 2000000000",
+            "--teacher active: expected at most params, 1000000000, got 2000000000",
         ),
         (
             {"--teacher": "params=1e9,hidden=64,layers=2,vocab=9,tied=yes"},
-            "--teacher: tied must be 0 or 1, got 'yes'",
+            "--teacher tied: expected 0 or 1, got 'yes'",
         ),
         (
             {"--student": "Llama-3.1-8B"},
-            "--student: its vocabulary must be the teacher's, 151936, got 128256",
+            "--student: expected a model with the vocabulary of the teacher, 151936, got 128256",
         ),
-        ({"--student": "Qwen3-4B,dp=2,ep=3"}, "--student: ep must divide dp times cp, 2, got 3"),
+        ({"--student": "Qwen3-4B,dp=2,ep=3"}, "--student ep: expected a divisor of dp x cp, 2, got 3"),
         (
             {"--student": "Qwen3-4B,cp=3,dp=2"},
-            "--sequence: must be a multiple of 6, twice the student's cp, got 4096",
+            "--sequence: expected a multiple of 6, twice the cp of the student, got 4096",
         ),
         ({"--sequence": "long"}, "--sequence: expected an integer of at least 1, got 'long'"),
         ({"--micro-batch": "0"}, "--micro-batch: expected an integer of at least 1, got '0'"),
         ({"--micro-batches": "-1"}, "--micro-batches: expected an integer of at least 1, got '-1'"),
         ({"--credits": "nan"}, "--credits: expected an integer of at least 1, got 'nan'"),
-        ({"--top-k": "1e6"}, "--top-k: must be at most the vocabulary of 151936, got 1000000"),
+        ({"--top-k": "1e6"}, "--top-k: expected at most the vocabulary, 151936, got 1000000"),
         ({"--transport": "ib"}, "--transport: expected one of auto, nccl, tcp, got 'ib'"),
         ({"--network": "inf"}, "--network: expected a positive number, got 'inf'"),
         ({"--student-mfu": "40"}, "--student-mfu: expected a number above 0 and at most 1, got '40'"),
@@ -131,9 +131,9 @@ def test_numbers_may_be_written_with_an_exponent(capsys):
         ({"--gpu": "h1000"}, "--gpu: expected one of a100, h100, h200, b200, or bf16=989,.*, got 'h1000'"),
         (
             {"--teacher-gpu": "bf16=1"},
-            "--teacher-gpu: a GPU without a known name needs memory, bandwidth, host too",
+            "--teacher-gpu: expected bf16, memory, bandwidth, host for a GPU without a name, got no memory",
         ),
-        ({"--gpu": "bf16=x,memory=1,bandwidth=1,host=1"}, "--gpu: bf16 must be a positive number, got 'x'"),
+        ({"--gpu": "bf16=x,memory=1,bandwidth=1,host=1"}, "--gpu bf16: expected a positive number, got 'x'"),
         (
             {"--gpu": "tflops=3"},
             "--gpu: expected keys among bf16, memory, bandwidth, host, fp8, got 'tflops'",
@@ -149,7 +149,7 @@ def test_what_is_wrong_is_said_in_one_sentence(capsys, options, sentence):
 
 def test_switches_and_missing_options_are_refused_in_the_same_way(capsys):
     models = ["--teacher", TEACHER, "--student", STUDENT]
-    assert "--student-fp8: the GPU must have FP8, got a100" in refusal(
+    assert "--student-fp8: expected a GPU with a known FP8 peak, got a100" in refusal(
         capsys, *models, "--gpu", "a100", "--student-fp8"
     )
     assert "--student" in refusal(capsys, "--teacher", TEACHER)

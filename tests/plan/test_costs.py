@@ -13,8 +13,8 @@ from vcrd.link import respond
 from vcrd.link.transport import tcp
 from vcrd.loss import teacher_blocks
 from vcrd.plan import costs as module
-from vcrd.plan.catalogue import MODELS
 from vcrd.plan.costs import costs
+from vcrd.plan.scenario import MODELS
 
 HEADER = 80
 

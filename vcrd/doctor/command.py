@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from vcrd.doctor.checks import Options, import_crash
 from vcrd.doctor.findings import Finding, first_line, problem, table
 from vcrd.doctor.processes import Unreachable, World, world_of
-from vcrd.errors import expected
-from vcrd.plan.options import OptionError, add_run_options, number, scenario_of, whole
+from vcrd.errors import OptionError, expected
+from vcrd.plan.command import add_run_options, parse_count, parse_number, scenario_of
 from vcrd.plan.scenario import Scenario
 
 _TIMEOUT = 300.0  # seconds for the whole command, in addition to what the options allow for its parts
@@ -83,12 +83,16 @@ def options_of(arguments: argparse.Namespace) -> Options:
         run_dir=arguments.run_dir,
         ports=tuple(_port(text) for text in arguments.port),
         gpus=int(
-            number("--gpus", arguments.gpus, "an integer of at least 0", lambda v: v >= 0 and v == int(v))
+            parse_number(
+                "--gpus", arguments.gpus, "an integer of at least 0", lambda v: v >= 0 and v == int(v)
+            )
         ),
         scenario=scenario,
         models_known=models_known,
-        timeout=number("--timeout", arguments.timeout, "a positive number", lambda v: v > 0),
-        seconds=number("--seconds", arguments.seconds, "a number from 0.1 to 60", lambda v: 0.1 <= v <= 60),
+        timeout=parse_number("--timeout", arguments.timeout, "a positive number", lambda v: v > 0),
+        seconds=parse_number(
+            "--seconds", arguments.seconds, "a number from 0.1 to 60", lambda v: 0.1 <= v <= 60
+        ),
         during_run=arguments.during_run,
     )
 
@@ -113,7 +117,7 @@ def _is_layout(text: str) -> bool:
 
 
 def _port(text: str) -> int:
-    port = whole("--port", text)
+    port = parse_count("--port", text)
     if port > 65535:
         raise expected("--port", "a port from 1 to 65535", repr(text), OptionError)
     return port

@@ -15,8 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 from vcrd.doctor.findings import first_line
-from vcrd.errors import expected
-from vcrd.plan.options import OptionError
+from vcrd.errors import OptionError, expected
 
 _RANK_0_GRACE = 10.0  # seconds that other ranks wait longer than rank 0 does
 _LEAVE_TIMEOUT = (

@@ -1,5 +1,6 @@
-"""What a run with a teacher will cost, before it is started: `python -m vcrd plan`.
+"""Computes the costs of a distillation run before it starts: `python -m vcrd plan`.
 
-`traffic` says which bytes go from whom to whom, `costs` what that takes in seconds, memory and GPUs, `choice` which
-payload is the best. Pure functions of a `Scenario`; nothing here opens a connection.
+`scenario` holds the input, `traffic` counts the bytes between ranks, `costs` computes seconds, memory and GPUs,
+`choice` chooses the best payload, and `table` prints the result. They are pure functions of a `Scenario` and
+open no connection.
 """

@@ -1,15 +1,15 @@
-"""What each payload costs a run: bytes, seconds, memory, teacher GPUs. Bytes are exact, seconds are a model.
+"""The costs of each payload: bytes, seconds, memory, teacher GPUs. Bytes are exact, seconds come from a model.
 
 The model, per micro-batch of one data rank:
 
-- the student computes 3 times its forward FLOPs (4 with recompute) on tp x pp x cp GPUs;
-- its last stage also reads the answer in the loss: `loss_seconds`;
-- the teacher computes its forward FLOPs on tp x pp GPUs, for every data rank that the replica serves. Requests go
-  through its stages in groups, and its pipeline has a bubble;
-- the network carries the answer meanwhile, and over TCP, PCIe takes it to the student's GPU. What counts is the busiest
-  rank on either side.
+- The student computes 3 times its forward FLOPs (4 with recompute) on tp x pp x cp GPUs.
+- The loss on its last stage also reads the response: `loss_seconds`.
+- The teacher computes its forward FLOPs on tp x pp GPUs, for every data rank that the replica serves. Requests pass
+  through its stages in groups, and its pipeline has a bubble.
+- At the same time the network carries the response, and over TCP, PCIe carries it to the student GPU. The busiest rank
+  of either job counts.
 
-The slowest of student, teacher, network and PCIe sets the pace. Where that is not the student, it waits.
+The slowest of student, teacher, network and PCIe determines the time. If that is not the student, the student waits.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from vcrd.link.payload import PAYLOADS, Payload
 from vcrd.plan.scenario import Scenario
 from vcrd.plan.traffic import Traffic
 
-# Of other modules, which this one need not import: a test keeps them equal.
-RESPONSES_UNDER_WAY = 4  # vcrd.link.respond: answers that a teacher rank holds while they are sent
-BLOCK_BYTES = 31 << 20  # vcrd.loss.teacher_blocks: float32 logits made at once from top-k and hidden states
+# Constants of other modules, which are not imported here. A test checks that they are equal.
+RESPONSES_UNDER_WAY = 4  # vcrd.link.respond: responses that a teacher rank holds while it sends them
+BLOCK_BYTES = (
+    31 << 20
+)  # vcrd.loss.teacher_blocks: float32 logits of a block, made from top-k or hidden states
 ASSEMBLY_BYTES = 1 << 22  # vcrd.link.reassembly: received at once, where a piece is not all columns of a rank
 
-# The loss reads the teacher in forward and again in backward (divergences with a mixture: one pass more).
+# The loss reads the teacher once in forward and once in backward. Divergences with a mixture need one more pass.
 _PASSES = 2
-# Bytes of GPU memory traffic per logit that top-k costs: the student's logits (2 bytes, bfloat16) are copied to a
-# float32 block that is then read, three times; the first pass also reads the student's again.
+# Bytes of GPU memory traffic per logit with top-k. Three times, the student logits (2 bytes, bfloat16) are copied to a
+# float32 block, which is then read. The first pass also reads the student logits again.
 _TOP_K_TRAFFIC = 3 * (2 + 4 + 4) + 2
 _BLOCK_TRAFFIC = 4 + 4  # a float32 block is written and read
 
@@ -44,16 +46,16 @@ _ERRORS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one payload. Bytes, seconds; per micro-batch of one data rank where nothing else is said.
+    """The costs of one payload. Bytes and seconds are per micro-batch of one data rank if nothing else is said.
 
-    received: into the busiest student rank. sent: out of the busiest teacher rank. step_bytes: all answers of one step
-    to all data ranks. once_bytes: the output layer, when the student starts. network_seconds: of the busiest rank.
-    loss_seconds: what the student's last stage adds for this payload. student_seconds: its compute and loss.
-    teacher_seconds: of one replica, with its bubble. round_seconds: the pace, with `replicas`: those given, else those
-    needed, else one per data rank. step_seconds: of a step at that pace. waiting: the share of its time that the
-    student then waits. *_gpu_bytes, *_host_bytes: memory of one rank. replicas_needed, gpus_needed: the fewest with
-    which the student never waits, None if no number of replicas does. least_gpus: what the teacher's FLOPs alone take,
-    whatever its layout. error: of what arrives for a logit that lies d below the row's largest, at most.
+    received: into the busiest student rank. sent: out of the busiest teacher rank. step_bytes: all responses of one
+    step to all data ranks. once_bytes: the output layer, sent when the student starts. network_seconds: of the busiest
+    rank. loss_seconds: time that this payload adds on the last student stage. student_seconds: compute and loss of the
+    student. teacher_seconds: of one replica, with its bubble. replicas: those given, or those needed, or one per data
+    rank if no number suffices. round_seconds: time of a micro-batch with these replicas. step_seconds: of a step.
+    waiting: share of that time that the student waits. *_gpu_bytes, *_host_bytes: memory of one rank. replicas_needed,
+    gpus_needed: the fewest with which the student never waits; None if no number of replicas suffices. least_gpus: GPUs
+    for the FLOPs of the teacher alone, in any layout. error: upper bound for a logit that is d below the row maximum.
     """
 
     payload: str
@@ -80,17 +82,17 @@ class Cost:
 
     @property
     def network_share(self) -> float:
-        """Of the time that the busiest rank's network is in use."""
+        """Share of the time in which the network of the busiest rank is in use."""
         return self.network_seconds / self.round_seconds
 
     @property
     def loss_share(self) -> float:
-        """By which this payload lengthens the student's compute."""
+        """Time that this payload adds to the compute of the student, as a share of it."""
         return self.loss_seconds / (self.student_seconds - self.loss_seconds)
 
 
 def costs(scenario: Scenario) -> tuple[Cost, ...]:
-    """Of every payload, in the order of `payload.PAYLOADS`."""
+    """The costs of every payload, in the order of `payload.PAYLOADS`."""
     return tuple(cost(scenario, payload) for payload in PAYLOADS)
 
 
@@ -105,7 +107,9 @@ def cost(scenario: Scenario, payload: Payload) -> Cost:
     replicas = scenario.replicas or needed or scenario.student_data
     enters, leaves = received / scenario.network, traffic.out_of_busiest(shape, replicas) / scenario.network
     teacher = teacher_seconds(scenario, payload.name, replicas)
-    pace = max(student, enters, leaves, _upload(scenario, traffic), scenario.served(replicas) * teacher)
+    round_seconds = max(
+        student, enters, leaves, _upload(scenario, traffic), scenario.served(replicas) * teacher
+    )
     return Cost(
         payload=payload.name,
         received=received,
@@ -118,9 +122,9 @@ def cost(scenario: Scenario, payload: Payload) -> Cost:
         loss_seconds=loss,
         student_seconds=student,
         teacher_seconds=teacher,
-        round_seconds=pace,
-        waiting=1 - student / pace,
-        step_seconds=pace * scenario.micro_batches,
+        round_seconds=round_seconds,
+        waiting=1 - student / round_seconds,
+        step_seconds=round_seconds * scenario.micro_batches,
         student_gpu_bytes=student_gpu_bytes(scenario, traffic),
         student_host_bytes=student_host_bytes(scenario, traffic),
         teacher_gpu_bytes=RESPONSES_UNDER_WAY * sent if scenario.over_nccl else sent,
@@ -147,7 +151,7 @@ def traffic_of(scenario: Scenario, payload: Payload) -> Traffic:
 
 
 def student_seconds(scenario: Scenario) -> float:
-    """Of the student's own forward and backward of a micro-batch, on the GPUs of one data rank."""
+    """Forward and backward of a micro-batch on the student GPUs of one data rank, without the loss."""
     flops = scenario.student.forward_flops(scenario.sequence) * scenario.tokens
     gpu = scenario.student_gpu
     peak = gpu.fp8 if scenario.student_fp8 else gpu.bf16
@@ -156,9 +160,9 @@ def student_seconds(scenario: Scenario) -> float:
 
 
 def teacher_seconds(scenario: Scenario, payload: str, replicas: int) -> float:
-    """Of a replica's forward pass of a micro-batch, when what is asked goes through its pipeline in full groups.
+    """Forward pass of a micro-batch on one replica, if its pipeline always works on full groups.
 
-    A group is what `vcrd.megatron.serve` takes: up to two micro-batches per stage, and no more than credits let out.
+    `vcrd.megatron.serve` forms groups of up to two micro-batches per stage, and never more than the credits allow.
     """
     stages = scenario.teacher_pipeline
     group = min(2 * stages, scenario.credits * scenario.served(replicas))
@@ -166,7 +170,7 @@ def teacher_seconds(scenario: Scenario, payload: str, replicas: int) -> float:
 
 
 def _teacher_gpu_seconds(scenario: Scenario, payload: str) -> float:
-    """Of one GPU, for a forward pass of a micro-batch."""
+    """Seconds of one GPU for a forward pass of a micro-batch."""
     each = scenario.teacher.forward_flops(scenario.sequence)
     if payload == "hidden":  # the student computes the logits
         each -= scenario.teacher.output_layer_flops
@@ -175,7 +179,7 @@ def _teacher_gpu_seconds(scenario: Scenario, payload: str) -> float:
 
 
 def loss_seconds(scenario: Scenario, payload: Payload, columns: int) -> float:
-    """What it costs the student's last stage to read a payload in the loss."""
+    """Time that the last student stage needs to read the payload in the loss."""
     bandwidth = scenario.student_gpu.bandwidth
     tokens = scenario.tokens // scenario.student_context
     if payload.name == "topk":
@@ -186,7 +190,7 @@ def loss_seconds(scenario: Scenario, payload: Payload, columns: int) -> float:
 
 
 def _upload(scenario: Scenario, traffic: Traffic) -> float:
-    """Seconds from the host to the GPU, while the student computes. Over NCCL nothing comes that way."""
+    """Seconds from the host to the GPU, while the student computes. Only TCP takes that path."""
     if scenario.over_nccl:
         return 0.0
     tokens = scenario.tokens // scenario.student_context
@@ -194,7 +198,7 @@ def _upload(scenario: Scenario, traffic: Traffic) -> float:
 
 
 def _product(scenario: Scenario, columns: int) -> float:
-    """Seconds of states times output layer, block by block; each block reads the rank's whole output layer."""
+    """Seconds of hidden states times output layer, in blocks. Each block reads the whole output layer of the rank."""
     gpu, size = scenario.student_gpu, scenario.teacher.hidden
     left, rows, seconds = scenario.tokens // scenario.student_context, block_rows(columns), 0.0
     full, rest = divmod(left, rows)
@@ -210,14 +214,14 @@ def block_rows(columns: int) -> int:
 
 
 def replicas_needed(scenario: Scenario, traffic: Traffic, student: float) -> int | None:
-    """The fewest replicas that keep up with the student, compute and network; None if one per data rank does not.
+    """The fewest replicas whose compute and network are as fast as the student; None if one per data rank is too slow.
 
-    student: its seconds per micro-batch.
+    student: seconds of the student per micro-batch.
     """
     shape, ranks = (scenario.sequence, scenario.batch), scenario.student_data
     if max(traffic.into_busiest(shape) / scenario.network, _upload(scenario, traffic)) > student:
         return None
-    # More replicas help only where the most that one of them serves gets less.
+    # More replicas help only if the largest number of data ranks per replica becomes smaller.
     for replicas in sorted({-(-ranks // served) for served in range(1, ranks + 1)}):
         computes = scenario.served(replicas) * teacher_seconds(scenario, traffic.payload.name, replicas)
         sends = traffic.out_of_busiest(shape, replicas) / scenario.network
@@ -227,9 +231,9 @@ def replicas_needed(scenario: Scenario, traffic: Traffic, student: float) -> int
 
 
 def student_gpu_bytes(scenario: Scenario, traffic: Traffic) -> int:
-    """On a GPU of the last stage: the answer in use and those that credits let come, and what the loss makes of one.
+    """On a GPU of the last stage: the response in use, those that the credits allow, and the temporaries of the loss.
 
-    Over NCCL also a buffer for each sender whose pieces are narrower than the rank's columns, as large as a piece.
+    Over NCCL also one buffer of the size of a piece for each sender whose pieces have fewer columns than the rank.
     """
     payload, columns = traffic.payload, traffic.widest
     tokens = scenario.tokens // scenario.student_context
@@ -238,13 +242,14 @@ def student_gpu_bytes(scenario: Scenario, traffic: Traffic) -> int:
         return used + (_most_assembled(traffic, tokens, None) if scenario.over_nccl else 0)
     used += 4 * columns * min(tokens, block_rows(columns))
     if payload.name == "topk":
-        return used + 12 * payload.top_k * tokens  # int64 tokens, and logarithms once more
-    return used + payload.bytes(columns, 0)  # the output layer: a row per column, as wide as a state
+        return used + 12 * payload.top_k * tokens  # int64 tokens, and a second copy of the logarithms
+    return used + payload.bytes(columns, 0)  # the output layer: one row per column, as wide as a state
 
 
 def student_host_bytes(scenario: Scenario, traffic: Traffic) -> int:
-    """On the host of a last-stage rank: the output layer, and over TCP answers that arrive and pieces that are put
-    together."""
+    """On the host of a rank of the last stage: the output layer; over TCP also the responses that arrive and the
+    buffers for their pieces.
+    """
     payload = traffic.payload
     tokens = scenario.tokens // scenario.student_context
     held = payload.bytes(traffic.widest, 0) if payload.name == "hidden" else 0
@@ -255,8 +260,9 @@ def student_host_bytes(scenario: Scenario, traffic: Traffic) -> int:
 
 
 def _most_assembled(traffic: Traffic, tokens: int, most: int | None) -> int:
-    """Bytes of the buffers, one per sender, through which pieces narrower than a rank's columns pass, on the rank that
-    has most of them. most: bytes of one buffer, but at least a row; None for whole pieces."""
+    """Bytes of the buffers, one per sender, for pieces that are narrower than the columns of the rank; on the rank with
+    the largest sum. most: bytes of one buffer, which holds at least one row; None for whole pieces.
+    """
     return max(_assembled(traffic, tokens, most, rank) for rank in range(traffic.student_tensor))
 
 
@@ -271,7 +277,7 @@ def _assembled(traffic: Traffic, tokens: int, most: int | None, rank: int) -> in
 
 
 def teacher_host_bytes(scenario: Scenario, payload: Payload, sent: int) -> int:
-    """On the host of a last-stage rank: its part of the output layer, and over TCP answers on their way."""
+    """On the host of a rank of the last stage: its shard of the output layer, and over TCP the responses being sent."""
     held = 0 if scenario.over_nccl else RESPONSES_UNDER_WAY * sent
     if payload.name == "hidden":
         held += payload.bytes(scenario.teacher_padded // scenario.teacher_tensor, 0)

@@ -1,7 +1,7 @@
-"""Which bytes go from which teacher rank to which student rank, exactly as the link sends them.
+"""The bytes from each teacher rank to each student rank, exactly as the link sends them.
 
-Counted is what `StudentLink.bytes_received` and `TeacherLink.bytes_sent` count: headers and all that follows them. The
-greeting of a connection and the goodbyes at the end of a run are not.
+The counts equal `StudentLink.bytes_received` and `TeacherLink.bytes_sent`: headers and their data. The handshake of a
+connection and the closing messages at the end of a run do not count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Shape = tuple[int, int]  # sequence, batch
 
 
 class Flow(NamedTuple):
-    """What tensor rank `sender` of a teacher's last stage sends to a student rank, header included."""
+    """The bytes that tensor rank `sender` of the last teacher stage sends to a student rank, with the header."""
 
     sender: int
     receiver: Place
@@ -30,10 +30,10 @@ class Flow(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """The traffic between two layouts with one payload, all sizes of which are set (`Payload.sized`).
+    """The traffic between two layouts with one payload. The sizes of the payload must be set (`Payload.sized`).
 
-    vocab_size: true columns. teacher_padded, student_padded: with padding, divided evenly over the tensor ranks.
-    data_size, context_size: of the student.
+    vocab_size: columns without padding. teacher_padded, student_padded: columns with padding, which the tensor ranks
+    divide evenly. data_size, context_size: of the student.
     """
 
     payload: Payload
@@ -59,11 +59,11 @@ class Traffic:
 
     @property
     def widest(self) -> int:
-        """True columns of the widest student shard."""
+        """Columns without padding of the widest student shard."""
         return max(shard.width for shard in self.student_shards)
 
     def response(self, shape: Shape, data_rank: int = 0) -> tuple[Flow, ...]:
-        """One micro-batch of a data rank: `batch` sequences, each of them cut over the context ranks."""
+        """One micro-batch of a data rank: `batch` sequences, each divided over the context ranks."""
         sequence, batch = shape
         tokens = sequence // self.context_size * batch
         return tuple(
@@ -73,29 +73,29 @@ class Traffic:
         )
 
     def output_layer(self, data_rank: int = 0) -> tuple[Flow, ...]:
-        """To a data rank that lacks it, when it starts: the teacher's output layer, with the payload "hidden"."""
+        """The output layer of the teacher, sent when a data rank connects that does not have it; only with "hidden"."""
         if self.payload.name != "hidden":
             return ()
         pieces = overlaps(self.teacher_shards, self.student_shards)
         return tuple(
             Flow(
                 piece.sender, place, headers.BYTES + self.payload.bytes(piece.width, 0)
-            )  # a row as wide as a state
+            )  # each row is as wide as a state
             for place in self._receivers(data_rank)
             for piece in pieces
             if piece.receiver == place.tensor
         )
 
     def received_by(self, place: Place, shapes: Iterable[Shape]) -> int:
-        """Bytes into one student rank until it has these micro-batches of its data rank, from one epoch's start on."""
+        """Bytes into one student rank for these micro-batches of its data rank, with what a teacher sends first."""
         ready = headers.BYTES if place.asks else 0
         flows = chain(self.output_layer(place.data), *(self.response(shape, place.data) for shape in shapes))
         return ready + sum(flow.bytes for flow in flows if flow.receiver == place)
 
     def sent_by(self, sender: int, replica: int, replicas: int, shapes: Sequence[Shape]) -> int:
-        """Bytes out of one rank of a replica's last stage, for these micro-batches of each data rank that it serves.
+        """Bytes out of one rank of the last stage of a replica, for these micro-batches of every data rank it serves.
 
-        Its output layer included, to students that lack it.
+        The output layer counts too.
         """
         total = 0
         for rank in students_of(replica, self.data_size, replicas):
@@ -104,14 +104,14 @@ class Traffic:
         return total
 
     def into_busiest(self, shape: Shape) -> int:
-        """Bytes of a micro-batch into the student rank that gets most; the same in every data rank."""
+        """Bytes of a micro-batch into the student rank that receives most; equal in every data rank."""
         into: Counter[Place] = Counter()
         for flow in self.response(shape):
             into[flow.receiver] += flow.bytes
         return max(into.values())
 
     def out_of_busiest(self, shape: Shape, replicas: int) -> int:
-        """Bytes of one micro-batch of each data rank, out of the teacher rank that sends most."""
+        """Bytes out of the teacher rank that sends most, for one micro-batch of each data rank."""
         sums = self._sums(shape)
         edges = [-(-replica * self.data_size // replicas) for replica in range(replicas + 1)]
         return max(
@@ -124,12 +124,12 @@ class Traffic:
         return places([data_rank], self.context_size, self.student_tensor)
 
     def _sums(self, shape: Shape) -> list[list[int]]:
-        """Bytes out of each sender, for a micro-batch of each data rank below the index."""
+        """Bytes out of each sender: entry n is for one micro-batch of each of the first n data ranks."""
         if shape in self._known:
             return self._known[shape]
         sums = self._known[shape] = [[0] * self.teacher_tensor]
         for rank in range(self.data_size):
-            if self.payload.whole or not rank:  # else every data rank gets the same from the same
+            if self.payload.whole or not rank:  # otherwise the flows of all data ranks are equal
                 flows = self.response(shape, rank)
             sums.append(list(sums[-1]))
             for flow in flows:
@@ -138,6 +138,6 @@ class Traffic:
 
 
 def request_bytes(shape: Shape, boundaries: int = 0) -> int:
-    """Of what the student asks for one micro-batch, from one rank of it to one of the teacher."""
+    """Bytes of the request for one micro-batch, from one student rank to one teacher rank."""
     sequence, batch = shape
     return headers.BYTES + 4 * (sequence * batch + boundaries)

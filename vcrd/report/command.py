@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from vcrd.plan.options import OptionError
+from vcrd.errors import OptionError
 
 SUMMARY = "one page of what a run did: curves, weights, time, machines"
 DESCRIPTION = """\

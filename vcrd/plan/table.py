@@ -1,4 +1,4 @@
-"""The plan as text: what was assumed, what each payload costs, and the best of them."""
+"""The output of a plan: the assumptions, the costs of each payload, and the best payload."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TAKEN = (
 )
 
 
-def text_of(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> str:
+def table(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> str:
     moved = [_moved(cost) for cost in costs]
     taken = [_taken(cost, scenario) for cost in costs]
     best = next(cost for cost in costs if cost.payload == choice.payload)
@@ -33,12 +33,12 @@ def text_of(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> str:
     lines = [
         *_assumed(scenario),
         "",
-        "Bytes of a micro-batch into the busiest student rank and out of the busiest teacher rank, of a whole step,",
-        "and once at the start; time on the network of the busiest rank; error of a logit d below the row's largest.",
+        "Bytes of a micro-batch into the busiest student rank and out of the busiest teacher rank, of a step, and once",
+        "at the start; network time of the busiest rank; error of a logit that is d below the maximum of its row.",
         *_aligned([_MOVED, *moved]),
         "",
-        "Memory of one rank; what the payload adds to the student's compute; how long the student waits; a step;",
-        "replicas x GPUs with which the student never waits.",
+        "Memory of one rank; time that the payload adds to the compute of the student; share of time that the student",
+        "waits; time of a step; replicas x GPUs with which the student never waits.",
         *_aligned([_TAKEN, *taken]),
         "",
         f"best: {choice.payload}, {gpus} ({choice.reason})",
@@ -62,8 +62,8 @@ def _remedy(run: Scenario, best: Cost) -> str:
     )
 
 
-def plain(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> dict[str, Any]:
-    """As JSON holds it. Bytes, seconds, FLOP/s; shares from 0 to 1."""
+def json_values(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> dict[str, Any]:
+    """The values for JSON. Bytes, seconds, FLOP/s; shares from 0 to 1."""
     return {
         "scenario": asdict(scenario)
         | {"teacher_padded": scenario.teacher_padded, "student_padded": scenario.student_padded},
@@ -144,7 +144,7 @@ def _taken(cost: Cost, run: Scenario) -> tuple[str, ...]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The payload to the left, all else to the right."""
+    """The first column is aligned left, all others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -157,7 +157,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _bytes(count: float) -> str:
-    """In decimal units, three digits."""
+    """In decimal units, with three digits."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if count < 999.5 or unit == "TB":
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
