@@ -41,14 +41,14 @@ def refusal(capsys, *arguments: str) -> str:
 def test_every_section_is_there(page):
     text = page.read_text()
     for part in (
-        *("What stood out", "Training", "Time", "Machines", "Teacher", "Where the teacher pulls"),
+        *("Warnings", "Training", "Time", "Machines", "Teacher", "Weights in a text"),
         *("Weights of the tokens", "GPU memory", "GPU utilisation", "GPU power", "NVLink", "Host memory"),
         *("4 ranks: tensor 2 x data 2", "<dd>once</dd>", "payload float16", "79 times, iterations 10 to 790"),
         *("Circles &amp; &lt;lines&gt;", "waiting for teacher replica 1", "Teacher replica 1"),
     ):
         assert part in text, part
     assert re.search(
-        r"Of 0\.8 s a step in the mean: 25 % forward, 30 % backward, with the pipeline, 3 % adding up gradients",
+        r"Mean step of 0\.8 s: 25 % forward, 30 % backward and pipeline, 3 % gradient reduction",
         text,
     )
     assert "Idle 60 % of the time in which a student" in text and "Idle 30 % of the time" in text
@@ -113,7 +113,7 @@ def test_short_runs_have_a_page_too(tmp_path, made):
     folder = made_run.write(tmp_path / "short", **made)
     assert main(["report", str(folder)]) == 0
     text = (folder / "report.html").read_text()
-    assert ("No figures of training" in text) == (made["intervals"] == 0)
+    assert ("No training metrics" in text) == (made["intervals"] == 0)
     assert ("No GPU was measured" in text) == ("gpus" in made)
 
 
@@ -157,10 +157,10 @@ def test_a_loss_that_is_no_number_stands_out(tmp_path):
 
     folder = made_run.write(tmp_path / "run", intervals=20)
     text = page_of(edited(folder, lambda record: change(record, 90)))
-    assert "The loss was no number (NaN or infinite).<small>5 times, iterations 50 to 90" in text
+    assert "The loss was NaN or infinite.<small>5 times, iterations 50 to 90" in text
     folder = made_run.write(tmp_path / "all", intervals=2)
     text = page_of(edited(folder, lambda record: {**record, "loss": None}))
-    assert "twice, iterations 10 and 20" in text and "no value is a number" in text
+    assert "twice, iterations 10 and 20" in text and "all values are NaN" in text
 
 
 def test_a_run_without_parts_of_its_steps_has_its_waits(tmp_path):
@@ -170,14 +170,14 @@ def test_a_run_without_parts_of_its_steps_has_its_waits(tmp_path):
         }
 
     text = page_of(edited(made_run.write(tmp_path / "run", intervals=5), change))
-    assert re.search(r"\d+ % computing and all else", text) and "% forward" not in text
+    assert re.search(r"\d+ % computing and other", text) and "% forward" not in text
 
 
 def test_records_of_another_shape_are_passed_over(tmp_path):
     folder = made_run.write(tmp_path / "run", intervals=3, records=10)
     for content in ('{"samples": [{"name": "x"}]}', "[1]", '{"samples": [{"stages": {"a": [["b"]]}}]}', "{"):
         (folder / "tokens.json").write_text(content)
-        assert "Where the teacher pulls" not in page_of(folder)
+        assert "Weights in a text" not in page_of(folder)
     with open(folder / "student-00003.jsonl", "a") as file:
         for odd in (
             {"kind": "rank"},
@@ -193,7 +193,7 @@ def test_records_of_another_shape_are_passed_over(tmp_path):
 
 def test_a_folder_above_the_records_names_theirs(tmp_path, capsys):
     folder = made_run.write(tmp_path / "records", intervals=1)
-    assert refusal(capsys, str(tmp_path)).endswith(f"found none; {folder} has some")
+    assert refusal(capsys, str(tmp_path)).endswith(f"got none; {folder} has some")
 
 
 def test_a_page_is_utf_8_whatever_the_locale(tmp_path):
@@ -213,7 +213,7 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path, capsys):
         capsys, str(tmp_path / "no")
     )
     empty = refusal(capsys, str(tmp_path))
-    assert empty.startswith("RUN_DIR: expected records of a run in ") and empty.endswith("found none")
+    assert empty.startswith("RUN_DIR: expected records of a run in ") and empty.endswith("got none")
     (tmp_path / "student-00000.jsonl").write_text("{}\nnonsense\n")
     assert refusal(capsys, str(tmp_path)) == empty
     folder = made_run.write(tmp_path / "run", intervals=2)
@@ -228,4 +228,4 @@ def test_without_matplotlib_it_is_one_sentence(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "the package matplotlib is needed to draw the page (pip install matplotlib)" in done.stderr
+    assert "matplotlib: expected the package (pip install matplotlib), got none" in done.stderr

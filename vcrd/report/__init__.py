@@ -1,4 +1,5 @@
-"""What a run did, as one page: `python -m vcrd report`.
+"""Makes one page of a run from its records: `python -m vcrd report`.
 
-`run` reads what its ranks wrote, `charts` draws, `page` puts it together. Needs matplotlib, and no torch.
+`run` reads the records, `bins` reduces them, `charts` draws them, and `page` writes the HTML. Needs matplotlib
+and no torch.
 """

@@ -1,4 +1,4 @@
-"""Many points as few: what a screen can show, with nothing left out of the sums."""
+"""Reduces many points to as many as a screen can show. Sums keep all points."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MOST = 300  # points of a curve
+MOST = 300  # points of one curve
 
 
 class Bins:
-    """At most `most` neighbouring groups of n entries, as even as can be. weights: what a mean counts entries by."""
+    """At most `most` groups of neighbouring entries of almost equal size. weights: of the entries in a mean."""
 
     def __init__(self, weights: np.ndarray, most: int = MOST) -> None:
         count = len(weights)
@@ -24,17 +24,17 @@ class Bins:
         return np.add.reduceat(np.nan_to_num(values), self.starts) if len(self.starts) else np.empty(0)
 
     def mean(self, values: np.ndarray) -> np.ndarray:
-        """NaN where nothing was measured."""
+        """The mean of each group; NaN if nothing was measured."""
         weights = np.where(np.isnan(values), 0.0, self._weights)
         total = self.sum(weights)
         return np.divide(self.sum(values * weights), total, out=np.full(len(self), np.nan), where=total > 0)
 
     def last(self, values: np.ndarray) -> np.ndarray:
-        """Of each group the last entry."""
+        """The last entry of each group."""
         return values[np.append(self.starts[1:], len(values)) - 1]
 
     def histograms(self, rows: Sequence[tuple[int, np.ndarray]], bins: int) -> np.ndarray:
-        """[bins, groups], sums of histograms that are given as (first bin, counts)."""
+        """[bins, groups]: sums of histograms. rows: each as (first bin, counts)."""
         found = np.zeros((bins, len(self)))
         group = np.searchsorted(self.starts, np.arange(len(rows)), side="right") - 1
         for (first, counts), column in zip(rows, group, strict=True):
@@ -46,9 +46,9 @@ class Bins:
 def over_time(
     ranks: Sequence[dict[str, np.ndarray]], values: Sequence[np.ndarray], begin: float, end: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(hours since begin, [ranks, hours] means in slices of time), NaN where a rank measured nothing.
+    """(hours since begin, [ranks, hours]): means over slices of time, NaN if a rank measured nothing in a slice.
 
-    So a run that stood still has a gap.
+    A paused run therefore has a gap.
     """
     longest = max((len(rank["time"]) for rank in ranks), default=1)
     slices = max(1, min(MOST, longest // 2))  # ranks do not record at the same moments

@@ -1,4 +1,4 @@
-"""The charts of the page, each an inline SVG whose text stays text."""
+"""The charts of the page, each an inline SVG with real text."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 TEACHER, STUDENT, INK, SOFT, FAINT = "#3b6fb6", "#c2611a", "#22262b", "#5f6a76", "#9aa3ad"
-# Told apart without colours by their lightness, from dark to light.
+# From dark to light, so that lightness alone distinguishes them.
 REPLICAS = ("#8f3d0a", "#d9772a", "#f0ac68", "#f7d3ab")
-# Of what a step computes, likewise.
+# The parts of a step, also from dark to light.
 COMPUTE = ("#2f4a6b", "#5f7fa6", "#93adcb", "#c9d6e6")
 VERIFIER, IDLE = "#6b4c86", "#dfe4ea"
 _STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: a name that is missing would be warned of
+    "font.family": "DejaVu Sans",  # matplotlib includes it; it warns of a missing font
     "font.size": 10,
     "svg.fonttype": "none",
     "axes.spines.top": False,
@@ -39,15 +39,15 @@ _STYLE = {
     "legend.fontsize": 9,
     "axes.formatter.limits": (-4, 6),
 }
-# Inches. A wide chart is drawn a second time for narrow screens, where its text would be too small to read.
+# Inches. A wide chart is drawn a second time for narrow screens, on which its text would be too small.
 _NARROW, _WIDE = (4.0, 2.5), (11.6, 3.1)
-_EACH = 8  # ranks that have a line each; more are a band
-_FEW = 60  # points that are marked one by one
+_EACH = 8  # at most so many ranks have a line each; more ranks are a band
+_FEW = 60  # a curve of fewer points has a marker on each
 _HEAT = LinearSegmentedColormap.from_list("weights", ["#eaf1fa", "#9dbfe6", TEACHER, "#16325c"])
 
 
 def chart(title: str, unit: str, draw: Callable[[Any], str | None], wide: bool = False) -> str:
-    """A figure of the page. draw: on matplotlib axes; what it returns is said under the chart."""
+    """A figure of the page. draw: draws on matplotlib axes, and returns the text under the chart."""
     pictures = []
     for size in (_WIDE, _NARROW) if wide else (_NARROW,):
         with mpl.rc_context({**_STYLE, "svg.hashsalt": f"{title} {size}"}):
@@ -69,12 +69,12 @@ def lines(
     band: tuple[str, np.ndarray, np.ndarray] | None = None,
     least: float | None = None,
 ) -> str:
-    """curves: (name, colour, values over iterations x). band: (name, lower, upper) behind the first of them."""
+    """curves: (name, colour, values over iterations x). band: (name, lower, upper) behind the first curve."""
 
     def draw(axes: Any) -> None:
         if all(np.isnan(values).all() for _, _, values in curves):
             axes.set_axis_off()
-            axes.text(0.5, 0.5, "no value is a number", ha="center", color=SOFT, transform=axes.transAxes)
+            axes.text(0.5, 0.5, "all values are NaN", ha="center", color=SOFT, transform=axes.transAxes)
             return
         if band:
             axes.fill_between(x, band[1], band[2], color=curves[0][1], alpha=0.18, linewidth=0, label=band[0])
@@ -97,7 +97,7 @@ def bands(
     said: str = "",
     most: float | None = None,
 ) -> str:
-    """groups: (name, colour, hours, [ranks, hours]): a line for the mean over ranks, one each or a band for them."""
+    """groups: (name, colour, hours, [ranks, hours]). Draws the mean over ranks, and each rank or a band over all."""
     end = max(float(hours[-1]) for _, _, hours, _ in groups)
     factor, word = (60, "minutes") if end < 2 else (1, "hours")
     factor, word = (3600, "seconds") if end < 1 / 20 else (factor, word)
@@ -132,7 +132,7 @@ def stacked(
     wide: bool = False,
     most: float | None = None,
 ) -> str:
-    """parts: (name, colour, values over x), from the bottom to the top."""
+    """parts: (name, colour, values over x), from bottom to top."""
 
     def draw(axes: Any) -> str | None:
         edges = _edges(x)
@@ -155,7 +155,7 @@ def stacked(
 def heat(
     title: str, unit: str, x: np.ndarray, counts: np.ndarray, low: float, per_octave: int, mean: np.ndarray
 ) -> str:
-    """counts: [bins, len(x)] tokens, the bins each 1 / per_octave of an octave wide from 2^low on. mean: a line."""
+    """counts: [bins, len(x)] tokens. A bin is 1 / per_octave octave wide; the first begins at 2^low. mean: a line."""
 
     def draw(axes: Any) -> str:
         share = 100 * counts / np.maximum(1.0, counts.sum(axis=0))
@@ -197,14 +197,14 @@ def heat(
 def _iterations(axes: Any) -> None:
     axes.set_xlabel("iteration")
     low, high = axes.get_xlim()
-    if high - low < 1:  # a single one, between two that are none
+    if high - low < 1:  # a single iteration: show the neighbouring ticks too
         axes.set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.margins(x=0.02)
 
 
 def _legend(axes: Any) -> None:
-    """Above the chart, where it hides nothing."""
+    """Above the chart, where it covers nothing."""
     handles, names = axes.get_legend_handles_labels()
     inches = axes.figure.get_size_inches()[0] - 0.6
     columns = len(handles)
@@ -221,20 +221,20 @@ def _legend(axes: Any) -> None:
 
 
 def _edges(x: np.ndarray) -> np.ndarray:
-    """Each point's stretch: from the point before it to itself."""
+    """The interval of each point, from the previous point to this one."""
     first = x[0] - (x[1] - x[0] if len(x) > 1 else 1.0)
     return np.concatenate([[first], x])
 
 
 def _cleaned(svg: str, label: str) -> str:
-    """Only the element, without what an inline image does not need, and with a name for those who do not see it."""
+    """The <svg> element alone, without unused parts, with a label for screen readers."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    # Coordinates, and not what is written.
+    # Shortens numbers in attributes, not in text.
     svg = re.sub(r'"[^"]*"', lambda quoted: re.sub(r"(\d+\.\d\d)\d+", r"\1", quoted[0]), svg)
-    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page's own
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page sets its own font
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S)
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)

@@ -1,4 +1,4 @@
-"""`python -m vcrd report`."""
+"""The command `python -m vcrd report`."""
 
 from __future__ import annotations
 
@@ -8,28 +8,26 @@ from pathlib import Path
 
 from vcrd.errors import OptionError
 
-SUMMARY = "one page of what a run did: curves, weights, time, machines"
+SUMMARY = "makes one page of a run: curves, weights, time, machines"
 DESCRIPTION = """\
-Reads the records that the ranks of student and teacher wrote (telemetry_dir; docs/metrics.md) and draws one HTML page
-that needs nothing else: curves, the histogram of the weights, where the time of a step goes, memory, utilisation and
-power of the GPUs, what the link carries, and what the log said of waiting.
+Reads the records that the ranks of student and teacher wrote (telemetry_dir; docs/metrics.md) and draws one
+self-contained HTML page: curves, the histogram of the weights, the parts of a step, memory, utilisation and power of
+the GPUs, the traffic of the link, and the warnings about waiting.
 """
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the folder of the records")
     parser.add_argument(
-        "--output", metavar="FILE", type=Path, help="where the page goes (default: RUN_DIR/report.html)"
+        "--output", metavar="FILE", type=Path, help="file of the page (default: RUN_DIR/report.html)"
     )
 
 
 def run(options: argparse.Namespace) -> tuple[str, int]:
-    """Writes the page; where it is, and the exit status. OptionError of one sentence where it cannot be made."""
+    """Writes the page. Returns the text to print and the exit status. OptionError if the page cannot be made."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError(
-            "the package matplotlib is needed to draw the page (pip install matplotlib), got none"
-        )
-    # Here, for they import matplotlib, and nothing else should have to wait for that.
+        raise OptionError("matplotlib: expected the package (pip install matplotlib), got none")
+    # Imported here because they import matplotlib.
     from vcrd.report import page
     from vcrd.report.run import NoRecords, load
 

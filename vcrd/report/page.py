@@ -1,4 +1,4 @@
-"""The page of a run: one HTML file that needs nothing else."""
+"""The page of a run, section by section: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -6,33 +6,37 @@ import html
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from vcrd.report import charts, time_spent, tokens
+from vcrd.report import charts
 from vcrd.report.bins import Bins, over_time
 from vcrd.report.run import Run
 
-# As in vcrd.megatron.report: the histogram's bins, which begin at 2^-8.
+# The bins of the histogram in vcrd.megatron.report, which begin at 2^-8.
 _BINS, _PER_OCTAVE, _LOWEST = 256, 16, -8
-_COLUMNS = 200  # of the heat map
+_COLUMNS = 200  # of a wide chart
+_REPLICAS = 4  # replicas that get a chart of their own
+_LOW, _HIGH = (221, 122, 43), (59, 111, 182)  # colours of the smallest and the largest weight
+_SAMPLES = 2  # texts that the page shows
 _ROLES = (("student", charts.STUDENT), ("teacher", charts.TEACHER))
 
 
 def text_of(run: Run, name: str = "") -> str:
-    """The whole page. name: its heading; default the folder's name."""
+    """The whole page. name: its heading, by default the name of the folder."""
     name = html.escape(name or run.folder.resolve().name)
-    body = [_head(run, name), _said(run)]
+    body = [_head(run, name), _warnings(run)]
     if len(run.figures["iteration"]):
-        body += [_curves(run), _weights(run), time_spent.steps(run)]
+        body += [_curves(run), _weights(run), _step_time(run)]
     else:
-        body.append('<p class="soft">No figures of training were recorded.</p>')
-    body += [_machines(run), time_spent.teachers(run, _times(run)[0])]
+        body.append('<p class="soft">No training metrics were recorded.</p>')
+    body += [_machines(run), _teacher_time(run, _times(run)[0])]
     if run.tokens is not None:
-        body.append(tokens.section(run.tokens))
+        body.append(_tokens(run.tokens))
     body.append(_settings(run))
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    filled = {"@TITLE@": f"vcrd: {name}", "@SCALE@": tokens.scale()}
+    filled = {"@TITLE@": f"vcrd: {name}", "@SCALE@": _colour_scale()}
     for mark, text in filled.items():
         template = template.replace(mark, text)
     return template.replace("@BODY@", "\n".join(part for part in body if part))
@@ -43,10 +47,10 @@ def _head(run: Run, name: str) -> str:
     begin, end = _times(run)
     when = datetime.fromtimestamp(begin, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     hosts = sorted({str(record.get("host")) for record in run.starts})
-    facts = [("lasted", _duration(end - begin))]
+    facts = [("duration", _duration(end - begin))]
     if len(figures["iteration"]):
         facts.append(("iterations", f"{figures['iteration'][0]:,.0f} to {figures['iteration'][-1]:,.0f}"))
-        facts.append(("tokens that counted", f"{np.nansum(figures['tokens']):,.0f}"))
+        facts.append(("tokens trained on", f"{np.nansum(figures['tokens']):,.0f}"))
     for role, _ in _ROLES:
         if (layout := _layout(run, role)) is not None:
             facts.append((role, layout))
@@ -54,15 +58,17 @@ def _head(run: Run, name: str) -> str:
         facts.append(("hosts", hosts[0] if len(hosts) == 1 else str(len(hosts))))
         devices = sorted({record.get("device") or "?" for record in run.starts})
         facts.append(("devices", ", ".join(devices)))
-        facts.append(("started again", _times_said(_restarts(run))))
+        facts.append(("restarts", _times_said(_restarts(run))))
     rows = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts
     )
-    return f'<h1>{name}</h1><p class="soft">Began {when}.</p><section class="card"><dl>{rows}</dl></section>'
+    return (
+        f'<h1>{name}</h1><p class="soft">Started {when}.</p><section class="card"><dl>{rows}</dl></section>'
+    )
 
 
-def _said(run: Run) -> str:
-    """The sentences of the log, those that repeat as one."""
+def _warnings(run: Run) -> str:
+    """The warnings of the log. Repeated warnings are shown once."""
     found: dict[tuple, list[dict]] = {}
     for record in run.starved:
         found.setdefault((record.get("replica"), record.get("cause")), []).append(record)
@@ -73,16 +79,16 @@ def _said(run: Run) -> str:
         items.append(f"<li>{html.escape(_capital(worst['sentence']))}.<small>{often}</small></li>")
     items += [f'<li class="teacher">{html.escape(_capital(record["sentence"]))}.</li>' for record in run.idle]
     if missing := _not_numbers(run):
-        items.insert(0, f"<li>The loss was no number (NaN or infinite).<small>{missing}</small></li>")
+        items.insert(0, f"<li>The loss was NaN or infinite.<small>{missing}</small></li>")
     if not items and not len(run.figures["iteration"]):
         return ""
     if not items:
-        items = ['<li class="well">No interval in which the student waited for 5 % of its step or more.</li>']
-    return f"<h2>What stood out</h2><ul class='said'>{''.join(items)}</ul>"
+        items = ['<li class="well">The student never waited for 5 % of its step or more.</li>']
+    return f"<h2>Warnings</h2><ul class='said'>{''.join(items)}</ul>"
 
 
 def _not_numbers(run: Run) -> str:
-    """In which intervals, of those that had tokens; empty where in none."""
+    """The intervals with tokens whose loss was NaN or infinite; empty if there were none."""
     figures = run.figures
     wrong = np.isnan(figures["loss"]) & (figures["tokens"] > 0)
     return (
@@ -118,12 +124,12 @@ def _curves(run: Run) -> str:
             least=0,
         ),
         charts.lines(
-            "Who is right",
+            "Agreement",
             "% of tokens",
             x,
             [
-                ("both favour the same token", charts.TEACHER, 100 * mean["agreement"]),
-                ("student the more valid", charts.STUDENT, 100 * mean["student_more_valid"]),
+                ("both prefer the same token", charts.TEACHER, 100 * mean["agreement"]),
+                ("student more valid", charts.STUDENT, 100 * mean["student_more_valid"]),
             ],
             least=0,
         ),
@@ -132,7 +138,7 @@ def _curves(run: Run) -> str:
     bad = bins.sum(figures["invalid_rows"])
     if bad.any():
         found.append(
-            charts.lines("Skipped", "tokens, their teacher none", x, [("", charts.STUDENT, bad)], least=0)
+            charts.lines("Skipped tokens", "invalid teacher rows", x, [("", charts.STUDENT, bad)], least=0)
         )
     return f'<h2>Training</h2><div class="grid">{"".join(found)}</div>'
 
@@ -155,16 +161,117 @@ def _weights(run: Run) -> str:
     return f'<div class="grid" style="margin-top:1rem">{drawn}</div>'
 
 
+def _step_time(run: Run) -> str:
+    """The time of a step. The student waits for all replicas at the same time, so the longest wait counts."""
+    figures = run.figures
+    bins = Bins(figures["steps"], _COLUMNS)
+    count, seconds = bins.sum(figures["steps"]), bins.sum(figures["seconds"])
+    if not count.all() or not seconds.any():
+        return ""
+    replicas = sorted({replica for waits in run.waits for replica in waits})
+    waited = np.zeros((len(replicas), len(run.waits)))
+    for place, waits in enumerate(run.waits):
+        if waits:
+            longest = max(waits, key=waits.__getitem__)
+            waited[replicas.index(longest), place] = waits[longest]
+    rows = [bins.sum(row) for row in waited]
+    verifier = bins.sum(figures["verifier_time"])
+    parts = [
+        (name, colour, part / count) for name, colour, part in _own_time(bins, figures, sum(rows) + verifier)
+    ]
+    shown, others = rows[: len(charts.REPLICAS) - 1], rows[len(charts.REPLICAS) - 1 :]
+    for replica, colour, row in zip(replicas, charts.REPLICAS, shown, strict=False):
+        parts.append((f"waiting for teacher replica {replica}", colour, row / count))
+    if others:
+        parts.append(("waiting for other replicas", charts.REPLICAS[-1], sum(others) / count))
+    if verifier.any():
+        parts.append(("verifier", charts.VERIFIER, verifier / count))
+    whole = seconds.sum()
+    shares = [f"{100 * (part * count).sum() / whole:.0f} % {name}" for name, _, part in parts]
+    said = f"Mean step of {whole / count.sum():.3g} s: {', '.join(shares)}."
+    if not np.isnan(figures["forward"]).all():
+        said += " Host time of the last rank: GPU work counts where the host waits for it."
+    if len(replicas) > 1:
+        said += " The replicas work in parallel, so the longest wait of each interval counts."
+    x = bins.last(figures["iteration"])
+    chart = charts.stacked("A step", "seconds", x, parts, "iteration", said, wide=True)
+    return f'<h2>Time</h2><div class="grid">{chart}</div>'
+
+
+def _own_time(
+    bins: Bins, figures: dict[str, np.ndarray], waited: np.ndarray
+) -> list[tuple[str, str, np.ndarray]]:
+    """The time of the last rank without waiting. waited: for teacher and verifier, within its forward steps."""
+    seconds = bins.sum(figures["seconds"])
+    if np.isnan(figures["forward"]).all():  # older records and some scripts have no times of parts
+        return [("computing and other", charts.COMPUTE[0], np.maximum(0.0, seconds - waited))]
+    names = ("forward", "backward and pipeline", "gradient reduction", "optimizer and other")
+    forward, backward, gradients = (bins.sum(figures[name]) for name in ("forward", "backward", "gradients"))
+    own = [np.maximum(0.0, forward - waited), backward, gradients]
+    rest = np.maximum(0.0, seconds - waited - sum(own))
+    return [part for part in zip(names, charts.COMPUTE, [*own, rest], strict=True) if part[2].any()]
+
+
+def _teacher_time(run: Run, begin: float) -> str:
+    """The time of each replica. begin: start of the run, in seconds since 1970."""
+    replica_of = {
+        record["rank"]: record.get("data_rank", 0) for record in run.starts if record["role"] == "teacher"
+    }
+    replicas: dict[int, list[dict[str, np.ndarray]]] = {}
+    for (role, rank), columns in sorted(run.ranks.items()):
+        if role == "teacher" and np.nansum(columns["answering"]) > 0:
+            replicas.setdefault(replica_of.get(rank, 0), []).append(columns)
+    if not replicas:
+        return ""
+    named = [(f"Teacher replica {number}", [_busiest(ranks)]) for number, ranks in sorted(replicas.items())]
+    if len(named) > _REPLICAS:
+        named = [(f"Teacher, mean of {len(named)} replicas", [rank for _, ranks in named for rank in ranks])]
+    found = [_teacher_chart(title, ranks, begin) for title, ranks in named]
+    return (
+        '<h2>Teacher</h2><p class="soft">Computing, waiting until responses are sent, and idle without a request. '
+        "Each chart shows the rank of the replica that is idle least, since the other ranks wait for it.</p>"
+        f'<div class="grid">{"".join(found)}</div>'
+    )
+
+
+def _busiest(ranks: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def idle(rank: dict[str, np.ndarray]) -> float:
+        idle, answering = np.nansum(rank["idle"]), np.nansum(rank["answering"])
+        return idle / (idle + answering)
+
+    return min(ranks, key=idle)
+
+
+def _teacher_chart(title: str, ranks: Sequence[dict[str, np.ndarray]], begin: float) -> str:
+    columns = {name: np.concatenate([rank[name] for rank in ranks]) for name in ranks[0]}
+    order = np.argsort(columns["time"], kind="stable")
+    columns = {name: values[order] for name, values in columns.items()}
+    bins = Bins(columns["seconds"], min(_COLUMNS, max(len(rank["time"]) for rank in ranks)))
+    whole = np.maximum(1e-9, bins.sum(columns["seconds"]))
+    answering, sending, idle = (bins.sum(columns[name]) / whole for name in ("answering", "sending", "idle"))
+    sending = np.minimum(sending, answering)
+    computing = answering - sending
+    parts = [
+        ("computing", charts.TEACHER, 100 * computing),
+        ("sending", charts.REPLICAS[2], 100 * sending),
+        ("idle", charts.IDLE, 100 * idle),
+    ]
+    x = (bins.last(columns["time"]) - begin) / 60
+    served = ((idle + answering) * whole).sum()
+    said = f"Idle {100 * (idle * whole).sum() / served:.0f} % of the time in which a student was connected."
+    return charts.stacked(title, "% of the time", x, parts, "minutes since the start", said, most=100)
+
+
 def _machines(run: Run) -> str:
-    """What each rank's machine did, as a mean and a band over the ranks of a job."""
+    """Measurements of the machines, as a mean and a band over the ranks of each job."""
     sent, received = "nvlink_sent_bytes_per_second", "nvlink_received_bytes_per_second"
     wanted = (
-        ("GPU memory", "GB in use, the peak", lambda r: r["gpu_memory_bytes"] / 1e9, None),
+        ("GPU memory", "GB in use, peak", lambda r: r["gpu_memory_bytes"] / 1e9, None),
         ("GPU utilisation", "% of the time", lambda r: 100 * r["gpu_utilization"], 100),
-        ("GPU power", "watts, the peak", lambda r: r["gpu_power_watts"], None),
+        ("GPU power", "watts, peak", lambda r: r["gpu_power_watts"], None),
         ("NVLink", "GB/s, sent and received", lambda r: (r[sent] + r[received]) / 1e9, None),
-        ("Link between the jobs", "MB/s of a rank", _link_rate, None),
-        ("Host memory", "GB of a process, the peak", lambda r: r["host_memory_bytes"] / 1e9, None),
+        ("Link between the jobs", "MB/s per rank", _link_rate, None),
+        ("Host memory", "GB per process, peak", lambda r: r["host_memory_bytes"] / 1e9, None),
     )
     begin, end = _times(run)
     found = []
@@ -186,19 +293,58 @@ def _machines(run: Run) -> str:
         return ""
     none = "" if any("GPU" in chart for chart in found) else " No GPU was measured."
     return (
-        '<h2>Machines</h2><p class="soft">A thick line is the mean over the ranks of a job, a thin one each of few '
-        f"ranks, a band reaches from the least of many to the largest.{none}</p>"
+        '<h2>Machines</h2><p class="soft">The thick line is the mean over the ranks of a job. Thin lines show single '
+        f"ranks; with many ranks a band shows the minimum and the maximum.{none}</p>"
         f'<div class="grid">{"".join(found)}</div>'
     )
 
 
 def _outlier(role: str, ranks: Sequence[int], values: Sequence[np.ndarray]) -> str:
-    """Which rank has the most, where one has 10 % more than the mean of all."""
+    """Names the rank with the largest mean, if it is 10 % above the mean of all ranks."""
     means = np.array([np.nanmean(each) if (~np.isnan(each)).any() else np.nan for each in values])
     most = int(np.nanargmax(means))
     if len(ranks) < 2 or means[most] < 1.1 * np.nanmean(means):
         return ""
-    return f"{_capital(role)} rank {ranks[most]} has the most, {means[most]:.3g} in the mean."
+    return f"{_capital(role)} rank {ranks[most]} has the largest mean, {means[most]:.3g}."
+
+
+def _token_colour(part: float) -> str:
+    """part: from 0 for the smallest weight to 1 for the largest. The middle, plain distillation, is white."""
+    end = _LOW if part < 0.5 else _HIGH
+    strength = 0.68 * abs(2 * min(1.0, max(0.0, part)) - 1) ** 0.8
+    return "#" + "".join(f"{round(255 + (channel - 255) * strength):02x}" for channel in end)
+
+
+def _colour_scale() -> str:
+    return f"linear-gradient(90deg, {', '.join(_token_colour(step / 20) for step in range(21))})"
+
+
+def _tokens(content: dict[str, Any]) -> str:
+    """content: floor, ceiling of the weights; samples: [{name, text, stages: {stage: [[token, weight], ..]}}, ..]."""
+    low, high = content["floor"], content["ceiling"]
+    parts = [
+        "<h2>Weights in a text</h2>",
+        '<p class="soft">Solutions that were not used in training, as written. Blue: a large weight, because '
+        "the teacher is more valid. Orange: a small weight, because the student is more valid. White: as in plain "
+        "distillation.</p>",
+        '<section class="card"><div class="scale"></div><div class="ends">',
+        f"<span>weight {low:g}</span><span>{(low + high) / 2:g}</span><span>{high:g}</span></div>",
+    ]
+    for sample in content["samples"][:_SAMPLES]:
+        name, text = html.escape(sample["name"]), html.escape(sample["text"])
+        parts.append(f'<p class="question"><b>{name}</b>{text}</p>')
+        for stage, rows in sample["stages"].items():
+            mean = sum(weight for _, weight in rows) / max(1, len(rows))
+            parts.append(f"<h3>{html.escape(stage)} <span>mean weight {mean:.2f}</span></h3>")
+            spans = "".join(_token(text, weight, low, high) for text, weight in rows)
+            parts.append(f'<div class="tokens">{spans}</div>')
+    return "\n".join([*parts, "</section>"])
+
+
+def _token(text: str, weight: float, low: float, high: float) -> str:
+    part = 0.5 if high == low else (weight - low) / (high - low)
+    shown = html.escape(text)
+    return f'<span style="background:{_token_colour(part)}" title="weight {weight:.2f}">{shown}</span>'
 
 
 def _settings(run: Run) -> str:
@@ -211,15 +357,15 @@ def _settings(run: Run) -> str:
 
 
 def _link_rate(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """MB/s into a student rank or out of a teacher's."""
+    """MB/s into a student rank or out of a teacher rank."""
     moved = np.where(np.isnan(columns["link_bytes"]), columns["bytes_sent"], columns["link_bytes"])
-    if not np.nansum(moved):  # of an earlier stage
+    if not np.nansum(moved):  # ranks of earlier stages
         return np.full_like(moved, np.nan)
     return moved / np.maximum(1e-9, columns["seconds"]) / 1e6
 
 
 def _times(run: Run) -> tuple[float, float]:
-    """Of the first record and of the last, in seconds since 1970."""
+    """Times of the first and the last record, in seconds since 1970."""
     times = [record["time"] for record in run.starts]
     for columns in [*run.ranks.values(), run.figures]:
         if len(columns["time"]):
@@ -243,7 +389,7 @@ def _layout(run: Run, role: str) -> str | None:
 
 
 def _restarts(run: Run) -> int:
-    """How often the student's job began once more."""
+    """How often the student job restarted."""
     begun = [record for record in run.starts if record["role"] == "student"]
     ranks = {record["rank"] for record in begun}
     return max((sum(record["rank"] == rank for record in begun) for rank in ranks), default=1) - 1

@@ -1,4 +1,4 @@
-"""Reads the records of all ranks of a run into columns that can be drawn: a long run in seconds."""
+"""Reads the records of all ranks of a run into columns for the charts. A long run takes seconds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from vcrd.monitor.records import read_records
 
 TOKENS = "tokens.json"
-_AT_ONCE = 4096  # records that are held as Python objects
-_ALWAYS = ("time", "role", "rank", "iteration")  # what a run writes in each
+_AT_ONCE = 4096  # records that are Python objects at the same time
+_REQUIRED = ("time", "role", "rank", "iteration")  # every record has these
 FIGURES = (
     *("iteration", "time", "steps", "seconds", "tokens", "loss", "divergence", "cross_entropy"),
     *(
@@ -35,15 +35,17 @@ OF_RANK = (
 
 
 class NoRecords(ValueError):
-    """One sentence: why there is nothing to draw."""
+    """There is nothing to draw. The message is one sentence."""
 
 
 @dataclass
 class Run:
-    """figures: FIGURES by name, one entry an interval, in the order of iterations; of an interval that a resumed run
-    trained again, the later one. waits: of these, {replica: seconds}. weights: of these, the weights' histogram as
-    (first bin, counts). ranks: OF_RANK by name, for each (role, rank). starts, starved, idle: the records of that kind.
-    tokens: what tokens.json holds, or None.
+    """The records of a run.
+
+    figures: FIGURES by name, one entry per interval, in the order of iterations. If a resumed run trained an interval
+    again, the later entry counts. waits: {replica: seconds} of each interval. weights: histogram of the weights of each
+    interval, as (first bin, counts). ranks: OF_RANK by name, for each (role, rank). starts, starved, idle: the records
+    of that kind. tokens: the content of tokens.json, or None.
     """
 
     folder: Path
@@ -58,9 +60,9 @@ class Run:
 
 
 def load(folder: Path) -> Run:
-    """NoRecords where there are none."""
+    """Raises NoRecords if there are none."""
     if not folder.is_dir():
-        raise NoRecords(f"expected the folder of a run (telemetry_dir), got {folder}, which is no folder")
+        raise NoRecords(f"expected the folder of a run (telemetry_dir), got {folder}, which is not a folder")
     paths = sorted([*folder.glob("student-*.jsonl"), *folder.glob("teacher-*.jsonl")])
     run = Run(folder)
     drawn = _Figures()
@@ -71,11 +73,11 @@ def load(folder: Path) -> Run:
         raise NoRecords(f"{error.filename} cannot be read: {error.strerror}") from None
     run.figures, run.waits, run.weights = drawn.in_order()
     if not run.starts and not run.ranks and not run.waits:
-        text = f"expected records of a run in {folder} (student-*.jsonl, teacher-*.jsonl), found none"
+        text = f"expected records of a run in {folder} (student-*.jsonl, teacher-*.jsonl), got none"
         below = sorted({path.parent for path in folder.glob("*/*-[0-9]*.jsonl")})
         raise NoRecords(text + (f"; {below[0]} has some" if below else ""))
     run.starts.sort(key=lambda record: record["time"])
-    # Every rank that took figures itself has said it.
+    # Every rank that takes metrics itself writes this record.
     once = {(record["iteration"], record.get("replica")): record for record in run.starved}
     run.starved = sorted(once.values(), key=lambda record: record["iteration"])
     run.tokens = _tokens(folder / TOKENS)
@@ -86,7 +88,7 @@ def _read(path: Path, run: Run, drawn: _Figures) -> None:
     table = _Table(OF_RANK)
     who = None
     for record in read_records(path):
-        if not all(map(record.__contains__, _ALWAYS)):
+        if not all(map(record.__contains__, _REQUIRED)):
             continue
         kind = record["kind"]
         if kind == "rank":
@@ -103,7 +105,7 @@ def _read(path: Path, run: Run, drawn: _Figures) -> None:
 
 
 class _Table:
-    """Some fields of many records, as columns; NaN for what a record lacks."""
+    """Some fields of many records as columns, with NaN for missing values."""
 
     def __init__(self, fields: tuple[str, ...]) -> None:
         self._fields = fields
@@ -124,7 +126,7 @@ class _Table:
         try:
             # numpy reads None as NaN.
             rows = np.array(self._rows, dtype=np.float64)
-        except (TypeError, ValueError):  # something else is where a number belongs
+        except (TypeError, ValueError):  # a value is not a number
             rows = np.array([[_number(value) for value in row] for row in self._rows])
         rows = rows.reshape(-1, len(self._fields))
         self._done.append(rows)
@@ -136,7 +138,7 @@ def _number(value: Any) -> float:
 
 
 class _Figures:
-    """The intervals' records as they are read."""
+    """Collects the records of the intervals."""
 
     def __init__(self) -> None:
         self._table = _Table(FIGURES)
@@ -144,7 +146,7 @@ class _Figures:
         self._weights: list[tuple[int, np.ndarray]] = []
 
     def add(self, record: dict[str, Any]) -> None:
-        """A record whose parts have another shape is passed over."""
+        """Ignores a record whose fields have wrong types."""
         try:
             waits = record.get("teacher_wait_by_replica") or {}
             waits = {int(replica): float(seconds) for replica, seconds in waits.items()}
@@ -183,6 +185,6 @@ def _tokens(path: Path) -> dict[str, Any] | None:
             for sample in content["samples"]
         ]
         ends = {name: float(content.get(name, usual)) for name, usual in (("floor", 0.1), ("ceiling", 1.9))}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or of another shape
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # missing, or in another format
         return None
     return {**ends, "samples": samples} if samples else None
