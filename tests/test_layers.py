@@ -64,15 +64,24 @@ LAYERS = (
     Layer(
         "vcrd/doctor/extension.py",
         (
-            *("vcrd", "vcrd.doctor.checks", "vcrd.doctor.findings", "vcrd.doctor.packages"),
-            *("vcrd.loss.checks", "vcrd.loss.ops", "vcrd.loss.reference", "vcrd.teacher_logits"),
+            "vcrd",
+            "vcrd.doctor.checks",
+            "vcrd.doctor.findings",
+            "vcrd.doctor.packages",
+            "vcrd.loss.checks",
+            "vcrd.loss.ops",
+            "vcrd.loss.reference",
+            "vcrd.teacher_logits",
         ),
     ),
     Layer(
         "vcrd/doctor/environment.py",
         (
-            *("vcrd.doctor.checks", "vcrd.doctor.findings"),
-            *("vcrd.link.addresses", "vcrd.link.settings", "vcrd.megatron.settings"),
+            "vcrd.doctor.checks",
+            "vcrd.doctor.findings",
+            "vcrd.link.addresses",
+            "vcrd.link.settings",
+            "vcrd.megatron.settings",
         ),
     ),
     Layer(

@@ -258,10 +258,8 @@ def _space(job: Job, folder: str) -> Finding:
     free = space.f_bavail * space.f_frsize
     needed, what = _LEAST_SPACE, "a run"
     if job.options.models_known:
-        needed, what = (
-            _CHECKPOINT_BYTES * job.options.scenario.student.params,
-            "one checkpoint with the state of Adam",
-        )
+        needed = _CHECKPOINT_BYTES * job.options.scenario.student.params
+        what = "one checkpoint with the state of Adam"
     if free < needed:
         text = f"{free / 1e9:.3g} GB free in {folder}, but {what} takes {needed / 1e9:.3g}"
         return problem("space", text, "Remove old checkpoints, or choose another folder.")
@@ -339,6 +337,13 @@ class SharedFolder:
 
 
 CHECKS = (
-    *(settings, secret, debug_variables, connections),
-    *(shared_memory, open_files, locked_memory, run_directory, telemetry),
+    settings,
+    secret,
+    debug_variables,
+    connections,
+    shared_memory,
+    open_files,
+    locked_memory,
+    run_directory,
+    telemetry,
 )
