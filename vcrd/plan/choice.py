@@ -71,7 +71,7 @@ def _behind(cost: Cost, best: Cost) -> str:
     if cost.payload in ERROR_PENALTIES and longer <= -0.0005:
         return f"makes a step {percent(-longer)} shorter, too little for its error ({cost.error})"
     if cost.payload in ERROR_PENALTIES:
-        return f"makes the step no shorter despite its error ({cost.error})"
+        return f"has an error ({cost.error}) and makes the step no shorter"
     return f"costs the student more: {percent(cost.loss_share)} of its compute"
 
 
