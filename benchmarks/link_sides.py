@@ -52,7 +52,6 @@ class Work:
             top_k=self.top_k,
             credits=self.credits,
             sockets=self.sockets,
-            max_tokens=self.tokens,
             name=payload,
         )
 

@@ -259,9 +259,7 @@ def main() -> None:
         teacher = local_teacher(args, config, args.vcrd_local_teacher)
     if args.vcrd_samples:
         scores = settings.validity == "scores"
-        data = provider(
-            args.vcrd_samples, steps=settings.steps, scores=scores, vocab_size=settings.vocab_size
-        )
+        data = provider(args.vcrd_samples, steps=None, scores=scores, vocab_size=settings.vocab_size)
     plug = vcrd.megatron.distill(forward_step, settings, teacher=teacher)
     pretrain(
         pretrain_cfg_container_from_args(args, config),

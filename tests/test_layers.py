@@ -40,6 +40,7 @@ ERRORS = "vcrd.errors"
 LAYERS = (
     Layer("vcrd/__init__.py", packages=()),
     Layer("vcrd/errors.py", packages=()),
+    Layer("vcrd/settings.py", ("vcrd.errors",), packages=()),
     Layer(
         "vcrd/__main__.py",
         ("vcrd.doctor.command", "vcrd.plan", "vcrd.report"),
@@ -49,7 +50,7 @@ LAYERS = (
     Layer("vcrd/doctor/processes.py", ("vcrd.doctor.findings",)),
     Layer(
         "vcrd/doctor/checks.py",
-        ("vcrd.doctor.findings", "vcrd.doctor.processes", "vcrd.link.settings", "vcrd.plan.scenario"),
+        ("vcrd.doctor.findings", "vcrd.doctor.processes", "vcrd.plan.scenario", "vcrd.settings"),
         packages=(),
     ),
     Layer("vcrd/doctor/command.py", ("vcrd.doctor", "vcrd.plan.command", "vcrd.plan.scenario")),
@@ -80,8 +81,7 @@ LAYERS = (
             "vcrd.doctor.checks",
             "vcrd.doctor.findings",
             "vcrd.link.addresses",
-            "vcrd.link.settings",
-            "vcrd.megatron.settings",
+            "vcrd.settings",
         ),
     ),
     Layer(
@@ -159,17 +159,17 @@ LAYERS = (
     Layer("vcrd/link/errors.py", packages=()),
     Layer("vcrd/link/plan.py", ("vcrd.link.errors",), packages=()),
     Layer("vcrd/link/payload.py", ("vcrd.loss.ops",)),
-    Layer("vcrd/link/student*.py", ("vcrd.link",), never=("vcrd.link.teacher",)),
-    Layer("vcrd/link/teacher*.py", ("vcrd.link",), never=("vcrd.link.student",)),
-    Layer("vcrd/link/__init__.py", ("vcrd.link",)),
-    Layer("vcrd/link/*.py", ("vcrd.link",), never=("vcrd.link.student", "vcrd.link.teacher")),
+    Layer("vcrd/link/student*.py", ("vcrd.link", "vcrd.settings"), never=("vcrd.link.teacher",)),
+    Layer("vcrd/link/teacher*.py", ("vcrd.link", "vcrd.settings"), never=("vcrd.link.student",)),
+    Layer("vcrd/link/__init__.py", ("vcrd.link", "vcrd.settings")),
+    Layer("vcrd/link/*.py", ("vcrd.link", "vcrd.settings"), never=("vcrd.link.student", "vcrd.link.teacher")),
     # The one place that knows CUDA's streams and NCCL.
     Layer("vcrd/link/transport/cuda.py", ("vcrd.link.transport.nccl",), packages=("torch", "nccl", "cuda")),
     Layer(
         "vcrd/link/transport/*.py",
         (
             *("vcrd.link.transport", "vcrd.link.buffers", "vcrd.link.connection"),
-            *("vcrd.link.errors", "vcrd.link.header"),
+            *("vcrd.link.errors", "vcrd.link.header", "vcrd.settings"),
         ),
     ),
     Layer("vcrd/megatron/random_state.py", packages=("torch", "numpy")),
@@ -186,6 +186,7 @@ LAYERS = (
             "vcrd.link",
             "vcrd.monitor.bottleneck",
             "vcrd.monitor.telemetry",
+            "vcrd.settings",
             "vcrd.megatron",
         ),
         ("torch", "megatron"),

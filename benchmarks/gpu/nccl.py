@@ -218,7 +218,6 @@ class Linked:
             address=f"file:{given.folder}/{transport}{rows}",
             transport=transport,
             name=f"{transport}{rows}",
-            max_tokens=rows,
             timeout=60,
         )
         sizes = dict(vocab_size=VOCAB, padded_vocab_size=VOCAB, sequence_length=rows)

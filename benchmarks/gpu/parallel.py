@@ -49,7 +49,7 @@ class Case:
     tensor: int = 1
     context: int = 1
     linked: bool = True
-    fused_head: bool = False
+    fused_head: str = "off"
 
 
 ALONE = Case("one-rank", linked=False)
@@ -57,7 +57,7 @@ CASES = (
     Case("tensor-2", tensor=2),
     Case("context-2", context=2),
     Case("tensor-2-context-2-same-ranks", tensor=2, context=2, linked=False),
-    Case("tensor-2-context-2-fused-head", tensor=2, context=2, fused_head=True),
+    Case("tensor-2-context-2-fused-head", tensor=2, context=2, fused_head="on"),
 )
 
 
@@ -176,7 +176,6 @@ def settings_of(case: Case, trial: Trial) -> Any:
         payload="float32",
         timeout=60,
         connect_timeout=SECONDS,
-        max_tokens=ROWS * trial.student.sequence,
     )
 
 

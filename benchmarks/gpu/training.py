@@ -167,7 +167,11 @@ def measure(
             training.config.cross_entropy_fusion_impl = "native"
             plug = None
             if name in (PLUG, HEAD):
-                plug = distill(plain, DistillSettings(fused_head=name == HEAD), teacher=training.teacher)
+                plug = distill(
+                    plain,
+                    DistillSettings(fused_head="on" if name == HEAD else "off"),
+                    teacher=training.teacher,
+                )
             forward = plug or plain
             training.teacher.restart()
             try:

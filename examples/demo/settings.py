@@ -49,7 +49,6 @@ class DemoSettings:
             timeout=120.0,
             connect_timeout=240.0,
             telemetry_dir=str(self.folder / "records"),
-            telemetry_interval=1.0,
         )
 
     @classmethod

@@ -23,8 +23,7 @@
 : "${RESTART_PAUSE=10}"          # seconds between a teacher's end and its next start
 : "${TEACHER_RESTARTS=5}"        # how often in a row it may die within 10 minutes of its start
 : "${STUDENTS_DIR=$RUN_DIR/students}"   # with two jobs, the same for all of them: where students write their address
-: "${VCRD_CONNECT_TIMEOUT=1800}" # seconds that either job waits for the other at the start
-: "${VCRD_REJOIN_TIMEOUT=1800}"  # and when it is lost; a teacher on a new node has to load first
+: "${VCRD_CONNECT_TIMEOUT=1800}" # seconds that either job waits for the other, at the start and when it is lost
 : "${DOCTOR=look}"              # look: the doctor's table at the head of the log; stop: no start with a problem; no
 : "${DOCTOR_ARGS=}"              # such as --student tp=8,dp=4 --teacher tp=8,pp=2, for it to measure the link
 
@@ -39,7 +38,7 @@
 : "${CUDA_DEVICE_MAX_CONNECTIONS=1}"  # what tensor parallelism needs on Hopper for its overlap to be in order
 : "${OMP_NUM_THREADS=1}"         # one process per GPU shares the node's cores with the others
 
-export RUN_DIR VCRD_CONNECT_TIMEOUT VCRD_REJOIN_TIMEOUT NCCL_DEBUG CUDA_DEVICE_MAX_CONNECTIONS OMP_NUM_THREADS
+export RUN_DIR VCRD_CONNECT_TIMEOUT NCCL_DEBUG CUDA_DEVICE_MAX_CONNECTIONS OMP_NUM_THREADS
 # An empty value is not the same as none for these.
 for name in VCRD_INTERFACE NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_IB_HCA; do
     if [[ -n ${!name} ]]; then export "${name?}"; else unset "$name"; fi

@@ -46,6 +46,7 @@ class Samples(Dataset):
     sequence_length: s. padding: the token that fills it up.
     samples: length of the data set: the file is gone through again and again, shuffled each time with `seed`. None:
         once, in its own order.
+    steps: whether every line has steps; None: as the first line has them or not.
     vocab_size: token ids must be below it; None: any.
 
     ValueError for a bad line names the file, the line and what was expected.
@@ -57,7 +58,7 @@ class Samples(Dataset):
         sequence_length: int,
         *,
         padding: int = 0,
-        steps: bool = True,
+        steps: bool | None = True,
         scores: bool = True,
         attention_mask: bool = False,
         samples: int | None = None,
@@ -67,6 +68,8 @@ class Samples(Dataset):
         self.path = Path(path)
         self._length = sequence_length
         self._padding = padding
+        if steps is None:
+            steps = self._begins_with_steps()
         self._check = {"steps": steps, "scores": scores, "vocab_size": vocab_size}
         self._mask = (
             torch.ones(1, sequence_length, sequence_length, dtype=torch.bool).triu(1)
@@ -116,6 +119,14 @@ class Samples(Dataset):
         if self._mask is not None:
             found["attention_mask"] = self._mask
         return found
+
+    def _begins_with_steps(self) -> bool:
+        with open(self.path, "rb") as file:
+            try:
+                first = json.loads(file.readline())
+            except ValueError:  # the index says what is wrong with it
+                return False
+        return isinstance(first, dict) and "steps" in first
 
     def _line(self, item: int) -> int:
         if not self._shuffle:

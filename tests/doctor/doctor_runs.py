@@ -22,7 +22,7 @@ from ports import free_port
 from vcrd.doctor.checks import Job, Options
 from vcrd.doctor.environment import link_settings
 from vcrd.doctor.processes import World
-from vcrd.link.settings import LinkSettings
+from vcrd.settings import LinkSettings
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 200

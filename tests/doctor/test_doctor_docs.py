@@ -57,13 +57,9 @@ def test_the_messages_of_the_link_are_its_own():
 
 
 def test_variables_and_options_exist():
-    from vcrd.megatron.settings import DistillSettings
+    from vcrd.settings import NAMES, variable_of
 
-    settings = {
-        "VCRD_" + name.upper()
-        for name in (*DistillSettings.__dataclass_fields__, *dir(DistillSettings().link))
-    }
-    assert set(re.findall(r"VCRD_[A-Z_]*[A-Z]", PAGE)) <= settings
+    assert set(re.findall(r"VCRD_[A-Z_]*[A-Z]", PAGE)) <= set(map(variable_of, NAMES))
     options = (ROOT / "vcrd" / "doctor" / "command.py").read_text() + (
         ROOT / "vcrd" / "plan" / "command.py"
     ).read_text()

@@ -46,13 +46,17 @@ TWO_NODES = World(size=2, local_size=1, node="b1", expected=("b1", "b2"))
         ({"VCRD_XYZZY": "2"}, "VCRD_XYZZY is not a setting of vcrd", "Unset it."),
         (
             {"VCRD_SHARPNESS": "much"},
-            "VCRD_SHARPNESS: expected a number, got 'much'",
+            "VCRD_SHARPNESS (--vcrd-sharpness): expected a number, got 'much'",
             "Correct the variable",
         ),
-        ({"VCRD_PAYLOAD": "float8"}, "VCRD_PAYLOAD: must be one of float16", "Correct the variable"),
+        (
+            {"VCRD_PAYLOAD": "float8"},
+            "VCRD_PAYLOAD (--vcrd-payload): expected one of float16",
+            "Correct the variable",
+        ),
         (
             {"VCRD_VOCAB_SIZE": "0"},
-            "VCRD_VOCAB_SIZE: expected an integer of at least 1",
+            "VCRD_VOCAB_SIZE (--vcrd-vocab-size): expected an integer of at least 1",
             "Correct the variable",
         ),
     ],
@@ -88,7 +92,7 @@ def test_a_secret_that_others_may_read(tmp_path):
     path.chmod(stat.S_IRUSR | stat.S_IWUSR)
     assert line(checked(environment, job(variables)), "secret").status == OK
     path.write_text("")
-    assert "must hold a secret" in line(checked(environment, job(variables)), "secret").found
+    assert "that holds a secret" in line(checked(environment, job(variables)), "secret").found
 
 
 @pytest.mark.parametrize("name", ["NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "CUDA_LAUNCH_BLOCKING"])

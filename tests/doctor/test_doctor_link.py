@@ -12,9 +12,9 @@ from vcrd.doctor import link, network
 from vcrd.doctor.findings import INFO, OK, PROBLEM
 from vcrd.doctor.link import Measurement, RankPair, pairs_of
 from vcrd.doctor.processes import World
-from vcrd.link.settings import LinkSettings
 from vcrd.plan.costs import student_seconds
 from vcrd.plan.scenario import GPUS, MODELS, Scenario
+from vcrd.settings import LinkSettings
 
 RUN = Scenario(
     teacher=MODELS["Qwen3-32B"],

@@ -83,7 +83,7 @@ class Drawn:
             top_k=self.top_k,
             credits=self.credits,
             transport=self.transport,
-            **dict.fromkeys(("timeout", "connect_timeout", "rejoin_timeout"), 120),
+            **dict.fromkeys(("timeout", "connect_timeout"), 120),
         )
 
 

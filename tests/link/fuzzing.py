@@ -36,7 +36,7 @@ from vcrd.link.wire import Listener, dial
 
 LONG = 60.0  # seconds; whatever takes that long hangs
 MEMORY = 4 << 20  # bytes that Python may allocate for what one trial sends: far more than it sends
-SETTINGS = LinkSettings(address="127.0.0.1:1", timeout=LONG, max_tokens=64)
+SETTINGS = LinkSettings(address="127.0.0.1:1", timeout=LONG)
 ENDPOINT = Endpoint("auto", torch.device("cpu"))
 STUDENT = Handshake(9, 16, "float16", 64, 9, tensor_size=1, copies=2, credits=2)
 WIDE = Handshake(9, 16, "float16", 64, 10, tensor_size=2, copies=1, credits=2)
@@ -183,7 +183,7 @@ class Peers:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.port = port
-        self.settings = LinkSettings(address=f"127.0.0.1:{port}", timeout=LONG, max_tokens=64)
+        self.settings = LinkSettings(address=f"127.0.0.1:{port}", timeout=LONG)
         self.rendezvous = Rendezvous(self.settings)
 
     def close(self) -> None:

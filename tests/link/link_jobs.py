@@ -29,7 +29,8 @@ from vcrd.link.transport import fake
 
 @dataclass
 class Layout:
-    """What runs: sizes of both sides. pipeline: ranks of a replica before its last stage, one stage each."""
+    """What runs: sizes of both sides. pipeline: ranks of a replica before its last stage, one stage each. patience:
+    seconds to wait for a lost job to come back; None: the settings say it."""
 
     student_tensor: int = 1
     student_context: int = 1
@@ -42,6 +43,7 @@ class Layout:
     teacher_padded: int = 0
     sequence: int = 16
     settings: dict = field(default_factory=dict)
+    patience: float | None = None
 
     def __post_init__(self) -> None:
         self.student_padded = self.student_padded or padded(self.vocab, self.student_tensor)

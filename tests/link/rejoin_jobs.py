@@ -12,6 +12,7 @@ import time
 import torch
 import torch.distributed as dist
 from link_jobs import Layout, device, true_logits
+from patience import wait_shortly
 
 from vcrd.link import LinkSettings, StudentLink, TeacherLink, context_rows, host_rendezvous
 from vcrd.link.connection import Connection
@@ -22,7 +23,7 @@ _FEATURES = 8
 
 
 def settings_for(port: int, **changes) -> LinkSettings:
-    times = dict.fromkeys(("timeout", "connect_timeout", "rejoin_timeout"), 90.0)
+    times = dict.fromkeys(("timeout", "connect_timeout"), 90.0)
     return LinkSettings(**(dict(address=f"127.0.0.1:{port}", payload="float32") | times | changes))
 
 
@@ -88,6 +89,8 @@ def run_student(
     place = layout.student(rank)
     data_rank, context = place["data_rank"], (place["context_rank"], place["context_size"])
     link = StudentLink.connect(settings, **place, device=device())
+    if layout.patience is not None:
+        wait_shortly(link, layout.patience)
     weights = Weights(layout, rank, link.columns, lockstep)
     rows = torch.cat([torch.arange(span.start, span.stop) for span in context_rows(SEQUENCE, *context)])
     asks, asked = place["tensor_rank"] == place["context_rank"] == 0, 0

@@ -127,7 +127,7 @@ class Simulation:
             address=f"127.0.0.1:{free_port()}",
             payload="float32",
             transport="tcp",
-            **dict.fromkeys(("timeout", "connect_timeout", "rejoin_timeout"), PATIENCE),
+            **dict.fromkeys(("timeout", "connect_timeout"), PATIENCE),
         )
         others = list(range(1, layout.students))
         count = min(processes, len(others)) or 1

@@ -19,7 +19,7 @@ LONG = 60.0
 
 
 def settings_for(address: str, **changes) -> LinkSettings:
-    times = dict.fromkeys(("timeout", "connect_timeout", "rejoin_timeout"), LONG)
+    times = dict.fromkeys(("timeout", "connect_timeout"), LONG)
     return LinkSettings(**{"address": address, "interface": "127.0.0.1", **times, **changes})
 
 

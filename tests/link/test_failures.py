@@ -11,12 +11,14 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from link_jobs import Jobs, Layout, connected, exchange, part, true_logits
 from listening import link_threads
+from patience import wait_shortly
 from ports import free_port
 from waiting import wait_until
 
@@ -38,7 +40,7 @@ UNANSWERED = 2  # the tests' teacher answers the micro-batches before this one
 
 
 def link_settings(port: int, **changes) -> LinkSettings:
-    times = dict.fromkeys(("timeout", "connect_timeout", "rejoin_timeout"), LONG)
+    times = dict.fromkeys(("timeout", "connect_timeout"), LONG)
     return LinkSettings(**({"address": f"127.0.0.1:{port}"} | times | changes))
 
 
@@ -73,6 +75,8 @@ def run_teacher(rank: int, case: Case, settings: LinkSettings) -> None:
         link = TeacherLink.connect(
             settings, **case.teacher(0, rank), group=dist.group.WORLD, tensor_group=tensor_group
         )
+        if case.patience is not None:
+            wait_shortly(link, case.patience)
         while (batch := link.next_batch(1)) is not None:
             for request in batch:
                 answer(link, request, case, rank)
@@ -309,7 +313,7 @@ def test_a_rendezvous_that_talks_nonsense_ends_every_rank_of_the_teacher(tmp_pat
 @pytest.mark.usefixtures("each_transport_at_leisure")
 def test_a_student_that_is_gone_is_waited_for_and_then_lost_to_every_teacher_rank(tmp_path):
     # Tensor rank 1, which never asks anything: it must be missed all the same.
-    case, settings = Case(), link_settings(free_port(), rejoin_timeout=2.0)
+    case, settings = Case(patience=2.0), link_settings(free_port())
     with Jobs(tmp_path) as jobs:
         jobs.world("student", case.students, run_student, case, settings)
         jobs.world("teacher", case.teachers, run_teacher, case, settings)
@@ -319,15 +323,17 @@ def test_a_student_that_is_gone_is_waited_for_and_then_lost_to_every_teacher_ran
         all_said(jobs, "student", "LinkError: student data rank 0, tensor rank 1 is gone", 1)
         all_said(jobs, "teacher", "StudentLost: student data rank 0, tensor rank", case.teachers)
         all_said(jobs, "teacher", "closed its connection, and nobody answered at", case.teachers)
-        all_said(jobs, "teacher", "within 2 seconds (rejoin_timeout)", case.teachers)
+        all_said(jobs, "teacher", "within 2 seconds (connect_timeout)", case.teachers)
 
 
 @pytest.mark.usefixtures("each_transport_in_one_process_at_leisure")
 def test_idle_time_is_not_counted():
     """On either side: nothing is asked, nothing under way, for longer than every time-out."""
-    settings = link_settings(free_port(), timeout=3.0, rejoin_timeout=3.0, connect_timeout=20.0)
+    settings = link_settings(free_port(), timeout=3.0)
     rendezvous = host_rendezvous(settings)
     student, teacher = connected(settings)
+    for link in (student, teacher):
+        wait_shortly(link, 3.0)
     for number in range(2):
         time.sleep(4.0 * number)
         exchange(student, teacher, number)
@@ -337,7 +343,7 @@ def test_idle_time_is_not_counted():
 
 @pytest.mark.usefixtures("each_transport_at_leisure")
 def test_a_link_that_is_never_closed_ends_with_its_process(tmp_path):
-    settings = link_settings(free_port(), rejoin_timeout=1.0)
+    settings = link_settings(free_port())
     with Jobs(tmp_path) as jobs:
         jobs.start("student", forget_student, settings)
         jobs.start("teacher", forget_teacher, settings)
@@ -358,6 +364,7 @@ def forget_student(settings: LinkSettings) -> None:
 
 def forget_teacher(settings: LinkSettings) -> None:
     link = join_as_teacher(settings, Layout())
+    wait_shortly(link, 1.0)
     while link.next_batch(1) is not None:
         pass
 
@@ -381,9 +388,8 @@ def test_twenty_links_in_a_row_leave_nothing_behind():
     rendezvous = host_rendezvous(settings)
     counts = []
     for number in range(20):
-        student, teacher = connected(
-            LinkSettings(**(vars(settings) | {"name": f"run{number}", "rejoin_timeout": 0.05}))
-        )
+        student, teacher = connected(replace(settings, name=f"run{number}"))
+        wait_shortly(student, 0.05)
         exchange(student, teacher, 0)
         if number % 2:
             part(student, teacher)

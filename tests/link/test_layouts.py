@@ -178,7 +178,7 @@ def test_a_teacher_that_comes_back_in_another_layout_sends_nothing_of_the_same_o
 
 def test_a_damaged_output_layer_is_refused_and_sent_again(monkeypatch, caplog):
     settings = LinkSettings(
-        address=f"127.0.0.1:{free_port()}", payload="hidden", timeout=30, rejoin_timeout=30
+        address=f"127.0.0.1:{free_port()}", payload="hidden", timeout=30, connect_timeout=30
     )
     head, weight, states = Head(8, "float32"), torch.randn(50, 8), torch.randn(4, 1, 8)
     layout = Layout(vocab=len(weight))

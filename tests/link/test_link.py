@@ -10,7 +10,7 @@ import torch.distributed as dist
 from link_jobs import Jobs, Layout, connected, device, exchange, part, true_logits
 from ports import free_port
 
-from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_rendezvous
+from vcrd.link import LinkSettings, StudentLink, TeacherLink, handshake, host_rendezvous
 from vcrd.link import header as headers
 from vcrd.link.connection import Connection
 from vcrd.link.payload import payload_named
@@ -178,7 +178,7 @@ def test_an_answer_that_keeps_arriving_is_waited_for(monkeypatch):
             time.sleep(0.5 if len(view) > headers.BYTES else 0.0)  # headers go out at once
             send_all(self, view[begin : begin + 80], seconds)
 
-    settings = LinkSettings(address=f"127.0.0.1:{free_port()}", timeout=2.0, rejoin_timeout=1.0)
+    settings = LinkSettings(address=f"127.0.0.1:{free_port()}", timeout=2.0)
     rendezvous = host_rendezvous(settings)
     student, teacher = connected(settings)
     monkeypatch.setattr(Connection, "_send_all", trickle)
@@ -190,8 +190,9 @@ def test_an_answer_that_keeps_arriving_is_waited_for(monkeypatch):
 
 
 @pytest.mark.usefixtures("each_transport_in_one_process_at_leisure")
-def test_wrong_arguments_are_named_and_leave_the_link_usable():
-    settings = LinkSettings(address=f"127.0.0.1:{free_port()}", timeout=30, max_tokens=32)
+def test_wrong_arguments_are_named_and_leave_the_link_usable(monkeypatch):
+    settings = LinkSettings(address=f"127.0.0.1:{free_port()}", timeout=30)
+    monkeypatch.setattr(handshake, "MOST_TOKENS", 32)
     rendezvous = host_rendezvous(settings)
     student, teacher = connected(settings)
     for tokens, reason in [

@@ -13,7 +13,16 @@ from listening import link_threads
 from ports import free_port
 from waiting import wait_until
 
-from vcrd.link import Head, LinkError, LinkSettings, StudentLink, StudentLost, TeacherLink, host_rendezvous
+from vcrd.link import (
+    Head,
+    LinkError,
+    LinkSettings,
+    StudentLink,
+    StudentLost,
+    TeacherLink,
+    handshake,
+    host_rendezvous,
+)
 from vcrd.link import header as headers
 from vcrd.link.connection import Connection
 from vcrd.link.handshake import Handshake
@@ -30,9 +39,15 @@ ENDPOINT = Endpoint("auto", torch.device("cpu"))
 STUDENT = Handshake(9, 16, "float16", 64, 9, tensor_size=1, copies=1, credits=2)
 
 
+@pytest.fixture(autouse=True)
+def small_micro_batches(monkeypatch):
+    """Headers may say 64 tokens at most."""
+    monkeypatch.setattr(handshake, "MOST_TOKENS", 64)
+
+
 def link_settings(**changes) -> LinkSettings:
-    times = dict.fromkeys(("timeout", "connect_timeout", "rejoin_timeout"), LONG)
-    return LinkSettings(**(dict(address=f"127.0.0.1:{free_port()}", max_tokens=64) | times | changes))
+    times = dict.fromkeys(("timeout", "connect_timeout"), LONG)
+    return LinkSettings(**(dict(address=f"127.0.0.1:{free_port()}") | times | changes))
 
 
 def pair() -> tuple[Connection, Connection]:

@@ -222,9 +222,9 @@ def test_a_stopped_student_goes_on_with_the_same_teacher(tmp_path):
 
 
 @pytest.mark.usefixtures("each_transport_at_leisure")
-def test_no_teacher_within_rejoin_timeout_is_one_sentence_on_every_rank(tmp_path):
-    layout = Layout(student_tensor=3, teacher_tensor=2)
-    settings = settings_for(free_port(), rejoin_timeout=2.0)
+def test_no_teacher_that_comes_back_in_time_is_one_sentence_on_every_rank(tmp_path):
+    layout = Layout(student_tensor=3, teacher_tensor=2, patience=2.0)
+    settings = settings_for(free_port())
     with Jobs(tmp_path) as jobs:
         jobs.world("student", layout.students, run_student, layout, settings, 1000, 0.01)
         teacher = start_teacher(jobs, "teacher", layout, settings)

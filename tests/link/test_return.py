@@ -10,6 +10,7 @@ import pytest
 import torch
 from link_jobs import Layout, connected, exchange, part, true_logits
 from listening import link_threads
+from patience import wait_shortly
 from ports import free_port
 from rejoin_jobs import settings_for
 
@@ -61,7 +62,7 @@ def test_a_teacher_that_comes_back_with_another_vocabulary_is_refused_and_the_st
 @pytest.mark.usefixtures("each_transport_at_leisure")
 def test_an_answer_that_one_rank_lacks_is_sent_to_that_rank_alone(monkeypatch):
     """The teacher is lost between the two: the rank that has the answer would refuse it from the next one."""
-    settings, layout = settings_for(free_port(), rejoin_timeout=10.0), Layout(student_tensor=2)
+    settings, layout = settings_for(free_port()), Layout(student_tensor=2)
     logits = true_logits(torch.zeros(1, 4), layout.vocab)
     rendezvous, post = host_rendezvous(settings), ResponseSender.post
     with ThreadPoolExecutor(2) as pool:
@@ -146,15 +147,13 @@ def test_closing_while_a_teacher_is_waited_for_leaves_nothing_behind(comes_back,
 
     monkeypatch.setattr(threading.Thread, "start", start_late)
     for delay in (0.0, 0.005, 0.01, 0.02, 0.03):
-        settings = settings_for(
-            free_port(), payload="float16", timeout=20, connect_timeout=20, rejoin_timeout=20
-        )
+        settings = settings_for(free_port(), payload="float16", timeout=20, connect_timeout=20)
         rendezvous = host_rendezvous(settings)
         student, teacher = connected(settings)
         teacher.close()
         student.request(torch.zeros(1, 4, dtype=torch.long))
         with ThreadPoolExecutor(2) as pool:
-            short = LinkSettings(**(vars(settings) | {"connect_timeout": 0.5, "rejoin_timeout": 0.5}))
+            short = LinkSettings(**(vars(settings) | {"connect_timeout": 0.5}))
             coming = pool.submit(teacher_of, short, Layout()) if comes_back else None
             waiting = pool.submit(student.receive, 0)
             time.sleep(delay)
@@ -182,9 +181,10 @@ def end(coming) -> None:
 
 @pytest.mark.usefixtures("each_transport_in_one_process_at_leisure")
 def test_teacher_lost_is_raised_again_by_whatever_comes_after():
-    settings = settings_for(free_port(), payload="float16", rejoin_timeout=0.1)
+    settings = settings_for(free_port(), payload="float16")
     rendezvous = host_rendezvous(settings)
     student, teacher = connected(settings)
+    wait_shortly(student, 0.1)
     exchange(student, teacher, 0)
     teacher.close()
     student.request(torch.zeros(1, 4, dtype=torch.long))
@@ -193,7 +193,7 @@ def test_teacher_lost_is_raised_again_by_whatever_comes_after():
         lambda: student.receive(1),
         lambda: student.request(torch.zeros(1, 4).long()),
     ):
-        with pytest.raises(TeacherLost, match=r"none came back within 0.1 seconds \(rejoin_timeout\)"):
+        with pytest.raises(TeacherLost, match=r"none came back within 0.1 seconds \(connect_timeout\)"):
             act()
     student.close()
     rendezvous.close()

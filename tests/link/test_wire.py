@@ -28,7 +28,7 @@ from vcrd.link.addresses import candidates
 from vcrd.link.connection import memory
 from vcrd.link.rendezvous import local_host
 from vcrd.link.wire import dial
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 LONG = 60.0  # seconds that no test here may reach
 SECRET = "correct horse battery staple"
@@ -165,7 +165,7 @@ def test_a_secret_file_that_holds_none_is_one_sentence_everywhere(content, tmp_p
         lambda: StudentLink.connect(settings, **Layout().student(0)),
         lambda: join_as_teacher(settings, {}),
     ):
-        with pytest.raises(ValueError, match=r"^secret_file must (be readable|hold a secret), got .*secret'"):
+        with pytest.raises(ValueError, match=r"^VCRD_SECRET_FILE \(.*\): expected a file that .*secret'"):
             join()
     assert link_threads() == [] and len(os.listdir("/proc/self/fd")) == files
 
@@ -178,7 +178,9 @@ def test_the_secret_comes_from_the_environment_and_is_never_shown(caplog, tmp_pa
     assert in_file.link.shared_secret() == SECRET
     for shown in (settings, in_file, settings.link, settings.replaced(credits=3)):
         assert SECRET not in repr(shown) and SECRET not in str(shown)
-    with pytest.raises(ValueError, match="secret_file must be None where secret is given, got both") as error:
+    with pytest.raises(
+        ValueError, match="VCRD_SECRET_FILE .*: expected none where VCRD_SECRET is set, got both"
+    ) as error:
         DistillSettings.from_environment({"VCRD_SECRET": SECRET, "VCRD_SECRET_FILE": "x"})
     assert SECRET not in str(error.value)
     assert SECRET not in caplog.text

@@ -12,11 +12,11 @@ from torch import Tensor
 MICRO_BATCHES = 2
 # What the settings ask for, and whether a verifier judges.
 MODES = {
-    "scores": ({"validity": "scores", "steps": True}, False),
-    "label": ({"validity": "label", "steps": True}, False),
-    "judged": ({"steps": True, "fused_head": True}, True),
+    "scores": ({"validity": "scores"}, False),
+    "label": ({"validity": "label"}, False),
+    "judged": ({"fused_head": "on"}, True),
     # Of so few tokens known, the action must still be the teacher's own.
-    "judged from the best token": ({"steps": True, "payload": "topk", "top_k": 1}, True),
+    "judged from the best token": ({"payload": "topk", "top_k": 1}, True),
 }
 
 
@@ -193,10 +193,11 @@ def layout(tensor: tuple[int, int] = (0, 1), context: tuple[int, int] = (0, 1)):
 def sentences_of_wrong_fields() -> list[str]:
     """What each of two tensor ranks says of each of `wrong_batches`, one after another, then of a right one."""
     from vcrd.megatron.external_validity import Outside
-    from vcrd.megatron.settings import DistillSettings
+    from vcrd.settings import DistillSettings
 
     rank = dist.get_rank()
-    outside = Outside(DistillSettings(validity="scores", steps=True), "tokens", None)
+    outside = Outside(DistillSettings(validity="scores"), "tokens", None)
+    outside.take_steps()
     outside.place(layout(tensor=(rank, 2)))
     labels = torch.zeros(2, 4, dtype=torch.long)
     found = []
@@ -215,10 +216,11 @@ def sentences_of_wrong_fields() -> list[str]:
 def a_check_that_comes_late() -> list[str]:
     """As on a GPU: a wrong micro-batch counts as one of equal validities until the next comes, or the end."""
     from vcrd.megatron.external_validity import Outside
-    from vcrd.megatron.settings import DistillSettings
+    from vcrd.settings import DistillSettings
 
     rank = dist.get_rank()
-    outside = Outside(DistillSettings(validity="scores", steps=True), "tokens", None)
+    outside = Outside(DistillSettings(validity="scores"), "tokens", None)
+    outside.take_steps()
     outside.place(layout(tensor=(rank, 2)))
     outside._defers = True
     right, wrong = wrong_batches()[-1], wrong_batches()[0]
@@ -253,7 +255,7 @@ def wrong_batches() -> list[list[dict[str, Tensor]]]:
 def sentences_of_failing_verifiers() -> list[str]:
     """What each of two tensor ranks says of verifiers that fail."""
     from vcrd.megatron.external_validity import Outside
-    from vcrd.megatron.settings import DistillSettings
+    from vcrd.settings import DistillSettings
 
     def raises(tokens, student_action, teacher_action):
         raise KeyError("no such problem")
@@ -287,7 +289,7 @@ def context_parallel(size: int, edges: list[int], judged: bool) -> dict[str, Ten
     import vcrd
     from vcrd.link.plan import context_rows
     from vcrd.megatron.external_validity import Outside
-    from vcrd.megatron.settings import DistillSettings
+    from vcrd.settings import DistillSettings
 
     rank, sequence = dist.get_rank(), 24
     generator = torch.Generator().manual_seed(7)
@@ -298,9 +300,10 @@ def context_parallel(size: int, edges: list[int], judged: bool) -> dict[str, Ten
     if edges:
         batch["cu_seqlens"] = torch.tensor([edges])
     columns = [c for span in context_rows(sequence, rank, size, edges) for c in range(span.start, span.stop)]
-    settings = DistillSettings(validity="label" if judged else "scores", steps=True)
+    settings = DistillSettings(validity="label" if judged else "scores")
     verifier = (lambda tokens, *actions: [verdict(tokens, a) for a in actions]) if judged else None
     outside = Outside(settings, "tokens", verifier)
+    outside.take_steps()
     outside.place(layout(context=(rank, size)), dist.group.WORLD)
     next(outside.watched(iter([batch])))
     labels = batch["tokens"][:, columns]

@@ -12,7 +12,7 @@ import jobs
 import torch
 from torch import Tensor
 
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 TEACHER = replace(jobs.TEACHER, vocab_size=jobs.STUDENT.vocab_size)
 # Where a script keeps its loss mask.
@@ -31,15 +31,17 @@ def calculator(micro_batches: int) -> Iterator[None]:
         megatrons.unset_num_microbatches_calculator()
 
 
-def batches(count: int, seed: int = 0, kept: tuple[int, ...] = (14, 5, 23)) -> list[dict[str, Tensor]]:
-    """Micro-batches [2, 12] in which 14, 5, 23, 14, .. of the 24 tokens count, with steps of reasoning."""
+def batches(
+    count: int, seed: int = 0, kept: tuple[int, ...] = (14, 5, 23), reasoning: bool = False
+) -> list[dict[str, Tensor]]:
+    """Micro-batches [2, 12] in which 14, 5, 23, 14, .. of the 24 tokens count. reasoning: with steps of reasoning."""
     generator = torch.Generator().manual_seed(200 + seed)
     found = []
     for number, batch in enumerate(jobs.batches(count, seed)):
         order = torch.randperm(24, generator=generator)
         mask = (order < kept[number % len(kept)]).float().view(2, 12)
         steps = torch.randint(-1, 3, (2, 12), generator=generator)
-        found.append({**batch, "loss_mask": mask, "vcrd_steps": steps})
+        found.append({**batch, "loss_mask": mask, **({"vcrd_steps": steps} if reasoning else {})})
     return found
 
 
@@ -147,10 +149,9 @@ def direct(settings: DistillSettings, data: list[dict[str, Tensor]]) -> SimpleNa
         q, p = (model(batch["tokens"], positions, None) for model in (student, teacher))
         labels = batch["labels"]
         stats = reference.statistics(q, p.detach(), labels, vocab_size=jobs.TRUE_VOCAB, mask=mask)
-        steps = batch["vcrd_steps"]
-        steps = (
-            torch.where(steps >= 0, steps + 1000 * torch.arange(2)[:, None], -1) if settings.steps else None
-        )
+        steps = batch.get("vcrd_steps")
+        if steps is not None:
+            steps = torch.where(steps >= 0, steps + 1000 * torch.arange(2)[:, None], -1)
         weight, _ = reference.weights(
             *reference.log_validities(stats, settings.validity),
             sharpness=settings.sharpness,

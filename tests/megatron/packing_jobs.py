@@ -219,6 +219,7 @@ def steps_of_samples(settings) -> Tensor:
     from vcrd.megatron.external_validity import STEPS_KEY, Outside
 
     outside = Outside(settings, "tokens", None)
+    outside.take_steps()
     outside.place(layout())
     batch = {**micro_batch(0), STEPS_KEY: torch.zeros(1, jobs.SEQUENCE, dtype=torch.int64)}
     next(outside.watched(iter([batch])))

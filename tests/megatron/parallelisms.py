@@ -58,7 +58,7 @@ def draw(generator: random.Random) -> tuple[Run, str]:
         student += ["--num-layers-per-virtual-pipeline-stage 1"]
     if generator.random() < 0.3:
         student += ["--vcrd-fused-head"]
-    student += [f"--micro-batch-size {size} --vcrd-ahead {generator.choice((0, 1, 2))}"]
+    student += [f"--micro-batch-size {size} --vcrd-credits {generator.choice((0, 1, 2))}"]
     of_teacher = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1)] + [(1, 1, 2), (1, 2, 2)] * (data == 2)
     its_tensor, its_pipeline, replicas = generator.choice(of_teacher)
     local = generator.random() < 0.2

@@ -16,7 +16,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 MICRO_BATCHES = 2
 _GENERATORS = ("torch", "numpy", "random")
@@ -232,7 +232,7 @@ def stop_and_resume(
         mine = found[title] = {}
         for name, early, step in plans(case, ahead, steps):
             start = None if step is None else mine["whole"].checkpoints[step - 1]
-            chosen = settings.replaced(name=f"{title} {name}", ahead=early)
+            chosen = settings.replaced(name=f"{title} {name}", credits=early)
             mine[name] = train(chosen, case, steps, start, per_rank)
     return found
 

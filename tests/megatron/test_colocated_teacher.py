@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from worlds import World, run_worlds
 
 from examples.demo.convert import to_hugging_face
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 
 def settings(**changes) -> DistillSettings:
@@ -104,7 +104,7 @@ def test_tensor_parallel():
     variants = [
         {"teacher": colocated_jobs.TEACHER},
         {"teacher": colocated_jobs.TEACHER, "payload": "hidden"},
-        {"teacher": colocated_jobs.TEACHER, "payload": "hidden", "fused_head": True},  # no logits of either
+        {"teacher": colocated_jobs.TEACHER, "payload": "hidden", "fused_head": "on"},  # no logits of either
     ]
     compare(
         World(colocated_jobs.students, 2, tensor=2, arguments=(chosen, MICRO_BATCHES, variants)),

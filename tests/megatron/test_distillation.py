@@ -14,11 +14,10 @@ from examples.demo.convert import to_hugging_face
 from vcrd.link import addresses
 from vcrd.link import header as headers
 from vcrd.link.errors import LinkError
-from vcrd.link.settings import LinkSettings
 from vcrd.megatron.distillation import Attachment
 from vcrd.megatron.prefetch import Prefetcher
 from vcrd.megatron.report import Report
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings, LinkSettings
 
 
 def settings(**changes) -> DistillSettings:
@@ -95,7 +94,7 @@ def test_tensor_and_pipeline_parallel_student_equals_direct_computation(transpor
 
 
 def test_data_parallel_student_of_a_tensor_parallel_teacher_equals_direct_computation():
-    chosen = settings(temperature=2.0, ahead=0)
+    chosen = settings(temperature=2.0, credits=0)
     students, (served, _), (truth,) = run_worlds(
         World(jobs.student_job, 2, arguments=(chosen, 2)),
         World(jobs.teacher_job, 2, tensor=2, arguments=(chosen, 1)),
@@ -187,7 +186,6 @@ def test_settings_come_from_the_environment():
         {
             "VCRD_SHARPNESS": "2",
             "VCRD_ADDRESS": "host:1234",
-            "VCRD_AHEAD": "none",
             "VCRD_CREDITS": "5",
             "HOME": "x",
         },
@@ -201,12 +199,18 @@ def test_settings_come_from_the_environment():
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
-        ({"VCRD_SHARPNES": "2"}, "VCRD_SHARPNES: not a setting of vcrd"),
-        ({"VCRD_CREDITS": "two"}, "VCRD_CREDITS: expected an integer, got 'two'"),
-        ({"VCRD_FLOOR": "low"}, "VCRD_FLOOR: expected a number, got 'low'"),
-        ({"VCRD_ADDRESS": "nowhere"}, "address must be 'host:port'"),
-        ({"VCRD_STEPS": "some"}, "VCRD_STEPS: expected 0, 1, false or true, got 'some'"),
-        ({"VCRD_VOCAB_SIZE": "0"}, "vocab_size: expected an integer of at least 1 or None, got 0"),
+        ({"VCRD_SHARPNES": "2"}, "VCRD_SHARPNES: expected the variable of a setting .* got an unknown name"),
+        ({"VCRD_CREDITS": "two"}, r"VCRD_CREDITS \(--vcrd-credits\): expected an integer, got 'two'"),
+        ({"VCRD_FLOOR": "low"}, r"VCRD_FLOOR \(--vcrd-floor\): expected a number, got 'low'"),
+        ({"VCRD_ADDRESS": "nowhere"}, r"VCRD_ADDRESS \(--vcrd-address\): expected host:port"),
+        (
+            {"VCRD_FUSED_HEAD": "some"},
+            r"VCRD_FUSED_HEAD \(--vcrd-fused-head\): expected one of off, on, recompute, got 'some'",
+        ),
+        (
+            {"VCRD_VOCAB_SIZE": "0"},
+            r"VCRD_VOCAB_SIZE \(--vcrd-vocab-size\): expected an integer of at least 1 or None, got 0",
+        ),
     ],
 )
 def test_wrong_settings_are_one_sentence(environment, sentence):

@@ -10,7 +10,7 @@ from worlds import World, run_worlds
 
 from vcrd.loss import reference
 from vcrd.megatron.external_validity import Outside
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 
 def test_weights_and_gradients_through_tensor_and_pipeline_parallelism_equal_the_reference():
@@ -117,13 +117,11 @@ def test_settings_that_clash_with_a_verifier_are_one_sentence():
         Outside(DistillSettings(), "tokens", "arithmetic")
     with pytest.raises(ValueError, match="expected none with the settings' validity 'scores'"):
         Outside(DistillSettings(validity="scores"), "tokens", lambda *_: None)
-    with pytest.raises(TypeError, match="steps: expected True or False, got 1"):
-        DistillSettings(steps=1)
 
 
-def test_nothing_is_watched_or_sent_where_nothing_is_asked_for():
+def test_nothing_is_sent_where_there_is_nothing_to_send():
     outside = Outside(DistillSettings(), "tokens", None)
     outside.place(external_validity_jobs.layout())
-    iterator = iter([])
-    assert outside.watched(iterator) is iterator
+    batch = {"tokens": torch.zeros(1, 1)}
+    assert list(outside.watched(iter([batch]))) == [batch]
     assert outside.arguments(torch.zeros(1, 1), None) == {}

@@ -15,7 +15,7 @@ from worlds import World, run_worlds
 import vcrd
 from vcrd.megatron.distillation import Attachment
 from vcrd.megatron.fused_head import FusedHead
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 
 def build(tied: bool, **changes) -> torch.nn.Module:
@@ -221,14 +221,14 @@ def test_what_clashes_is_one_sentence(model, sentence):
 
 
 def test_the_environment_asks_for_it():
-    assert DistillSettings.from_environment({"VCRD_FUSED_HEAD": "1"}).fused_head
-    assert not DistillSettings.from_environment({}).fused_head
-    with pytest.raises(TypeError, match="fused_head: expected True or False, got 1"):
-        DistillSettings(fused_head=1)
+    assert DistillSettings.from_environment({"VCRD_FUSED_HEAD": "on"}).fused_head == "on"
+    assert DistillSettings.from_environment({}).fused_head == "off"
+    with pytest.raises(ValueError, match="FUSED_HEAD .*: expected one of off, on, recompute, got True"):
+        DistillSettings(fused_head=True)
 
 
 def test_through_the_link_a_tensor_and_pipeline_parallel_student_equals_direct_computation():
-    chosen = settings(fused_head=True, divergence="jeffreys", ce_weight=0.25)
+    chosen = settings(fused_head="on", divergence="jeffreys", ce_weight=0.25)
     students, _, (truth,) = run_worlds(
         World(jobs.student_job, 4, tensor=2, pipeline=2, arguments=(chosen, 2)),
         World(jobs.teacher_job, 1, arguments=(chosen,)),
@@ -273,7 +273,7 @@ def _steps(loss_funcs: list, **changes) -> SimpleNamespace:
 
     plug = distill(
         forward_step,
-        DistillSettings(vocab_size=jobs.TRUE_VOCAB, ce_weight=0.2, ahead=0).replaced(**settings_),
+        DistillSettings(vocab_size=jobs.TRUE_VOCAB, ce_weight=0.2).replaced(credits=0, **settings_),
         teacher=jobs.model(replace(jobs.TEACHER, vocab_size=jobs.STUDENT.vocab_size), 2),
     )
     with (
@@ -316,8 +316,8 @@ OUTPUT = "output_layer.weight"
 
 
 def many_steps() -> dict[str, SimpleNamespace]:
-    recompute = {"fused_head": True, "fused_head_recompute": True}
-    fused = {"settings": {"fused_head": True}}
+    recompute = {"fused_head": "recompute"}
+    fused = {"settings": {"fused_head": "on"}}
     return {
         **{
             f"masked sum {per_token}": _steps([masked_sum] * 3, per_token=per_token, **fused)

@@ -8,12 +8,13 @@ from typing import Any
 
 import jobs
 import torch
+from patience import make_links_wait_shortly
 from test_distillation import settings
 from worlds import World, run_worlds
 from wrong_teachers import steps
 
 from vcrd.link.errors import HandshakeRefused, LinkError
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 WORDS = {f"token {number}": number for number in range(jobs.TRUE_VOCAB)}
 PERMUTED = {token: (number + 7) % jobs.TRUE_VOCAB for token, number in WORDS.items()}
@@ -65,6 +66,7 @@ def end_of(work: Callable[[], Any]) -> str:
 
 
 def join_or_fail(settings: DistillSettings) -> str:
+    make_links_wait_shortly(1.0)
     student, own = jobs.model(jobs.STUDENT, seed=2), torch.distributed.get_rank()
     return end_of(lambda: steps(settings, student, jobs.batches(4, own)))
 
@@ -72,6 +74,7 @@ def join_or_fail(settings: DistillSettings) -> str:
 def teach_or_fail(settings: DistillSettings, seeds: tuple[int, ...]) -> str:
     from vcrd.megatron import serve
 
+    make_links_wait_shortly(1.0)
     teacher = jobs.model(jobs.STUDENT, seed=seeds[torch.distributed.get_rank()])
     return end_of(lambda: serve(teacher, settings, checkpoint="/run/a"))
 
@@ -110,7 +113,7 @@ def test_a_tokenizer_that_nobody_knows_is_said_once_in_each_job():
 
 def test_replicas_with_other_weights_are_refused():
     """Which of the two is the first is chance; the other one and its student end with the sentence."""
-    chosen = settings(payload="float16", connect_timeout=20, rejoin_timeout=1)
+    chosen = settings(payload="float16", connect_timeout=20)
     students, teachers = run_worlds(
         World(join_or_fail, 2, arguments=(chosen,)), World(teach_or_fail, 2, arguments=(chosen, (2, 3)))
     )

@@ -11,7 +11,7 @@ import torch
 from test_distillation import settings
 from worlds import World, run_worlds
 
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 BAD = {3: torch.nan, 5: torch.inf, 8: -torch.inf}  # what is among the teacher's logits, by position
 PAYLOADS = ["float32", "float16", "logits_8bit", "topk", "hidden"]

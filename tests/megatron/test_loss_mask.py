@@ -13,13 +13,13 @@ import torch
 from worlds import World, run_worlds
 
 from vcrd.megatron.report import Report
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 SETTINGS = {
     "plain": DistillSettings(vocab_size=jobs.TRUE_VOCAB),
-    "steps": DistillSettings(vocab_size=jobs.TRUE_VOCAB, steps=True),
+    "steps": DistillSettings(vocab_size=jobs.TRUE_VOCAB),  # and steps of reasoning in the data
     "mean": DistillSettings(vocab_size=jobs.TRUE_VOCAB, normalization="mean", validity="margin"),
-    "fused": DistillSettings(vocab_size=jobs.TRUE_VOCAB, fused_head=True),
+    "fused": DistillSettings(vocab_size=jobs.TRUE_VOCAB, fused_head="on"),
 }
 
 
@@ -36,9 +36,10 @@ def in_every_place() -> dict[tuple[str, str], tuple[SimpleNamespace, SimpleNames
     found = {}
     with mask_jobs.calculator(1):
         for name, settings in SETTINGS.items():
-            truth = mask_jobs.direct(settings, mask_jobs.batches(1))
+            data = mask_jobs.batches(1, reasoning=name == "steps")
+            truth = mask_jobs.direct(settings, data)
             for place in mask_jobs.PLACES:
-                found[name, place] = mask_jobs.step(settings, place), truth
+                found[name, place] = mask_jobs.step(settings, place, data=data), truth
     return found
 
 
@@ -73,8 +74,8 @@ def test_a_mask_that_the_script_alone_knows_is_said_at_once_and_what_needs_it_is
         assert first.startswith(
             "loss_mask: the model is given none, the micro-batch has none (loss_mask: expected in "
         )
-        assert "got the keys ['labels', 'tokens', 'vcrd_steps']" in first
-        assert "the settings steps and normalization 'mean' are refused" in first
+        assert "got the keys ['labels', 'tokens']" in first
+        assert "reasoning steps and the normalization 'mean' are refused" in first
         assert second.startswith(
             "loss_mask: expected the tokens that count in loss_func, got others: for 10 tokens "
         )
@@ -87,7 +88,7 @@ def test_a_mask_that_the_script_alone_knows_is_said_at_once_and_what_needs_it_is
 
 
 def without_masks(found: list[dict]) -> list[dict]:
-    """As on a tensor rank whose iterator nobody should have to ask."""
+    """And without steps: as on a tensor rank whose iterator nobody should have to ask."""
     return [{key: value for key, value in batch.items() if key in ("tokens", "labels")} for batch in found]
 
 
@@ -96,13 +97,15 @@ def on_one_of_two_tensor_ranks(place: str) -> SimpleNamespace:
 
     first = parallel_state.get_tensor_model_parallel_rank() == 0
     seen = {} if first else {"seen": without_masks}
-    return mask_jobs.step(SETTINGS["steps"], place, 3, **seen)
+    return mask_jobs.step(SETTINGS["steps"], place, 3, data=mask_jobs.batches(3, reasoning=True), **seen)
 
 
 def test_tensor_ranks_learn_the_mask_of_each_micro_batch_from_the_first():
     pipelines, ((truth,),) = (
         run_worlds(World(on_one_of_two_tensor_ranks, 4, tensor=2, pipeline=2, arguments=("batch",))),
-        run_worlds(World(mask_jobs.direct, arguments=(SETTINGS["steps"], mask_jobs.batches(3)))),
+        run_worlds(
+            World(mask_jobs.direct, arguments=(SETTINGS["steps"], mask_jobs.batches(3, reasoning=True)))
+        ),
     )
     last = [run for run in pipelines[0] if run.norm is not None]
     assert len(last) == 2
@@ -123,21 +126,41 @@ def one_data_rank_of_two_masks() -> list[SimpleNamespace]:
     from megatron.core import parallel_state
 
     rank = parallel_state.get_data_parallel_rank()
-    data = mask_jobs.batches(1, rank, kept=(24,) if rank == 0 else (14,))
+    data = mask_jobs.batches(1, rank, kept=(24,) if rank == 0 else (14,), reasoning=True)
     seen = {} if rank == 0 else {"seen": without_masks}
     return [
         mask_jobs.step(SETTINGS["steps"], "labels", data=data),
         mask_jobs.step(SETTINGS["plain"], "batch", data=data, **seen),
+        mask_jobs.step(SETTINGS["plain"], "model", data=data, **seen),
     ]
 
 
-def test_data_ranks_agree_on_where_the_mask_is():
+def test_data_ranks_agree_on_where_the_mask_is_and_whether_there_are_steps():
     (ranks,) = run_worlds(World(one_data_rank_of_two_masks, 2))
-    for by_labels, mixed in ranks:
+    for by_labels, mixed, steps_on_one in ranks:
         assert by_labels.error is None and by_labels.figures.tokens == 24 + 14
         assert mixed.error.startswith(
             "loss_mask: expected one in the micro-batches of every data-parallel rank or of none, got one on some"
         )
+        assert steps_on_one.error == (
+            "vcrd_steps: expected in the micro-batches of every data-parallel rank or of none, got them on some"
+        )
+
+
+def steps_that_go_or_come() -> list[SimpleNamespace]:
+    without, with_steps = (mask_jobs.batches(2, reasoning=reasoning) for reasoning in (False, True))
+    return [
+        mask_jobs.step(SETTINGS["plain"], "model", 2, data=[with_steps[0], without[1]]),
+        mask_jobs.step(SETTINGS["plain"], "model", 2, data=[without[0], with_steps[1]]),
+    ]
+
+
+def test_steps_that_not_every_micro_batch_has_are_refused():
+    (((gone, late),),) = run_worlds(World(steps_that_go_or_come))
+    assert gone.error.startswith("vcrd_steps: expected in the micro-batch, a tensor [2, 12], got the keys ")
+    assert late.error == (
+        "vcrd_steps: expected in every micro-batch or in none, got them in one, and none in the first"
+    )
 
 
 def masks_that_go_or_differ() -> dict[str, SimpleNamespace]:
@@ -291,7 +314,7 @@ def means() -> dict[str, SimpleNamespace]:
     with mask_jobs.calculator(1):
         found["one"] = mask_jobs.step(mean, "model", 1, 3)
         found["said one, are two"] = mask_jobs.step(mean, "model", 2)
-        found["two in the fused head"] = mask_jobs.step(replace(mean, fused_head=True), "batch", 2)
+        found["two in the fused head"] = mask_jobs.step(replace(mean, fused_head="on"), "batch", 2)
 
         def grows(batches):
             yield batches[0]

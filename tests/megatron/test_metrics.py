@@ -149,10 +149,10 @@ def train_with_reruns(chosen, steps: int, rejected: tuple[int, ...]) -> list[lis
     return found
 
 
-@pytest.mark.parametrize("ahead", [3, 0])
-def test_a_rewound_step_asks_again_and_gives_every_tensor_rank_its_answers(ahead):
-    chosen = settings(ahead=ahead, credits=2)
-    plain = settings(ahead=ahead, credits=2)
+@pytest.mark.parametrize("credits", [3, 0])
+def test_a_rewound_step_asks_again_and_gives_every_tensor_rank_its_answers(credits):
+    chosen = settings(credits=credits)
+    plain = settings(credits=credits)
     students, _, undisturbed, _ = run_worlds(
         World(train_with_reruns, 2, tensor=2, arguments=(chosen, 5, (1, 3, 4))),
         World(jobs.teacher_job, arguments=(chosen,)),

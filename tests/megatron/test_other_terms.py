@@ -14,7 +14,7 @@ from worlds import World, run_worlds
 
 import vcrd
 from vcrd.megatron import attach
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 Z = 0.05
 
@@ -128,7 +128,7 @@ def test_the_plug_writes_over_logits_that_nobody_else_needs(tensor):
 
 def with_a_fused_head() -> list[SimpleNamespace]:
     return [
-        gradients(how, attach._in_place, fused_head=True)
+        gradients(how, attach._in_place, fused_head="on")
         for how in ("none", "rides on the logits", "is added to the loss")
     ]
 

@@ -256,7 +256,7 @@ def whole_models(tied: bool) -> list[str]:
     """A student beside its teacher, as they are, and with a cap or a factor in the student's own code."""
 
     from vcrd.megatron import distill
-    from vcrd.megatron.settings import DistillSettings
+    from vcrd.settings import DistillSettings
 
     found = []
     for finish in (None, cap(30), lambda logits: 1.04 * logits):
@@ -269,7 +269,7 @@ def whole_models(tied: bool) -> list[str]:
             )
         plug = distill(
             jobs.plain_forward_step([]),
-            DistillSettings(vocab_size=jobs.TRUE_VOCAB, fused_head=True).replaced(payload="hidden"),
+            DistillSettings(vocab_size=jobs.TRUE_VOCAB, fused_head="on").replaced(payload="hidden"),
             teacher=build(tied),
         )
         try:

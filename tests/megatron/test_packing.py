@@ -16,7 +16,7 @@ from vcrd.link.requests import Request
 from vcrd.megatron.compatibility import check_compatibility
 from vcrd.megatron.packing import PackedInputs, packed
 from vcrd.megatron.prefetch import question
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 ROW = torch.arange(12).view(1, 12)
 ROWS = torch.arange(12).view(2, 6)
@@ -208,9 +208,9 @@ def test_a_teacher_with_the_students_weights_diverges_nowhere_in_any_form():
     check_no_divergence(losses, 9)
 
 
-@pytest.mark.parametrize(("ahead", "run"), [(None, "made_in_the_step"), (0, "packed_in_the_step")])
-def test_edges_are_taken_from_the_models_own_arguments(ahead, run):
-    chosen = settings(**PLAIN, ahead=ahead)
+@pytest.mark.parametrize(("credits", "run"), [(2, "made_in_the_step"), (0, "packed_in_the_step")])
+def test_edges_are_taken_from_the_models_own_arguments(credits, run):
+    chosen = settings(**PLAIN, credits=credits)
     ((losses,), _) = run_worlds(
         World(getattr(packing_jobs, run), arguments=(chosen,)), World(jobs.teacher_job, arguments=(chosen,))
     )
@@ -230,7 +230,7 @@ def test_edges_are_taken_from_the_models_own_arguments(ahead, run):
     ],
 )
 def test_borders_that_the_teacher_does_not_know_end_the_run(kind, ranks, before, sentence):
-    chosen = settings(**PLAIN, ahead=0 if before and "positions" in kind else None)
+    chosen = settings(**PLAIN, credits=0 if before and "positions" in kind else 2)
     (found, _) = run_worlds(
         World(packing_jobs.unseen, ranks, tensor=ranks, arguments=(chosen, kind)),
         World(jobs.teacher_job, arguments=(chosen,)),

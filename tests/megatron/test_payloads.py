@@ -5,6 +5,7 @@ from __future__ import annotations
 import jobs
 import pytest
 import torch
+from patience import wait_shortly
 from ports import free_port
 from test_distillation import check_against_direct, settings
 from test_teacher import connect
@@ -12,7 +13,7 @@ from worlds import World, run_worlds
 
 from vcrd.link import LinkSettings, TeacherLost, host_rendezvous
 from vcrd.megatron.packing import packed
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 
 @pytest.mark.parametrize("payload", [{"payload": "hidden"}, {"payload": "topk", "top_k": jobs.TRUE_VOCAB}])
@@ -104,6 +105,7 @@ def serve_another_output_layer(chosen: DistillSettings) -> str:
 def ask_in_vain(chosen: DistillSettings) -> None:
     rendezvous = host_rendezvous(chosen.link)
     link = connect(chosen, jobs.TRUE_VOCAB)
+    wait_shortly(link, 1.0)
     with pytest.raises(TeacherLost):
         link.receive(link.request(jobs.batches(1)[0]["tokens"]))
     link.close()
@@ -111,7 +113,7 @@ def ask_in_vain(chosen: DistillSettings) -> None:
 
 
 def test_an_output_layer_that_is_no_matrix_product_is_refused():
-    chosen = settings(payload="hidden", rejoin_timeout=1.0)
+    chosen = settings(payload="hidden")
     _, (sentence,) = run_worlds(
         World(ask_in_vain, arguments=(chosen,)), World(serve_another_output_layer, arguments=(chosen,))
     )
@@ -120,5 +122,5 @@ def test_an_output_layer_that_is_no_matrix_product_is_refused():
 
 def test_top_k_needs_temperature_one():
     link = LinkSettings(address=f"127.0.0.1:{free_port()}", payload="topk")
-    with pytest.raises(ValueError, match="temperature: expected 1 with the payload 'topk'"):
+    with pytest.raises(ValueError, match="VCRD_TEMPERATURE .*: expected 1 with the payload topk"):
         DistillSettings(temperature=2.0, link=link)

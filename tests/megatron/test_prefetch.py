@@ -20,7 +20,7 @@ from vcrd.megatron.random_state import (
     set_random_state,
 )
 from vcrd.megatron.remote_teacher import RemoteTeacher
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 _DRAW = {
     "torch": lambda: int(torch.randint(1000, ())),
@@ -121,7 +121,7 @@ def test_nothing_is_drawn_ahead_where_dropout_moves_the_same_generator(dropout, 
     again, states_again = run(iterator, 4, who_draws, dropout)
     assert again == samples and iterator.pending == 0
     assert not any(changed(one, other) for one, other in zip(states, states_again, strict=True))
-    assert len(caplog.records) == 1 and "ahead is 0 from here on" in caplog.text
+    assert len(caplog.records) == 1 and "credits is 0 from here on" in caplog.text
     assert (f"'{dropout}'" if dropout != "each" else "'numpy', 'random', 'torch'") in caplog.text
 
 
@@ -158,7 +158,9 @@ def test_a_generator_that_something_else_moves_now_and_then_is_one_sentence():
     iterator = look_ahead(Drawing("numpy"), 2, who_draws)
     run(iterator, 2, who_draws)
     numpy.random.rand()
-    with pytest.raises(ValueError, match="ahead: expected 0 where .*, got 2; .* from the generator 'numpy'"):
+    with pytest.raises(
+        ValueError, match="credits: expected 0 where .*, got 2; .* from the generator 'numpy'"
+    ):
         next(iterator)
 
 
@@ -249,7 +251,7 @@ def test_a_loaders_own_state_is_taken_for_the_ends_of_steps_alone(ahead, step_si
 
 def linked_teacher() -> RemoteTeacher:
     """Asks a link that only counts."""
-    teacher = RemoteTeacher(DistillSettings(ahead=2), "tokens")
+    teacher = RemoteTeacher(DistillSettings().replaced(credits=2), "tokens")
     numbers = iter(range(10**6))
     teacher._late = False  # as after the first micro-batch
     teacher._layout = SimpleNamespace(asks=True, tensor_size=1, context_size=1)
@@ -271,7 +273,7 @@ def test_nothing_is_drawn_ahead_of_a_loader_whose_state_the_script_saves_by_itse
     for number in range(1, 4):
         sample(teacher.watched(source))
         assert inner._state == {"next": number}
-    assert caplog.text.count("ahead is 0 for this data iterator") == 1
+    assert caplog.text.count("credits is 0 for this data iterator") == 1
     assert type(inner).__name__ in caplog.text
     teacher.close()
     assert getattr(source, "iterable", source) is inner

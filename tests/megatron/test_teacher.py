@@ -8,12 +8,13 @@ import re
 import jobs
 import pytest
 import torch
+from patience import make_links_wait_shortly, wait_shortly
 from ports import free_port
 from worlds import World, run_worlds
 
 from vcrd.link.errors import HandshakeRefused, LinkError, StudentLost, TeacherLost
 from vcrd.link.rendezvous import host_rendezvous
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 
 def settings(**changes) -> DistillSettings:
@@ -96,13 +97,14 @@ def vanish(settings: DistillSettings) -> None:
 def serve_until_lost(settings: DistillSettings) -> str:
     from vcrd.megatron import serve
 
+    make_links_wait_shortly(1.0)
     with pytest.raises(StudentLost) as lost:
         serve(jobs.model(jobs.TEACHER, seed=2), settings)
     return str(lost.value)
 
 
 def test_a_student_that_vanishes_is_one_sentence_on_every_rank_of_the_teacher():
-    chosen = settings(rejoin_timeout=1.0)
+    chosen = settings()
     with pytest.raises(FileNotFoundError, match="0-0.result"):  # the one that vanished left none
         run_worlds(
             World(vanish, arguments=(chosen,)), World(serve_until_lost, 2, pipeline=2, arguments=(chosen,))
@@ -171,6 +173,7 @@ def test_another_vocabulary_is_refused_with_the_same_sentence_on_both_sides():
 def ask_and_be_left(settings: DistillSettings) -> None:
     rendezvous = host_rendezvous(settings.link)
     link = connect(settings, jobs.TRUE_VOCAB)
+    wait_shortly(link, 1.0)
     with pytest.raises(TeacherLost):
         link.receive(link.request(requests()[0]))
     link.close()
@@ -189,7 +192,7 @@ def serve_in_fp8(settings: DistillSettings) -> str:
 
 
 def test_tokens_that_fp8_does_not_take_are_one_sentence_on_every_rank_of_the_teacher():
-    chosen = settings(rejoin_timeout=1.0)
+    chosen = settings()
     _, sentences = run_worlds(
         World(ask_and_be_left, arguments=(chosen,)), World(serve_in_fp8, 2, pipeline=2, arguments=(chosen,))
     )

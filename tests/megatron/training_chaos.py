@@ -26,7 +26,7 @@ import jobs
 from ports import free_port
 from worlds import World, Worlds
 
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 MICRO_BATCHES = 2
 
@@ -91,7 +91,7 @@ def train(settings: DistillSettings, steps: int, checkpoint: str, stop_after: in
 
 def settings() -> DistillSettings:
     return DistillSettings(vocab_size=jobs.TRUE_VOCAB).replaced(
-        address=f"127.0.0.1:{free_port()}", timeout=60, connect_timeout=100, rejoin_timeout=100
+        address=f"127.0.0.1:{free_port()}", timeout=60, connect_timeout=100
     )
 
 

@@ -8,7 +8,7 @@ import jobs
 import torch
 from torch import Tensor
 
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 Change = Callable[[Tensor], Tensor]
 PERMUTED = torch.arange(48).roll(7)

@@ -21,7 +21,7 @@ from vcrd.link.waits import Waits
 from vcrd.megatron.ranks import Row, by_replica
 from vcrd.monitor.bottleneck import Setup, Wait, cause, idle_sentence, sentence
 
-SETUP = Setup("float16", 75968, 64, 1.0, credits=2, ahead=None, replicas=2, data_ranks=8)
+SETUP = Setup("float16", 75968, 64, 1.0, credits=2, replicas=2, data_ranks=8)
 SLOW = Wait(1, share=0.31, arriving=0.02, while_lost=0.0, late=0.9, bytes_per_second=3e8)
 ANSWERS = 6
 LONG = 60.0
@@ -110,7 +110,7 @@ def test_answers_that_are_there_are_not_late():
 
 def test_a_lost_teacher_is_told_from_a_slow_one():
     asked = threading.Event()
-    with link(rejoin_timeout=30.0) as (chosen, student, teacher):
+    with link(connect_timeout=30.0) as (chosen, student, teacher):
         places = {**Layout().teacher(0, 0), "group": None, "tensor_group": None}
         teacher.close()
 
@@ -149,9 +149,13 @@ def test_the_cause(changes, expected):
     ("wait", "setup", "end"),
     [
         ({}, {}, "which had not begun to answer; try more teacher replicas than 2"),
-        ({}, {"replicas": 8}, "; try replicas of more GPUs, for each data rank has one of its own"),
-        ({}, {"ahead": 0}, "; try ahead 2, for it is asked only 0 micro-batches ahead"),
-        ({"late": 0.2}, {}, "; most answers came in time: try credits 4, which evens out bursts"),
+        (
+            {},
+            {"replicas": 8},
+            "; try replicas of more GPUs, because each data rank has its own replica already",
+        ),
+        ({}, {"credits": 0}, "; try credits 2, because nothing is asked ahead with credits 0"),
+        ({"late": 0.2}, {}, "; most answers came in time: try credits 4, to even out bursts"),
         (
             {"arriving": 0.9},
             {},
@@ -183,7 +187,7 @@ def test_little_is_not_worth_saying():
     assert sentence(replace(SLOW, share=0.049), SETUP) is None
     assert idle_sentence(0, 0.4) is None
     assert idle_sentence(3, 0.6) == (
-        "teacher replica 3 was idle 60 % of the time: it could serve more students, or be smaller"
+        "teacher replica 3 was idle 60 % of the time: it could serve more students, or use fewer GPUs"
     )
 
 

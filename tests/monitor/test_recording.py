@@ -159,8 +159,8 @@ def test_what_a_gpu_does_not_tell_is_said_once_and_left_out(tmp_path, caplog):
         assert "nvlink_sent_bytes_per_second" not in row
     (said,) = [record.getMessage() for record in caplog.records]
     assert said == (
-        "telemetry of this GPU lacks utilization (Not Supported, of a MIG slice); power_watts (Not Supported, of a "
-        "MIG slice); nvlink_bytes (Not Supported, of a MIG slice)"
+        "telemetry of this GPU lacks utilization (Not Supported, for a MIG slice); power_watts (Not Supported, for a "
+        "MIG slice); nvlink_bytes (Not Supported, for a MIG slice)"
     )
 
 
@@ -254,7 +254,7 @@ def test_a_disk_that_has_room_again_is_used_again(tmp_path, monkeypatch):
 def test_a_file_system_that_stops_holds_nobody_up(tmp_path, monkeypatch):
     goes_on = threading.Event()
     monkeypatch.setattr(RecordFile, "write", lambda self, record: goes_on.wait())
-    monkeypatch.setattr("vcrd.monitor.telemetry._PARTING", 0.2)
+    monkeypatch.setattr("vcrd.monitor.telemetry._LAST_WRITES", 0.2)
     telemetry = recording(tmp_path, None, interval=0.1)
     for _ in range(20_000):
         telemetry.write("figures", loss=1.0)

@@ -29,7 +29,7 @@ def records(folder, name: str) -> dict[str, list[dict]]:
 def trained(tmp_path_factory):
     """(folder, tokens of each step): two tensor ranks that wait for a teacher which sleeps."""
     folder = tmp_path_factory.mktemp("run")
-    chosen = settings(ahead=2, credits=2, telemetry_dir=str(folder), telemetry_interval=0.2)
+    chosen = settings(credits=2, telemetry_dir=str(folder))
     (tokens, _), _ = run_worlds(
         World(training_jobs.student, 2, tensor=2, arguments=(chosen, STEPS)),
         World(training_jobs.slow_teacher, arguments=(chosen, 0.15)),
@@ -110,7 +110,7 @@ def test_with_megatrons_own_training_loop(tmp_path):
 
     run = tmp_path / "run"
     pretrain_jobs.save_weights(tmp_path / "teacher", pretrain_jobs.TEACHER, 120)
-    ours = f"--vcrd-telemetry-dir {run} --vcrd-telemetry-interval 0.2"
+    ours = f"--vcrd-telemetry-dir {run}"
     teacher = f"{pretrain_jobs.TEACHER} --load {tmp_path / 'teacher'} --global-batch-size 1 {ours}"
     student = f"{pretrain_jobs.STUDENT} --tensorboard-dir {tmp_path / 'events'} --eval-interval 100 {ours}"
     student += (

@@ -71,7 +71,6 @@ def settings_for(port: int, payload: str) -> LinkSettings:
         credits=CREDITS,
         timeout=60,
         connect_timeout=60,
-        rejoin_timeout=5,
     )
 
 

@@ -20,7 +20,7 @@ from vcrd.doctor.processes import World
 from vcrd.plan.scenario import Scenario
 
 if TYPE_CHECKING:
-    from vcrd.link.settings import LinkSettings
+    from vcrd.settings import LinkSettings
 
 _SHORTEST_TIMEOUT = 2.0  # seconds for each check, however long the earlier checks took
 _IMPORT_TIMEOUT = 30.0  # seconds

@@ -5,13 +5,11 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-import re
 import resource
 import stat
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -19,8 +17,7 @@ import torch
 from vcrd.doctor.checks import Job
 from vcrd.doctor.findings import Finding, first_line, info, ok, problem, unchecked
 from vcrd.link import addresses
-from vcrd.link.settings import LinkSettings
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import NAMES, DistillSettings, LinkSettings, variable_of
 
 _INFINIBAND = Path("/sys/class/infiniband")
 _SHARED_MEMORY = Path("/dev/shm")
@@ -69,15 +66,12 @@ def settings(job: Job) -> list[Finding]:
 
 
 def _wrong_setting(name: str, text: str) -> Finding:
-    known = ["VCRD_" + f.name.upper() for kind in (DistillSettings, LinkSettings) for f in fields(kind)]
+    known = [variable_of(each) for each in NAMES]
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         fix = f"Write {close[0]} if you meant that, or unset it." if close else "Unset it."
         return problem("settings", f"{name} is not a setting of vcrd", fix)
-    # The message of some settings begins with the field, that of others with the variable.
-    own = "|".join(map(re.escape, (name, name.removeprefix("VCRD_").lower())))
-    text = re.sub(f"^({own}):? ", "", text)
-    return problem("settings", f"{name}: {text}", "Correct the variable, or unset it.")
+    return problem("settings", text, "Correct the variable, or unset it.")
 
 
 def secret(job: Job) -> list[Finding]:
@@ -187,8 +181,8 @@ def folder_of(job: Job) -> str | None:
     """--run-dir, or else the folder of the file in VCRD_ADDRESS."""
     if job.options.run_dir is not None:
         return os.path.abspath(job.options.run_dir)
-    if job.link.address.startswith(addresses.SCHEME):
-        return os.path.dirname(job.link.address.removeprefix(addresses.SCHEME))
+    if job.link.address.startswith(addresses.FILE_SCHEME):
+        return os.path.dirname(job.link.address.removeprefix(addresses.FILE_SCHEME))
     return None
 
 

@@ -105,7 +105,7 @@ def address(job: Job) -> list[Finding]:
 def _address(job: Job) -> Finding:
     given = job.link.address
     label = f"VCRD_ADDRESS={given}" if "VCRD_ADDRESS" in job.environment else f"the default address {given}"
-    if given.startswith(addresses.SCHEME):
+    if given.startswith(addresses.FILE_SCHEME):
         return ok("address", f"{label}, a file that the student writes when it starts")
     ((host, port),) = addresses.candidates(given)
     try:
@@ -180,7 +180,7 @@ def own_address(job: Job) -> str:
     """The IP address that a student rank would listen on; LinkError if there is none."""
     if job.link.interface is not None:
         return local_host(job.link)
-    if not job.link.address.startswith(addresses.SCHEME):
+    if not job.link.address.startswith(addresses.FILE_SCHEME):
         (place,) = addresses.candidates(job.link.address)
         if not _is_loopback(place[0]):
             return local_host(job.link)

@@ -24,13 +24,14 @@ Threads `vcrd-link-listener` (`wire.Listener`) accept connections. A teacher's d
 ends, and in step 6 where nothing comes within `timeout`.
 """
 
+from vcrd.settings import LinkSettings
+
 from .answers import Hidden, TopK
 from .errors import HandshakeRefused, LinkError, StudentLost, TeacherLost
 from .handshake import Head, Tokenizer
 from .plan import Piece, Place, Shard, Span, context_rows, overlaps, replica_of, students_of, vocab_shards
 from .rendezvous import Rendezvous, host_rendezvous
 from .requests import Request
-from .settings import LinkSettings
 from .student import StudentLink
 from .teacher import TeacherLink
 from .tracing import merge_traces, trace

@@ -15,29 +15,18 @@ import socket
 import tempfile
 from pathlib import Path
 
+from vcrd.settings import FILE_SCHEME, host_and_port
+
 from .errors import LinkError
 
-SCHEME = "file:"
 Address = tuple[str, int]
-
-
-def check(address: str) -> None:
-    """ValueError for what is neither "host:port" nor "file:/path"."""
-    if address.startswith(SCHEME):
-        if not os.path.isabs(address.removeprefix(SCHEME)):
-            raise ValueError(f"address must be 'file:' and an absolute path, got {address!r}")
-        return
-    if _parsed(address) is None:
-        raise ValueError(
-            f"address must be 'host:port' with a port from 1 to 65535, or 'file:/path', got {address!r}"
-        )
 
 
 def candidates(address: str) -> list[Address]:
     """Where to ask, in order. ConnectionError while no file says it."""
-    if not address.startswith(SCHEME):
-        return [_parsed(address)]
-    path = address.removeprefix(SCHEME)
+    if not address.startswith(FILE_SCHEME):
+        return [host_and_port(address)]
+    path = address.removeprefix(FILE_SCHEME)
     found = [place for file in _by_age(glob.glob(path)) if (place := _read(file))]
     if not found:
         raise ConnectionError(f"no student has written its address to {path} yet")
@@ -46,9 +35,9 @@ def candidates(address: str) -> list[Address]:
 
 def publish(address: str, place: Address) -> None:
     """Writes the file, all of it or nothing; LinkError where that cannot be. Nothing to do for "host:port"."""
-    if not address.startswith(SCHEME):
+    if not address.startswith(FILE_SCHEME):
         return
-    path = Path(address.removeprefix(SCHEME))
+    path = Path(address.removeprefix(FILE_SCHEME))
     if glob.has_magic(str(path)):
         raise LinkError(
             f"address must name one file in the student's job, for patterns are the teacher's, got {address}"
@@ -69,8 +58,8 @@ def publish(address: str, place: Address) -> None:
 
 def withdraw(address: str, place: Address) -> None:
     """Removes the file, if it is still this one's. Never fails."""
-    path = address.removeprefix(SCHEME)
-    if address.startswith(SCHEME) and _read(path) == place:
+    path = address.removeprefix(FILE_SCHEME)
+    if address.startswith(FILE_SCHEME) and _read(path) == place:
         with contextlib.suppress(OSError):
             os.unlink(path)
 
@@ -95,13 +84,6 @@ def _by_age(paths: list[str]) -> list[str]:
 def _read(path: str) -> Address | None:
     """None for a file that is not there or holds something else."""
     try:
-        return _parsed(Path(path).read_bytes()[:300].decode().strip())
+        return host_and_port(Path(path).read_bytes()[:300].decode().strip())
     except (OSError, UnicodeDecodeError):
         return None
-
-
-def _parsed(text: str) -> Address | None:
-    host, _, port = text.rpartition(":")
-    if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        return None
-    return host.strip("[]"), int(port)

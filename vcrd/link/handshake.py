@@ -7,13 +7,17 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from vcrd.settings import IDENTITIES, TRANSPORTS, LinkSettings
+
 from . import header as headers
 from .errors import HandshakeRefused
 from .payload import STATE_DTYPES, Payload, payload_named
 from .plan import Place, Shard, places, replica_of, students_of, vocab_shards
-from .settings import IDENTITIES, TRANSPORTS, LinkSettings
 from .wire import versions_differ
 
+MOST_TOKENS = (
+    1 << 22
+)  # of one micro-batch, b times s: a header that says more is refused before anything is allocated
 _EQUAL = ("vocab_size", "sequence_length", "payload", "max_tokens")
 # What a statement may say at most: it is walked through, and memory is sized by it.
 _MOST_COLUMNS = (1 << 31) - 1  # tokens travel as int32
@@ -106,7 +110,7 @@ class Handshake:
             raise ValueError(f"head must be None with the payload {settings.payload!r}, got {own['head']}")
         handshake = cls(
             payload=settings.payload,
-            max_tokens=settings.max_tokens,
+            max_tokens=MOST_TOKENS,
             transport=settings.transport,
             top_k=settings.top_k if settings.payload == "topk" else 0,
             **own,

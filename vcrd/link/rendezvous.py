@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from vcrd.settings import LinkSettings
+
 from . import addresses
 from . import handshake as stated
 from . import header as headers
@@ -27,7 +29,6 @@ from .connection import Connection
 from .errors import HandshakeRefused, LinkError
 from .handshake import Handshake
 from .plan import Place, places, replica_of
-from .settings import LinkSettings
 from .wire import Address, Listener, dial, versions_differ
 
 _log = logging.getLogger("vcrd")
@@ -245,7 +246,7 @@ def ask_until(
 
 
 def _listening(settings: LinkSettings) -> socket.socket:
-    if settings.address.startswith(addresses.SCHEME):
+    if settings.address.startswith(addresses.FILE_SCHEME):
         own = (
             addresses.outward_address()
             if settings.interface is None

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vcrd.settings import LinkSettings
+
 from .answers import Hidden, TopK
 from .errors import HandshakeRefused, LinkError, TeacherLost
 from .handshake import Handshake, Tokenizer, served_by
@@ -18,7 +20,6 @@ from .header import Header, Kind
 from .plan import Place, check_boundaries
 from .reassembly import Reassembly
 from .rendezvous import ask, ask_until, listen, local_host
-from .settings import LinkSettings
 from .student_connections import StudentConnections
 from .tracing import span
 from .transport import Arrived, Endpoint
@@ -108,9 +109,8 @@ class StudentLink:
                 raise ValueError(f"{name}_rank must be in [0, {size}), got {rank}")
         settings.shared_secret()  # a file that cannot be read is told before anything is opened
         # One block more than are on their way or complete: the one in use, until the next one is taken.
-        endpoint = Endpoint(
-            settings.transport, torch.device(device), settings.credits + 1, settings.nccl_max_ctas
-        )
+        credits = max(1, settings.credits)  # the teacher has the one in use, where none is asked for early
+        endpoint = Endpoint(settings.transport, torch.device(device), credits + 1)
         place = Place(data_rank, context_rank, tensor_rank)
         handshake = Handshake.of(
             settings,
@@ -120,7 +120,7 @@ class StudentLink:
             tensor_size=tensor_size,
             copies=data_size,
             context_size=context_size,
-            credits=settings.credits,
+            credits=credits,
             nccl=endpoint.nccl_version,
             tokenizer=tokenizer,
             identity=settings.identity,
@@ -189,7 +189,7 @@ class StudentLink:
         Positions are in the order in which Megatron's context parallelism holds them (`plan.context_rows`).
 
         A teacher that is lost, or gives no sign of life for `timeout` seconds in here, is waited for; TeacherLost when
-        none came back within `rejoin_timeout` seconds in here.
+        none came back within `connect_timeout` seconds in here.
         """
         if number != self._given:
             raise ValueError(f"number must be the next one, {self._given}, got {number}")
@@ -305,7 +305,7 @@ class StudentLink:
                     raise self._connections.failure
                 now = time.monotonic()
                 if session is None:
-                    left = max(begun, self._connections.lost_at) + self._settings.rejoin_timeout - now
+                    left = max(begun, self._connections.lost_at) + self._settings.connect_timeout - now
                 else:
                     left = max(begun, session.heard) + self._settings.timeout - now
                 if left > 0:
@@ -327,7 +327,7 @@ class StudentLink:
             return
         self._connections.give_up(
             f"teacher replica {self._connections.replica} is lost ({self._connections.lost_because}), "
-            f"and none came back within {self._settings.rejoin_timeout:g} seconds (rejoin_timeout)"
+            f"and none came back within {self._settings.connect_timeout:g} seconds (connect_timeout)"
         )
 
     def _say_for_whom(self, left: float) -> None:
@@ -357,9 +357,9 @@ class StudentLink:
             )
         batch, sequence = tokens.shape
         too_long = sequence > self._handshake.sequence_length and not len(boundaries)
-        if too_long or batch * sequence > self._settings.max_tokens:
+        if too_long or batch * sequence > self._handshake.max_tokens:
             raise ValueError(
-                f"tokens must be at most {self._handshake.sequence_length} long and {self._settings.max_tokens} "
+                f"tokens must be at most {self._handshake.sequence_length} long and {self._handshake.max_tokens} "
                 f"in all, got {list(tokens.shape)}"
             )
         low, high = (int(edge) for edge in tokens.aminmax())

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from vcrd.settings import LinkSettings
+
 from . import handshake as stated
 from . import header as headers
 from .connection import Connection
@@ -26,7 +28,6 @@ from .peer_channel import PeerChannel
 from .plan import Place
 from .reassembly import Reassembly
 from .rendezvous import UNREADABLE
-from .settings import LinkSettings
 from .student_session import Head, StudentSession
 from .transport import Endpoint, Receiver, TransportRefused
 from .wire import GREETING_SECONDS, Listener

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vcrd.settings import LinkSettings
+
 from .errors import LinkError, StudentLost
 from .handshake import Handshake, Head, Tokenizer
 from .header import Header, Kind
@@ -21,7 +23,6 @@ from .payload import STATE_DTYPES, encode, payload_named, row_max
 from .plan import Place, context_rows
 from .replica_group import KEEPALIVE, Outcome, ReplicaGroup, outcome_of
 from .requests import Request
-from .settings import LinkSettings
 from .teacher_session import TeacherSession, join
 from .topk import top_k_of
 from .tracing import span
@@ -117,9 +118,7 @@ class TeacherLink:
             raise ValueError(f"tensor_group must be given for tensor_size {tensor_size}, got None")
         settings.shared_secret()  # a file that cannot be read is told before any collective
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        endpoint = Endpoint(
-            settings.transport, where, max_ctas=settings.nccl_max_ctas, sockets=settings.sockets
-        )
+        endpoint = Endpoint(settings.transport, where, sockets=settings.sockets)
         handshake = Handshake.of(
             settings,
             vocab_size=vocab_size,
@@ -139,13 +138,13 @@ class TeacherLink:
         handshake = _identified(replica_group, handshake, weights)
         own = tensor_rank if is_last_stage else None
         link = cls(settings, handshake, replica_group, endpoint, replica, own, tensor_group, head_weight)
-        link._join("connect_timeout")
+        link._join()
         return link
 
     def next_batch(self, limit: int) -> list[Request] | None:
         """The next 1 to `limit` requests, all of one shape, oldest first; the same list on every rank.
 
-        Waits for as long as the students ask nothing, and up to `rejoin_timeout` seconds for a lost student. None
+        Waits for as long as the students ask nothing, and up to `connect_timeout` seconds for a lost student. None
         once every student rank has said goodbye. Raises StudentLost when no student came back, LinkError when a rank
         of this replica is lost. Collectives over `group`: one all-reduce of 6 int64, about once a second
         while waiting, and one broadcast per batch.
@@ -260,17 +259,15 @@ class TeacherLink:
                 f"got {output.dtype} {list(output.shape)}"
             )
 
-    def _join(self, setting: str) -> None:
+    def _join(self) -> None:
         session = join(
-            *(
-                self._settings,
-                self._handshake,
-                self._replica_group,
-                self._endpoint,
-                self._replica,
-                self._tensor_rank,
-            ),
-            *(self._head_weight, setting),
+            self._settings,
+            self._handshake,
+            self._replica_group,
+            self._endpoint,
+            self._replica,
+            self._tensor_rank,
+            self._head_weight,
         )
         self._sessions.append(session)
         if session.responses and self._head_weight is not None:
@@ -289,10 +286,10 @@ class TeacherLink:
             while self._sessions:
                 self._sessions.pop().end()
         if self._replica_group.leads:
-            seconds = self._settings.rejoin_timeout
+            seconds = self._settings.connect_timeout
             _log.warning("%s; waiting up to %g seconds for it to come back", reason, seconds)
         try:
-            self._join("rejoin_timeout")
+            self._join()
         except StudentLost as error:
             raise StudentLost(f"{reason}, and {error}") from None
 

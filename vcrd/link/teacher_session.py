@@ -10,6 +10,8 @@ from contextlib import suppress
 
 from torch import Tensor
 
+from vcrd.settings import LinkSettings
+
 from . import handshake as stated
 from .connection import Connection, digest_of
 from .errors import HandshakeRefused, LinkError, StudentLost
@@ -20,7 +22,6 @@ from .rendezvous import ask_until
 from .replica_group import Outcome, ReplicaGroup, outcome_of
 from .requests import Request, RequestReceiver
 from .respond import ResponseSender
-from .settings import LinkSettings
 from .transport import Endpoint
 from .wire import Address, dial
 
@@ -124,16 +125,15 @@ def join(
     replica: int,
     tensor_rank: int | None,
     head_weight: Tensor | None,
-    setting: str,
 ) -> TeacherSession:
     """Collective over `replica_group`: every rank's connections of a new epoch.
 
-    Rank 0 first asks the rendezvous for an epoch and lets the ranks that ask admit it, all of which takes at most the
-    seconds of `setting`, connect_timeout or rejoin_timeout; then every rank of the last stage dials its students and
+    Rank 0 first asks the rendezvous for an epoch and lets the ranks that ask admit it, all of which takes at most
+    `connect_timeout` seconds; then every rank of the last stage dials its students and
     makes a transport to each of them.
     StudentLost, on every rank alike, when they do not come in time; HandshakeRefused when the jobs do not fit.
     """
-    knocking = _Knocking(settings, handshake, replica, setting)
+    knocking = _Knocking(settings, handshake, replica)
     while True:
         try:
             found = json.loads(replica_group.follow_leader(knocking.run))
@@ -229,11 +229,10 @@ def _opened(replica_group: ReplicaGroup, session: TeacherSession, name: str, rea
 class _Knocking:
     """How rank 0 gets a replica admitted; keeps the connections to the ranks that ask, by data rank."""
 
-    def __init__(self, settings: LinkSettings, handshake: Handshake, replica: int, setting: str) -> None:
+    def __init__(self, settings: LinkSettings, handshake: Handshake, replica: int) -> None:
         self._settings = settings
         self._hello = {"replica": replica, "handshake": handshake.plain()}
-        self._setting = setting
-        self._deadline = time.monotonic() + getattr(settings, setting)
+        self._deadline = time.monotonic() + settings.connect_timeout
         self._pause = _PAUSE
         self.connections: dict[int, Connection] = {}
         self.reason = ""  # why the last epoch had no future
@@ -297,8 +296,8 @@ class _Knocking:
             self._rest(tick)
 
     def _within(self) -> str:
-        seconds = getattr(self._settings, self._setting)
-        return f"at {self._settings.address} within {seconds:g} seconds ({self._setting})"
+        seconds = self._settings.connect_timeout
+        return f"at {self._settings.address} within {seconds:g} seconds (connect_timeout)"
 
 
 def _dial_students(

@@ -8,7 +8,7 @@ _HOME = {
     "distill": "vcrd.megatron.distillation",
     "Distillation": "vcrd.megatron.distillation",
     "Observation": "vcrd.megatron.distillation",
-    "DistillSettings": "vcrd.megatron.settings",
+    "DistillSettings": "vcrd.settings",
     "Figures": "vcrd.megatron.report",
     "Report": "vcrd.megatron.report",
     "serve": "vcrd.megatron.serving",

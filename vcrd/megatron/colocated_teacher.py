@@ -19,7 +19,7 @@ from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.output_layer import OutputLayer
 from vcrd.megatron.packing import by_engine
 from vcrd.megatron.remote_teacher import TeacherForm
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 from vcrd.teacher_logits import HiddenStates
 
 TeacherModel = nn.Module | list[nn.Module] | Callable[[], nn.Module | list[nn.Module]]

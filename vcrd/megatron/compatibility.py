@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 
 def check_compatibility(

@@ -28,9 +28,9 @@ from vcrd.megatron.rank_telemetry import telemetry_of
 from vcrd.megatron.remote_teacher import RemoteTeacher
 from vcrd.megatron.replay import running_again
 from vcrd.megatron.report import Figures, Report
-from vcrd.megatron.settings import DistillSettings
 from vcrd.megatron.step_end import StepEnd, raise_if_invalid
 from vcrd.megatron.teacher_check import TeacherCheck
+from vcrd.settings import DistillSettings
 
 
 class Observation(NamedTuple):
@@ -233,9 +233,9 @@ class Distillation:
         if self._attached is None:
             self._layout = Layout.of(chunk, self.settings)
             self._outside.place(self._layout)
-            if self.settings.fused_head:
+            if self.settings.fused_head != "off":
                 self._fused_head = FusedHead(
-                    chunk, self._layout.tensor_group, self.settings.fused_head_recompute
+                    chunk, self._layout.tensor_group, self.settings.fused_head == "recompute"
                 )
             self._tokenizer = tokenizer_of(self._tokenizer)
             sizes = (self.settings.vocab_size, self._tokenizer and self._tokenizer.size)

@@ -21,7 +21,7 @@ from vcrd.loss.divergence import DivergenceStats
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.packing import field, packed
 from vcrd.megatron.prefetch import TokensOf, tokens_in
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 Verifier = Callable[..., tuple[Tensor, Tensor]]
 
@@ -38,10 +38,11 @@ _HEADER = 2  # bytes of the sentence that says what went wrong, 0 if nothing; mi
 class Outside:
     """On every rank of the last stage, for each micro-batch: `watched`, then `arguments` of the loss.
 
-    Fields are int steps and float scores [b, s], one per token, in what the data iterator yields: `STEPS_KEY` where the
-    settings have `steps`, `SCORE_KEYS` where their validity is "scores". The steps of a sample are numbered by
-    themselves. With context parallelism each rank takes the positions that Megatron leaves it. After `take_mask` the
-    loss mask, `MASK_KEY`, is such a field too, for scripts that do not give it to the model (`LossMask`).
+    Fields are int steps and float scores [b, s], one per token, in what the data iterator yields: `STEPS_KEY` where
+    the first micro-batch has them (`take_steps`), `SCORE_KEYS` where the settings' validity is "scores". The steps of a
+    sample are numbered by themselves. With context parallelism each rank takes the positions that Megatron leaves it.
+    After `take_mask` the loss mask, `MASK_KEY`, is such a field too, for scripts that do not give it to the model
+    (`LossMask`).
 
     verifier: called on tensor rank 0 with CPU tensors (tokens, student_action, teacher_action), each int64 [b, s], and
     with the micro-batch as it was drawn where it has a parameter named `batch`; packed samples are one row, as Megatron
@@ -50,7 +51,7 @@ class Outside:
     teacher's is not known. It returns the validity of the student's and of the teacher's action, each [b, s] in [0, 1];
     what it says where the action is -1 is not read.
 
-    Collectives: with tensor parallelism, one broadcast per micro-batch where the settings ask for fields, one where
+    Collectives: with tensor parallelism, one broadcast per micro-batch where there are fields, one where
     there is a verifier; none otherwise. What goes wrong on tensor rank 0 is raised on every tensor rank. Fields go to
     GPUs without waiting for them: all but the first micro-batch's are checked with the next one, and a wrong one has
     equal validities until then. A verifier waits for the device.
@@ -65,7 +66,7 @@ class Outside:
                 "for a verifier takes its place"
             )
         scores = settings.validity == "scores"
-        self.keys = ((STEPS_KEY,) if settings.steps else ()) + (SCORE_KEYS if scores else ())
+        self.keys = SCORE_KEYS if scores else ()
         self.looks_for_mask = False  # whether `why_no_mask` is still to be asked
         self._verifier = verifier
         self._wants_batch = verifier is not None and "batch" in _parameters(verifier)
@@ -95,8 +96,7 @@ class Outside:
     def watched(self, data_iterator: Any) -> Any:
         """The iterator to draw this call's micro-batch from. It hides the fields from the script."""
         self._drawn = []
-        wanted = self.used or self.looks_for_mask
-        if not wanted or self._layout.tensor_rank != 0 or data_iterator is None:
+        if self._layout.tensor_rank != 0 or data_iterator is None:
             return data_iterator
         return self._watch(data_iterator)
 
@@ -109,8 +109,23 @@ class Outside:
             # A copy, for Megatron's own functions empty and move the entries of the dictionary that they are given.
             self._drawn.append(dict(batch) if isinstance(batch, dict) else batch)
             if isinstance(batch, dict):
+                self._refuse_late_steps(batch)
                 batch = {key: value for key, value in batch.items() if key not in (STEPS_KEY, *SCORE_KEYS)}
             yield batch
+
+    def _refuse_late_steps(self, batch: dict[Any, Any]) -> None:
+        if STEPS_KEY in batch and STEPS_KEY not in self.keys and not self.looks_for_mask:
+            raise ValueError(
+                f"{STEPS_KEY}: expected in every micro-batch or in none, got them in one, and none in the first"
+            )
+
+    def has_steps(self) -> bool:
+        """On tensor rank 0: whether the micro-batch that was drawn has reasoning steps."""
+        return any(isinstance(batch, dict) and STEPS_KEY in batch for batch in self._drawn)
+
+    def take_steps(self) -> None:
+        """From here on `arguments` brings the reasoning steps that ride in the micro-batch. Before `take_mask`."""
+        self.keys += (STEPS_KEY,)
 
     def why_no_mask(self, shape: torch.Size) -> str:
         """On tensor rank 0, of the micro-batch of labels [b, s]: why it has no loss mask, "" where it has one."""

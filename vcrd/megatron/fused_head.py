@@ -30,7 +30,7 @@ class FusedHead:
     each backward: the same factor for all tokens that count, as Megatron's masked sum, or each its own. On a GPU no
     later backward waits, and `end_step` says whether it went on like that; on CPU, where nothing waits, each looks.
 
-    recompute: see `DistillSettings.fused_head_recompute`.
+    recompute: whether the setting `fused_head` is "recompute".
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FusedHead:
         self._probe = OutputProbe(
             *(self._scale, self._softcap, tensor_group, self._gather),
             "fused_head: expected a model whose logits are",
-            "set fused_head False",
+            "set fused_head off",
         )
         # Whether the upstream gradient of the losses is even, as of the first step; None before its end.
         self._even = False if recompute else None
@@ -140,7 +140,7 @@ class FusedHead:
         elif uneven and self._trusted:
             raise ValueError(
                 "fused_head: expected loss_func to give all tokens of a micro-batch that count the same factor, up to "
-                "the loss mask, as in the first step, got factors that differ; set fused_head_recompute"
+                "the loss mask, as in the first step, got factors that differ; set fused_head recompute"
             )
 
 
@@ -158,7 +158,7 @@ class _ForTheLossAlone(torch.autograd.Function):
         if gradient is not None and gradient.any():
             raise RuntimeError(
                 "fused_head: expected nothing but the loss to learn from the model's logits, got another term of them "
-                "in the model's code; set fused_head False"
+                "in the model's code; set fused_head off"
             )
         return None, None
 

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from vcrd.link.handshake import Tokenizer
 from vcrd.link.student import StudentLink
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from vcrd.link.waits import Waits
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.ranks import Row, by_replica, gathered, over_ranks
 from vcrd.megatron.report import Figures, Report
-from vcrd.megatron.settings import DistillSettings
 from vcrd.megatron.step_clock import Parts, StepClock
 from vcrd.monitor.bottleneck import Setup, cause, sentence
 from vcrd.monitor.telemetry import Telemetry
+from vcrd.settings import DistillSettings
 
 _log = logging.getLogger("vcrd")
 QUANTILES = (10, 50, 90)
@@ -209,7 +209,6 @@ class IntervalLog:
             top_k=link.top_k,
             temperature=self._settings.temperature,
             credits=link.credits,
-            ahead=self._settings.ahead,
             replicas=int(max(row.replicas for row in rows)),
             data_ranks=self._layout.data_size,
         )

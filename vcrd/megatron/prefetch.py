@@ -94,7 +94,7 @@ class Prefetcher:
         clash = sorted(changed({name: now.get(name) for name in asked.moved}, _before(asked.moved)))
         if clash:
             raise ValueError(
-                "ahead: expected 0 where something besides the data iterator now and then draws from its generators, "
+                "credits: expected 0 where something besides the data iterator now and then draws from its generators, "
                 f"got {self._ahead}; a micro-batch was drawn early from {names_of(clash)}, moved by something else "
                 "since, and a run that resumes here would draw another one"
             )
@@ -170,7 +170,7 @@ class Prefetcher:
             raise RuntimeError(
                 f"save_state: expected to be called at the end of a step of {self._step_size()} micro-batches, as "
                 f"Megatron's calculator says, got {len(self._step)} of them drawn and {self.pending} drawn ahead "
-                "(ahead=0 allows it at any time)"
+                "(with credits 0 it is allowed at any time)"
             )
         return state
 

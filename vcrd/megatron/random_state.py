@@ -107,8 +107,9 @@ class WhoDraws:
         shared = sorted(self._by_data & self._by_others)
         if shared and not self._shared:
             _log.warning(
-                "ahead is 0 from here on: the data iterator and something else in the training step, such as dropout, "
-                "both draw from %s, so that micro-batches drawn early would differ and a resumed run with them",
+                "credits is 0 from here on: the data iterator and something else in the training step, such as "
+                "dropout, both draw from %s, so that micro-batches that are drawn early would differ, and with them a "
+                "resumed run",
                 names_of(shared),
             )
         self._shared = shared

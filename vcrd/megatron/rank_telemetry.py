@@ -12,11 +12,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from vcrd.link.teacher import TeacherLink
-from vcrd.megatron.settings import DistillSettings
 from vcrd.monitor.bottleneck import idle_sentence
 from vcrd.monitor.telemetry import Telemetry
+from vcrd.settings import DistillSettings
 
 _log = logging.getLogger("vcrd")
+TELEMETRY_INTERVAL = 10.0  # seconds between two records of a rank's GPU, memory and time
 
 
 def telemetry_of(
@@ -33,7 +34,7 @@ def telemetry_of(
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         uuid, name = str(properties.uuid), properties.name
-    found = Telemetry(settings.telemetry_dir, role, dist.get_rank(), settings.telemetry_interval, uuid)
+    found = Telemetry(settings.telemetry_dir, role, dist.get_rank(), TELEMETRY_INTERVAL, uuid)
     found.write("start", device=name, **_facts(settings))
     if teacher is not None:
         found.follow("link_bytes", lambda: teacher.bytes_received)
@@ -50,7 +51,6 @@ def _facts(settings: DistillSettings) -> dict[str, Any]:
         "ceiling",
         "normalization",
         "ce_weight",
-        "ahead",
     )
     link = ("payload", "transport", "credits")
     return {

@@ -26,7 +26,7 @@ from vcrd.megatron.packing import edges_in, packed
 from vcrd.megatron.prefetch import Prefetcher, TokensOf, question, tokens_in
 from vcrd.megatron.random_state import EvaluationState, WhoDraws
 from vcrd.megatron.replay import ReplayIterator, keeps_micro_batches, running_again
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 from vcrd.teacher_logits import HiddenStates, TopKLogits
 
 _log = logging.getLogger("vcrd")
@@ -55,7 +55,7 @@ class RemoteTeacher:
         self._rendezvous: Rendezvous | None = None
         self._link: StudentLink | None = None
         self._layout: Layout | None = None
-        self._credit = settings.link.credits if settings.ahead is None else settings.ahead
+        self._credit = settings.link.credits
         self._ahead: Prefetcher | None = None
         self._who_draws = WhoDraws()
         self._evaluation = EvaluationState()
@@ -140,7 +140,7 @@ class RemoteTeacher:
             if self._ahead.pending:
                 raise ValueError(
                     f"data_iterator: expected the one of before, from which {self._ahead.pending} micro-batches were "
-                    "asked of the teacher and not yet drawn, got another one (ahead=0 asks for none early)"
+                    "asked of the teacher and not yet drawn, got another one (with credits 0 none is asked for early)"
                 )
             self._let_go_of_iterator()
         self._source = data_iterator
@@ -233,7 +233,7 @@ class RemoteTeacher:
         elif by_batch is None and by_model is not None:
             raise ValueError(
                 f"{by_model[0]}: expected in the micro-batch, or among the model's arguments from the first one on, "
-                "got it later: the teacher was asked ahead and without it (ahead=0 asks for none early)"
+                "got it later: the teacher was asked ahead and without it (with credits 0 none is asked for early)"
             )
         else:
             tokens, edges = packed(batch, tokens_in(batch, self._tokens_of))
@@ -327,7 +327,7 @@ def _saves_unseen(source: Any, rewinds: bool) -> bool:
     unseen = [name for name in names if not (rewinds and name == "save_state")]
     if unseen and len(unseen) == len(names):
         _log.warning(
-            "ahead is 0 for this data iterator: a %s has its own %s(), which would count micro-batches that were "
+            "credits is 0 for this data iterator: a %s has its own %s(), which would count micro-batches that were "
             "drawn ahead and not trained on; Megatron's RerunDataIterator around one with save_state() allows more",
             type(source).__name__,
             unseen[0],

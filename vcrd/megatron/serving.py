@@ -25,7 +25,7 @@ from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.output_layer import OutputLayer
 from vcrd.megatron.packing import PackedInputs
 from vcrd.megatron.rank_telemetry import Serving, telemetry_of
-from vcrd.megatron.settings import DistillSettings
+from vcrd.settings import DistillSettings
 
 _log = logging.getLogger("vcrd")
 _AFTER_REFUSAL = 5.0  # seconds, in which a job that was refused ends and withdraws its address

@@ -1,2 +1,2 @@
-"""What a run records of itself: telemetry of each rank, the GPU as NVML sees it, the files of records, and the advice
-that follows from who waited for whom. Knows neither Megatron nor the loss."""
+"""What a run records about itself: telemetry of each rank, readings of the GPU through NVML, and the files of records.
+Also the advice that follows from which job waited for the other. This package knows neither Megatron nor the loss."""

@@ -1,23 +1,23 @@
-"""What NVML says of one GPU: memory, utilisation, power, NVLink. Calls no CUDA."""
+"""Readings of one GPU through NVML: memory, utilisation, power, NVLink. Calls no CUDA."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-_ALL_LINKS = 0xFFFFFFFF  # scope of a field that adds up all links
+_ALL_LINKS = 0xFFFFFFFF  # the scope that sums a field over all links
 _KIB = 1024
 
 
 class NoGpu(Exception):
-    """Why there is nothing to read, as the rest of a sentence."""
+    """No GPU can be read. The message says why."""
 
 
 class Gpu:
-    """One GPU or MIG slice, by its UUID as CUDA knows it, so that CUDA_VISIBLE_DEVICES has been heeded already.
+    """One GPU or MIG slice, found by its UUID. CUDA gives the UUID, so CUDA_VISIBLE_DEVICES has been applied already.
 
-    missing: what this GPU does not tell, by name, with the reason: of a MIG slice NVML knows the memory alone. Raises
-    NoGpu.
+    missing: the readings that this GPU does not offer, with the reason of each. For a MIG slice NVML offers the memory
+    only. Raises NoGpu.
     """
 
     def __init__(self, uuid: str, nvml: Any = None) -> None:
@@ -30,8 +30,10 @@ class Gpu:
         self.missing: dict[str, str] = {}
 
     def read(self) -> dict[str, float]:
-        """memory_bytes: used on the GPU, by all processes. utilization: share of the last moments, 0 to 1, in which a
-        kernel ran. power_watts. nvlink_sent_bytes, nvlink_received_bytes: since the driver was loaded.
+        """Returns the readings that this GPU offers.
+
+        memory_bytes: used on the GPU by all processes. utilization: share of the last second, 0 to 1, in which a kernel
+        ran. power_watts. nvlink_sent_bytes, nvlink_received_bytes: since the driver was loaded.
         """
         found: dict[str, float] = {}
         readers = (
@@ -44,7 +46,7 @@ class Gpu:
             try:
                 found.update(reader(name))
             except self._nvml.NVMLError as error:
-                self.missing[name] = f"{error}, of a MIG slice" if self._is_slice else str(error)
+                self.missing[name] = f"{error}, for a MIG slice" if self._is_slice else str(error)
         return found
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A run's records: one JSON object a line, one file for each rank. Written without ever stopping the run."""
+"""Files of records: one file per rank, one JSON object per line. An error in writing never stops the run."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ _log = logging.getLogger("vcrd")
 
 
 class RecordFile:
-    """Appends to `path`, one write for each record, so that what was written is there after a crash.
+    """Appends records to `path`, with one write call per record, so that a crash loses none that was written.
 
-    A file that cannot be written to is told once, in a warning, and tried again with the next record. Not for several
-    threads at once.
+    If the file cannot be written to, one warning says so, and the next record tries again. Not thread-safe.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: int | None = None
-        self._torn = False  # the last line has no end
-        self._told = False
+        self._torn = False  # whether the last line is incomplete
+        self._warned = False
 
     def write(self, record: dict[str, Any]) -> None:
-        """Never raises OSError. What JSON has no number for (NaN, infinities) is written as null."""
+        """Never raises OSError. NaN and infinities, which JSON does not have, are written as null."""
         line = json.dumps(_plain(record), separators=(",", ":")) + "\n"
         try:
             if self._file is None:
@@ -37,8 +36,8 @@ class RecordFile:
             self._torn = os.write(self._file, data) < len(data)
         except OSError as error:
             self.close()
-            if not self._told:
-                self._told = True
+            if not self._warned:
+                self._warned = True
                 _log.warning("telemetry_dir: %s cannot be written (%s); the run goes on", self._path, error)
 
     def close(self) -> None:
@@ -46,7 +45,7 @@ class RecordFile:
             file, self._file = self._file, None
             try:
                 os.close(file)
-            except OSError:  # a network's file system may say only now what it lost
+            except OSError:  # a network file system may report only now that it lost data
                 pass
 
     def _open(self) -> None:
@@ -57,7 +56,7 @@ class RecordFile:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file, in order. Lines that are half written, or hold no record, are passed over."""
+    """The records of a file, in order. Lines that are incomplete, or hold no record, are skipped."""
     with open(path, "rb") as file:
         for line in file:
             try:

@@ -1,7 +1,7 @@
-"""What a rank's machine does while it trains or serves, joined to what the rank itself counts, at a set interval.
+"""Telemetry of one rank: readings of its GPU and process, together with what the rank counts, once per interval.
 
-One thread for each process reads NVML and writes the rank's file of records. It calls no CUDA and takes part in no
-collective; the thread that trains only adds numbers and puts records in a queue, so no file system can hold it up.
+One thread per process reads NVML and writes the rank's file of records. It calls no CUDA and joins no collective. The
+thread that trains only adds numbers and puts records in a queue, so a slow file system cannot block it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from vcrd.monitor.nvml import Gpu, NoGpu
 from vcrd.monitor.records import RecordFile
 
 _log = logging.getLogger("vcrd")
-_READINGS = 10  # of the GPU in an interval, at most one a
-_FASTEST = 0.1  # seconds
-_SLOWEST = 1.0  # NVML's own utilisation looks back for no longer
-_WAITING = 10_000  # records that wait for a file system which has stopped
-_PARTING = 5.0  # seconds that close() gives the last records
+_INTERVAL = 10.0  # seconds between two records of kind "rank"
+_FIRST_INTERVAL = 1.0  # at the start, so that a short run has several
+_GROWTH = 10  # an interval is at most the time since the start, divided by this
+_READINGS = 10  # GPU samples per interval
+_LEAST_PAUSE = 0.1  # seconds between two GPU samples
+_MOST_PAUSE = 1.0  # NVML's utilisation is a mean over at most so long
+_MOST_QUEUED = 10_000  # records that wait while the file system is stuck
+_LAST_WRITES = 5.0  # seconds that close() gives the thread for the last records
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 FIELDS = (
     "gpu_memory_bytes",
@@ -38,15 +41,16 @@ FIELDS = (
 
 
 class Telemetry:
-    """Records of one rank, in folder/ROLE-RANK.jsonl. A run that resumes appends.
+    """Records of one rank, in folder/ROLE-RANK.jsonl. A run that resumes appends to the file.
 
-    role: "student" or "teacher". interval: seconds between two records of kind "rank". uuid: of this rank's GPU, as
-    CUDA says it; None where there is none. open_gpu: for tests.
+    role: "student" or "teacher". interval: the most seconds between two records of kind "rank"; at the start of a run
+    it is 1 second, and it grows for the first 100. uuid: the UUID of this rank's GPU, as CUDA names it; None without a
+    GPU. open_gpu: for tests.
 
     Each record has time (seconds since 1970), kind, role, rank, host and the iteration of `at`. A record "rank" has
-    FIELDS as far as they can be measured (memory and power: the peak; utilisation: the mean; NVLink: bytes a second),
-    seconds, the length of its interval, the sums of what was given to `add` in it, how far the counters of `follow`
-    went, and the seconds spent in each state of `enter`.
+    those FIELDS that can be measured (memory and power: the peak; utilisation: the mean; NVLink: bytes per second) and
+    seconds, the length of its interval. It also has the sums of the numbers that `add` was given in the interval, how
+    far the counters of `follow` went, and the seconds spent in each state of `enter`.
     """
 
     def __init__(
@@ -54,7 +58,7 @@ class Telemetry:
         folder: str | os.PathLike,
         role: str,
         rank: int,
-        interval: float,
+        interval: float = _INTERVAL,
         uuid: str | None = None,
         open_gpu: Callable[[str], Any] = Gpu,
     ) -> None:
@@ -63,25 +67,25 @@ class Telemetry:
         self._thread = threading.Thread(
             target=self._work.run, args=(uuid, open_gpu), name="vcrd-telemetry", daemon=True
         )
-        # The thread knows nothing of this object: one that is forgotten, or is there at the interpreter's end, ends it.
+        # The thread does not refer to this object. So it ends when this object is collected, or the interpreter exits.
         self._finalizer = weakref.finalize(self, _end, self._work, self._thread)
         self._thread.start()
 
     @property
     def latest(self) -> dict[str, float]:
-        """The FIELDS of the last whole interval, as far as they could be measured."""
+        """Those FIELDS of the last complete interval that could be measured."""
         return self._work.latest
 
     def at(self, iteration: int) -> None:
-        """The iteration that records belong to from now on."""
+        """Sets the iteration that records belong to from now on."""
         self._work.iteration = iteration
 
     def add(self, **sums: float) -> None:
-        """Adds to this interval's sums."""
+        """Adds to the sums of this interval."""
         self._work.add(sums)
 
     def follow(self, name: str, read: Callable[[], float]) -> None:
-        """Records how far a counter goes in each interval. read: called by this object's thread; must not block."""
+        """Records how far a counter goes in each interval. read: called by the telemetry thread; it must not block."""
         self._work.follow(name, read)
 
     def unfollow(self, name: str) -> None:
@@ -89,20 +93,20 @@ class Telemetry:
         self._work.unfollow(name)
 
     def enter(self, state: str | None) -> None:
-        """What this rank does from now on; None: nothing that is counted."""
+        """Begins a state whose seconds are counted; None: none of them is."""
         self._work.enter(state)
 
     def write(self, kind: str, **fields: Any) -> None:
-        """A record of the caller's own. Never blocks and never raises."""
+        """Writes a record of another kind. Never blocks and never raises."""
         self._work.put(kind, fields)
 
     def close(self) -> None:
-        """Writes what there is and ends the thread. Idempotent, bounded."""
+        """Writes the last records and ends the thread. Idempotent. It takes a few seconds at most."""
         self._finalizer()
 
 
 class _Work:
-    """What the thread does, and what it shares with those who give it something."""
+    """What the thread does, and the state that it shares with the threads that call `Telemetry`."""
 
     def __init__(self, file: RecordFile, who: dict[str, Any], interval: float) -> None:
         self.iteration = 0
@@ -138,7 +142,7 @@ class _Work:
             self._state = state
 
     def put(self, kind: str, fields: dict[str, Any]) -> None:
-        if self._queue.qsize() < _WAITING:
+        if self._queue.qsize() < _MOST_QUEUED:
             first = {"time": round(time.time(), 3), "kind": kind, **self._who, "iteration": self.iteration}
             self._queue.put({**first, **fields})
 
@@ -148,17 +152,17 @@ class _Work:
 
     def run(self, uuid: str | None, open_gpu: Callable[[str], Any]) -> None:
         gpu = _opened(uuid, open_gpu)
-        pause = min(_SLOWEST, max(_FASTEST, self._interval / _READINGS), self._interval)
         readings = _Readings(gpu)
-        begun = time.monotonic()
-        due = begun
+        start = begun = due = time.monotonic()
         running = True
         while running:
+            interval = min(self._interval, max(_FIRST_INTERVAL, (begun - start) / _GROWTH))
+            pause = min(_MOST_PAUSE, max(_LEAST_PAUSE, interval / _READINGS), interval)
             due = max(due + pause, time.monotonic())
             running = self._write_until(due)
             readings.take()
             seconds = time.monotonic() - begun
-            if seconds >= self._interval or not running:
+            if seconds >= interval or not running:
                 begun += seconds
                 self._write_interval(readings.summary(seconds), seconds)
         self._file.close()
@@ -166,7 +170,7 @@ class _Work:
             gpu.close()
 
     def _write_until(self, due: float) -> bool:
-        """Writes what comes meanwhile; whether to go on."""
+        """Writes the records that come until then. False where the thread is to end."""
         while not self._ending:
             try:
                 record = self._queue.get(timeout=max(0.0, due - time.monotonic()))
@@ -193,12 +197,12 @@ class _Work:
         if name in self._counters:
             read, before = self._counters[name]
             value = read()
-            # Less than before: its owner began anew.
+            # A value below the last one: the counter started again from zero.
             self._sums[name] = self._sums.get(name, 0) + (value - before if value >= before else value)
             self._counters[name] = (read, value)
 
     def _count_state(self) -> None:
-        """A state that lasts is counted in each interval that it touches."""
+        """A state that spans several intervals is counted in each of them."""
         now = time.monotonic()
         if self._state is not None:
             self._sums[self._state] = self._sums.get(self._state, 0.0) + now - self._entered
@@ -206,12 +210,12 @@ class _Work:
 
 
 class _Readings:
-    """The readings of one interval."""
+    """The GPU and memory readings of one interval."""
 
     def __init__(self, gpu: Gpu | None) -> None:
         self._gpu = gpu
         self._rows: list[dict[str, float]] = []
-        self._counters: dict[str, float] = {}  # at the interval's beginning
+        self._counters: dict[str, float] = {}  # at the start of the interval
 
     def take(self) -> None:
         row = {} if self._gpu is None else self._gpu.read()
@@ -223,7 +227,7 @@ class _Readings:
         self._rows.append(row)
 
     def summary(self, seconds: float) -> dict[str, float]:
-        """FIELDS of the interval; begins the next."""
+        """The FIELDS of this interval. It then begins the next one."""
         rows, self._rows = self._rows, []
         found = {}
         for field, name, of in (
@@ -238,14 +242,14 @@ class _Readings:
         counters = _counters(rows[-1]) if rows else {}
         for name, value in counters.items():
             grown = value - self._counters.get(name, value)
-            if grown >= 0 and seconds > 0:  # less: the driver was loaded anew
+            if grown >= 0 and seconds > 0:  # negative where the driver was reloaded
                 found[f"{name}_per_second"] = grown / seconds
         self._counters = counters
         return found
 
 
 def _opened(uuid: str | None, open_gpu: Callable[[str], Any]) -> Gpu | None:
-    """The GPU, or None with a line in the log that says why; another where it does not tell all."""
+    """The GPU. None without one, and the log says why. The log also says which readings the GPU does not offer."""
     try:
         if uuid is None:
             raise NoGpu("this rank has none")
@@ -263,7 +267,7 @@ def _opened(uuid: str | None, open_gpu: Callable[[str], Any]) -> Gpu | None:
 def _end(work: _Work, thread: threading.Thread) -> None:
     work.end()
     if thread is not threading.current_thread():
-        thread.join(_PARTING)
+        thread.join(_LAST_WRITES)
 
 
 def _counters(row: dict[str, float]) -> dict[str, float]:
@@ -275,7 +279,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _resident_bytes() -> int | None:
-    """Memory of this process in RAM; None where there is no /proc."""
+    """RAM that this process uses; None without /proc."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * _PAGE

@@ -16,6 +16,8 @@ from .nccl import CommunicatorError
 
 # NCCL wants work for several communicators on one device from one thread at a time. No call under it waits.
 _one_after_another = threading.Lock()
+# Blocks of its GPU that a kernel of the link may take. The variable NCCL_MAX_CTAS comes before it.
+_MAX_CTAS = 2
 MISSING = "the package nccl4py cannot be imported (pip install 'vcrd[nccl]')"
 
 
@@ -67,12 +69,12 @@ class CudaStream:
 
 
 class CudaCommunicator:
-    def __init__(self, device: torch.device, rank: int, unique_id: bytes, max_ctas: int) -> None:
+    def __init__(self, device: torch.device, rank: int, unique_id: bytes) -> None:
         from nccl import core
 
         self._device = device
         # A small kernel leaves the multiprocessors to training, and few channels need little memory per pair.
-        config = core.NCCLConfig(blocking=False, max_ctas=max_ctas, comm_name="vcrd")
+        config = core.NCCLConfig(blocking=False, max_ctas=_MAX_CTAS, comm_name="vcrd")
         with _one_after_another, self._calling():
             self._communicator = core.Communicator.init(2, rank, core.UniqueId.from_bytes(unique_id), config)
         self._peer = 1 - rank
@@ -155,13 +157,12 @@ class _Streams:
 
 
 class CudaLibrary:
-    """device: with its index. max_ctas: blocks that a kernel of the link may take of the GPU."""
+    """device: with its index."""
 
     name = "nccl"
 
-    def __init__(self, device: torch.device, max_ctas: int) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._max_ctas = max_ctas
         self._streams = _Streams.of(device)
 
     def unique_id(self) -> bytes:
@@ -171,7 +172,7 @@ class CudaLibrary:
             return bytes(core.get_unique_id())
 
     def communicator(self, rank: int, unique_id: bytes) -> CudaCommunicator:
-        return CudaCommunicator(self._device, rank, unique_id, self._max_ctas)
+        return CudaCommunicator(self._device, rank, unique_id)
 
     def stream(self) -> CudaStream:
         return self._streams.take()

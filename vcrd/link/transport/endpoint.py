@@ -24,8 +24,8 @@ class Endpoint:
     """A rank's device and memory, and its library of communicators where it has one.
 
     setting: the setting `transport`. device: where the rank computes; a GPU without an index is the current one. kept:
-    blocks of host memory that may wait for use (`buffers.Pool`). max_ctas: see `cuda`. sockets: connections of a pair
-    over TCP, where this rank sends.
+    blocks of host memory that may wait for use (`buffers.Pool`). sockets: connections of a pair over TCP, where this
+    rank sends.
     nccl_version: of NCCL, 0 where tensors can travel over TCP only. missing: why, where the setting asks for more;
     else "". ValueError where the setting insists on NCCL.
     """
@@ -35,7 +35,6 @@ class Endpoint:
         setting: str,
         device: torch.device,
         kept: int | None = None,
-        max_ctas: int = 2,
         sockets: int = 1,
     ) -> None:
         self.device = indexed(device)
@@ -43,7 +42,6 @@ class Endpoint:
         self.sockets = sockets
         self.nccl_version = 0
         self.missing = ""
-        self._max_ctas = max_ctas
         self._told: set[str] = set()
         self._library: Library | None = None
         if setting == "fake":
@@ -73,7 +71,7 @@ class Endpoint:
 
     def nccl_library(self) -> Library:
         if self._library is None:
-            self._library = cuda.CudaLibrary(self.device, self._max_ctas)
+            self._library = cuda.CudaLibrary(self.device)
         return self._library
 
 

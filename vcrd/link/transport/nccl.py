@@ -17,7 +17,7 @@ Rules, and how they are kept:
 - `torch.distributed` has no part in any of this: no watchdog, no monitor, no environment variable, no default group.
 
 Why the link's kernels and the jobs' own collectives cannot wait for each other in a circle. A transfer is two kernels
-of `max_ctas` blocks (2) each, one on either GPU. A kernel of the link waits for
+of two blocks each, one on either GPU. A kernel of the link waits for
 
 1. earlier transfers of its own pair, on its own stream;
 2. its other half. Both are launched without waiting for each other, as soon as the header has been sent or read, and

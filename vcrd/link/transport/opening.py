@@ -7,13 +7,15 @@ import logging
 import time
 from contextlib import suppress
 
+from vcrd.settings import MOST_SOCKETS
+
 from ..connection import Connection
 from ..errors import LinkError
 from ..header import LONGEST_TEXT, Header, Kind
 from .base import Transport
 from .endpoint import CODES, Endpoint, name_of
 from .nccl import CommunicatorError, NcclTransport
-from .stripes import MOST_SOCKETS, Stripes, stripes_to
+from .stripes import Stripes, stripes_to
 
 _log = logging.getLogger("vcrd")
 SECONDS = 30.0  # for the communicator and the probe, and once more for the answer

@@ -15,7 +15,6 @@ import time
 
 from ..connection import Connection
 
-MOST_SOCKETS = 16
 _NONCE = 16
 
 

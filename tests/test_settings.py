@@ -1,0 +1,86 @@
+"""Every setting is defined once; the environment, the arguments and the page of settings follow from it."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from vcrd.link.payload import PAYLOADS
+from vcrd.megatron.arguments import add_vcrd_args, settings_from_args
+from vcrd.settings import (
+    NAMES,
+    DistillSettings,
+    LinkSettings,
+    argument_of,
+    help_table,
+    help_text,
+    is_argument,
+    variable_of,
+)
+from vcrd.settings import PAYLOADS as PAYLOAD_NAMES
+
+ROOT = Path(__file__).resolve().parents[1]
+# A value of each setting that is not its default.
+OTHER = dict(
+    divergence="jsd",
+    temperature=2.0,
+    alpha=0.2,
+    beta=0.4,
+    validity="margin",
+    sharpness=2.0,
+    floor=0.5,
+    ceiling=1.5,
+    normalization="mean",
+    ce_weight=0.3,
+    invalid_rows="stop",
+    fused_head="recompute",
+    vocab_size=7,
+    sequence_length=9,
+    telemetry_dir="/records",
+    address="file:/a",
+    interface="ib0",
+    payload="hidden",
+    top_k=3,
+    transport="tcp",
+    sockets=4,
+    credits=0,
+    timeout=5.0,
+    connect_timeout=6.0,
+    name="run",
+    identity="warn",
+    secret="hush",
+    secret_file="/secret",
+)
+
+
+def test_a_setting_is_defined_once():
+    own, link = ({each.name for each in fields(kind)} for kind in (DistillSettings, LinkSettings))
+    assert own & link == set() and (own - {"link"}) | link == set(NAMES) == set(OTHER)
+    assert PAYLOAD_NAMES == tuple(payload.name for payload in PAYLOADS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_setting_comes_from_its_variable_and_from_its_argument(name):
+    value = OTHER[name]
+    assert DistillSettings().value(name) != value
+    assert DistillSettings.from_environment({variable_of(name): str(value)}).value(name) == value
+    if is_argument(name):
+        parser = add_vcrd_args(argparse.ArgumentParser(), {})
+        assert settings_from_args(parser.parse_args([argument_of(name), str(value)]), {}).value(name) == value
+        assert help_text(name).split()[0] in parser.format_help()
+
+
+def test_the_page_is_that_table():
+    page = (ROOT / "docs" / "settings.md").read_text()
+    assert page.endswith("\n\n" + help_table()), "python -m vcrd.settings makes the table of docs/settings.md"
+
+
+def test_settings_import_neither_torch_nor_megatron():
+    script = "import sys, vcrd.settings; print({'torch', 'megatron', 'vcrd.link'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "set()\n", done.stderr

@@ -1,0 +1,401 @@
+"""Every setting of vcrd, each defined once: what the link needs in `LinkSettings`, the rest in `DistillSettings`.
+
+A field holds its default, its help text and its check (`setting`). The name of a field gives the environment variable
+(`credits`: VCRD_CREDITS) and the command-line argument (`--vcrd-credits`, added by `vcrd.megatron.arguments`), and
+`help_table` makes docs/settings.md. This module imports neither torch nor Megatron.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vcrd.errors import check_choice, check_integer, check_number, expected, wrong_type
+
+PAYLOADS = ("float16", "float32", "logits_8bit", "topk", "hidden")
+TRANSPORTS = ("auto", "nccl", "tcp", "fake")
+IDENTITIES = ("check", "insist", "warn")
+FUSED_HEADS = ("off", "on", "recompute")
+MOST_SOCKETS = 16
+FILE_SCHEME = "file:"  # how an address begins that names a file
+_PREFIX = "VCRD_"
+# VCRD_* variables that other parts of vcrd read.
+_OTHER_VARIABLES = ("VCRD_CPU_INSTRUCTION_SET",)
+
+
+class Kind(NamedTuple):
+    """What the value of a setting may be.
+
+    check(name, value): raises ValueError or TypeError for a wrong value. read(text): the value that a text stands for,
+    ValueError where it stands for none. what: the values in words. optional: the texts "" and "none" stand for None.
+    """
+
+    check: Callable[[str, Any], None]
+    read: Callable[[str], Any] = str
+    what: str = "a text"
+    optional: bool = False
+
+
+def setting(default: Any, help: str, kind: Kind, argument: bool = True, **options: Any) -> Any:
+    """A field of a settings class. argument: whether it is a command-line argument. options: for `field`."""
+    metadata = {"help": help, "kind": kind, "argument": argument}
+    return field(default=default, metadata=metadata, **options)
+
+
+def label(name: str) -> str:
+    """A setting as messages name it: "VCRD_CREDITS (--vcrd-credits)"; the variable alone where there is no argument."""
+    return (
+        f"{variable_of(name)} ({argument_of(name)})"
+        if _FIELDS[name].metadata["argument"]
+        else variable_of(name)
+    )
+
+
+def variable_of(name: str) -> str:
+    return _PREFIX + name.upper()
+
+
+def argument_of(name: str) -> str:
+    return "--vcrd-" + name.replace("_", "-")
+
+
+def parse(name: str, text: str) -> Any:
+    """The value that `text` gives the setting `name`; not checked yet. ValueError for a text that gives none."""
+    kind = _FIELDS[name].metadata["kind"]
+    if kind.optional and text.lower() in ("", "none"):
+        return None
+    try:
+        return kind.read(text)
+    except ValueError:
+        raise expected(label(name), kind.what, repr(text)) from None
+
+
+def check(name: str, value: Any) -> None:
+    """ValueError or TypeError unless `value` is a right value of the setting `name`, as far as it can be told alone."""
+    _FIELDS[name].metadata["kind"].check(label(name), value)
+
+
+def host_and_port(text: str) -> tuple[str, int] | None:
+    """What "host:port" or "[::1]:port" names; None for another text."""
+    host, _, port = text.rpartition(":")
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        return None
+    return host.strip("[]"), int(port)
+
+
+def _integer(least: int, most: int | None = None, optional: bool = False) -> Kind:
+    return Kind(
+        partial(check_integer, least=least, most=most, optional=optional), int, "an integer", optional
+    )
+
+
+def _number(**bounds: float) -> Kind:
+    return Kind(partial(check_number, **bounds), float, "a number")
+
+
+def _choice(*names: str) -> Kind:
+    return Kind(partial(check_choice, choices=names), what=f"one of {', '.join(names)}")
+
+
+def _text(
+    right: Callable[[str], bool] = lambda text: True, what: str = "a text", optional: bool = False
+) -> Kind:
+    def check(name: str, value: Any) -> None:
+        if value is None and optional:
+            return
+        if not isinstance(value, str):
+            raise wrong_type(name, "a text or None" if optional else "a text", value)
+        if not right(value):
+            raise expected(name, what, repr(value))
+
+    return Kind(check, what=what, optional=optional)
+
+
+def _check_path(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, (str, PathLike)):
+        raise wrong_type(name, "a path or None", value)
+
+
+def _check_validity(name: str, value: Any) -> None:
+    if not isinstance(value, str) and not callable(value):
+        raise wrong_type(name, "the name of an estimator or a callable", value)
+
+
+def _is_address(text: str) -> bool:
+    if text.startswith(FILE_SCHEME):
+        return os.path.isabs(text.removeprefix(FILE_SCHEME))
+    return host_and_port(text) is not None
+
+
+_PATH = Kind(_check_path, what="a path", optional=True)
+_ADDRESS = _text(_is_address, "host:port with a port from 1 to 65535, or file:/absolute/path")
+
+
+@dataclass(frozen=True)
+class LinkSettings:
+    """How a teacher job and a student job find each other, and what travels between them; equal in both jobs except
+    where a help text says otherwise. Raises ValueError or TypeError that names the setting."""
+
+    address: str = setting(
+        "127.0.0.1:29600",
+        "host:port where rank 0 of the student's world hosts the rendezvous ([::1]:port for IPv6); it listens on that "
+        "host's interface only. Or file:/path on a file system that both jobs share: rank 0 listens on a free port of "
+        "`interface` and writes the address there. A teacher that serves one student after another may have a "
+        "pattern, file:/path/*.",
+        _ADDRESS,
+    )
+    interface: str | None = setting(
+        None,
+        "Name (ib0) or IP address of the interface that each student rank listens on. none: the interface that routes "
+        "to `address`; where that is a file, the default route's on rank 0. It may differ by rank. The teacher job "
+        "does not read it.",
+        _text(optional=True),
+    )
+    payload: str = setting(
+        "float16",
+        "What the teacher sends. Logits: float16 (of the distance from the row's maximum; 2 bytes per vocabulary "
+        "column), float32 (bit-exact; 4 bytes) or logits_8bit (the square root of that distance; 1 byte). topk: the "
+        "most probable tokens and the exact mass of the others (8 top_k + 4 bytes per token). hidden: the teacher's "
+        "last hidden states; the student receives the teacher's output layer once. docs/payloads.md has the errors.",
+        _choice(*PAYLOADS),
+    )
+    top_k: int = setting(
+        64, "Tokens per position that the payload topk carries; at most the vocabulary.", _integer(1)
+    )
+    transport: str = setting(
+        "auto",
+        "How tensors travel. auto: over NCCL from GPU to GPU where both jobs can and a probe of every pair of ranks "
+        "succeeds, else over TCP through pinned host memory, with a warning that says why. nccl: over NCCL or not at "
+        "all. tcp: over TCP, without probing NCCL. fake: the code path of nccl on the CPU, for tests. The jobs may "
+        "differ: nccl or tcp in one job decides for auto in the other. Requests and liveness always use TCP.",
+        _choice(*TRANSPORTS),
+    )
+    sockets: int = setting(
+        1,
+        "TCP connections between a teacher rank and a student rank. Tensors of 8 MB and more are divided among as "
+        "many of them as get at least 4 MB each. The teacher's setting counts.",
+        _integer(1, MOST_SOCKETS),
+    )
+    credits: int = setting(
+        2,
+        "Micro-batches that the student asks the teacher for before its script draws them, per data-parallel rank. "
+        "It bounds memory in both jobs. 0: nothing is drawn early, and the teacher never works ahead. Samples, random "
+        "state and checkpoints are the same with any value; where they could not be, vcrd uses 0 and warns, or raises "
+        "an error (docs/metrics.md). The student's setting counts.",
+        _integer(0),
+    )
+    timeout: float = setting(
+        600.0,
+        "Seconds without a sign of life after which the other job counts as lost, while the student waits for an "
+        "answer or the teacher waits for an answer to be taken. Idle time is not counted.",
+        _number(above=0),
+    )
+    connect_timeout: float = setting(
+        600.0,
+        "Seconds to wait for the other job: at the start, and for a lost teacher or student to come back.",
+        _number(above=0),
+    )
+    name: str = setting(
+        "vcrd",
+        "Name of the run. Two links at one address need two names.",
+        _text(lambda text: bool(text) and "/" not in text, "a text without / that is not empty"),
+    )
+    identity: str = setting(
+        "check",
+        "What happens to a teacher whose tokenizer gives other tokens to the same ids than the student's, or whose "
+        "weights are not those of the run's first teacher (after a restart, or in another replica). check: it is "
+        "refused. insist: it is refused also where a job does not state its tokenizer or weights. warn: it may join, "
+        "with a warning. The student's setting counts.",
+        _choice(*IDENTITIES),
+    )
+    secret: str = setting(
+        "",
+        "Shared secret. Where it is set, only processes that know it can join. It is not an argument, because every "
+        "user of a machine can read command lines.",
+        _text(),
+        argument=False,
+        repr=False,
+    )
+    secret_file: str | PathLike | None = setting(
+        None, "File that holds the shared secret. Only its owner should be able to read it.", _PATH
+    )
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if self.secret and self.secret_file:
+            raise expected(label("secret_file"), f"none where {variable_of('secret')} is set", "both")
+
+    def shared_secret(self) -> str:
+        """The secret, from its file where one is named; ValueError if that cannot be read or is empty."""
+        if self.secret_file is None:
+            return self.secret
+        try:
+            text = Path(self.secret_file).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            got = f"{str(self.secret_file)!r}: {error}"
+            raise expected(label("secret_file"), "a file that can be read", got) from None
+        if not text:
+            got = f"the empty file {str(self.secret_file)!r}"
+            raise expected(label("secret_file"), "a file that holds a secret", got)
+        return text
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Settings of `vcrd.megatron.distill` and `vcrd.megatron.serve`: the loss, the plug, and the link in `link`.
+    Raises ValueError or TypeError that names the setting."""
+
+    divergence: str = setting(
+        "forward_kl",
+        "Divergence between the teacher's distribution p and the student's q: forward_kl KL(p||q), reverse_kl "
+        "KL(q||p), jeffreys (half of each), jsd, skew_kl or skew_reverse_kl.",
+        _text(),
+    )
+    temperature: float = setting(
+        1.0, "Temperature of both models in the divergence. Validity is always read at 1.", _number()
+    )
+    alpha: float = setting(0.1, "Mixture weight of skew_kl and skew_reverse_kl.", _number())
+    beta: float = setting(0.5, "Mixture weight of jsd.", _number())
+    validity: Any = setting(
+        "label",
+        "Estimator of local validity: label, margin, confidence, uniform, or scores, which reads the validity of each "
+        "token from the micro-batches (docs/validity.md). In Python also a callable.",
+        Kind(_check_validity),
+    )
+    sharpness: float = setting(
+        4.0, "How strongly the weight follows the difference of the two log validities.", _number()
+    )
+    floor: float = setting(0.1, "Smallest weight.", _number())
+    ceiling: float = setting(1.9, "Largest weight.", _number())
+    normalization: str = setting(
+        "none",
+        "Normalization of the weights. mean divides them by their mean over the tokens that count; it needs steps of "
+        "one micro-batch on one data-parallel rank.",
+        _text(),
+    )
+    ce_weight: float = setting(
+        0.0, "Weight of the hard-label cross-entropy that is added. Validity does not change it.", _number()
+    )
+    invalid_rows: str = setting(
+        "skip",
+        "What happens to a token whose teacher logits are no distribution (a NaN, +inf, or nothing above -inf). skip: "
+        "its loss, weight and gradient are 0, and it is counted. stop: the step raises an error before the optimizer "
+        "runs, on every rank.",
+        _choice("skip", "stop"),
+    )
+    fused_head: str = setting(
+        "off",
+        "on: the loss makes the student's logits in chunks of tokens, and all of them never exist at once. recompute: "
+        "also makes each chunk's logits again in backward, which costs a fourth product with the output layer and "
+        "keeps no float32 gradient of it from forward to backward. A loss_func needs recompute on GPUs if it weighs "
+        "the tokens of a micro-batch alike in the first step but not in later steps.",
+        _choice(*FUSED_HEADS),
+    )
+    vocab_size: int | None = setting(
+        None,
+        "Size of the true vocabulary. Columns past it are padding. none: the model's, without padding.",
+        _integer(1, optional=True),
+    )
+    sequence_length: int | None = setting(
+        None,
+        "Longest sequence, which must be equal in both jobs. none: the model's maximum.",
+        _integer(1, optional=True),
+    )
+    telemetry_dir: str | PathLike | None = setting(
+        None,
+        "Folder for the telemetry file of each rank: GPU, waits and figures (docs/metrics.md). `python -m vcrd report` "
+        "makes a page of it. Student and teacher may share it. none: no telemetry.",
+        _PATH,
+    )
+    link: LinkSettings = field(default_factory=LinkSettings)
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if not isinstance(self.link, LinkSettings):
+            raise wrong_type("link", "LinkSettings", self.link)
+        if self.link.payload == "topk" and self.temperature != 1:
+            what = f"1 with the payload topk ({variable_of('payload')}), whose tail has no mass at another"
+            raise expected(label("temperature"), what, self.temperature)
+
+    @classmethod
+    def from_environment(
+        cls, environment: Mapping[str, str] | None = None, **overrides: Any
+    ) -> DistillSettings:
+        """Defaults, then VCRD_* variables of `environment` (default: the process's), then `overrides`.
+
+        Raises ValueError or TypeError that names the variable, for an unknown VCRD_* name too.
+        """
+        environment = os.environ if environment is None else environment
+        found: dict[str, Any] = {}
+        for variable, text in environment.items():
+            if not variable.startswith(_PREFIX) or variable in _OTHER_VARIABLES:
+                continue
+            name = variable.removeprefix(_PREFIX).lower()
+            if name not in _FIELDS:
+                known = ", ".join(map(variable_of, _FIELDS))
+                raise expected(variable, f"the variable of a setting ({known})", "an unknown name")
+            found[name] = parse(name, text)
+        return cls().replaced(**{**found, **overrides})
+
+    def replaced(self, **changes: Any) -> DistillSettings:
+        """A copy with other values; names of `LinkSettings` fields reach `link`."""
+        of_link = {each.name for each in fields(LinkSettings)}
+        link = {name: changes.pop(name) for name in list(changes) if name in of_link}
+        if link:
+            changes["link"] = replace(changes.get("link", self.link), **link)
+        unknown = [name for name in changes if name not in {each.name for each in fields(self)}]
+        if unknown:
+            raise TypeError(f"{unknown[0]}: not a setting of vcrd")
+        return replace(self, **changes)
+
+    def value(self, name: str) -> Any:
+        """Of a setting, here or in `link`."""
+        return getattr(self.link if hasattr(self.link, name) else self, name)
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `vcrd.validity_calibrated_kl` that do not depend on the micro-batch."""
+        names = ("divergence", "temperature", "alpha", "beta", "validity", "sharpness", "floor", "ceiling")
+        found = {name: getattr(self, name) for name in (*names, "normalization", "ce_weight")}
+        # Rows are skipped with invalid_rows "stop" too: the run stops at the end of the step, when all are counted.
+        return {**found, "skip_invalid_teacher": True}
+
+
+_FIELDS: dict[str, Field] = {
+    each.name: each for kind in (DistillSettings, LinkSettings) for each in fields(kind) if each.metadata
+}
+NAMES = tuple(_FIELDS)  # of all settings
+
+
+def help_text(name: str) -> str:
+    return _FIELDS[name].metadata["help"]
+
+
+def is_argument(name: str) -> bool:
+    return _FIELDS[name].metadata["argument"]
+
+
+def help_table() -> str:
+    """All settings as a Markdown table, for docs/settings.md."""
+    rows = ["| variable | argument | default | what it does |", "|---|---|---|---|"]
+    for name, each in _FIELDS.items():
+        argument = f"`{argument_of(name)}`" if is_argument(name) else "-"
+        default = "none" if each.default is None else str(each.default)
+        shown = f"`{default}`" if default else "-"
+        help = help_text(name).replace("|", r"\|")
+        rows.append(f"| `{variable_of(name)}` | {argument} | {shown} | {help} |")
+    return "\n".join(rows) + "\n"
+
+
+def _check_fields(settings: LinkSettings | DistillSettings) -> None:
+    for each in fields(settings):
+        if each.metadata:
+            check(each.name, getattr(settings, each.name))
+
+
+if __name__ == "__main__":
+    print(help_table(), end="")
