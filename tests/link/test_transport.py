@@ -402,7 +402,9 @@ def test_nccl_needs_a_gpu():
     place = dict(**PLACE, replica=0, replicas=1, is_last_stage=True, group=None, tensor_group=None)
     with refused:
         TeacherLink.connect(settings, **place, device="cpu")
-    with pytest.raises(ValueError, match="transport must be one of auto, nccl, tcp, fake, got 'rdma'"):
+    with pytest.raises(
+        ValueError, match="VCRD_TRANSPORT .*: expected one of auto, nccl, tcp, fake, got 'rdma'"
+    ):
         LinkSettings(transport="rdma")
 
 

@@ -252,7 +252,7 @@ def test_a_teacher_in_the_same_ranks_keeps_sequences_apart_as_the_student_does_o
 
 
 def test_samples_that_the_step_packs_have_steps_of_their_own():
-    chosen = settings(steps=True)
+    chosen = settings()
     ((steps,),) = run_worlds(World(packing_jobs.steps_of_samples, arguments=(chosen,)))
     assert len(steps.unique()) == 3
 
