@@ -130,5 +130,5 @@ def test_a_run_that_is_to_stop_does_so_on_every_rank_before_the_optimizer():
 
 
 def test_the_setting_is_one_of_two():
-    with pytest.raises(ValueError, match="invalid_rows: expected 'skip' or 'stop', got 'ignore'"):
+    with pytest.raises(ValueError, match="INVALID_ROWS .*: expected one of skip, stop, got 'ignore'"):
         DistillSettings(invalid_rows="ignore")
