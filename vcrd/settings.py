@@ -105,7 +105,7 @@ def _choice(*names: str) -> Kind:
 def _text(
     right: Callable[[str], bool] = lambda text: True, what: str = "a text", optional: bool = False
 ) -> Kind:
-    def check(name: str, value: Any) -> None:
+    def check_text(name: str, value: Any) -> None:
         if value is None and optional:
             return
         if not isinstance(value, str):
@@ -113,7 +113,7 @@ def _text(
         if not right(value):
             raise expected(name, what, repr(value))
 
-    return Kind(check, what=what, optional=optional)
+    return Kind(check_text, what=what, optional=optional)
 
 
 def _check_path(name: str, value: Any) -> None:

@@ -15,9 +15,8 @@ from .payload import STATE_DTYPES, Payload, payload_named
 from .plan import Place, Shard, places, replica_of, students_of, vocab_shards
 from .wire import versions_differ
 
-MOST_TOKENS = (
-    1 << 22
-)  # of one micro-batch, b times s: a header that says more is refused before anything is allocated
+# Tokens in the largest micro-batch, b times s. A header that says more is refused before anything is allocated.
+MOST_TOKENS = 1 << 22
 _EQUAL = ("vocab_size", "sequence_length", "payload", "max_tokens")
 # What a statement may say at most: it is walked through, and memory is sized by it.
 _MOST_COLUMNS = (1 << 31) - 1  # tokens travel as int32

@@ -109,7 +109,8 @@ class StudentLink:
                 raise ValueError(f"{name}_rank must be in [0, {size}), got {rank}")
         settings.shared_secret()  # a file that cannot be read is told before anything is opened
         # One block more than are on their way or complete: the one in use, until the next one is taken.
-        credits = max(1, settings.credits)  # the teacher has the one in use, where none is asked for early
+        # With credits 0 nothing is asked for early, and one request is under way at a time.
+        credits = max(1, settings.credits)
         endpoint = Endpoint(settings.transport, torch.device(device), credits + 1)
         place = Place(data_rank, context_rank, tensor_rank)
         handshake = Handshake.of(

@@ -17,7 +17,6 @@ from vcrd.monitor.telemetry import Telemetry
 from vcrd.settings import DistillSettings
 
 _log = logging.getLogger("vcrd")
-TELEMETRY_INTERVAL = 10.0  # seconds between two records of a rank's GPU, memory and time
 
 
 def telemetry_of(
@@ -34,7 +33,7 @@ def telemetry_of(
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         uuid, name = str(properties.uuid), properties.name
-    found = Telemetry(settings.telemetry_dir, role, dist.get_rank(), TELEMETRY_INTERVAL, uuid)
+    found = Telemetry(settings.telemetry_dir, role, dist.get_rank(), uuid=uuid)
     found.write("start", device=name, **_facts(settings))
     if teacher is not None:
         found.follow("link_bytes", lambda: teacher.bytes_received)

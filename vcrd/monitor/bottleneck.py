@@ -11,7 +11,7 @@ IDLE = 0.5  # share of a teacher's time
 _MOST = 0.5  # share of the wait from which on something counts as its cause
 _BURSTS = 0.5  # share of late answers, below which the teacher keeps up on average
 # Assumed for the teacher, whose size the student does not know: few of today's open models are larger.
-_HIDDEN_SIZE, _HIDDEN_BYTES = 8192, 2
+_HIDDEN_SIZE = 8192
 
 
 @dataclass(frozen=True)
