@@ -1,5 +1,5 @@
-// The binding layer: tensors in, tensors out. It checks what the kernels rely on, allocates the outputs, dispatches.
-// Everything a user can get wrong is checked in Python with a sentence of its own; the checks here guard memory.
+// The binding layer: tensors in, tensors out. It checks what the kernels rely on, allocates the outputs and calls the
+// kernels. Python checks the user's arguments and explains what is wrong; the checks here only guard memory.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -29,7 +29,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-#ifndef VCRD_CUDA_ARCHITECTURES  // of a build without CUDA, or not by setup.py
+#ifndef VCRD_CUDA_ARCHITECTURES  // a build without CUDA, or without setup.py
 #define VCRD_CUDA_ARCHITECTURES ""
 #endif
 #ifdef VCRD_CUDA
@@ -62,7 +62,7 @@ Dtype dtype_of(const Tensor& t) {
     case at::kHalf:
       return Dtype::kFloat16;
     case at::kByte:
-      return Dtype::kDistance8;
+      return Dtype::kSqrt8;
     default:
       TORCH_CHECK_TYPE(false, "vcrd kernels read float32, bfloat16, float16 or uint8 codes, got ", t.scalar_type());
   }
@@ -84,7 +84,7 @@ Logits logits_of(const Tensor& t, const OptionalTensor& shift = std::nullopt) {
 
 Logits student_of(const Tensor& t) {
   Logits logits = logits_of(t);
-  TORCH_CHECK_TYPE(logits.dtype != Dtype::kDistance8, "vcrd kernels take codes from the teacher alone");
+  TORCH_CHECK_TYPE(logits.dtype != Dtype::kSqrt8, "vcrd kernels take codes from the teacher alone");
   return logits;
 }
 
@@ -104,11 +104,11 @@ T* data(const Tensor& t) {
 }
 
 Divergence divergence_of(int64_t value) {
-  TORCH_CHECK(value >= 0 && value <= int64_t(Divergence::kSkewReverseKl), "unknown divergence ", value);
+  TORCH_CHECK(value >= 0 && value < kDivergences, "unknown divergence ", value);
   return static_cast<Divergence>(value);
 }
 
-// Spreads rows over torch's thread pool, in pieces worth a thread's wake-up.
+// Spreads rows over torch's thread pool, in pieces that are worth waking a thread.
 template <class Kernel, class Params>
 void over_rows(Kernel kernel, const Params& params, int64_t rows, int64_t columns) {
   int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns));
@@ -118,12 +118,11 @@ void over_rows(Kernel kernel, const Params& params, int64_t rows, int64_t column
 Tensor row_statistics(const Tensor& student, const Tensor& teacher, const OptionalTensor& teacher_max,
                       const OptionalTensor& labels, const OptionalTensor& mask, double temperature, int64_t columns,
                       int64_t first_column, int64_t divergence) {
-  Divergence needed = divergence_of(divergence);
   StatisticsParams p{student_of(student),
                      logits_of(teacher, teacher_max),
                      tokens_of(student, teacher, labels, mask, columns, first_column),
                      float(1.0 / temperature),
-                     needed == Divergence::kReverseKl || needed == Divergence::kJeffreys,
+                     has_reverse(divergence_of(divergence)),
                      nullptr};
   const int64_t rows = p.tokens.rows;
   auto partials_of = [&](int64_t parts) {
@@ -174,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_statistics(const Tensor& partials, cons
 
 Tensor mixture_sums(const Tensor& student, const Tensor& teacher, const OptionalTensor& teacher_max,
                     const OptionalTensor& mask, const Tensor& constants, double temperature, int64_t columns,
-                    int64_t divergence, double teacher_share) {
+                    int64_t divergence, double mixture_weight) {
   Tokens tokens = tokens_of(student, teacher, std::nullopt, mask, columns, 0);
   Tensor sums = at::empty({tokens.rows, 2}, constants.options());
   MixtureParams p{
@@ -183,7 +182,7 @@ Tensor mixture_sums(const Tensor& student, const Tensor& teacher, const Optional
       tokens,
       float(1.0 / temperature),
       divergence_of(divergence),
-      float(teacher_share),
+      float(mixture_weight),
       reinterpret_cast<const RowConstants*>(pointer<float>(constants, at::kFloat, tokens.rows * kConstantFloats)),
       sums.mutable_data_ptr<float>()};
   on_device(
@@ -204,7 +203,7 @@ void write_gradient(Tensor& gradient, const Tensor& student, const Tensor& teach
                     const OptionalTensor& labels, const OptionalTensor& mask, const Tensor& constants,
                     const OptionalTensor& sums, const OptionalTensor& divergence_gradient,
                     const OptionalTensor& cross_entropy_gradient, double temperature, int64_t columns,
-                    int64_t first_column, int64_t divergence, double teacher_share) {
+                    int64_t first_column, int64_t divergence, double mixture_weight) {
   Tokens tokens = tokens_of(student, teacher, labels, mask, columns, first_column);
   GradientParams p{
       student_of(student),
@@ -212,7 +211,7 @@ void write_gradient(Tensor& gradient, const Tensor& student, const Tensor& teach
       tokens,
       float(1.0 / temperature),
       divergence_of(divergence),
-      float(teacher_share),
+      float(mixture_weight),
       reinterpret_cast<const RowConstants*>(pointer<float>(constants, at::kFloat, tokens.rows * kConstantFloats)),
       pointer<float>(sums, at::kFloat, tokens.rows * 2),
       pointer<float>(divergence_gradient, at::kFloat, tokens.rows),
@@ -220,7 +219,7 @@ void write_gradient(Tensor& gradient, const Tensor& student, const Tensor& teach
       gradient.mutable_data_ptr(),
       gradient.stride(0),
       gradient.size(1)};
-  TORCH_CHECK(p.divergence < Divergence::kJsd || sums.has_value(), "the mixture divergences need their merged sums");
+  TORCH_CHECK(!has_mixture(p.divergence) || sums.has_value(), "the mixture divergences need their merged sums");
   on_device(
       student, [&](auto stream) { return cuda::gradient(p, stream); },
       [&] { over_rows(cpu::kernels().gradient, p, tokens.rows, columns); });
@@ -240,19 +239,19 @@ Tensor gradient(const Tensor& student, const Tensor& teacher, const OptionalTens
                 const OptionalTensor& labels, const OptionalTensor& mask, const Tensor& constants,
                 const OptionalTensor& sums, const OptionalTensor& divergence_gradient,
                 const OptionalTensor& cross_entropy_gradient, double temperature, int64_t columns, int64_t first_column,
-                int64_t divergence, double teacher_share) {
+                int64_t divergence, double mixture_weight) {
   Tensor out = new_gradient(student);
   write_gradient(out, student, teacher, teacher_max, labels, mask, constants, sums, divergence_gradient,
-                 cross_entropy_gradient, temperature, columns, first_column, divergence, teacher_share);
+                 cross_entropy_gradient, temperature, columns, first_column, divergence, mixture_weight);
   return out;
 }
 
 void gradient_(Tensor& student, const Tensor& teacher, const OptionalTensor& teacher_max, const OptionalTensor& labels,
                const OptionalTensor& mask, const Tensor& constants, const OptionalTensor& sums,
                const OptionalTensor& divergence_gradient, const OptionalTensor& cross_entropy_gradient,
-               double temperature, int64_t columns, int64_t first_column, int64_t divergence, double teacher_share) {
+               double temperature, int64_t columns, int64_t first_column, int64_t divergence, double mixture_weight) {
   write_gradient(student, student, teacher, teacher_max, labels, mask, constants, sums, divergence_gradient,
-                 cross_entropy_gradient, temperature, columns, first_column, divergence, teacher_share);
+                 cross_entropy_gradient, temperature, columns, first_column, divergence, mixture_weight);
 }
 
 // Row maxima [rows] of logits [rows, columns].
@@ -269,7 +268,7 @@ Tensor row_maxima(const Tensor& logits) {
 void encode(const Tensor& logits, const Tensor& maxima, Tensor& codes) {
   const int64_t rows = logits.size(0), columns = logits.size(1);
   const Dtype code = dtype_of(codes);
-  TORCH_CHECK(code == Dtype::kFloat16 || code == Dtype::kDistance8, "codes are float16 or uint8, not ",
+  TORCH_CHECK(code == Dtype::kFloat16 || code == Dtype::kSqrt8, "codes are float16 or uint8, not ",
               codes.scalar_type());
   TORCH_CHECK(codes.is_contiguous() && codes.sizes() == logits.sizes() && codes.device() == logits.device(),
               "vcrd.encode needs contiguous codes of the logits' shape and device");
@@ -293,17 +292,17 @@ TORCH_LIBRARY(vcrd, library) {
   library.def(
       "mixture_sums(Tensor student, Tensor teacher, Tensor? teacher_max, Tensor? mask, Tensor constants, float "
       "temperature, SymInt columns, "
-      "int divergence, float teacher_share) -> Tensor");
+      "int divergence, float mixture_weight) -> Tensor");
   library.def(
       "gradient(Tensor student, Tensor teacher, Tensor? teacher_max, Tensor? labels, Tensor? mask, Tensor constants, "
       "Tensor? sums, "
       "Tensor? divergence_gradient, Tensor? cross_entropy_gradient, float temperature, SymInt columns, "
-      "SymInt first_column, int divergence, float teacher_share) -> Tensor");
+      "SymInt first_column, int divergence, float mixture_weight) -> Tensor");
   library.def(
       "gradient_(Tensor(a!) student, Tensor teacher, Tensor? teacher_max, Tensor? labels, Tensor? mask, Tensor "
       "constants, Tensor? sums, "
       "Tensor? divergence_gradient, Tensor? cross_entropy_gradient, float temperature, SymInt columns, "
-      "SymInt first_column, int divergence, float teacher_share) -> ()");
+      "SymInt first_column, int divergence, float mixture_weight) -> ()");
   library.def("row_maxima(Tensor logits) -> Tensor");
   library.def("encode(Tensor logits, Tensor maxima, Tensor(a!) codes) -> ()");
 }
@@ -323,11 +322,7 @@ TORCH_LIBRARY_IMPL(vcrd, CPU, library) { implement(library); }
 TORCH_LIBRARY_IMPL(vcrd, CUDA, library) { implement(library); }
 #endif
 
-// The names of what crosses to Python, in the order of params.h: Python finds a row or a column by its name.
-constexpr const char* kDivergenceNames[] = {"forward_kl", "reverse_kl", "jeffreys",
-                                            "jsd",        "skew_kl",    "skew_reverse_kl"};
-static_assert(std::size(kDivergenceNames) == static_cast<size_t>(Divergence::kEvenJsd));
-
+// The names of the merged statistics, in the order of params.h: Python finds a row by its name.
 constexpr const char* kStatisticNames[] = {
     "divergence",
     "cross_entropy",

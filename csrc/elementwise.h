@@ -1,4 +1,4 @@
-// Per-element mathematics, shared by the CPU loops and the CUDA kernels. Everything is a small static function without
+// Per-element mathematics for the CPU loops and the CUDA kernels alike. Everything is a small static function without
 // branches, so that host compilers vectorise the loops that call it.
 #pragma once
 
@@ -18,14 +18,14 @@
 
 namespace vcrd {
 
-// A logit further than this below its row's maximum counts as -inf, and -inf becomes this distance: far below every
-// exponential, yet so small that no sum over a row overflows, and none of its products with an inverse temperature.
-// 0 * distance is then 0 and the difference of two such distances is 0, neither NaN. Whether a divergence is infinite
-// is never read from such sums: RowPartial keeps what decides it.
+// A logit further than this below its row's maximum counts as -inf, and -inf becomes this distance. The exponential of
+// this distance is 0, yet no sum over a row overflows, nor does its product with an inverse temperature. So 0 *
+// distance is 0, and the difference of two such distances is 0: neither is NaN. Such sums do not tell whether a
+// divergence is infinite; RowPartial has fields for that.
 constexpr float kLowestDistance = -1e30f;
 // log of half the smallest float64. A probability below it counts as 0, as it does in the float64 reference.
 constexpr double kLowestLogProbability = -745.1332191;
-// 2^-127: the first power of two that is no normal float32.
+// log(2^-127), of the largest power of two that is no normal float32.
 constexpr float kLowestExponent = -88.0296919f;
 
 VCRD_FUNCTION float from_bits(uint32_t bits) {
@@ -45,12 +45,12 @@ VCRD_FUNCTION float at_least_lowest(float x) { return x < kLowestDistance ? kLow
 VCRD_FUNCTION float distance(float logit, float reference) { return at_least_lowest(logit - reference); }
 
 // exp(x) for x <= 0, relative error 2e-7 with fused multiply-add; zero below kLowestExponent; NaN stays NaN.
-// 2^n 2^f with f in [-1/2, 1/2]; the polynomial is the minimax one of 2^f - 1 that passes through 0.
-// `clamped` is at least kLowestExponent. Float is float, or a register of floats, whose bits Bits holds.
+// Computed as 2^n 2^f with f in [-1/2, 1/2]. The polynomial is the minimax one of 2^f - 1 that passes through 0.
+// `clamped` is at least kLowestExponent. Float is float, or a register of floats, and Bits holds its bits.
 template <class Bits, class Float>
 VCRD_FUNCTION Float exponential_of_clamped(Float clamped) {
-  // 1.5 * 2^23: adding it leaves the rounded integer in the low mantissa bits; 127 makes that a biased exponent, which
-  // is 0 at the lowest x, and with it the result.
+  // Adding 1.5 * 2^23 leaves the rounded integer in the low mantissa bits. The 127 makes it a biased exponent, which is
+  // 0 at the lowest x; the result is then 0 too.
   const float round_to_exponent = 12582912.0f + 127.0f;
   Float shifted = clamped * 1.44269504f + round_to_exponent;
   Float n = shifted - round_to_exponent;
@@ -60,7 +60,7 @@ VCRD_FUNCTION Float exponential_of_clamped(Float clamped) {
   p = p * f + 2.402223200e-1f;
   p = p * f + 6.931469440e-1f;
   p = p * f + 1.0f;
-  // Multiplied, not added to the exponent bits, so that a NaN cannot turn into a number.
+  // The power is multiplied, not added to the exponent bits, so that a NaN cannot turn into a number.
   Bits exponent;
   memcpy(&exponent, &shifted, sizeof exponent);
   exponent <<= 23;
@@ -71,13 +71,13 @@ VCRD_FUNCTION Float exponential_of_clamped(Float clamped) {
 
 VCRD_FUNCTION float exponential(float x) {
 #ifdef __CUDA_ARCH__
-  return exp2f(x * 1.44269504f);  // one instruction on the special-function unit, since denormals are flushed to zero
+  return exp2f(x * 1.44269504f);  // one instruction of the special-function unit, because denormals are flushed to zero
 #else
   return exponential_of_clamped<uint32_t>(x < kLowestExponent ? kLowestExponent : x);
 #endif
 }
 
-// a / b for |b| < 2^126. On a GPU two units in the last place buy freedom from a slow path.
+// a / b for |b| < 2^126. The GPU's fast division errs by up to two units in the last place and has no slow path.
 VCRD_FUNCTION float divide(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fdividef(a, b);
@@ -86,7 +86,7 @@ VCRD_FUNCTION float divide(float a, float b) {
 #endif
 }
 
-// log(x) for normal x > 0, with the coefficients of Cephes' logf.
+// log(x) for normal x > 0, with the coefficients of logf in Cephes.
 VCRD_FUNCTION float logarithm(float x) {
   uint32_t bits = to_bits(x);
   // Mantissa into [sqrt(1/2), sqrt(2)), so that log(1) is exactly 0.
@@ -109,7 +109,8 @@ VCRD_FUNCTION float logarithm(float x) {
 
 VCRD_FUNCTION float bfloat16_to_float(uint16_t half) { return from_bits(static_cast<uint32_t>(half) << 16); }
 
-// To nearest, ties to even; in the upper half of the bits. Float and Bits as in exponential_of_clamped.
+// Rounds to nearest, ties to even; the result is the upper half of the bits. Float and Bits are as in
+// exponential_of_clamped.
 template <class Bits, class Float>
 VCRD_FUNCTION Bits rounded_to_bfloat16(Float value) {
   Bits bits;
@@ -125,7 +126,8 @@ VCRD_FUNCTION uint16_t float_to_bfloat16(float value) {
 VCRD_FUNCTION float float16_to_float(uint16_t half) {
   uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
-  // 2^112 moves float16's exponent bias to float32's, subnormals included; infinities and NaN need all bits set.
+  // Multiplying by 2^112 changes the exponent bias of float16 to that of float32, for subnormals too. Infinities and
+  // NaN need all bits of the exponent set.
   uint32_t finite = to_bits(from_bits(magnitude) * from_bits(0x77800000u));
   uint32_t special = magnitude | 0x7f800000u;
   return from_bits((magnitude >= 0x0f800000u ? special : finite) | sign);
@@ -135,7 +137,8 @@ VCRD_FUNCTION uint16_t float_to_float16(float value) {
   uint32_t bits = to_bits(value);
   uint32_t sign = (bits >> 16) & 0x8000u;
   uint32_t magnitude = bits & 0x7fffffffu;
-  // Adding 0.5 aligns a subnormal result's last bit with float32's, and the addition itself rounds to nearest even.
+  // Adding 0.5 aligns the last bit of a subnormal result with that of a float32, and the addition rounds to nearest
+  // even.
   uint32_t subnormal = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
@@ -144,27 +147,32 @@ VCRD_FUNCTION uint16_t float_to_float16(float value) {
   return static_cast<uint16_t>(half | sign);
 }
 
-constexpr float kDistance8Step = 0.0192116844f;   // sqrt(kDistance8Range) / 255
-constexpr float kDistance8Inverse = 52.0516570f;  // 255 / sqrt(kDistance8Range)
+constexpr float kSqrt8Step = 0.0192116844f;   // sqrt(kSqrt8Range) / 255
+constexpr float kSqrt8Inverse = 52.0516570f;  // 255 / sqrt(kSqrt8Range)
 constexpr float kLowestFloat16 = -65504.0f;
 
-// A distance coded in 8 bits, as the logit it stands for relative to the row's maximum.
-VCRD_FUNCTION float distance8_to_float(float code) {
-  float root = code * kDistance8Step;
+// The teacher's 8-bit code; see Dtype::kSqrt8.
+struct Sqrt8 {
+  uint8_t code;
+};
+
+// The logit that a code stands for, relative to the row's maximum.
+VCRD_FUNCTION float sqrt8_to_float(float code) {
+  float root = code * kSqrt8Step;
   return -root * root;
 }
 
-// The nearest code in the square root, where the error of exp(-d) is about even.
-VCRD_FUNCTION uint8_t float_to_distance8(float distance_below) {
+// The nearest code. Codes are evenly spaced in the square root of d, so that the error of exp(-d) is about even.
+VCRD_FUNCTION uint8_t float_to_sqrt8(float distance_below) {
   float d = distance_below < 0.0f ? 0.0f : distance_below;
-  d = d < kDistance8Range ? d : kDistance8Range;  // a NaN too: codes have none
-  return static_cast<uint8_t>(sqrtf(d) * kDistance8Inverse + 0.5f);
+  d = d < kSqrt8Range ? d : kSqrt8Range;  // a NaN becomes the range: codes have no NaN
+  return static_cast<uint8_t>(sqrtf(d) * kSqrt8Inverse + 0.5f);
 }
 
-// What is added to a row of the teacher's logits after they are read.
+// What is added to the teacher's logits of a row after they are read.
 VCRD_FUNCTION float shift_of(const Logits& teacher, int64_t row) { return teacher.shift ? teacher.shift[row] : 0.0f; }
 
-// A row's constants, for logits that are read without their shift.
+// The constants of a row, for logits that are read without their shift.
 VCRD_FUNCTION RowConstants constants_of(const RowConstants* constants, const Logits& teacher, int64_t row) {
   RowConstants c = constants[row];
   c.teacher_max -= shift_of(teacher, row);
@@ -172,70 +180,11 @@ VCRD_FUNCTION RowConstants constants_of(const RowConstants* constants, const Log
   return c;
 }
 
-// The divergences D of a token's probabilities have d D / d logit_j = q_j (G_j - sum_k q_k G_k) / T, where the
-// potential G = d D / d q. Where the student is sure of itself, G_j of its action and the mean of G agree to many
-// digits. So G is always taken relative to its value at the student's action, and the mean ("centre") is summed of
-// these differences.
-
-// What reverse_cross is relative to: the teacher's logit at the student's action, or, where the teacher has no
-// probability there, its maximum, so that sums stay finite. A NaN stays.
+// What reverse_cross is relative to: the teacher's logit at the student's action. Where the teacher has no probability
+// there, its maximum takes the place of that logit, so that sums stay finite. A NaN stays.
 VCRD_FUNCTION float reverse_reference(float teacher_at_student_action, float teacher_max) {
   float reference = teacher_at_student_action < teacher_max + kLowestDistance ? teacher_max : teacher_at_student_action;
   return reference == -INFINITY ? 0.0f : reference;  // no finite logit so far
-}
-
-template <Divergence kDivergence>
-constexpr bool kHasReverse = kDivergence == Divergence::kReverseKl || kDivergence == Divergence::kJeffreys;
-
-// An infinite reverse KL has no gradient, and its row gets none. Returns the scale of the row's slopes, which become
-// finite where it is 0.
-VCRD_FUNCTION float scale_of_finite(RowConstants& c, float scale) {
-  if (c.reverse_centre != INFINITY) return scale;
-  c.reverse_centre = 0.0f;
-  c.teacher_at_student_action = c.teacher_max;
-  return 0.0f;
-}
-
-// log(q/p) relative to its value at the student's action. `u` is the student's tempered distance.
-VCRD_FUNCTION float reverse_potential(float u, float teacher_logit, const RowConstants& c, float inverse_temperature) {
-  return u - distance(teacher_logit, c.teacher_at_student_action) * inverse_temperature;
-}
-
-// One token's term of a divergence against the mixture m = share p + (1 - share) q, and its potential.
-struct MixtureElement {
-  float term, potential;
-};
-
-// From the ratio of the two probabilities, which keeps the digits that log p - log m would lose where p is close to q.
-// Minima and maxima alone, and one result by value: shared conditions, or a struct passed on, would keep the compiler
-// from vectorising the loops.
-template <Divergence kDivergence>
-VCRD_FUNCTION MixtureElement mixture_element(float p, float q, float log_q_minus_log_p, float share) {
-  const float tiny = 1e-37f;  // where both probabilities are 0: every result is finite, to be multiplied by them
-  float larger = p < q ? q : p;
-  float divisor = larger < tiny ? tiny : larger;
-  float teacher = divide(p, divisor), student = divide(q, divisor);
-  float sum = share * teacher + (1.0f - share) * student;
-  float mixture = sum < tiny ? tiny : sum;
-  float log_mixture = logarithm(mixture);  // log(m / larger)
-  // Not above 0 in this order, which keeps a NaN: logarithm() does not.
-  float log_student_ratio = (log_q_minus_log_p > 0.0f ? 0.0f : log_q_minus_log_p) - log_mixture;   // log(q/m)
-  float log_teacher_ratio = (log_q_minus_log_p < 0.0f ? 0.0f : -log_q_minus_log_p) - log_mixture;  // log(p/m)
-  if constexpr (kDivergence == Divergence::kJsd)
-    return {share * (p * log_teacher_ratio) + (1.0f - share) * (q * log_student_ratio),
-            (1.0f - share) * log_student_ratio};
-  if constexpr (kDivergence == Divergence::kSkewKl)
-    return {p * log_teacher_ratio, (share - 1.0f) * divide(teacher, mixture)};
-  return {q * log_student_ratio, log_student_ratio - (1.0f - share) * divide(student, mixture)};
-}
-
-// The mixture's potential at the student's action, where u is 0.
-template <Divergence kDivergence>
-VCRD_FUNCTION float mixture_anchor(const RowConstants& c, float inverse_temperature, float share) {
-  float v = distance(c.teacher_at_student_action, c.teacher_max) * inverse_temperature;
-  float p = exponential(v) * c.teacher_tempered_inverse_sum;
-  float q = c.student_tempered_inverse_sum;
-  return mixture_element<kDivergence>(p, q, 0.0f - v - c.log_sum_difference, share).potential;
 }
 
 }  // namespace vcrd

@@ -1,4 +1,4 @@
-// Memory of the last large gradient on the CPU, kept for the next one.
+// Keeps the memory of the last large gradient on the CPU for the next one.
 #pragma once
 
 #include <cstddef>
@@ -8,9 +8,9 @@
 
 namespace vcrd::cpu {
 
-// The pages of a fresh buffer cost more than the arithmetic: the kernel maps and clears each of them anew, since the C
-// library returns large blocks to it at once. One buffer is kept, never more; the gradient that is alive does not count
-// twice.
+// The pages of a fresh buffer cost more time than the arithmetic: the C library returns large blocks to the operating
+// system at once, which then maps and clears every page again. At most one buffer is kept, and only after its gradient
+// is freed.
 class GradientMemory {
  public:
   static constexpr size_t kSmallest = size_t(4) << 20;  // below, the C library keeps the memory itself

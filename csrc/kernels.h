@@ -1,4 +1,4 @@
-// Every launch in one place. The binding layer calls these and nothing else of the kernels.
+// Every launch in one place. The binding layer calls nothing else of the kernels.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ struct CUstream_st;
 
 namespace vcrd::cpu {
 
-// Each handles rows [begin, end), so that the caller spreads rows over its own thread pool.
+// Each function handles rows [begin, end); the caller spreads the rows over its own thread pool.
 struct Kernels {
   void (*row_statistics)(const StatisticsParams&, int64_t begin, int64_t end);
   void (*merge_statistics)(const MergeParams&, int64_t begin, int64_t end);
@@ -22,13 +22,13 @@ struct Kernels {
 
 // The same loops compiled for several instruction sets.
 const Kernels& generic_kernels();
-// By GCC alone: clang ignores the pragmas that choose their targets.
+// Compiled by GCC only: clang ignores the pragmas that choose the instruction set.
 #if defined(__x86_64__) && !defined(__clang__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 #endif
 
-// The best that this processor runs.
+// The best ones that this processor can run.
 const Kernels& kernels();
 
 }  // namespace vcrd::cpu
@@ -37,13 +37,14 @@ namespace vcrd::cuda {
 
 using Stream = ::CUstream_st*;  // cudaStream_t, without its header
 
-// Each launcher returns null, or the CUDA runtime's sentence about what failed. None of them waits for the device.
+// Each launcher returns null, or the error message of the CUDA runtime. None of them waits for the device.
 
-// Into how many parts a row is cut, so that few long rows fill the chip; each part leaves a RowPartial of its own.
+// The number of parts that a row is divided into, so that few long rows occupy the whole GPU. Each part has its own
+// RowPartial.
 int64_t row_splits(int64_t rows, int64_t columns);
 // Writes p.partials [splits, rows].
 const char* row_statistics(const StatisticsParams& p, int64_t splits, Stream stream);
-// Makes one partial of each row's `splits`: `partials` [splits, rows] -> `out` [rows].
+// Merges the `splits` partials of each row into one: `partials` [splits, rows] -> `out` [rows].
 const char* combine_partials(const CombineParams& p, Stream stream);
 const char* merge_statistics(const MergeParams& p, Stream stream);
 // Writes p.sums [splits, rows, 2].
@@ -51,7 +52,7 @@ const char* mixture_sums(const MixtureParams& p, int64_t splits, Stream stream);
 const char* gradient(const GradientParams& p, Stream stream);
 // Writes p.maxima [rows], over p.logits' columns.
 const char* row_maxima(const MaximumParams& p, Stream stream);
-// Writes p.codes [rows, columns], float16 or kDistance8, of logits - p.maxima.
+// Writes p.codes [rows, columns], float16 or kSqrt8, of logits - p.maxima.
 const char* encode(const EncodeParams& p, Stream stream);
 
 }  // namespace vcrd::cuda

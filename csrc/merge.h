@@ -1,12 +1,12 @@
-// How the partial statistics of a row become one and then the row's results, shared by the CPU loops and the CUDA
-// kernels. In double: a few operations per row buy exact normalisers.
+// Merges the partial statistics of a row and computes the row's results, for the CPU loops and the CUDA kernels alike.
+// In double precision: for a few operations per row the normalisers become exact.
 #pragma once
 
-#include "elementwise.h"
+#include "slope.h"
 
 namespace vcrd {
 
-// A RowPartial in double: what several of them add up to.
+// A RowPartial in double precision: the sum of several.
 struct RowTotals {
   double student_max = -INFINITY, teacher_max = -INFINITY;
   double student_sum = 0, teacher_sum = 0, student_moment = 0, teacher_moment = 0;
@@ -18,18 +18,18 @@ struct RowTotals {
   bool has_label = false;
 };
 
-// How far a part's maximum lies below the row's. Past kLowestDistance the part's columns count as -inf, and the largest
-// of the other model's logits there has no counterpart.
+// The part's maximum minus the row's maximum. Below kLowestDistance the part's columns count as -inf; then the largest
+// logit of the other model in this part has no counterpart.
 VCRD_FUNCTION double shift_of_part(float part_max, double row_max, float other_max, float& other_without) {
-  if (part_max == -INFINITY) return 0.0;  // padding alone, or -inf alone: nothing to move, and -inf would give NaN
+  if (part_max == -INFINITY) return 0.0;  // only padding or -inf: nothing to move, and -inf would give NaN
   double shift = part_max - row_max;
   if (shift >= kLowestDistance) return shift;
   other_without = fmaxf(other_without, other_max);
   return kLowestDistance;
 }
 
-// Adds up a row's parts, `stride` partials apart. The first of equal maxima holds the action, and parts are in the
-// order of their columns.
+// Adds up the parts of a row, which lie `stride` partials apart in the order of their columns. Of equal maxima the
+// first one is the action.
 VCRD_FUNCTION RowTotals add_partials(const RowPartial* partials, int64_t parts, int64_t stride,
                                      double inverse_temperature) {
   RowTotals row;
@@ -99,25 +99,24 @@ VCRD_FUNCTION RowPartial partial_of(const RowTotals& row) {
           row.has_label};
 }
 
-// What one row of merged statistics holds before it is written to its several arrays.
+// One row of merged statistics, before it is written to the output arrays.
 struct MergedRow {
   float statistics[kStatistics];
   int32_t student_action, teacher_action;
   RowConstants constants;
 };
 
-// Whether a model gives probability to a token of this logit: what is left of it in the float64 reference.
+// Whether a token of this logit has any probability in the float64 reference.
 VCRD_FUNCTION bool has_probability(float logit, double maximum, double tempered_sum, double inverse_temperature) {
   if (logit == -INFINITY) return false;
   return (logit - maximum) * inverse_temperature - log(tempered_sum) >= kLowestLogProbability;
 }
 
-// A label that no shard holds lies outside the vocabulary: its numbers are NaN, since a silent 0 would train on
-// nothing.
+// A label that no shard holds is outside the vocabulary. Its statistics are NaN: zeros would hide the error.
 VCRD_FUNCTION MergedRow merge_row(const RowPartial* partials, int64_t shards, int64_t stride, bool labelled,
                                   double inverse_temperature, Divergence divergence) {
   RowTotals totals = add_partials(partials, shards, stride, inverse_temperature);
-  // A row without any probability (all -inf) has no distribution; its numbers are NaN, as torch's softmax gives.
+  // A row of only -inf has no distribution. Its statistics are NaN, as those of torch's softmax are.
   if (totals.student_sum == 0) totals.student_sum = totals.student_tempered_sum = NAN;
   if (totals.teacher_sum == 0) totals.teacher_sum = totals.teacher_tempered_sum = NAN;
   double student_log_sum = log(totals.student_sum), teacher_log_sum = log(totals.teacher_sum);
@@ -128,10 +127,10 @@ VCRD_FUNCTION MergedRow merge_row(const RowPartial* partials, int64_t shards, in
   double reverse_centre = totals.reverse_cross / totals.student_tempered_sum * inverse_temperature;
   const float reference = reverse_reference(totals.teacher_at_student_action, static_cast<float>(totals.teacher_max));
   double reverse_kl = reverse_centre - (reference - totals.teacher_max) * inverse_temperature - log_sum_difference;
-  // Rounding may leave a hair below zero; a NaN must stay.
+  // Rounding may give a value slightly below zero. A NaN must stay.
   forward_kl = forward_kl < 0 ? 0 : forward_kl;
   reverse_kl = reverse_kl < 0 ? 0 : reverse_kl;
-  // Infinity is added, so that a NaN stays here too.
+  // Infinity is added, not assigned, so that a NaN stays here too.
   if (has_probability(totals.teacher_without_student, totals.teacher_max, totals.teacher_tempered_sum,
                       inverse_temperature))
     forward_kl += INFINITY;
@@ -148,10 +147,7 @@ VCRD_FUNCTION MergedRow merge_row(const RowPartial* partials, int64_t shards, in
 
   MergedRow row;
   float* out = row.statistics;
-  out[kDivergence] = static_cast<float>(divergence == Divergence::kForwardKl   ? forward_kl
-                                        : divergence == Divergence::kReverseKl ? reverse_kl
-                                        : divergence == Divergence::kJeffreys  ? 0.5 * (forward_kl + reverse_kl)
-                                                                               : 0.0);
+  out[kDivergence] = static_cast<float>(value_of(divergence, forward_kl, reverse_kl));
   out[kCrossEntropy] = static_cast<float>(labelled ? -student_label_logprob : 0.0);
   out[kStudentLabelLogprob] = static_cast<float>(student_label_logprob);
   out[kTeacherLabelLogprob] = static_cast<float>(teacher_label_logprob);

@@ -5,24 +5,35 @@
 
 namespace vcrd {
 
-// kDistance8 is the teacher's 8-bit code: d = kDistance8Range (code / 255)^2 below the row's maximum.
-enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16, kDistance8 };
-constexpr float kDistance8Range = 24.0f;
+// kSqrt8 is the teacher's 8-bit code. It stands for a logit kSqrt8Range (code / 255)^2 below the row's maximum.
+enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16, kSqrt8 };
+constexpr float kSqrt8Range = 24.0f;
 
-// The last is kJsd with a teacher_share of 1/2: never asked for, but what the CUDA launchers then choose.
-enum class Divergence : int32_t { kForwardKl, kReverseKl, kJeffreys, kJsd, kSkewKl, kSkewReverseKl, kEvenJsd };
+// The formulas are in slope.h.
+enum class Divergence : int32_t { kForwardKl, kReverseKl, kJeffreys, kJsd, kSkewKl, kSkewReverseKl };
+// What Python calls them, in the same order.
+constexpr const char* kDivergenceNames[] = {"forward_kl", "reverse_kl", "jeffreys",
+                                            "jsd",        "skew_kl",    "skew_reverse_kl"};
+constexpr int32_t kDivergences = sizeof(kDivergenceNames) / sizeof(*kDivergenceNames);
+
+// Whether the divergence needs the sum for the reverse KL, which the statistics pass then adds up.
+constexpr bool has_reverse(Divergence d) { return d == Divergence::kReverseKl || d == Divergence::kJeffreys; }
+// Whether the divergence is against a mixture of both models. Then a second pass adds up its value.
+constexpr bool has_mixture(Divergence d) {
+  return d == Divergence::kJsd || d == Divergence::kSkewKl || d == Divergence::kSkewReverseKl;
+}
 
 // One model's shard of logits: `rows` tokens, `stride` elements apart, columns adjacent.
 struct Logits {
   const void* data;
   int64_t stride;
   Dtype dtype;
-  // [rows], what is to be added to a row's logits: the maximum that distances were taken from. Null for 0, which serves
-  // also where one maximum holds for the whole row, since no statistic sees a shift of all its logits.
+  // [rows], added to the logits of a row: the maximum that distances were taken from. Null means 0. Null is right also
+  // where one maximum holds for the whole row, because no statistic changes if all logits of a row are shifted.
   const float* shift = nullptr;
 };
 
-// What is asked of every pass: which tokens, which columns of the vocabulary.
+// What every pass is told: which tokens, and which columns of the vocabulary.
 struct Tokens {
   const int64_t* labels;  // [rows], ids of the whole vocabulary, negative for none; null without labels
   const uint8_t* mask;    // [rows], 0 = do not read this row; null reads every row
@@ -91,13 +102,13 @@ struct MergeParams {
   const uint8_t* mask;
   int64_t shards, rows;
   float inverse_temperature;
-  Divergence divergence;    // the mixtures' own divergence is left to the second pass
+  Divergence divergence;    // the second pass computes the value of a mixture
   float* statistics;        // [kStatistics, rows]
   int64_t* actions;         // [2, rows]: student's, teacher's
   RowConstants* constants;  // [rows]
 };
 
-// Partials of a row's parts, to be made one.
+// The partials of a row's parts, to be merged into one.
 struct CombineParams {
   const RowPartial* partials;  // [splits, rows]
   const uint8_t* mask;         // [rows] or null
@@ -106,15 +117,15 @@ struct CombineParams {
   RowPartial* out;  // [rows]
 };
 
-// Divergences against a mixture m = teacher_share p + (1 - teacher_share) q.
+// Divergences against a mixture m = mixture_weight p + (1 - mixture_weight) q.
 struct MixtureParams {
   Logits student, teacher;
   Tokens tokens;
   float inverse_temperature;
   Divergence divergence;
-  float teacher_share;
+  float mixture_weight;
   const RowConstants* constants;
-  float* sums;  // [rows, 2], this shard's share of the divergence and of the centre of its potential
+  float* sums;  // [rows, 2], this shard's part of the divergence and of the centre of its potential
 };
 
 struct GradientParams {
@@ -122,14 +133,14 @@ struct GradientParams {
   Tokens tokens;
   float inverse_temperature;
   Divergence divergence;
-  float teacher_share;
+  float mixture_weight;
   const RowConstants* constants;
   const float* sums;                    // merged MixtureParams::sums; null for the others
   const float* divergence_gradient;     // [rows] or null for zero
   const float* cross_entropy_gradient;  // [rows] or null for zero
-  void* gradient;                       // student's dtype; may be the student's logits themselves
+  void* gradient;                       // in the student's dtype; may be the memory of the student's logits
   int64_t gradient_stride;
-  int64_t gradient_columns;  // columns of the shard with its padding, which gets zeros
+  int64_t gradient_columns;  // columns of the shard including its padding, which gets zeros
 };
 
 struct MaximumParams {
@@ -143,7 +154,7 @@ struct EncodeParams {
   Logits logits;
   int64_t rows, columns;
   const float* maxima;  // [rows], of the whole vocabulary
-  Dtype code;           // kFloat16: logit - maximum in [-65504, 0]; kDistance8: the square-root code
+  Dtype code;           // kFloat16: logit - maximum in [-65504, 0]; kSqrt8: the square-root code
   void* codes;          // [rows, columns]
 };
 

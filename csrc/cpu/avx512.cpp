@@ -1,6 +1,6 @@
 // The loops for processors with AVX-512.
 #if defined(__x86_64__) && !defined(__clang__)
-// The header's own placeholders for undefined registers are warned about wherever an intrinsic is used.
+// The compiler warns about the header's placeholders for undefined registers wherever an intrinsic is used.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 // Standard headers first: their inline functions must not be compiled for this target.

@@ -15,16 +15,13 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-struct Distance8 {
-  uint8_t code;
-};
 
 inline float widened(const float* in, int64_t i) { return in[i]; }
 inline float widened(const BFloat16* in, int64_t i) { return bfloat16_to_float(in[i].bits); }
 inline float widened(const Float16* in, int64_t i) { return float16_to_float(in[i].bits); }
-inline float widened(const Distance8* in, int64_t i) { return distance8_to_float(in[i].code); }
+inline float widened(const Sqrt8* in, int64_t i) { return sqrt8_to_float(in[i].code); }
 
-// float32 is used where it lies; the narrow types are widened into a buffer of one block.
+// float32 is used in place. The narrow types are widened into a buffer of one block.
 template <class T>
 const float* widen(const T* in, float* buffer, int64_t n) {
   if constexpr (std::is_same_v<T, float>) {
@@ -57,8 +54,8 @@ inline float larger_of(float x, float y) { return x > y ? x : y; }
 
 inline bool masked(const uint8_t* mask, int64_t row) { return mask && !mask[row]; }
 
-// Widens a block and finds its maximum in one sweep. Kept out of line: inlined into some callers the compiler no longer
-// vectorises it.
+// Widens a block and finds its maximum in one pass. Not inlined, because the compiler does not vectorise it where it is
+// inlined into some of its callers.
 template <class T>
 __attribute__((noinline)) float widen_and_maximum(const T* in, float* buffer, int64_t n) {
   float maximum = -INFINITY;
@@ -71,7 +68,7 @@ __attribute__((noinline)) float widen_and_maximum(const T* in, float* buffer, in
   return maximum;
 }
 
-// Out of line: rarely called, and a row's one loop is all that the compiler should have in view.
+// Not inlined: it is rarely called, and without it the compiler optimises the loop over a row better.
 template <class T>
 __attribute__((noinline)) int64_t first_index_of(const T* in, int64_t n, float value) {
   int32_t first = static_cast<int32_t>(n);

@@ -1,4 +1,4 @@
-// Logits as distances below their row's maximum: what the teacher sends. Part of loops.h.
+// Encodes logits as distances below the row's maximum. The teacher sends these codes. Part of loops.h.
 #pragma once
 
 #include "lanes.h"
@@ -20,25 +20,24 @@ void row_maxima(const MaximumParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// As float_to_distance8 in elementwise.h, before the fraction is cut off. The processor's own root takes three times as
-// long as its estimate of the inverse root with one step of Newton's, which is right to a unit in the last place or
-// two.
-VCRD_LANES Floats coded(Floats below, Distance8) {
-  Floats d = smaller(below, all_lanes(kDistance8Range));  // the range for a NaN too: codes have none
+// As float_to_sqrt8 in elementwise.h, before the fraction is cut off. The processor's square root takes three times as
+// long as its estimate of the inverse root with one Newton step, which is right to one or two units in the last place.
+VCRD_LANES Floats coded(Floats below, Sqrt8) {
+  Floats d = smaller(below, all_lanes(kSqrt8Range));  // a NaN becomes the range: codes have no NaN
 #if VCRD_REGISTER_BYTES > 16
 #if VCRD_REGISTER_BYTES == 64
   const Floats inverse = _mm512_rsqrt14_ps(d);
 #else
   const Floats inverse = _mm256_rsqrt_ps(d);
 #endif
-  // No number for d <= 0, which the conversion to integers turns into one that ends in zeros: code 0.
+  // For d <= 0 this is not finite. The conversion to integers then gives a number whose low byte is 0, which is code 0.
   const Floats root = d * inverse;
-  return root * (1.5f * kDistance8Inverse - 0.5f * kDistance8Inverse * (root * inverse)) + 0.5f;
+  return root * (1.5f * kSqrt8Inverse - 0.5f * kSqrt8Inverse * (root * inverse)) + 0.5f;
 #else
   d = larger(d, Floats{});
   Floats root;
   for (int64_t i = 0; i < kLanes; ++i) root[i] = __builtin_sqrtf(d[i]);
-  return root * kDistance8Inverse + 0.5f;
+  return root * kSqrt8Inverse + 0.5f;
 #endif
 }
 
@@ -56,7 +55,7 @@ VCRD_LANES Floats coded(Floats below, Float16) {
   return smaller(all_lanes(0.0f), at_least(kLowestFloat16, -below));  // a NaN stays
 }
 
-VCRD_LANES Bytes packed(Floats x, Distance8) { return __builtin_convertvector(cut_off(x), Bytes); }
+VCRD_LANES Bytes packed(Floats x, Sqrt8) { return __builtin_convertvector(cut_off(x), Bytes); }
 
 VCRD_LANES auto packed(Floats x, Float16) {
   struct {
@@ -66,12 +65,12 @@ VCRD_LANES auto packed(Floats x, Float16) {
   return out;
 }
 
-// bfloat16's even and odd columns: see load_pair.
-VCRD_LANES Halves packed(Pair x, Distance8) {
+// The even and odd columns of bfloat16; see load_pair.
+VCRD_LANES Halves packed(Pair x, Sqrt8) {
   return __builtin_convertvector(cut_off(x.first) | cut_off(x.second) << 8, Halves);
 }
 
-// Past the caches where that is asked for, else each line would be read before it is written.
+// With kStream, stores that bypass the caches: an ordinary store reads each cache line before it writes.
 template <bool kStream, class Packed>
 VCRD_LANES void put(const Packed& codes, void* out) {
 #if VCRD_REGISTER_BYTES > 16
@@ -89,7 +88,7 @@ template <bool kStream, class S, class Code>
 void encode_row(const S* in, float maximum, Code* out, int64_t columns) {
   const Floats reference = all_lanes(maximum);
   int64_t i = 0;
-  if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<Code, Distance8>) {
+  if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<Code, Sqrt8>) {
     for (; i + 2 * kLanes <= columns; i += 2 * kLanes) {
       const Pair x = load_pair<true>(in + i);
       put<kStream>(packed(Pair{coded(reference - x.first, Code{}), coded(reference - x.second, Code{})}, Code{}),
@@ -99,7 +98,7 @@ void encode_row(const S* in, float maximum, Code* out, int64_t columns) {
   for (; i + kLanes <= columns; i += kLanes)
     put<kStream>(packed(coded(reference - load(in + i), Code{}), Code{}), out + i);
   if (i == columns) return;
-  // The last ones by the same arithmetic, so that a code does not depend on where a row was cut.
+  // The last columns by the same arithmetic, so that a code does not depend on its position in the row.
   S last[kLanes] = {};
   memcpy(last, in + i, (columns - i) * sizeof(S));
   const auto codes = packed(coded(reference - load(last), Code{}), Code{});
@@ -114,18 +113,18 @@ void encode_rows(const EncodeParams& p, int64_t begin, int64_t end) {
   auto encode_one =
       aligned && p.rows * row_bytes >= kMoreThanCached ? encode_row<true, S, Code> : encode_row<false, S, Code>;
   for (int64_t row = begin; row < end; ++row) {
-    // A row without any finite logit has no maximum to measure from.
+    // A row without a finite logit has no maximum to subtract.
     const float maximum = p.maxima[row] == -INFINITY ? 0.0f : p.maxima[row];
     encode_one(row_of<S>(p.logits, row), maximum, static_cast<Code*>(p.codes) + row * p.columns, p.columns);
   }
 #if VCRD_REGISTER_BYTES > 16
-  _mm_sfence();  // streamed lines are seen by other threads from here on
+  _mm_sfence();  // makes the streaming stores visible to other threads
 #endif
 }
 
 template <class S>
 void encode(const EncodeParams& p, int64_t begin, int64_t end) {
-  p.code == Dtype::kDistance8 ? encode_rows<S, Distance8>(p, begin, end) : encode_rows<S, Float16>(p, begin, end);
+  p.code == Dtype::kSqrt8 ? encode_rows<S, Sqrt8>(p, begin, end) : encode_rows<S, Float16>(p, begin, end);
 }
 
 }  // namespace

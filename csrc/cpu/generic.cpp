@@ -1,4 +1,4 @@
-// The loops for any processor, and the choice among the instruction sets.
+// The loops for any processor, and the choice of the instruction set.
 // Standard headers first: their inline functions must not be compiled for this target.
 #include <cmath>
 #include <cstdint>
@@ -15,7 +15,7 @@ namespace {
 
 const Kernels& best_kernels() {
 #if defined(__x86_64__) && !defined(__clang__)
-  // For tests and for finding faults: an instruction set below the best. An unknown name is ignored.
+  // For tests and for debugging: a lower instruction set than the best. An unknown name is ignored.
   const char* named = std::getenv("VCRD_CPU_INSTRUCTION_SET");
   bool generic = named && !std::strcmp(named, "generic"), avx2 = named && !std::strcmp(named, "avx2");
   if (generic || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))

@@ -1,6 +1,6 @@
 // Registers of floats, and how logits are read into them and gradients written from them. They are the compiler's
-// vector types, on which arithmetic and comparisons work as on numbers, so that one source serves every instruction
-// set; intrinsics only for what has no such expression. Part of loops.h, which says how it is compiled.
+// vector types: arithmetic and comparisons work as on numbers, so that one source serves every instruction set.
+// Intrinsics are used only for what has no such expression. Part of loops.h, which says how it is compiled.
 #pragma once
 
 #include "block.h"
@@ -26,9 +26,9 @@ VCRD_LANES To bits_as(const From& from) {
   return to;
 }
 
-VCRD_LANES Floats all_lanes(float x) { return x - Floats{}; }  // not + 0, which would lose the sign of -0
+VCRD_LANES Floats all_lanes(float x) { return x - Floats{}; }  // adding 0 would lose the sign of -0
 
-// x > y ? x : y, so y where either is a NaN. As that expression the compiler takes two instructions for it.
+// x > y ? x : y, so y where either is a NaN. The compiler needs two instructions for that expression.
 VCRD_LANES Floats larger(Floats x, Floats y) {
 #if VCRD_REGISTER_BYTES == 64
   return _mm512_max_ps(x, y);
@@ -39,7 +39,7 @@ VCRD_LANES Floats larger(Floats x, Floats y) {
 #endif
 }
 
-// As larger(): y where either is a NaN.
+// x < y ? x : y; see larger().
 VCRD_LANES Floats smaller(Floats x, Floats y) {
 #if VCRD_REGISTER_BYTES == 64
   return _mm512_min_ps(x, y);
@@ -75,8 +75,9 @@ VCRD_LANES float largest(Floats x) {
 // exp(x) for x that is at least kLowestExponent or NaN; see exponential() in elementwise.h.
 VCRD_LANES Floats exponentials_of_clamped(Floats x) {
 #if VCRD_REGISTER_BYTES == 64
-  // 2^(n/32) from a table that fills two registers, times 2^f with f in [-1/64, 1/64]: a shorter polynomial, and the
-  // two units that multiply are what these loops wait for. Entries lack the exponent bits that n's own bits bring.
+  // 2^(n/32) from a table that fills two registers, times 2^f with f in [-1/64, 1/64]. The polynomial is then shorter,
+  // and the two multipliers of the processor limit the speed of these loops. The table's entries lack the exponent
+  // bits, which the bits of n add.
   alignas(64) static constexpr uint32_t kPowers[32] = {
       0x00000000, 0xfffecd87, 0xfffdaac3, 0xfffc980f, 0xfffb95c2, 0xfffaa43a, 0xfff9c3d3, 0xfff8f4f0,
       0xfff837f0, 0xfff78d3a, 0xfff6f532, 0xfff67043, 0xfff5fed7, 0xfff5a15b, 0xfff5583f, 0xfff523f6,
@@ -99,7 +100,7 @@ VCRD_LANES Floats exponentials_of_clamped(Floats x) {
 
 VCRD_LANES Floats exponentials(Floats x) { return exponentials_of_clamped(at_least(kLowestExponent, x)); }
 
-// Two registers of neighbouring columns. Their order is free as long as student, teacher and gradient share it.
+// Two registers of neighbouring columns, in any order, if student, teacher and gradient have the same order.
 struct Pair {
   Floats first, second;
 };
@@ -129,10 +130,10 @@ VCRD_LANES Floats load(const Float16* in) {
 #endif
 }
 
-VCRD_LANES Floats load(const Distance8* in) {
+VCRD_LANES Floats load(const Sqrt8* in) {
   Bytes codes;
   memcpy(&codes, in, sizeof codes);
-  Floats root = __builtin_convertvector(__builtin_convertvector(codes, Bits), Floats) * kDistance8Step;
+  Floats root = __builtin_convertvector(__builtin_convertvector(codes, Bits), Floats) * kSqrt8Step;
   return -root * root;
 }
 
@@ -154,8 +155,8 @@ VCRD_LANES void store(Floats x, Float16* out) {
 #endif
 }
 
-// Where both models have bfloat16, a pair's first register takes the even columns and its second the odd ones: as the
-// halves of 32 bits they need neither widening nor narrowing, only a shift and a mask.
+// If both models have bfloat16, the first register of a pair takes the even columns and the second one the odd columns.
+// They are the halves of 32 bits, so that a shift and a mask replace widening and narrowing.
 template <class S, class T>
 constexpr bool kInHalves = std::is_same_v<S, BFloat16> && std::is_same_v<T, BFloat16>;
 
@@ -185,14 +186,14 @@ VCRD_LANES void store_pair(Pair x, T* out) {
 
 constexpr int64_t kAhead = 2048;  // bytes
 
-// Far enough ahead for memory to answer; where the row or the memory ends, nothing comes of it.
+// Far enough ahead to hide the latency of memory. A prefetch past the end of the row or of the memory does nothing.
 VCRD_LANES void prefetch_ahead(const void* in) { __builtin_prefetch(static_cast<const char*>(in) + kAhead, 0, 2); }
 
-// A row's last columns, fewer than a pair: moved to where a whole pair can be read, behind them no probability, for
-// which codes have no number.
+// The last columns of a row, fewer than a pair, copied to where a whole pair can be read. The columns behind them get
+// no probability (-inf), for which the 8-bit code has no number.
 template <class T>
 struct Padded {
-  static constexpr bool kCoded = std::is_same_v<T, Distance8>;
+  static constexpr bool kCoded = std::is_same_v<T, Sqrt8>;
   std::conditional_t<kCoded, float, T> columns[2 * kLanes];
 
   Padded(const T* in, int64_t n) {

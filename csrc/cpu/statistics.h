@@ -1,4 +1,4 @@
-// First pass: the statistics of each row, and the merge of its shards. Part of loops.h.
+// The first pass: the statistics of each row, and the merge of its shards. Part of loops.h.
 #pragma once
 
 #include "../merge.h"
@@ -7,12 +7,12 @@
 namespace vcrd::cpu::VCRD_INSTRUCTION_SET {
 namespace {
 
-constexpr int64_t kFirstBlock = 256;  // short, since it only serves to find references and is then done again
-// Few blocks exceed those before them by more, and a larger one costs digits: a mean distance that is nearly 0 relative
-// to the maximum is then the difference of larger numbers.
+constexpr int64_t kFirstBlock = 256;  // short, because it only serves to find references and is then repeated
+// Few blocks exceed the blocks before them by more. A larger headroom would cost digits: a mean distance from the
+// maximum that is nearly 0 would be the difference of larger numbers.
 constexpr float kHeadroom = 2.0f;
 
-// One row's sums relative to References. Blocks are summed in float32, rows in double.
+// The sums of one row, relative to References. Blocks are summed in float32, rows in double.
 struct RowSums {
   double student = 0, teacher = 0, student_moment = 0, teacher_moment = 0;
   double student_tempered = 0, teacher_tempered = 0, forward_cross = 0, reverse_cross = 0;
@@ -49,23 +49,22 @@ struct RowSums {
     student_without_teacher = larger_of(block.student_without_teacher, student_without_teacher);
   }
 
-  // Whether these need no more care; not where a cross sum is no number.
+  // Whether the sums need no repetition with care. False if a cross sum is NaN.
   bool ordinary() const {
     constexpr double kLargest = 1e25;
     return fabs(forward_cross) < kLargest && fabs(reverse_cross) < kLargest;
   }
 };
 
-// What the exponentials of a row are taken relative to: logits of the row that nothing found so far exceeds by more
-// than the headroom; -inf before any finite logit. Exponentials of numbers slightly above 0 are as good as any, and so
-// a block with a new maximum need not be read again for it.
+// What the exponentials of a row are relative to: logits of the row that no other logit so far exceeds by more than the
+// headroom; -inf before any finite logit. Exponentials of numbers slightly above 0 are as exact as others, so that a
+// block with a slightly larger maximum need not be read again.
 struct References {
   float student = -INFINITY, teacher = -INFINITY;
   float reverse = 0;  // reverse_reference()
 };
 
-// One block's sums and maxima, lane by lane. Without default values: the compiler does not give an implicit constructor
-// this file's target.
+// The sums and maxima of one block, lane by lane. Without default values: see loops.h.
 struct BlockLanes {
   Floats student_max, teacher_max;
   Floats student, teacher, student_moment, teacher_moment;
@@ -73,8 +72,8 @@ struct BlockLanes {
   Floats teacher_without_student, student_without_teacher;
 };
 
-// Logits of -inf that only one model has, and logits out of reach, need care: without it they leave a cross sum that is
-// not finite, or larger than any that counts.
+// A logit of -inf in only one model, or a logit below kLowestDistance, needs care. Without care it leaves a cross sum
+// that is not finite, or larger than any ordinary one.
 template <bool kTempered, bool kReverse, bool kCareful>
 VCRD_LANES void add(Floats s, Floats t, const References& reference, float inverse_temperature, BlockLanes& sums) {
   sums.student_max = larger(s, sums.student_max);
@@ -89,7 +88,7 @@ VCRD_LANES void add(Floats s, Floats t, const References& reference, float inver
     w = at_least(kLowestDistance, w);
   }
   Floats clamped_u = at_least(kLowestExponent, u);
-  // Where the exponential is 0 any finite distance will do, except that at a temperature it is 0 only further away.
+  // Where the exponential is 0, any finite distance will do. With a temperature it becomes 0 at a larger distance.
   v = at_least(kTempered ? kLowestDistance : kLowestExponent, v);
   Floats clamped_v = kTempered ? at_least(kLowestExponent, v) : v;
   Floats eu = exponentials_of_clamped(clamped_u), ev = exponentials_of_clamped(clamped_v);
@@ -110,7 +109,7 @@ VCRD_LANES void add(Floats s, Floats t, const References& reference, float inver
 template <class S, class T, bool kTempered, bool kReverse, bool kCareful>
 BlockLanes block_sums(const S* s, const T* t, int64_t n, References reference, float inverse_temperature) {
   constexpr bool kHalves = kInHalves<S, T>;
-  // From -inf itself there is no distance.
+  // A distance from -inf does not exist.
   if (reference.student == -INFINITY) reference.student = 0;
   if (reference.teacher == -INFINITY) reference.teacher = 0;
   BlockLanes sums = {};
@@ -131,7 +130,7 @@ BlockLanes block_sums(const S* s, const T* t, int64_t n, References reference, f
   return sums;
 }
 
-// One block's sums. with_without: whether a register was read with care.
+// The sums of one block. with_without: whether some of its columns were added with care.
 template <bool kTempered>
 RowSums sums_of(const BlockLanes& block, bool with_without) {
   RowSums out;
@@ -150,13 +149,14 @@ RowSums sums_of(const BlockLanes& block, bool with_without) {
   return out;
 }
 
-// Moves the row's sums to its maxima so far.
+// Makes the row's sums relative to its maxima so far.
 inline void raise_references(References& reference, const RowPartial& row, double inverse_temperature, RowSums& sums) {
   const References before = reference;
   reference.student = larger_of(row.student_max, before.student);
   reference.teacher = larger_of(row.teacher_max, before.teacher);
   reference.reverse = reverse_reference(row.teacher_at_student_action, row.teacher_max);
-  // Before any finite logit there are no sums to move. After a rise out of reach the columns so far count as -inf.
+  // Before any finite logit there are no sums to move. If a rise exceeds the reach of a distance, the columns so far
+  // count as -inf.
   const double reach = -kLowestDistance;
   if (before.student != -INFINITY && reference.student > before.student) {
     const double rise = double(reference.student) - before.student;
@@ -171,7 +171,7 @@ inline void raise_references(References& reference, const RowPartial& row, doubl
   sums.reverse_cross += (double(reference.reverse) - before.reverse) * sums.student_tempered;
 }
 
-// Takes note of a block's maxima where they exceed those so far.
+// Records the maxima of a block where they exceed the maxima so far.
 template <class S, class T>
 void note_maxima(const S* s, const T* t, int64_t n, float student_max, float teacher_max, int64_t first_id,
                  RowPartial& row) {

@@ -1,5 +1,7 @@
-// Logits as distances below their row's maximum, in 16 or 8 bits: what the teacher sends.
-#include "instances.cuh"
+// Encodes logits as distances below the row's maximum, in 16 or 8 bits. The teacher sends these codes.
+#include "../dispatch.h"
+#include "row.cuh"
+#include "warp_group.cuh"
 
 namespace vcrd::cuda {
 namespace {
@@ -8,16 +10,16 @@ template <class S>
 __global__ void __launch_bounds__(kThreads) row_maxima_kernel(MaximumParams p, Grid grid) {
   constexpr int kColumns = 16 / sizeof(S);
   __shared__ float of_warps[kWarps];
-  const Group group(grid);
+  const WarpGroup group(grid);
   float maximum = -INFINITY;
   if (group.present) {
     const S* row = static_cast<const S*>(p.logits.data) + group.row * p.logits.stride;
-    const Cut cut = cut_at<S, kColumns>(row, static_cast<int>(p.columns));
-    const Reader<S, kColumns> reader(row, cut);
+    const Tiling tiling = tiling_at<S, kColumns>(row, static_cast<int>(p.columns));
+    const Reader<S, kColumns> reader(row, tiling);
 #pragma unroll 4
-    for (int pack = group.thread; pack < cut.packs; pack += group.threads) {
+    for (int vector = group.thread; vector < tiling.vectors; vector += group.threads) {
       float x[kColumns];
-      reader.any_pack(pack, -INFINITY, x);
+      reader.any_vector(vector, -INFINITY, x);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) maximum = fmaxf(maximum, x[i]);
     }
@@ -35,8 +37,8 @@ __global__ void __launch_bounds__(kThreads) row_maxima_kernel(MaximumParams p, G
 template <class Code>
 __device__ __forceinline__ Code coded(float logit, float maximum) {
   const float relative = logit - maximum;
-  if constexpr (std::is_same_v<Code, Distance8>) {
-    return {float_to_distance8(-relative)};
+  if constexpr (std::is_same_v<Code, Sqrt8>) {
+    return {float_to_sqrt8(-relative)};
   } else {
     const float above = relative < kLowestFloat16 ? kLowestFloat16 : relative;  // a NaN stays
     return narrowed<Code>(above > 0.0f ? 0.0f : above);
@@ -46,31 +48,31 @@ __device__ __forceinline__ Code coded(float logit, float maximum) {
 template <class S, class Code>
 __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeParams p, Grid grid) {
   constexpr int kColumns = 16 / sizeof(S), kWords = kColumns * sizeof(Code) / 4;
-  const Group group(grid);
+  const WarpGroup group(grid);
   if (!group.present) return;
   const S* row = static_cast<const S*>(p.logits.data) + group.row * p.logits.stride;
   Code* out = static_cast<Code*>(p.codes) + group.row * p.columns;
-  // A row without any finite logit has no maximum to measure from.
+  // A row without a finite logit has no maximum to subtract.
   const float maximum = p.maxima[group.row] == -INFINITY ? 0.0f : p.maxima[group.row];
-  const Cut cut = cut_at<S, kColumns>(row, static_cast<int>(p.columns));
-  const Reader<S, kColumns> reader(row, cut);
+  const Tiling tiling = tiling_at<S, kColumns>(row, static_cast<int>(p.columns));
+  const Reader<S, kColumns> reader(row, tiling);
   int begin, end;
-  group.share(cut.packs, grid.splits, &begin, &end);
+  group.range(tiling.vectors, grid.splits, &begin, &end);
 #pragma unroll 4
-  for (int pack = begin + group.thread; pack < end; pack += group.threads) {
+  for (int vector = begin + group.thread; vector < end; vector += group.threads) {
     float x[kColumns];
-    reader.any_pack(pack, 0.0f, x);
+    reader.any_vector(vector, 0.0f, x);
     Code codes[kColumns];
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) codes[i] = coded<Code>(x[i], maximum);
-    const int column = cut.first_column(pack, kColumns);
+    const int column = tiling.first_column(vector, kColumns);
     Code* at = out + column;
-    if (column >= 0 && column + kColumns <= cut.columns && reinterpret_cast<uintptr_t>(at) % sizeof codes == 0) {
+    if (column >= 0 && column + kColumns <= tiling.columns && reinterpret_cast<uintptr_t>(at) % sizeof codes == 0) {
       store_words(reinterpret_cast<char*>(at), bits_as<Words<kWords>>(codes));
     } else {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i)
-        if (column + i >= 0 && column + i < cut.columns) at[i] = codes[i];
+        if (column + i >= 0 && column + i < tiling.columns) at[i] = codes[i];
     }
   }
 }
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(EncodeParams p, Grid g
 const char* row_maxima(const MaximumParams& p, Stream stream) {
   if (const char* error = too_large(p.columns)) return error;
   const Grid grid = grid_of(p.rows, p.columns, 1);
-  return with_student(p.logits.dtype, [&](auto s) {
+  return with_student<__nv_bfloat16, __half>(p.logits.dtype, [&](auto s) {
     return launch(row_maxima_kernel<decltype(s)>, grid.blocks(), kThreads, stream, p, grid);
   });
 }
@@ -88,9 +90,9 @@ const char* row_maxima(const MaximumParams& p, Stream stream) {
 const char* encode(const EncodeParams& p, Stream stream) {
   if (const char* error = too_large(p.columns)) return error;
   const Grid grid = grid_of(p.rows, p.columns, row_splits(p.rows, p.columns));
-  return with_student(p.logits.dtype, [&](auto s) {
+  return with_student<__nv_bfloat16, __half>(p.logits.dtype, [&](auto s) {
     using S = decltype(s);
-    auto kernel = p.code == Dtype::kDistance8 ? encode_kernel<S, Distance8> : encode_kernel<S, __half>;
+    auto kernel = p.code == Dtype::kSqrt8 ? encode_kernel<S, Sqrt8> : encode_kernel<S, __half>;
     return launch(kernel, grid.blocks(), kThreads, stream, p, grid);
   });
 }

@@ -1,13 +1,15 @@
-// Between the passes: partials become one, and the merged row's statistics. A thread per row.
+// Between the passes: merges the partials of a row and computes the row's statistics. One thread per row.
 #include "../merge.h"
 
-#include "instances.cuh"
+#include "../kernels.h"
+#include "warp_group.cuh"
 
 namespace vcrd::cuda {
 namespace {
 
-constexpr int kRowThreads = 64;  // few, so that even some thousand rows reach every multiprocessor
-// Eight blocks a multiprocessor are asked for only because, without a number, the compiler saves registers by spilling.
+constexpr int kRowThreads = 64;  // few, so that even some thousand rows keep every multiprocessor busy
+// The launch bounds ask for eight blocks per multiprocessor because the compiler spills registers without such a
+// number.
 
 __global__ void __launch_bounds__(kRowThreads, 8) combine_partials_kernel(CombineParams p) {
   int64_t row = int64_t(blockIdx.x) * kRowThreads + threadIdx.x;

@@ -1,31 +1,32 @@
-// The pass after the merge for divergences against a mixture: their value, and the centre of their potential.
+// The pass after the merge that only divergences against a mixture need: their value and the centre of their potential.
 #pragma once
 
+#include "../slope.h"
 #include "even_mixture.cuh"
-#include "group.cuh"
-#include "instances.cuh"
+#include "row.cuh"
+#include "warp_group.cuh"
 
 namespace vcrd::cuda {
 
-// One row's: adds a batch to the divergence and to the centre.
-template <Divergence kDivergence>
+// Sums up the divergence and the centre of one row, batch by batch.
+template <Divergence kDivergence, bool kEven>
 class MixtureRow {
  public:
   __device__ MixtureRow(const MixtureParams& p, int64_t row)
       : c_(constants_of(p.constants, p.teacher, row)),
         it_(p.inverse_temperature),
-        share_(p.teacher_share),
-        anchor_(mixture_anchor<kDivergence>(c_, it_, share_)) {}
+        weight_(p.mixture_weight),
+        anchor_(mixture_anchor<kDivergence>(c_, it_, weight_)) {}
 
   template <int kBatch>
   __device__ void add(const float (&s)[kBatch], const float (&t)[kBatch]) {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      // Where there is no column both probabilities are 0, and so is all that they multiply.
+      // Where there is no column, both probabilities are 0, and so are their products.
       float u = distance(s[i], c_.student_max) * it_, v = distance(t[i], c_.teacher_max) * it_;
       float q = exponential(u) * c_.student_tempered_inverse_sum;
       float p = exponential(v) * c_.teacher_tempered_inverse_sum;
-      MixtureElement e = mixture_element<kDivergence>(p, q, u - v - c_.log_sum_difference, share_);
+      MixtureElement e = mixture_element<kDivergence>(p, q, u - v - c_.log_sum_difference, weight_);
       divergence_ += e.term;
       centre_ += q * (e.potential - anchor_);
     }
@@ -36,12 +37,12 @@ class MixtureRow {
 
  private:
   const RowConstants c_;
-  const float it_, share_, anchor_;
+  const float it_, weight_, anchor_;
   float divergence_ = 0, centre_ = 0;
 };
 
 template <>
-class MixtureRow<Divergence::kEvenJsd> {
+class MixtureRow<Divergence::kJsd, true> {
  public:
   __device__ MixtureRow(const MixtureParams& p, int64_t row)
       : row_(constants_of(p.constants, p.teacher, row), p.inverse_temperature),
@@ -69,22 +70,22 @@ class MixtureRow<Divergence::kEvenJsd> {
   float divergence_ = 0, centre_ = 0;
 };
 
-template <class S, class T, Divergence kDivergence>
+template <class S, class T, Divergence kDivergence, bool kEven>
 __global__ void __launch_bounds__(kThreads, 3) mixture_sums_kernel(MixtureParams p, Grid grid) {
   using Pair = RowPair<S, T>;
   __shared__ float of_warps[2][kWarps];
-  const Group group(grid);
+  const WarpGroup group(grid);
   const bool read = group.present && !(p.tokens.mask && !p.tokens.mask[group.row]);
   float divergence = 0, centre = 0;
   if (read) {
-    MixtureRow<kDivergence> row(p, group.row);
+    MixtureRow<kDivergence, kEven> row(p, group.row);
     const S* student = static_cast<const S*>(p.student.data) + group.row * p.student.stride;
     const T* teacher = static_cast<const T*>(p.teacher.data) + group.row * p.teacher.stride;
-    const Cut cut = cut_at<S, Pair::kColumns>(student, static_cast<int>(p.tokens.columns));
-    const Pair pair(student, teacher, cut);
+    const Tiling tiling = tiling_at<S, Pair::kColumns>(student, static_cast<int>(p.tokens.columns));
+    const Pair pair(student, teacher, tiling);
     int begin, end;
-    group.share(cut.packs, grid.splits, &begin, &end);
-    for (int first = begin + group.thread; first < end; first += Pair::kPacks * group.threads) {
+    group.range(tiling.vectors, grid.splits, &begin, &end);
+    for (int first = begin + group.thread; first < end; first += Pair::kVectors * group.threads) {
       float s[Pair::kBatch], t[Pair::kBatch];
       pair.read(first, group.threads, end, s, t);
       row.add(s, t);
@@ -114,12 +115,12 @@ __global__ void __launch_bounds__(kThreads, 3) mixture_sums_kernel(MixtureParams
 template <class S>
 const char* launch_mixture_sums(const MixtureParams& p, int64_t splits, cudaStream_t stream) {
   const Grid grid = grid_of(p.tokens.rows, p.tokens.columns, splits);
-  return with_teacher(p.teacher.dtype, [&](auto teacher) {
-    using T = decltype(teacher);
-    return with_divergence(p, [&](auto divergence) -> const char* {
-      constexpr Divergence kDivergence = decltype(divergence)::value;
-      if constexpr (kDivergence >= Divergence::kJsd)
-        return launch(mixture_sums_kernel<S, T, kDivergence>, grid.blocks(), kThreads, stream, p, grid);
+  return with_teacher<__nv_bfloat16, __half>(p.teacher.dtype, [&](auto t) {
+    return with_form(p, [&](auto divergence, auto even) -> const char* {
+      if constexpr (has_mixture(divergence.value)) {
+        auto kernel = mixture_sums_kernel<S, decltype(t), divergence.value, even.value>;
+        return launch(kernel, grid.blocks(), kThreads, stream, p, grid);
+      }
       return "this divergence has no mixture";
     });
   });

@@ -1,4 +1,4 @@
-// How a row of logits is read: in packs of columns that fill one load of 16 bytes, whatever the row's alignment.
+// How a row of logits is read: in vectors of columns that one load of 16 bytes fetches, whatever the row's alignment.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,11 +9,6 @@
 #include "../kernels.h"
 
 namespace vcrd::cuda {
-
-// The teacher's 8-bit code; see Dtype::kDistance8.
-struct Distance8 {
-  uint8_t code;
-};
 
 template <int kWords>
 struct Words {
@@ -33,8 +28,8 @@ __device__ __forceinline__ Words<kWords> load_words(const char* aligned) {
   }
 }
 
-// By intrinsics, since a plain assignment the compiler takes apart into words; streaming, since what is written here
-// exceeds the cache long before it is read.
+// Intrinsics, because the compiler splits a plain assignment into words. Streaming stores, because the output exceeds
+// the cache long before anything reads it.
 template <int kWords>
 __device__ __forceinline__ void store_words(char* aligned, const Words<kWords>& w) {
   if constexpr (kWords == 4)
@@ -45,14 +40,14 @@ __device__ __forceinline__ void store_words(char* aligned, const Words<kWords>& 
     __stcs(reinterpret_cast<unsigned int*>(aligned), w.at[0]);
 }
 
-// Words that begin `past` bytes after `aligned`, from the two aligned groups that hold them.
+// The words that begin `past` bytes after `aligned`, from the two aligned vectors that hold them.
 template <int kWords>
 __device__ __forceinline__ Words<kWords> load_realigned(const char* aligned, uint32_t past) {
   Words<kWords> low = load_words<kWords>(aligned), high = load_words<kWords>(aligned + 4 * kWords);
   uint32_t both[2 * kWords];
 #pragma unroll
   for (int i = 0; i < kWords; ++i) both[i] = low.at[i], both[kWords + i] = high.at[i];
-  // Shifts by two words and by one, so that registers are never indexed by a number known at run time alone.
+  // Shifts by two words and by one: an index that is known at run time only would move the registers to local memory.
 #pragma unroll
   for (int step = kWords / 2; step; step /= 2) {
     bool shift = past & (4 * step);
@@ -74,7 +69,7 @@ __device__ __forceinline__ To bits_as(const From& from) {
 }
 
 template <class T, int kColumns, int kWords>
-__device__ __forceinline__ void unpack(const Words<kWords>& words, float* out) {
+__device__ __forceinline__ void to_floats(const Words<kWords>& words, float* out) {
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     uint32_t w = words.at[i];
@@ -88,16 +83,17 @@ __device__ __forceinline__ void unpack(const Words<kWords>& words, float* out) {
       out[2 * i] = both.x;
       out[2 * i + 1] = both.y;
     } else {
-      // A byte in the low mantissa bits of 2^23, less 2^23: two fast operations where a conversion is a slow one.
+      // Puts the byte into the low mantissa bits of 2^23 and subtracts 2^23: two fast operations in place of a slow
+      // conversion.
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        out[4 * i + j] = distance8_to_float(from_bits(__byte_perm(w, 0x4b000000u, 0x7650 + j)) - 8388608.0f);
+        out[4 * i + j] = sqrt8_to_float(from_bits(__byte_perm(w, 0x4b000000u, 0x7650 + j)) - 8388608.0f);
     }
   }
 }
 
 template <class T, int kWords>
-__device__ __forceinline__ Words<kWords> pack(const float* in) {
+__device__ __forceinline__ Words<kWords> to_words(const float* in) {
   Words<kWords> words;
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
@@ -114,7 +110,7 @@ __device__ __forceinline__ Words<kWords> pack(const float* in) {
 __device__ __forceinline__ float widened(float x) { return x; }
 __device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widened(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widened(Distance8 x) { return distance8_to_float(x.code); }
+__device__ __forceinline__ float widened(Sqrt8 x) { return sqrt8_to_float(x.code); }
 
 template <class T>
 __device__ __forceinline__ T narrowed(float x) {
@@ -126,24 +122,25 @@ __device__ __forceinline__ T narrowed(float x) {
     return __float2half_rn(x);
 }
 
-// A row cut into packs of kColumns, the first of which may begin `lead` columns before the row.
-struct Cut {
+// How a row is divided into vectors of kColumns. The first vector begins `misalignment` columns before the row.
+struct Tiling {
   int columns;  // of the row
-  int lead;
-  int packs;
+  int misalignment;
+  int vectors;
 
-  __device__ int first_column(int pack, int pack_columns) const { return pack * pack_columns - lead; }
+  __device__ int first_column(int vector, int vector_columns) const { return vector * vector_columns - misalignment; }
 };
 
-// Packs begin where `align` is a multiple of the pack's size.
+// The tiling whose vectors are aligned for a row that begins at `align`.
 template <class T, int kColumns>
-__device__ __forceinline__ Cut cut_at(const T* align, int columns) {
+__device__ __forceinline__ Tiling tiling_at(const T* align, int columns) {
   constexpr int kBytes = kColumns * sizeof(T);
-  int lead = static_cast<int>(reinterpret_cast<uintptr_t>(align) % kBytes / sizeof(T));
-  return {columns, lead, (columns + lead + kColumns - 1) / kColumns};
+  int misalignment = static_cast<int>(reinterpret_cast<uintptr_t>(align) % kBytes / sizeof(T));
+  return {columns, misalignment, (columns + misalignment + kColumns - 1) / kColumns};
 }
 
-// Reads packs of one row of one tensor. Holds as little as it can: what only the row's ends need is worked out there.
+// Reads vectors of one row of one tensor. It holds little, to save registers: what only the ends of a row need is
+// computed there.
 template <class T, int kColumns>
 class Reader {
  public:
@@ -151,77 +148,79 @@ class Reader {
   static constexpr int kWords = kBytes / 4;
   static_assert(kBytes % 4 == 0 && kBytes <= 16);
 
-  __device__ Reader(const T* row, const Cut& cut)
-      : first_(reinterpret_cast<const char*>(row) - cut.lead * sizeof(T)), cut_(cut) {}
+  __device__ Reader(const T* row, const Tiling& tiling)
+      : first_(reinterpret_cast<const char*>(row) - tiling.misalignment * sizeof(T)), tiling_(tiling) {}
 
   __device__ bool aligned() const { return past() == 0; }
 
-  // A pack inside the row, of an aligned reader.
-  __device__ Words<kWords> aligned_pack(int pack) const { return load_words<kWords>(address(pack)); }
+  // A vector inside the row. The reader must be aligned.
+  __device__ Words<kWords> aligned_vector(int vector) const { return load_words<kWords>(address(vector)); }
 
-  // Any pack; `outside` where the row has no column.
-  __device__ void any_pack(int pack, float outside, float* out) const {
-    // A realigned pack touches up to a pack's size beyond either end of it.
+  // Any vector. Columns outside the row get the value `outside`.
+  __device__ void any_vector(int vector, float outside, float* out) const {
+    // Realignment reads up to one vector beyond either end of this one.
     const uint32_t past_alignment = past();
-    const int margin = past_alignment ? kColumns : 0, column = cut_.first_column(pack, kColumns);
-    if (column >= margin && column + kColumns + margin <= cut_.columns) {
-      const char* at = address(pack) - past_alignment;
-      unpack<T, kColumns>(past_alignment ? load_realigned<kWords>(at, past_alignment) : load_words<kWords>(at), out);
+    const int margin = past_alignment ? kColumns : 0, column = tiling_.first_column(vector, kColumns);
+    if (column >= margin && column + kColumns + margin <= tiling_.columns) {
+      const char* at = address(vector) - past_alignment;
+      to_floats<T, kColumns>(past_alignment ? load_realigned<kWords>(at, past_alignment) : load_words<kWords>(at), out);
       return;
     }
-    const T* row = reinterpret_cast<const T*>(first_) + cut_.lead;
+    const T* row = reinterpret_cast<const T*>(first_) + tiling_.misalignment;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i)
-      out[i] = column + i >= 0 && column + i < cut_.columns ? widened(row[column + i]) : outside;
+      out[i] = column + i >= 0 && column + i < tiling_.columns ? widened(row[column + i]) : outside;
   }
 
  private:
-  __device__ const char* address(int pack) const { return first_ + int64_t(pack) * kBytes; }
+  __device__ const char* address(int vector) const { return first_ + int64_t(vector) * kBytes; }
   __device__ uint32_t past() const { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(first_) % kBytes); }
 
-  const char* first_;  // where pack 0 begins
-  Cut cut_;
+  const char* first_;  // where vector 0 begins
+  Tiling tiling_;
 };
 
-// Reads packs of student and teacher side by side, a batch of two per thread at a time: up to 64 bytes on their way.
+// Reads vectors of student and teacher side by side. A thread reads a batch of two at a time, so that up to 64 bytes
+// are in flight.
 template <class S, class T>
 class RowPair {
  public:
-  static constexpr int kColumns = 16 / (sizeof(S) > sizeof(T) ? sizeof(S) : sizeof(T));  // of a pack
-  static constexpr int kPacks = 2;                                                       // of a batch
-  static constexpr int kBatch = kPacks * kColumns;
+  static constexpr int kColumns = 16 / (sizeof(S) > sizeof(T) ? sizeof(S) : sizeof(T));  // in a vector
+  static constexpr int kVectors = 2;                                                     // in a batch
+  static constexpr int kBatch = kVectors * kColumns;
 
-  __device__ RowPair(const S* student, const T* teacher, const Cut& cut)
-      : student_(student, cut), teacher_(teacher, cut) {
-    begin_ = cut.lead ? 1 : 0;
-    end_ = student_.aligned() && teacher_.aligned() ? (cut.columns + cut.lead) / kColumns : 0;
+  __device__ RowPair(const S* student, const T* teacher, const Tiling& tiling)
+      : student_(student, tiling), teacher_(teacher, tiling) {
+    begin_ = tiling.misalignment ? 1 : 0;
+    end_ = student_.aligned() && teacher_.aligned() ? (tiling.columns + tiling.misalignment) / kColumns : 0;
   }
 
-  // Packs first, first + stride, ... below `end`; -inf where there is no column. True when every column exists.
+  // Reads the vectors first, first + stride, ... below `end`, with -inf where there is no column. Returns whether every
+  // column exists.
   __device__ __forceinline__ bool read(int first, int stride, int end, float (&s)[kBatch], float (&t)[kBatch]) const {
-    int last = first + (kPacks - 1) * stride;
+    int last = first + (kVectors - 1) * stride;
     if (first >= begin_ && last < min(end, end_)) {
-      // All loads are on their way before the first is used.
-      Words<Reader<S, kColumns>::kWords> student[kPacks];
-      Words<Reader<T, kColumns>::kWords> teacher[kPacks];
+      // Issues all loads before it uses the first.
+      Words<Reader<S, kColumns>::kWords> student[kVectors];
+      Words<Reader<T, kColumns>::kWords> teacher[kVectors];
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
-        student[i] = student_.aligned_pack(first + i * stride);
-        teacher[i] = teacher_.aligned_pack(first + i * stride);
+      for (int i = 0; i < kVectors; ++i) {
+        student[i] = student_.aligned_vector(first + i * stride);
+        teacher[i] = teacher_.aligned_vector(first + i * stride);
       }
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
-        unpack<S, kColumns>(student[i], s + i * kColumns);
-        unpack<T, kColumns>(teacher[i], t + i * kColumns);
+      for (int i = 0; i < kVectors; ++i) {
+        to_floats<S, kColumns>(student[i], s + i * kColumns);
+        to_floats<T, kColumns>(teacher[i], t + i * kColumns);
       }
       return true;
     }
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      int pack = first + i * stride;
-      if (pack < end) {
-        student_.any_pack(pack, -INFINITY, s + i * kColumns);
-        teacher_.any_pack(pack, -INFINITY, t + i * kColumns);
+    for (int i = 0; i < kVectors; ++i) {
+      int vector = first + i * stride;
+      if (vector < end) {
+        student_.any_vector(vector, -INFINITY, s + i * kColumns);
+        teacher_.any_vector(vector, -INFINITY, t + i * kColumns);
       } else {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) s[i * kColumns + j] = t[i * kColumns + j] = -INFINITY;
@@ -233,7 +232,7 @@ class RowPair {
  private:
   Reader<S, kColumns> student_;
   Reader<T, kColumns> teacher_;
-  int begin_, end_;  // packs that are whole, and aligned in both
+  int begin_, end_;  // the range of the vectors that are complete and aligned in both tensors
 };
 
 }  // namespace vcrd::cuda

@@ -1,17 +1,19 @@
-// Forward: the statistics of each row, both rows read once.
+// Forward. Reads both rows once and computes the statistics of each token.
 #pragma once
 
-#include "group.cuh"
-#include "instances.cuh"
+#include "../dispatch.h"
+#include "row.cuh"
+#include "warp_group.cuh"
 
 namespace vcrd::cuda {
 
-// A thread's sums are relative to a reference logit that follows its maximum at this distance: raising it costs
-// exponentials, and in this way hardly ever happens after a thread's first batch.
-constexpr float kSlack = 4.0f;  // of tempered logits too, or their exponentials would overflow
-constexpr int kNoPack = INT32_MAX;
+// A thread's sums are relative to a reference logit. It is raised only when the maximum exceeds it by this much: a
+// raise costs exponentials, and with this slack it hardly ever happens after the first batch.
+constexpr float kSlack = 4.0f;  // of tempered logits too, because their exponentials would overflow otherwise
+constexpr int kNoVector = INT32_MAX;
 
-// What a thread, then a warp, then a group knows of its columns. u = student logit - student_reference, v likewise.
+// Sums over the columns of a thread, then of a warp, then of a warp group. u = student logit - student_reference, v
+// likewise.
 struct Sums {
   float student_reference = -INFINITY, teacher_reference = -INFINITY;  // -inf before any finite logit
   float action_reference = 0;  // reverse_reference() where student_reference was found
@@ -19,11 +21,11 @@ struct Sums {
   float student_tempered = 0, teacher_tempered = 0, forward_cross = 0, reverse_cross = 0;
   float teacher_without_student = -INFINITY, student_without_teacher = -INFINITY;  // see RowPartial
   float student_max = -INFINITY, teacher_max = -INFINITY;
-  int student_pack = kNoPack, teacher_pack = kNoPack;  // the first that holds the maximum
+  int student_vector = kNoVector, teacher_vector = kNoVector;  // the first that holds the maximum
 };
 
-// Moves the sums to references that lie `rise` higher, before these are replaced. `action_rise`: of action_reference.
-// After a rise out of reach the columns so far count as -inf.
+// Moves the sums to references that are higher by `rise`; the caller then replaces the references. `action_rise` is the
+// rise of action_reference. If a rise exceeds the reach of a distance, the columns so far count as -inf.
 template <bool kTempered, bool kReverse>
 __device__ __forceinline__ void raise(Sums& x, float student_rise, float teacher_rise, float action_rise,
                                       float inverse_temperature) {
@@ -54,16 +56,16 @@ __device__ __forceinline__ void raise(Sums& x, float student_rise, float teacher
 }
 
 template <class Pair>
-__device__ __forceinline__ float batch_maximum(const float (&x)[Pair::kBatch], int first_pack, int stride,
-                                               float& maximum, int& pack) {
+__device__ __forceinline__ float batch_maximum(const float (&x)[Pair::kBatch], int first_vector, int stride,
+                                               float& maximum, int& vector) {
   float largest = -INFINITY;
 #pragma unroll
-  for (int i = 0; i < Pair::kPacks; ++i) {
-    float of_pack = x[i * Pair::kColumns];
+  for (int i = 0; i < Pair::kVectors; ++i) {
+    float of_vector = x[i * Pair::kColumns];
 #pragma unroll
-    for (int j = 1; j < Pair::kColumns; ++j) of_pack = fmaxf(of_pack, x[i * Pair::kColumns + j]);
-    if (of_pack > maximum) maximum = of_pack, pack = first_pack + i * stride;
-    largest = fmaxf(largest, of_pack);
+    for (int j = 1; j < Pair::kColumns; ++j) of_vector = fmaxf(of_vector, x[i * Pair::kColumns + j]);
+    if (of_vector > maximum) maximum = of_vector, vector = first_vector + i * stride;
+    largest = fmaxf(largest, of_vector);
   }
   return largest;
 }
@@ -81,8 +83,8 @@ __device__ __forceinline__ void note_without(const float (&x)[Pair::kBatch], con
     if (x[i] < least) without = fmaxf(without, other[i]);
 }
 
-// Lets the references follow the batch. Divergences that need the reverse sum get no slack: its digits are only kept
-// relative to the student's action.
+// Raises the references where the batch requires it. Divergences that need the reverse sum get no slack, because that
+// sum keeps its digits only relative to the student's action.
 template <class Pair, bool kTempered, bool kReverse>
 __device__ __forceinline__ void follow(Sums& x, float student, float teacher, const float (&s)[Pair::kBatch],
                                        const float (&t)[Pair::kBatch], float inverse_temperature) {
@@ -111,7 +113,7 @@ __device__ __forceinline__ void follow(Sums& x, float student, float teacher, co
 template <class Pair, bool kTempered, bool kReverse>
 __device__ __forceinline__ void add_batch(Sums& x, const float (&s)[Pair::kBatch], const float (&t)[Pair::kBatch],
                                           float inverse_temperature) {
-  // From -inf there is no distance.
+  // A distance from -inf does not exist.
   float student_reference = x.student_reference == -INFINITY ? 0.0f : x.student_reference;
   float teacher_reference = x.teacher_reference == -INFINITY ? 0.0f : x.teacher_reference;
   note_without<Pair>(s, t, student_reference + kLowestDistance, x.teacher_without_student);
@@ -120,7 +122,7 @@ __device__ __forceinline__ void add_batch(Sums& x, const float (&s)[Pair::kBatch
   for (int i = 0; i < Pair::kBatch; ++i) {
     float u = s[i] - student_reference, v = t[i] - teacher_reference;
     float eu = exponential(u), ev = exponential(v);
-    // fmaxf drops a NaN, but the exponentials carry it into every sum.
+    // fmaxf drops a NaN, but the exponentials carry the NaN into every sum.
     u = fmaxf(u, kLowestDistance), v = fmaxf(v, kLowestDistance);
     x.student += eu;
     x.teacher += ev;
@@ -138,16 +140,16 @@ __device__ __forceinline__ void add_batch(Sums& x, const float (&s)[Pair::kBatch
 }
 
 template <int kLanes>
-__device__ __forceinline__ void warp_first_maximum(float& maximum, int& pack) {
+__device__ __forceinline__ void warp_first_maximum(float& maximum, int& vector) {
 #pragma unroll
   for (int lanes = kLanes / 2; lanes; lanes /= 2) {
     float other = __shfl_xor_sync(kAllLanes, maximum, lanes);
-    int other_pack = __shfl_xor_sync(kAllLanes, pack, lanes);
-    if (other > maximum || (other == maximum && other_pack < pack)) maximum = other, pack = other_pack;
+    int other_vector = __shfl_xor_sync(kAllLanes, vector, lanes);
+    if (other > maximum || (other == maximum && other_vector < vector)) maximum = other, vector = other_vector;
   }
 }
 
-// Every lane's sums become those of its kLanes neighbours.
+// After this every lane holds the sums over its group of kLanes neighbouring lanes.
 template <int kLanes, bool kTempered, bool kReverse>
 __device__ __forceinline__ void merge_lanes(Sums& x, float inverse_temperature) {
   float student_reference = warp_max<kLanes>(x.student_reference),
@@ -161,7 +163,7 @@ __device__ __forceinline__ void merge_lanes(Sums& x, float inverse_temperature) 
     action_rise = there - x.action_reference;
     x.action_reference = there;
   }
-  // A lane without a finite logit has nothing to move, and from -inf there is no distance.
+  // A lane without a finite logit has nothing to move, and a distance from -inf does not exist.
   float student_rise = x.student_reference == -INFINITY ? 0.0f : student_reference - x.student_reference;
   float teacher_rise = x.teacher_reference == -INFINITY ? 0.0f : teacher_reference - x.teacher_reference;
   raise<kTempered, kReverse>(x, student_rise, teacher_rise, action_rise, inverse_temperature);
@@ -181,34 +183,34 @@ __device__ __forceinline__ void merge_lanes(Sums& x, float inverse_temperature) 
     x.reverse_cross = warp_sum<kLanes>(x.reverse_cross);
     x.student_without_teacher = warp_max<kLanes>(x.student_without_teacher);
   }
-  warp_first_maximum<kLanes>(x.student_max, x.student_pack);
-  warp_first_maximum<kLanes>(x.teacher_max, x.teacher_pack);
+  warp_first_maximum<kLanes>(x.student_max, x.student_vector);
+  warp_first_maximum<kLanes>(x.teacher_max, x.teacher_vector);
 }
 
-// The first column of `pack` that holds `maximum`, found by the whole warp. Row's column 0 where nothing is finite.
+// The first column of `vector` that holds `maximum`. The whole warp searches. Column 0 if no logit is finite.
 template <class T, int kColumns>
-__device__ __forceinline__ int column_of(const T* row, const Cut& cut, float maximum, int pack, int lane) {
-  if (pack == kNoPack) return 0;
-  int column = cut.first_column(pack, kColumns) + lane;
-  bool inside = lane < kColumns && column >= 0 && column < cut.columns;
+__device__ __forceinline__ int column_of(const T* row, const Tiling& tiling, float maximum, int vector, int lane) {
+  if (vector == kNoVector) return 0;
+  int column = tiling.first_column(vector, kColumns) + lane;
+  bool inside = lane < kColumns && column >= 0 && column < tiling.columns;
   unsigned holders = __ballot_sync(kAllLanes, inside && widened(row[inside ? column : 0]) == maximum);
-  return cut.first_column(pack, kColumns) + __ffs(holders) - 1;
+  return tiling.first_column(vector, kColumns) + __ffs(holders) - 1;
 }
 
-// The group's result, written by one lane of its first warp.
+// One lane of the group's first warp writes the group's result.
 template <class S, class T, bool kTempered, bool kReverse>
-__device__ __forceinline__ void write_partial(const StatisticsParams& p, const Group& group, const S* student,
-                                              const T* teacher, const Cut& cut, int begin, int end, Sums& x) {
+__device__ __forceinline__ void write_partial(const StatisticsParams& p, const WarpGroup& group, const S* student,
+                                              const T* teacher, const Tiling& tiling, int begin, int end, Sums& x) {
   constexpr int kColumns = RowPair<S, T>::kColumns;
-  int student_column = column_of<S, kColumns>(student, cut, x.student_max, x.student_pack, group.lane());
-  int teacher_column = column_of<T, kColumns>(teacher, cut, x.teacher_max, x.teacher_pack, group.lane());
+  int student_column = column_of<S, kColumns>(student, tiling, x.student_max, x.student_vector, group.lane());
+  int teacher_column = column_of<T, kColumns>(teacher, tiling, x.teacher_max, x.teacher_vector, group.lane());
   if (group.lane() != 0) return;
   const float shift = shift_of(p.teacher, group.row);
-  // The sums now become relative to the maxima themselves.
-  float student_rise = x.student_pack == kNoPack ? 0.0f : x.student_max - x.student_reference;
-  float teacher_rise = x.teacher_pack == kNoPack ? 0.0f : x.teacher_max - x.teacher_reference;
-  const float teacher_there = x.student_pack == kNoPack ? 0.0f : widened(teacher[student_column]);
-  // Of equal maxima the action is the first in the row, the reference the first in its lane.
+  // Makes the sums relative to the maxima themselves.
+  float student_rise = x.student_vector == kNoVector ? 0.0f : x.student_max - x.student_reference;
+  float teacher_rise = x.teacher_vector == kNoVector ? 0.0f : x.teacher_max - x.teacher_reference;
+  const float teacher_there = x.student_vector == kNoVector ? 0.0f : widened(teacher[student_column]);
+  // Of equal maxima the action is the first one in the row, but the reference is the first one of its lane.
   const float action_rise = reverse_reference(teacher_there, x.teacher_max) - x.action_reference;
   raise<kTempered, kReverse>(x, student_rise, teacher_rise, action_rise, p.inverse_temperature);
   RowPartial out = {};
@@ -224,15 +226,15 @@ __device__ __forceinline__ void write_partial(const StatisticsParams& p, const G
   out.reverse_cross = x.reverse_cross;
   out.teacher_without_student = x.teacher_without_student + shift;
   out.student_without_teacher = x.student_without_teacher;
-  if (x.student_pack != kNoPack) out.teacher_at_student_action = teacher_there + shift;
-  if (x.teacher_pack != kNoPack) out.student_at_teacher_action = widened(student[teacher_column]);
+  if (x.student_vector != kNoVector) out.teacher_at_student_action = teacher_there + shift;
+  if (x.teacher_vector != kNoVector) out.student_at_teacher_action = widened(student[teacher_column]);
   out.student_action = static_cast<int32_t>(p.tokens.first_column + student_column);
   out.teacher_action = static_cast<int32_t>(p.tokens.first_column + teacher_column);
   int64_t label = p.tokens.labels ? p.tokens.labels[group.row] : -1;
   int64_t column = label < 0 ? -1 : label - p.tokens.first_column;
-  if (column >= 0 && column < cut.columns) {
-    int pack = static_cast<int>((column + cut.lead) / kColumns);
-    if (pack >= begin && pack < end) {
+  if (column >= 0 && column < tiling.columns) {
+    int vector = static_cast<int>((column + tiling.misalignment) / kColumns);
+    if (vector >= begin && vector < end) {
       out.has_label = 1;
       out.student_label = widened(student[column]);
       out.teacher_label = widened(teacher[column]) + shift;
@@ -246,20 +248,20 @@ __global__ void __launch_bounds__(kThreads, kTempered&& kReverse ? 2 : 3)
     row_statistics_kernel(StatisticsParams p, Grid grid) {
   using Pair = RowPair<S, T>;
   __shared__ Sums of_warps[kWarps];
-  const Group group(grid);
+  const WarpGroup group(grid);
   const bool read = group.present && !(p.tokens.mask && !p.tokens.mask[group.row]);
   const S* student = static_cast<const S*>(p.student.data) + (read ? group.row * p.student.stride : 0);
   const T* teacher = static_cast<const T*>(p.teacher.data) + (read ? group.row * p.teacher.stride : 0);
-  const Cut cut = cut_at<S, Pair::kColumns>(student, static_cast<int>(p.tokens.columns));
+  const Tiling tiling = tiling_at<S, Pair::kColumns>(student, static_cast<int>(p.tokens.columns));
   int begin = 0, end = 0;
-  if (read) group.share(cut.packs, grid.splits, &begin, &end);
+  if (read) group.range(tiling.vectors, grid.splits, &begin, &end);
   Sums x;
-  const Pair pair(student, teacher, cut);
-  for (int first = begin + group.thread; first < end; first += Pair::kPacks * group.threads) {
+  const Pair pair(student, teacher, tiling);
+  for (int first = begin + group.thread; first < end; first += Pair::kVectors * group.threads) {
     float s[Pair::kBatch], t[Pair::kBatch];
     pair.read(first, group.threads, end, s, t);
-    float largest = batch_maximum<Pair>(s, first, group.threads, x.student_max, x.student_pack);
-    float largest_teacher = batch_maximum<Pair>(t, first, group.threads, x.teacher_max, x.teacher_pack);
+    float largest = batch_maximum<Pair>(s, first, group.threads, x.student_max, x.student_vector);
+    float largest_teacher = batch_maximum<Pair>(t, first, group.threads, x.teacher_max, x.teacher_vector);
     follow<Pair, kTempered, kReverse>(x, largest, largest_teacher, s, t, p.inverse_temperature);
     add_batch<Pair, kTempered, kReverse>(x, s, t, p.inverse_temperature);
   }
@@ -268,13 +270,13 @@ __global__ void __launch_bounds__(kThreads, kTempered&& kReverse ? 2 : 3)
     if (group.lane() == 0) of_warps[threadIdx.x / 32] = x;
     __syncthreads();
     if (group.warp() != 0) return;
-    // Each kWarps lanes do the same work, so that the whole warp ends up with the result.
+    // Every kWarps lanes do the same work, so that all lanes of the warp get the result.
     const int from = group.lane() % kWarps;
     x = from < grid.warps() ? of_warps[threadIdx.x / 32 + from] : Sums();
     merge_lanes<kWarps, kTempered, kReverse>(x, p.inverse_temperature);
   }
   if (read)
-    write_partial<S, T, kTempered, kReverse>(p, group, student, teacher, cut, begin, end, x);
+    write_partial<S, T, kTempered, kReverse>(p, group, student, teacher, tiling, begin, end, x);
   else if (group.present && group.lane() == 0)
     p.partials[group.split * p.tokens.rows + group.row] = RowPartial{};
 }
@@ -283,14 +285,11 @@ __global__ void __launch_bounds__(kThreads, kTempered&& kReverse ? 2 : 3)
 template <class S>
 const char* launch_row_statistics(const StatisticsParams& p, int64_t splits, cudaStream_t stream) {
   const Grid grid = grid_of(p.tokens.rows, p.tokens.columns, splits);
-  return with_teacher(p.teacher.dtype, [&](auto teacher) {
-    using T = decltype(teacher);
-    const bool tempered = p.inverse_temperature != 1.0f;
-    auto kernel =
-        tempered
-            ? (p.with_reverse ? row_statistics_kernel<S, T, true, true> : row_statistics_kernel<S, T, true, false>)
-            : (p.with_reverse ? row_statistics_kernel<S, T, false, true> : row_statistics_kernel<S, T, false, false>);
-    return launch(kernel, grid.blocks(), kThreads, stream, p, grid);
+  return with_teacher<__nv_bfloat16, __half>(p.teacher.dtype, [&](auto t) {
+    return with_bools(p.inverse_temperature != 1.0f, p.with_reverse, [&](auto tempered, auto reverse) {
+      auto kernel = row_statistics_kernel<S, decltype(t), tempered.value, reverse.value>;
+      return launch(kernel, grid.blocks(), kThreads, stream, p, grid);
+    });
   });
 }
 

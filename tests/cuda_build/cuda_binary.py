@@ -7,12 +7,12 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-BYTES = {"float": 4, "__nv_bfloat16": 2, "__half": 2, "Distance8": 1}
+BYTES = {"float": 4, "__nv_bfloat16": 2, "__half": 2, "Sqrt8": 1}
 SHORT = {
     "float": "f32",
     "__nv_bfloat16": "bf16",
     "__half": "f16",
-    "Distance8": "d8",
+    "Sqrt8": "s8",
     "true": "1",
     "false": "0",
 }
@@ -180,7 +180,7 @@ def faults(kernel: Kernel, rule: Rule | None) -> list[str]:
         return out
     widest = max(BYTES[kernel.types[i]] for i in (*rule.loads, *rule.stores))
 
-    def pack(numbers: tuple[int, ...]) -> list[int]:
+    def widths(numbers: tuple[int, ...]) -> list[int]:
         # Equal columns of every tensor: the wider type's are 16 bytes, a narrower type's as many columns of fewer.
         return sorted(16 * BYTES[kernel.types[i]] // widest for i in numbers)
 
@@ -188,8 +188,8 @@ def faults(kernel: Kernel, rule: Rule | None) -> list[str]:
         return any(all(s.count(w) >= needed.count(w) for w in needed) for s in stretches)
 
     for what, stretches, needed in (
-        ("loads", kernel.loads, pack(rule.loads)),
-        ("stores", kernel.stores, pack(rule.stores)),
+        ("loads", kernel.loads, widths(rule.loads)),
+        ("stores", kernel.stores, widths(rule.stores)),
     ):
         if needed and not held(stretches, needed):
             wanted = " and ".join(f"{width * 8}" for width in needed)

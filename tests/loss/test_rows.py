@@ -18,7 +18,7 @@ from vcrd.loss.checks import DIVERGENCES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EDGES = (1024, 4096, 8192)
-# Few rows of so many columns are cut into parts that several blocks read; also where a part ends within a pack.
+# Few rows of so many columns are cut into parts that several blocks read; also where a part ends within a vector.
 SPLIT = (16384, 16391, 40000)
 
 
@@ -104,7 +104,7 @@ def test_rows_that_end_with_their_memory(device):
 
 @pytest.mark.parametrize("before", [0, 1, 3])
 def test_long_rows_that_begin_anywhere(device, before):
-    """Whole packs in the middle, realigned ones too, and parts that begin within them."""
+    """Whole vectors in the middle, realigned ones too, and parts that begin within them."""
     for rows, columns in ((3, 2600), (1, 16400)):
         case = Case((rows,), columns, 1, 0, "reverse_kl", 1.3, 4.0, torch.bfloat16, torch.bfloat16)
         student, teacher, labels, mask = case.tensors(device)

@@ -87,15 +87,15 @@ FAULTS = [
     _on_gpu(
         "the gradient's first columns are written beside the row",
         "cuda/gradient.cuh",
-        "if (column + j >= 0 && column + j < cut.columns) out[column + j]",
-        "if (column + j < cut.columns) out[column + j]",
+        "if (column + j >= 0 && column + j < tiling.columns) out[column + j]",
+        "if (column + j < tiling.columns) out[column + j]",
         f"{_ROWS}::test_every_number_of_columns_up_to_70",
     ),
     _on_gpu(
         "a label in the first columns of a part is not seen",
         "cuda/statistics.cuh",
-        "if (pack >= begin && pack < end) {",
-        "if (pack > begin && pack < end) {",
+        "if (vector >= begin && vector < end) {",
+        "if (vector > begin && vector < end) {",
         f"{_ROWS}::test_every_number_of_columns_up_to_70",
     ),
     _on_gpu(
@@ -128,13 +128,13 @@ FAULTS = [
     ),
     _on_gpu(
         "the last columns of a row that its parts do not divide are left out",
-        "cuda/group.cuh",
-        "int each = splits == 1 ? packs : (packs + splits - 1) / splits;",
-        "int each = splits == 1 ? packs : packs / splits;",
+        "cuda/warp_group.cuh",
+        "int each = splits == 1 ? vectors : (vectors + splits - 1) / splits;",
+        "int each = splits == 1 ? vectors : vectors / splits;",
         *(f"{_ROWS}::test_few_rows_of_many_columns", "-k", "forward_kl"),
     ),
     _on_gpu(
-        "a misaligned row is read in whole packs up to its very end",
+        "a misaligned row is read in whole vectors up to its very end",
         "cuda/row.cuh",
         "const int margin = past_alignment ? kColumns : 0, column",
         "const int margin = 0, column",
@@ -157,8 +157,8 @@ FAULTS = [
     _on_gpu(
         "what is no number has whatever code its bits give",
         "elementwise.h",
-        "d = d < kDistance8Range ? d : kDistance8Range;  // a NaN too: codes have none",
-        "d = d > kDistance8Range ? kDistance8Range : d;",
+        "d = d < kSqrt8Range ? d : kSqrt8Range;  // a NaN becomes the range: codes have no NaN",
+        "d = d > kSqrt8Range ? kSqrt8Range : d;",
         *(_ENCODE, "-k", "range"),
     ),
 ]

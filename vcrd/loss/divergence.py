@@ -74,7 +74,7 @@ class Plan(NamedTuple):
 
     divergence: str
     temperature: float
-    teacher_share: float  # weight of the teacher in the mixture, for the divergences that have one
+    mixture_weight: float  # weight of the teacher in the mixture, for the divergences that have one
     columns: int
     first_column: int
     skip_invalid_teacher: bool
@@ -361,7 +361,7 @@ def statistics_pass(
             sums.append(
                 ops.mixture_sums(
                     *(rows, *form.logits(teacher, rows, first, last), *read),
-                    *(plan.temperature, plan.columns, plan.code, plan.teacher_share),
+                    *(plan.temperature, plan.columns, plan.code, plan.mixture_weight),
                 )
             )
         sums = joined(sums)
@@ -402,7 +402,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
             None if g is None else g.contiguous() for g in (divergence_gradient, cross_entropy_gradient)
         )
         rowwise = (labels, mask, constants, sums, *upstream)
-        settings = (plan.temperature, plan.columns, plan.first_column, plan.code, plan.teacher_share)
+        settings = (plan.temperature, plan.columns, plan.first_column, plan.code, plan.mixture_weight)
         unused = [None] * (6 + len(teacher))
         spans = form.spans(student.shape[0])
         overwrite = bool(ctx.inplace_gradient) and not shares_memory(student, teacher)

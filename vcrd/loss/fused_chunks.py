@@ -56,7 +56,7 @@ class Task(NamedTuple):
     @property
     def settings(self) -> tuple[float, int, int, int, float]:
         plan = self.plan
-        return plan.temperature, plan.columns, plan.first_column, plan.code, plan.teacher_share
+        return plan.temperature, plan.columns, plan.first_column, plan.code, plan.mixture_weight
 
 
 class OutputLayer:

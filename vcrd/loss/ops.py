@@ -52,7 +52,7 @@ def _(partials, labels, mask, temperature, divergence):
 
 
 @library.register_fake("vcrd::mixture_sums")
-def _(student, teacher, teacher_max, mask, constants, temperature, columns, divergence, teacher_share):
+def _(student, teacher, teacher_max, mask, constants, temperature, columns, divergence, mixture_weight):
     return constants.new_empty((student.shape[0], 2))
 
 

@@ -1,5 +1,5 @@
-// Who works on what: groups of whole warps, each on one part of one row. And what the lanes of a warp say to each
-// other.
+// How rows are assigned to warps: a group of warps works on one part of one row. Also reductions over the lanes of a
+// warp, and the launch of a kernel.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,11 +8,11 @@
 
 namespace vcrd::cuda {
 
-constexpr int kThreads = 256;  // of a block
+constexpr int kThreads = 256;  // per block
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// How rows are dealt out: a group of 2^warps_log2 warps takes one of a row's `splits` parts.
+// Each row is divided into `splits` parts. A group of 2^warps_log2 warps works on one part.
 struct Grid {
   int64_t rows;
   int splits;
@@ -23,22 +23,22 @@ struct Grid {
   __host__ int64_t blocks() const { return (groups() * warps() + kWarps - 1) / kWarps; }
 };
 
-// As many warps as leave each lane 128 columns or so, against which the end of a row weighs little: short rows then
-// share a block, and a long row fills one.
+// Chooses the warps per group so that each lane gets about 128 columns; the end of a row then costs little in
+// comparison. Short rows share a block, and a long row fills one.
 inline Grid grid_of(int64_t rows, int64_t columns, int64_t splits) {
   int warps_log2 = 0;
   while ((1 << warps_log2) < kWarps && columns / splits > int64_t(4096) << warps_log2) ++warps_log2;
   return {rows, static_cast<int>(splits), warps_log2};
 }
 
-// This thread's group.
-struct Group {
+// The group of the calling thread.
+struct WarpGroup {
   int64_t row;
   int split;
-  int thread, threads;  // this thread's place in the group, and the group's size
+  int thread, threads;  // the thread's index in the group, and the group's size
   bool present;         // false past the last row
 
-  __device__ explicit Group(const Grid& grid) {
+  __device__ explicit WarpGroup(const Grid& grid) {
     int warp = static_cast<int>(threadIdx.x) / 32;
     int64_t index = int64_t(blockIdx.x) * (kWarps >> grid.warps_log2) + (warp >> grid.warps_log2);
     present = index < grid.groups();
@@ -51,15 +51,15 @@ struct Group {
   __device__ int warp() const { return thread / 32; }
   __device__ int lane() const { return thread % 32; }
 
-  // This part's share [begin, end) of `packs`.
-  __device__ void share(int packs, int splits, int* begin, int* end) const {
-    int each = splits == 1 ? packs : (packs + splits - 1) / splits;
-    *begin = min(packs, split * each);
-    *end = min(packs, *begin + each);
+  // The range [begin, end) of the row's `vectors` that belongs to this part.
+  __device__ void range(int vectors, int splits, int* begin, int* end) const {
+    int each = splits == 1 ? vectors : (vectors + splits - 1) / splits;
+    *begin = min(vectors, split * each);
+    *end = min(vectors, *begin + each);
   }
 };
 
-// Over groups of kLanes neighbouring lanes, a power of two; every lane gets the result.
+// Reductions over groups of kLanes neighbouring lanes, a power of two. Every lane gets the result.
 template <int kLanes = 32>
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -74,7 +74,13 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// A launch in plain C++, so that the sources need no compiler that knows <<<>>>. Returns null or what went wrong.
+// An error if one launch cannot take rows of this length, because the kernels count columns in 32 bits; null otherwise.
+inline const char* too_large(int64_t columns) {
+  return columns > (int64_t(1) << 30) ? "more than 2^30 columns in one shard" : nullptr;
+}
+
+// Launches a kernel in plain C++, so that compilers without <<<>>> can read these files too. Returns null, or the
+// error.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
                    Arguments... arguments) {
