@@ -12,7 +12,7 @@ import tempfile
 import time
 
 from vcrd.link.waits import Waits
-from vcrd.megatron.step_clock import Parts, StepClock
+from vcrd.megatron.metrics import Parts, StepClock
 from vcrd.monitor.telemetry import Telemetry
 
 

@@ -18,7 +18,7 @@ from worlds import World, run_worlds
 
 from benchmarks.gpu import fp8, process, stages
 from benchmarks.gpu.results import ROOT
-from vcrd.megatron.fp8 import refuse_delayed_scaling
+from vcrd.megatron.compatibility import refuse_delayed_scaling
 
 
 def found(monkeypatch, *missing: str) -> None:

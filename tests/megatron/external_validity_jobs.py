@@ -192,21 +192,21 @@ def layout(tensor: tuple[int, int] = (0, 1), context: tuple[int, int] = (0, 1)):
 
 def sentences_of_wrong_fields() -> list[str]:
     """What each of two tensor ranks says of each of `wrong_batches`, one after another, then of a right one."""
-    from vcrd.megatron.external_validity import Outside
+    from vcrd.megatron.external_validity import ExternalValidity
     from vcrd.settings import DistillSettings
 
     rank = dist.get_rank()
-    outside = Outside(DistillSettings(validity="scores"), "tokens", None)
-    outside.take_steps()
-    outside.place(layout(tensor=(rank, 2)))
+    external = ExternalValidity(DistillSettings(validity="scores"), "tokens", None)
+    external.take_steps()
+    external.place(layout(tensor=(rank, 2)))
     labels = torch.zeros(2, 4, dtype=torch.long)
     found = []
     for batches in wrong_batches():
-        iterator = outside.watched(iter(batches) if rank == 0 else None)
+        iterator = external.watched(iter(batches) if rank == 0 else None)
         for _ in batches if rank == 0 else ():
             next(iterator)
         try:
-            outside.arguments(labels, None)
+            external.arguments(labels, None)
             found.append("right")
         except ValueError as error:
             found.append(str(error))
@@ -215,22 +215,22 @@ def sentences_of_wrong_fields() -> list[str]:
 
 def a_check_that_comes_late() -> list[str]:
     """As on a GPU: a wrong micro-batch counts as one of equal validities until the next comes, or the end."""
-    from vcrd.megatron.external_validity import Outside
+    from vcrd.megatron.external_validity import ExternalValidity
     from vcrd.settings import DistillSettings
 
     rank = dist.get_rank()
-    outside = Outside(DistillSettings(validity="scores"), "tokens", None)
-    outside.take_steps()
-    outside.place(layout(tensor=(rank, 2)))
-    outside._defers = True
+    external = ExternalValidity(DistillSettings(validity="scores"), "tokens", None)
+    external.take_steps()
+    external.place(layout(tensor=(rank, 2)))
+    external._defers = True
     right, wrong = wrong_batches()[-1], wrong_batches()[0]
     found = []
     for batches in (right, right, wrong, right, wrong):
-        iterator = outside.watched(iter(batches) if rank == 0 else None)
+        iterator = external.watched(iter(batches) if rank == 0 else None)
         for _ in batches if rank == 0 else ():
             next(iterator)
         try:
-            got = outside.arguments(torch.zeros(2, 4, dtype=torch.long), None)
+            got = external.arguments(torch.zeros(2, 4, dtype=torch.long), None)
             sums = [float(got[name].sum()) for name in ("steps", "student_validity", "teacher_validity")]
             found.append(str(sums))
         except ValueError as error:
@@ -254,7 +254,7 @@ def wrong_batches() -> list[list[dict[str, Tensor]]]:
 
 def sentences_of_failing_verifiers() -> list[str]:
     """What each of two tensor ranks says of verifiers that fail."""
-    from vcrd.megatron.external_validity import Outside
+    from vcrd.megatron.external_validity import ExternalValidity
     from vcrd.settings import DistillSettings
 
     def raises(tokens, student_action, teacher_action):
@@ -271,11 +271,11 @@ def sentences_of_failing_verifiers() -> list[str]:
         lambda tokens, *_: (tokens, 2 * tokens),
         lambda tokens, *_: (tokens, tokens == 0),
     ):
-        outside = Outside(DistillSettings(), "tokens", verifier)
-        outside.place(layout(tensor=(rank, 2)))
-        iterator = outside.watched(iter([{"tokens": torch.ones(2, 4, dtype=torch.long)}]))
+        external = ExternalValidity(DistillSettings(), "tokens", verifier)
+        external.place(layout(tensor=(rank, 2)))
+        iterator = external.watched(iter([{"tokens": torch.ones(2, 4, dtype=torch.long)}]))
         next(iterator)
-        judge = outside.arguments(labels, None)["validity"]
+        judge = external.arguments(labels, None)["validity"]
         try:
             student, teacher = judge(SimpleNamespace(student_action=action, teacher_action=action))
             found.append(f"{student.shape[0]} {float(student.sum())} {float(teacher.sum())}")
@@ -288,7 +288,7 @@ def context_parallel(size: int, edges: list[int], judged: bool) -> dict[str, Ten
     """The loss of this rank's positions of one micro-batch, split by hand over `size` context-parallel ranks."""
     import vcrd
     from vcrd.link.plan import context_rows
-    from vcrd.megatron.external_validity import Outside
+    from vcrd.megatron.external_validity import ExternalValidity
     from vcrd.settings import DistillSettings
 
     rank, sequence = dist.get_rank(), 24
@@ -302,17 +302,17 @@ def context_parallel(size: int, edges: list[int], judged: bool) -> dict[str, Ten
     columns = [c for span in context_rows(sequence, rank, size, edges) for c in range(span.start, span.stop)]
     settings = DistillSettings(validity="label" if judged else "scores")
     verifier = (lambda tokens, *actions: [verdict(tokens, a) for a in actions]) if judged else None
-    outside = Outside(settings, "tokens", verifier)
-    outside.take_steps()
-    outside.place(layout(context=(rank, size)), dist.group.WORLD)
-    next(outside.watched(iter([batch])))
+    external = ExternalValidity(settings, "tokens", verifier)
+    external.take_steps()
+    external.place(layout(context=(rank, size)), dist.group.WORLD)
+    next(external.watched(iter([batch])))
     labels = batch["tokens"][:, columns]
     out = vcrd.validity_calibrated_kl(
         student[:, columns].transpose(0, 1),
         teacher[:, columns].transpose(0, 1),
         labels.t(),
         mask=mask[:, columns].t(),
-        **{"validity": settings.validity, **outside.arguments(labels, mask[:, columns])},
+        **{"validity": settings.validity, **external.arguments(labels, mask[:, columns])},
     )
     return {
         "columns": torch.tensor(columns),

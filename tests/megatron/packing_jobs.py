@@ -216,12 +216,12 @@ def steps_of_samples(settings) -> Tensor:
     """The steps that a validity is averaged over, of a row that the step packs."""
     from external_validity_jobs import layout
 
-    from vcrd.megatron.external_validity import STEPS_KEY, Outside
+    from vcrd.megatron.external_validity import STEPS_KEY, ExternalValidity
 
-    outside = Outside(settings, "tokens", None)
-    outside.take_steps()
-    outside.place(layout())
+    external = ExternalValidity(settings, "tokens", None)
+    external.take_steps()
+    external.place(layout())
     batch = {**micro_batch(0), STEPS_KEY: torch.zeros(1, jobs.SEQUENCE, dtype=torch.int64)}
-    next(outside.watched(iter([batch])))
-    outside.given = parametrized(batch)
-    return outside.arguments(batch["labels"], None)["steps"]
+    next(external.watched(iter([batch])))
+    external.given = parametrized(batch)
+    return external.arguments(batch["labels"], None)["steps"]

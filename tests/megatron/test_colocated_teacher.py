@@ -209,11 +209,11 @@ def test_a_teacher_that_does_not_fit_is_one_sentence():
         "ValueError: teacher: expected a Megatron language model, got Linear",
         "ValueError: teacher: expected sequence_parallel False, as the student has, got True",
         "ValueError: fp8_recipe: expected 'tensorwise', 'blockwise' or 'mxfp8' for a teacher, got 'delayed'",
-        "ValueError: tokens: expected micro-batches of a multiple of 32 tokens, for the teacher's layers multiply",
+        "ValueError: tokens: expected micro-batches of a multiple of 32 tokens, because the teacher's layers multiply",
         "ValueError: teacher: expected a part with pre_process, post_process (True, True), as the student's",
         "ValueError: vocab_size: expected the true vocabulary in the settings where the teacher's padding (52)",
         "ValueError: teacher: expected sequences of up to 12 tokens, got a model of 11",
-        "ValueError: decoder_input: expected None, for the teacher embeds the tokens itself, got a tensor",
+        "ValueError: decoder_input: expected None, because the teacher embeds the tokens itself, got a tensor",
         "accepted",
     ]
     assert len(sentences) == len(expected)

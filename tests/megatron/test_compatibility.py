@@ -57,13 +57,15 @@ def test_what_does_not_clash_passes():
     ],
 )
 def test_a_clash_is_one_sentence_that_names_the_argument(config, args, model, name):
-    with pytest.raises(ValueError, match=f"^{name}: expected .*, got .*; vcrd does not work with it, for "):
+    with pytest.raises(
+        ValueError, match=f"^{name}: expected .*, got .*; vcrd does not work with it, because "
+    ):
         check(config, args, **model)
 
 
 def test_a_teacher_in_the_same_ranks_is_given_what_the_dataset_made():
     chunk, args = SimpleNamespace(config=SimpleNamespace(**CLEAN)), SimpleNamespace(reset_position_ids=True)
-    check_compatibility(chunk, DistillSettings(), args, linked=False)
+    check_compatibility(chunk, DistillSettings(), args, remote=False)
 
 
 @pytest.mark.parametrize(("parts", "replicas", "refused"), [(1, 1, False), (2, 1, True), (1, 2, True)])
@@ -94,7 +96,7 @@ def test_a_mean_is_refused_before_the_number_of_micro_batches_grows(monkeypatch,
 
 
 def test_a_mean_is_refused_where_nobody_says_how_many_micro_batches_a_step_has():
-    with pytest.raises(ValueError, match="normalization: .* init_num_microbatches_calculator has not said"):
+    with pytest.raises(ValueError, match="normalization: .* init_num_microbatches_calculator was not called"):
         check(settings=DistillSettings(normalization="mean"))
 
 

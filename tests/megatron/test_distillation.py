@@ -14,7 +14,7 @@ from examples.demo.convert import to_hugging_face
 from vcrd.link import addresses
 from vcrd.link import header as headers
 from vcrd.link.errors import LinkError
-from vcrd.megatron.distillation import Attachment
+from vcrd.megatron.hooks import LossHook
 from vcrd.megatron.prefetch import Prefetcher
 from vcrd.megatron.report import Report
 from vcrd.settings import DistillSettings, LinkSettings
@@ -144,16 +144,14 @@ class Heads(torch.nn.Module):
 @pytest.mark.parametrize("extra", [None, 2])
 def test_only_the_main_head_of_a_model_is_distilled(extra):
     model, seen = Heads(extra), []
-    attachment = Attachment(
-        model, lambda labels, mask, logits: seen.append((labels, mask, logits)) or "distilled"
-    )
+    hook = LossHook(model, lambda labels, mask, logits: seen.append((labels, mask, logits)) or "distilled")
     labels, mask = torch.zeros(1, 2), torch.ones(1, 2)
     assert model(None, labels, loss_mask=mask)[-1] == ("plain", "main")
-    with attachment.active():
+    with hook.active():
         losses = model(None, labels=labels, loss_mask=mask)
     assert losses == [*(("plain", n) for n in range(extra or 0)), "distilled"]
     assert len(seen) == 1 and seen[0][0] is labels and seen[0][1] is mask
-    attachment.detach()
+    hook.undo()
     assert "compute_language_model_loss" not in vars(model) and not model._forward_pre_hooks
 
 

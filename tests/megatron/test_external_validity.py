@@ -9,7 +9,7 @@ from ports import free_port
 from worlds import World, run_worlds
 
 from vcrd.loss import reference
-from vcrd.megatron.external_validity import Outside
+from vcrd.megatron.external_validity import ExternalValidity
 from vcrd.settings import DistillSettings
 
 
@@ -114,14 +114,14 @@ def test_a_verifier_that_fails_is_one_sentence_on_every_tensor_rank():
 
 def test_settings_that_clash_with_a_verifier_are_one_sentence():
     with pytest.raises(TypeError, match="verifier: expected a callable, got str"):
-        Outside(DistillSettings(), "tokens", "arithmetic")
+        ExternalValidity(DistillSettings(), "tokens", "arithmetic")
     with pytest.raises(ValueError, match="expected none with the settings' validity 'scores'"):
-        Outside(DistillSettings(validity="scores"), "tokens", lambda *_: None)
+        ExternalValidity(DistillSettings(validity="scores"), "tokens", lambda *_: None)
 
 
 def test_nothing_is_sent_where_there_is_nothing_to_send():
-    outside = Outside(DistillSettings(), "tokens", None)
-    outside.place(external_validity_jobs.layout())
+    external = ExternalValidity(DistillSettings(), "tokens", None)
+    external.place(external_validity_jobs.layout())
     batch = {"tokens": torch.zeros(1, 1)}
-    assert list(outside.watched(iter([batch]))) == [batch]
-    assert outside.arguments(torch.zeros(1, 1), None) == {}
+    assert list(external.watched(iter([batch]))) == [batch]
+    assert external.arguments(torch.zeros(1, 1), None) == {}

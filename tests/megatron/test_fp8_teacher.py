@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vcrd.megatron.fp8 import refuse_delayed_scaling, refuse_uneven_tokens
-from vcrd.megatron.output_layer import OutputLayer
+from vcrd.megatron.compatibility import refuse_delayed_scaling, refuse_uneven_tokens
+from vcrd.megatron.serving import ServedHead
 
 
 def config(recipe: str = "tensorwise", **more) -> SimpleNamespace:
@@ -43,4 +43,4 @@ def test_micro_batches_are_multiples_of_what_a_product_takes(recipe, sequence_pa
 def test_an_output_layer_in_fp8_does_not_send_hidden_states():
     chunk = SimpleNamespace(output_layer=object(), config=config("mxfp8", fp8_output_proj=True))
     with pytest.raises(ValueError, match="^payload 'hidden': expected fp8_output_proj False, .* got True"):
-        OutputLayer(chunk, None)
+        ServedHead(chunk, None)

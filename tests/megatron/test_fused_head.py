@@ -13,8 +13,8 @@ from test_distillation import check_against_direct, settings
 from worlds import World, run_worlds
 
 import vcrd
-from vcrd.megatron.distillation import Attachment
-from vcrd.megatron.fused_head import FusedHead
+from vcrd.megatron.fused_head import FusedHeadLoss
+from vcrd.megatron.hooks import LossHook
 from vcrd.settings import DistillSettings
 
 
@@ -63,7 +63,7 @@ def step(model: torch.nn.Module, arguments: dict, fused: bool) -> tuple[torch.Te
     width = jobs.STUDENT.vocab_size
     teacher = 3 * torch.randn(jobs.SEQUENCE, 2, width, generator=generator)
     teacher = teacher.chunk(group.size(), -1)[group.rank()]
-    head = FusedHead(model, group if group.size() > 1 else None) if fused else None
+    head = FusedHeadLoss(model, group if group.size() > 1 else None) if fused else None
     seen = []
 
     def loss(labels, mask, logits):
@@ -77,11 +77,11 @@ def step(model: torch.nn.Module, arguments: dict, fused: bool) -> tuple[torch.Te
         )
         return out.loss.transpose(0, 1).contiguous()
 
-    attachment = Attachment(model, loss)
+    hook = LossHook(model, loss)
     positions = torch.arange(jobs.SEQUENCE).expand_as(batch["tokens"])
     for parameter in model.parameters():
         parameter.grad = None
-    with attachment.active():
+    with hook.active():
         for _ in range(2):  # the first gets logits of test states, the second none at all
             for parameter in model.parameters():
                 parameter.grad = None
@@ -91,7 +91,7 @@ def step(model: torch.nn.Module, arguments: dict, fused: bool) -> tuple[torch.Te
             else:
                 output = model(batch["tokens"], positions, None, **_targets(batch))
             ((output * batch["loss_mask"]).sum() / batch["loss_mask"].sum()).backward()
-    attachment.detach()
+    hook.undo()
     assert "forward" not in vars(model.output_layer)
     if fused:
         assert seen[0][0] < jobs.SEQUENCE and seen[1][-1] == 1, seen
@@ -174,7 +174,7 @@ def test_the_scale_and_the_soft_cap_of_a_model_are_honoured():
     expected.loss.sum().backward()
     truth, model.output_layer.weight.grad = model.output_layer.weight.grad, None
     own = model.output_layer.forward
-    head = FusedHead(model, None)
+    head = FusedHeadLoss(model, None)
     for _ in range(2):
         model.output_layer.weight.grad = None
         with head.captured():
@@ -187,7 +187,7 @@ def test_the_scale_and_the_soft_cap_of_a_model_are_honoured():
 
 def test_a_model_whose_logits_are_made_otherwise_is_found_out():
     model = Finisher(lambda logits: logits + 1)
-    head = FusedHead(model, None)
+    head = FusedHeadLoss(model, None)
     with (
         head.captured(),
         pytest.raises(ValueError, match="fused_head: expected a model whose logits are scale"),
@@ -195,7 +195,7 @@ def test_a_model_whose_logits_are_made_otherwise_is_found_out():
         head.loss(model.logits(torch.randn(3, 2, 8)), None, None)
     with (
         head.captured(),
-        pytest.raises(ValueError, match="expected the model to run its output_layer before"),
+        pytest.raises(ValueError, match="expected a model that calls its output_layer before"),
     ):
         head.loss(torch.zeros(1), None, None)
 
@@ -210,14 +210,14 @@ def test_a_model_whose_logits_are_made_otherwise_is_found_out():
         (Finisher(fp8_output_proj=True), "fp8_output_proj False, .*, got True"),
         (
             Finisher(cut_with="__fsdp_param__"),
-            "Megatron's own data parallelism, got a weight that FSDP has cut",
+            "Megatron's own data parallelism, got a weight sharded by FSDP",
         ),
-        (Finisher(cut_with="device_mesh"), "Megatron's own data parallelism, got a weight that FSDP has cut"),
+        (Finisher(cut_with="device_mesh"), "Megatron's own data parallelism, got a weight sharded by FSDP"),
     ],
 )
 def test_what_clashes_is_one_sentence(model, sentence):
     with pytest.raises(ValueError, match=f"fused_head: expected .*{sentence}"):
-        FusedHead(model, None)
+        FusedHeadLoss(model, None)
 
 
 def test_the_environment_asks_for_it():
@@ -278,7 +278,7 @@ def _steps(loss_funcs: list, **changes) -> SimpleNamespace:
     )
     with (
         patch.object(fused_head, "fused_validity_calibrated_kl", loss),
-        patch.object(FusedHead, "_looking_waits", lambda head: True),
+        patch.object(FusedHeadLoss, "_looking_waits", lambda head, weight: True),
     ):
         for position in range(len(loss_funcs)):  # noqa: B007  read by forward_step
             wrapped.zero_grad_buffer()

@@ -150,7 +150,7 @@ def test_a_resumed_run_draws_the_samples_of_the_uninterrupted_one(folder, draws,
         assert evaluated == [line["evaluated"] for line in undisturbed.lines() if "evaluated" in line]
     assert second.lines()[-1] == undisturbed.lines()[-1] and "weights" in undisturbed.lines()[-1]
     shared = "torch" in draws and "dropout" in more
-    assert ("credits is 0 from here on" in undisturbed.text()) == shared
+    assert ("credits is 0 from now on" in undisturbed.text()) == shared
 
 
 @pytest.mark.slow

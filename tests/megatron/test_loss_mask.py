@@ -211,7 +211,7 @@ def context_parallel_mask(edges: list[int]) -> tuple[torch.Tensor, torch.Tensor,
     import torch.distributed as dist
 
     from vcrd.link.plan import context_rows
-    from vcrd.megatron.external_validity import Outside
+    from vcrd.megatron.external_validity import ExternalValidity
 
     rank, size = dist.get_rank(), dist.get_world_size()
     rows = 1 if edges else 2
@@ -219,14 +219,14 @@ def context_parallel_mask(edges: list[int]) -> tuple[torch.Tensor, torch.Tensor,
     batch = {"tokens": torch.zeros(rows, 24, dtype=torch.long), "loss_mask": mask}
     if edges:
         batch["cu_seqlens"] = torch.tensor([edges])
-    outside = Outside(DistillSettings(), "tokens", None)
-    outside.place(external_validity_jobs.layout(context=(rank, size)), dist.group.WORLD)
-    outside.take_mask()
-    next(outside.watched(iter([batch])))
+    external = ExternalValidity(DistillSettings(), "tokens", None)
+    external.place(external_validity_jobs.layout(context=(rank, size)), dist.group.WORLD)
+    external.take_mask()
+    next(external.watched(iter([batch])))
     spans = context_rows(24, rank, size, edges)
     columns = torch.cat([torch.arange(span.start, span.stop) for span in spans])
     labels = torch.zeros(rows, 24 // size, dtype=torch.long)
-    return outside.arguments(labels, None)["loss_mask"], columns, mask
+    return external.arguments(labels, None)["loss_mask"], columns, mask
 
 
 @pytest.mark.parametrize("edges", [[], [0, 8, 24]])
@@ -331,7 +331,7 @@ def test_a_mean_is_of_a_step_that_is_known_to_be_one_micro_batch():
     for name in ("unknown", "unknown, one"):
         assert found[name].error.startswith(
             "normalization: expected 'none' unless a step is known to be one micro-batch on one data-parallel rank, "
-            "got 'mean' where Megatron's init_num_microbatches_calculator has not said how many there are"
+            "got 'mean' where Megatron's init_num_microbatches_calculator was not called"
         )
         assert found[name].losses == []
     for name in ("said one, are two", "two in the fused head"):

@@ -117,7 +117,9 @@ def test_an_output_layer_that_is_no_matrix_product_is_refused():
     _, (sentence,) = run_worlds(
         World(ask_in_vain, arguments=(chosen,)), World(serve_another_output_layer, arguments=(chosen,))
     )
-    assert sentence.startswith("model: expected logits = scale * states @ weight.T"), sentence
+    assert sentence.startswith(
+        "payload 'hidden': expected a model whose logits are scale * states @ weight.T"
+    ), sentence
 
 
 def test_top_k_needs_temperature_one():

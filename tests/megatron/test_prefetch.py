@@ -121,7 +121,7 @@ def test_nothing_is_drawn_ahead_where_dropout_moves_the_same_generator(dropout, 
     again, states_again = run(iterator, 4, who_draws, dropout)
     assert again == samples and iterator.pending == 0
     assert not any(changed(one, other) for one, other in zip(states, states_again, strict=True))
-    assert len(caplog.records) == 1 and "credits is 0 from here on" in caplog.text
+    assert len(caplog.records) == 1 and "credits is 0 from now on" in caplog.text
     assert (f"'{dropout}'" if dropout != "each" else "'numpy', 'random', 'torch'") in caplog.text
 
 
@@ -210,7 +210,7 @@ def test_evaluation_leaves_the_random_state_of_training_and_draws_anew_each_time
             drawn.append([_DRAW["each"]() for _ in range(3)])
         assert not changed(before, random_state())
     assert drawn[0] != drawn[1], "its second part goes on after its first"
-    evaluation.over()
+    evaluation.end()
     with evaluation.aside():
         assert [_DRAW["each"]() for _ in range(3)] == drawn[0], "a resumed run evaluates alike"
 

@@ -129,9 +129,9 @@ def ask_one_after_the_other(folder: str) -> list[int]:
 
 
 def stay(folder: str) -> int:
-    from vcrd.megatron import serve, teacher
+    from vcrd.megatron import serve, serving
 
-    teacher._AFTER_REFUSAL = 0.1
+    serving._AFTER_REFUSAL = 0.1
     chosen = settings(address=f"file:{folder}/*", connect_timeout=8)
     return serve(jobs.model(jobs.TEACHER, seed=2), chosen, stay=True)
 

@@ -18,7 +18,7 @@ from waiting import wait_until
 from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_rendezvous
 from vcrd.link.connection import Connection
 from vcrd.link.waits import Waits
-from vcrd.megatron.ranks import Row, by_replica
+from vcrd.megatron.metrics import Row, by_replica
 from vcrd.monitor.bottleneck import Setup, Wait, cause, idle_sentence, sentence
 
 SETUP = Setup("float16", 75968, 64, 1.0, credits=2, replicas=2, data_ranks=8)

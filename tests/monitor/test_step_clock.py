@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from vcrd.megatron import step_clock
+from vcrd.megatron import metrics
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """(the clock, a function that lets so many seconds pass)."""
     now = [100.0]
-    monkeypatch.setattr(step_clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
 
     def passes(seconds: float) -> None:
         now[0] += seconds
 
-    return step_clock.StepClock(), passes
+    return metrics.StepClock(), passes
 
 
 def step(clock, passes, micro_batches: int) -> None:
@@ -33,11 +33,11 @@ def test_every_second_from_the_first_step_on_belongs_to_one_part(clock):
     clock, passes = clock
     passes(50)  # before the first step
     step(clock, passes, 2)
-    assert clock.parts == step_clock.Parts(forward=6, backward=10, gradients=0.5, between=0)
+    assert clock.parts == metrics.Parts(forward=6, backward=10, gradients=0.5, between=0)
     before = clock.parts
     passes(7)  # the optimizer
     step(clock, passes, 1)
-    assert clock.parts.since(before) == step_clock.Parts(forward=3, backward=5, gradients=0.5, between=7)
+    assert clock.parts.since(before) == metrics.Parts(forward=3, backward=5, gradients=0.5, between=7)
 
 
 def test_a_forward_step_that_raises_is_counted(clock):

@@ -118,8 +118,8 @@ FAULTS = [
     _fault(
         "every tensor rank counts the invalid rows again",
         "megatron/distillation.py",
-        "and not self._measuring and self._layout.tensor_rank == 0:",
-        "and not self._measuring:",
+        "and not self.measuring and self.layout.tensor_rank == 0:",
+        "and not self.measuring:",
         *("tests/megatron/test_invalid_rows.py", "-k", "stop"),
     ),
     _fault(

@@ -1,4 +1,4 @@
-"""Megatron's settings that do not go together with distillation, refused with a sentence when the plug attaches."""
+"""Settings of Megatron that do not work with distillation, or not for a teacher: each is one error message."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 
+from vcrd.errors import expected
 from vcrd.settings import DistillSettings
 
 
 def check_compatibility(
-    chunk: torch.nn.Module, settings: DistillSettings, args: Any = None, linked: bool = True
+    chunk: torch.nn.Module, settings: DistillSettings, args: Any = None, remote: bool = True
 ) -> None:
-    """ValueError that names the argument, where the model's or the job's settings clash with the plug. No collectives.
+    """ValueError that names the argument, if a setting of the model or the job does not work with the plug.
 
-    chunk: the unwrapped last stage. args: Megatron's arguments (default: those of megatron.training, where it runs).
-    linked: whether the teacher runs elsewhere; one in the same ranks is given the student's own positions and mask.
+    chunk: the unwrapped model. args: Megatron's arguments (default: those of megatron.training, if it runs).
+    remote: whether the teacher runs in another job. One in the same ranks is given the student's positions and mask.
 
-    Not clashes: cross_entropy_loss_fusion, which evaluation and the heads of multi-token prediction go on using on
-    logits of their own; tp_comm_overlap, which leaves the output layer alone; CUDA graphs of layers.
+    No collectives. These do work: cross_entropy_loss_fusion, which evaluation and the heads of multi-token prediction
+    go on using for their own logits; tp_comm_overlap, which does not touch the output layer; CUDA graphs of layers.
     """
     config = chunk.config
     args = _megatron_args() if args is None else args
@@ -35,7 +36,7 @@ def check_compatibility(
             "True",
             "each sample may be cut over other ranks, and the teacher's answer is cut one way",
         )
-    # Up to 0.16 the graph of a whole iteration was a scope, later it is an implementation.
+    # The graph of a whole iteration is a scope up to 0.16, and an implementation later.
     scopes = getattr(config, "cuda_graph_scope", None) or ()
     scopes = [scopes] if isinstance(scopes, str) or not hasattr(scopes, "__iter__") else scopes
     whole = [getattr(scope, "name", scope) for scope in scopes].count("full_iteration")
@@ -59,7 +60,7 @@ def check_compatibility(
             "the plug holds the model of the process's first life; let the launcher restart the process",
         )
     _refuse_other_losses(args)
-    if linked:
+    if remote:
         _refuse_half_resets(args)
         _refuse_other_splits(config, args)
     if settings.normalization == "mean":
@@ -84,7 +85,7 @@ def _refuse_other_losses(args: Any) -> None:
 
 
 def _refuse_half_resets(args: Any) -> None:
-    """Documents in one sample, kept apart by positions or masks that the dataset makes: the teacher would not know."""
+    """Documents in one sample that only positions or masks of the dataset keep apart: the teacher is not told them."""
     for name in ("reset_position_ids", "reset_attention_mask"):
         if getattr(args, name, False):
             _refuse(
@@ -96,7 +97,7 @@ def _refuse_half_resets(args: Any) -> None:
 
 
 def _refuse_other_splits(config: Any, args: Any) -> None:
-    """Context parallelism that cuts packed sequences otherwise than each by itself in the zig-zag order."""
+    """Context parallelism that does not cut each packed sequence by itself in the zig-zag order."""
     size = getattr(config, "context_parallel_size", 1)
     if size == 1:
         return
@@ -112,13 +113,13 @@ def _refuse_other_splits(config: Any, args: Any) -> None:
 class MeanOfStep:
     """Refuses normalization "mean", on every rank alike, unless a step is one micro-batch on one data-parallel rank.
 
-    The mean weight of a step is known after its last micro-batch, when the first has gone backward long ago. How many
-    there are Megatron's calculator says, whose number may grow during a run; that it is right is seen by counting.
+    The mean weight of a step is known after its last micro-batch, when the backward of the first is already done. The
+    number of micro-batches comes from Megatron's calculator, may grow during a run, and is checked by counting.
     """
 
     def __init__(self, settings: DistillSettings) -> None:
         self._used = settings.normalization == "mean"
-        self._begun: set[int] = set()  # chunks of the model whose micro-batch of this step has begun
+        self._begun: set[int] = set()  # chunks of the model that have begun a micro-batch of this step
 
     def begin(self, chunk: torch.nn.Module) -> None:
         """Before each training micro-batch of a chunk of the model. ValueError; no collectives."""
@@ -141,10 +142,8 @@ def _refuse_mean_of_parts() -> None:
 
     try:
         parts = get_num_microbatches()
-    except AttributeError:  # it was never set up
-        _refuse_mean(
-            "'mean' where Megatron's init_num_microbatches_calculator has not said how many there are"
-        )
+    except AttributeError:  # the calculator was never set up
+        _refuse_mean("'mean' where Megatron's init_num_microbatches_calculator was not called")
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     if parts * replicas > 1:
         _refuse_mean(f"'mean' with {parts} micro-batches on {replicas} ranks")
@@ -159,15 +158,53 @@ def _refuse_mean(got: str) -> None:
     )
 
 
-def _refuse(name: str, expected: str, got: str, reason: str) -> None:
-    raise ValueError(f"{name}: expected {expected}, got {got}; vcrd does not work with it, for {reason}")
+def _refuse(name: str, allowed: str, got: str, reason: str) -> None:
+    raise expected(name, allowed, f"{got}; vcrd does not work with it, because {reason}")
 
 
 def _megatron_args() -> Any:
-    """The arguments of megatron.training, None where the script does not use it or has not set them."""
+    """The arguments of megatron.training; None if the script does not use it or has not set them."""
     if "megatron.training.global_vars" not in sys.modules:
         return None
     try:
         return importlib.import_module("megatron.training.global_vars").get_args()
     except AssertionError:
         return None
+
+
+def refuse_delayed_scaling(config: Any) -> None:
+    """ValueError for a teacher's configuration with the FP8 recipe "delayed".
+
+    Transformer Engine (2.20.0.dev0, `FP8GlobalStateManager.autocast_exit`) updates the scales of delayed scaling at the
+    end of a forward that records a graph, and in backward. A teacher has neither. In a teacher job its scales would
+    keep the checkpoint's values, which are 1 if it was trained in bfloat16. In the student's ranks the student's
+    forward would update them, and they would not be saved, so that a resumed run would have other losses.
+    """
+    # In 0.16 and later: a string, or an enumeration that is a string.
+    if getattr(config, "fp8", None) and getattr(config, "fp8_recipe", None) == "delayed":
+        raise expected(
+            "fp8_recipe",
+            "'tensorwise', 'blockwise' or 'mxfp8' for a teacher",
+            "'delayed', whose scales are updated in training only",
+        )
+
+
+def refuse_uneven_tokens(config: Any, batch: int, sequence: int) -> None:
+    """ValueError, before any collective, for tokens [batch, sequence] that a teacher's FP8 layers cannot multiply.
+
+    A product in FP8 takes multiples of 8 rows on each rank, and of a block of 32 with MXFP8 (Transformer Engine
+    2.20.0.dev0, `assert_dim_for_fp8_exec` and its MXFP8 quantizer).
+    """
+    if not getattr(config, "fp8", None):
+        return
+    multiple = 32 if getattr(config, "fp8_recipe", None) == "mxfp8" else 8
+    parts = config.tensor_model_parallel_size if getattr(config, "sequence_parallel", False) else 1
+    if batch * sequence % (multiple * parts):
+        raise expected(
+            "tokens",
+            (
+                f"micro-batches of a multiple of {multiple * parts} tokens, because the teacher's layers multiply "
+                f"in FP8 (recipe {config.fp8_recipe!s})"
+            ),
+            f"[{batch}, {sequence}]",
+        )

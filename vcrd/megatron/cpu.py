@@ -1,7 +1,7 @@
 """Megatron-Core on CPU and gloo: the calls that assume a CUDA device are redirected while a context is open.
 
-Nothing of Megatron is rewritten: its own layers, pipeline schedules, data-parallel wrapper and optimizers run.
-Only `device="cuda"`, `.cuda()`, streams, events, random states and a few type names answer for the CPU instead.
+Megatron's own layers, pipeline schedules, data-parallel wrapper and optimizers run unchanged. Only `device="cuda"`,
+`.cuda()`, streams, events, random states and a few type names are redirected to the CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-# Where these can be imported Megatron takes their norms and optimizers, which need a GPU, even under `local`.
+# If these can be imported, Megatron uses their norms and optimizers, which need a GPU, even with `local` layers.
 HIDDEN_PACKAGES = (
     "transformer_engine",
     "transformer_engine_torch",
@@ -34,15 +34,15 @@ _TENSOR_TYPES = ("Float", "Double", "Half", "BFloat16", "Byte", "Char", "Short",
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
-    """Let Megatron-Core run on CPU and gloo inside this block; outside it torch and Megatron are as before.
+    """Lets Megatron-Core run on CPU and gloo inside this block; outside it torch and Megatron are as before.
 
-    Build models, initialise `parallel_state` and train inside the block, in the thread that opened it. The
-    process group must be gloo; in Megatron's configuration choose the local layer specification,
-    `use_cpu_initialization`, `persist_layer_norm=False` and no fusions. Megatron's local norm
-    refuses sequence parallelism and its local attention context parallelism: both need one of your own. Megatron
-    modules first imported inside the block keep their torch norms after it.
+    Build models, initialize `parallel_state` and train inside the block, in the thread that opened it. The
+    process group must be gloo. In Megatron's configuration choose the local layer specification,
+    `use_cpu_initialization`, `persist_layer_norm=False` and no fusions. Megatron's local norm does not support sequence
+    parallelism, and its local attention no context parallelism: for these bring your own. Megatron modules that are
+    first imported inside the block keep their torch norms after it.
 
-    Raises RuntimeError when Transformer Engine or apex is already imported: hiding them must come first.
+    Raises RuntimeError if Transformer Engine or apex is already imported, because they must be hidden first.
     """
     with contextlib.ExitStack() as stack:
         _hide_packages(stack)
@@ -59,7 +59,7 @@ def on_cpu() -> Iterator[None]:
 def run_script(arguments: list[str]) -> None:
     """Runs `arguments[0]`, an unmodified script, as the main program and on the CPU: `python -m vcrd.megatron.cpu`.
 
-    arguments: the script's path and its own arguments. Raises SystemExit with a sentence when no script is named.
+    arguments: the script's path and its own arguments. Raises SystemExit with a message if no script is named.
     """
     if not arguments or not os.path.isfile(arguments[0]):
         got = repr(arguments[0]) if arguments else "nothing"
@@ -74,18 +74,18 @@ def run_script(arguments: list[str]) -> None:
 
 
 def enable() -> contextlib.ExitStack:
-    """Open `on_cpu` without a `with` block, for the top of a script; `.close()` on the result undoes it.
+    """Opens `on_cpu` without a `with` block, for the top of a script; `.close()` of the result undoes it.
 
     Raises RuntimeError as `on_cpu` does.
     """
     stack = contextlib.ExitStack()
     stack.enter_context(on_cpu())
-    atexit.register(stack.close)  # a stack that nobody holds would be closed at once
+    atexit.register(stack.close)  # keeps the stack alive if the caller drops it
     return stack
 
 
 class _Redirect(TorchFunctionMode):
-    """Answers for the CPU whatever names a CUDA device in a torch call."""
+    """Replaces a CUDA device in a torch call by the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -115,7 +115,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _Stream:
-    """One queue that is always in order, as a CPU is."""
+    """A stream whose work is always done, as on a CPU."""
 
     device_index = 0
     cuda_stream = 0
@@ -146,7 +146,7 @@ class _Stream:
 
 
 class _Event:
-    """An event of a queue in order: it has always happened already."""
+    """An event that has always happened already."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -235,7 +235,7 @@ def _stand_ins(rng: types.ModuleType) -> list[tuple[Any, dict[str, Any]]]:
     run_backward = torch.autograd._engine_run_backward
 
     def redirected_backward(*args: Any, **kwargs: Any) -> Any:
-        # torch suspends a function mode inside a call that has passed through it, and so in all of a backward.
+        # torch disables a function mode inside a call that went through it, and so in a whole backward.
         with _Redirect():
             return run_backward(*args, **kwargs)
 
@@ -252,7 +252,7 @@ def _stand_ins(rng: types.ModuleType) -> list[tuple[Any, dict[str, Any]]]:
         (torch.cuda.nvtx, {"range_push": zero, "range_pop": zero}),
         (torch.autograd, {"_engine_run_backward": redirected_backward}),
         (torch.utils.data.DataLoader, {"__init__": init_loader}),
-        # Not in the function mode: torch would refuse the stand-in stream before the mode hears of the call.
+        # Not in the function mode: torch would refuse the stand-in stream before it calls the mode.
         (torch.Tensor, {"record_stream": nothing}),
         (
             rng,
@@ -293,7 +293,7 @@ def _hide_packages(stack: contextlib.ExitStack) -> None:
     loaded = [name for name in HIDDEN_PACKAGES if sys.modules.get(name) is not None]
     if loaded:
         raise RuntimeError(
-            f"enter vcrd.megatron.cpu before {loaded[0]} is imported: it cannot be hidden any more."
+            f"enter vcrd.megatron.cpu before {loaded[0]} is imported: it can no longer be hidden"
         )
     for name in HIDDEN_PACKAGES:
         if name not in sys.modules:
@@ -310,8 +310,8 @@ def _set_environment(stack: contextlib.ExitStack) -> None:
             stack.callback(os.environ.pop, name, None)
         else:
             stack.callback(os.environ.__setitem__, name, before)
-    # Megatron's torch.compile'd helpers would take minutes to build on a CPU. Dynamo reads the variable above at its
-    # import, so its switch is what must be put back; that is off where this import is the first.
+    # Megatron's compiled helpers would take minutes to build on a CPU. Dynamo reads the variable above when it is
+    # imported, so its switch must be restored too. If this import is the first, its value before was False.
     imported = "torch._dynamo.config" in sys.modules
     config = importlib.import_module("torch._dynamo.config")
     stack.callback(setattr, config, "disable", config.disable if imported else False)

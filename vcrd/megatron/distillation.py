@@ -1,4 +1,13 @@
-"""The one-line plug into a Megatron pretraining script: `forward_step = vcrd.megatron.distill(forward_step)`."""
+"""The plug into a Megatron pretraining script: `forward_step = vcrd.megatron.distill(forward_step)`.
+
+From top to bottom: a script calls `distill`. It returns a `Distillation`, which runs the script's forward step. On
+ranks of the last pipeline stage its `StudentLoss` takes over the model's loss (by `hooks.LossHook`), and computes the
+loss of each micro-batch in `StudentLoss.compute`, from the model's logits and from what the teacher answers.
+
+The teacher is a `RemoteTeacher`, in a job of its own, or a `ColocatedTeacher`. The link notices the death of a teacher
+job, in `StudentLink.receive` (vcrd/link/student.py), which `RemoteTeacher.answer` calls: it waits for a restarted
+teacher and asks it again, or raises TeacherLost.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +23,26 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from vcrd.errors import expected
 from vcrd.loss.api import CalibratedLoss, validity_calibrated_kl
 from vcrd.megatron.colocated_teacher import ColocatedTeacher, TeacherModel
 from vcrd.megatron.compatibility import MeanOfStep, check_compatibility
-from vcrd.megatron.external_validity import Outside, Verifier
-from vcrd.megatron.fused_head import FusedHead
+from vcrd.megatron.external_validity import ExternalValidity, Verifier
+from vcrd.megatron.fused_head import FusedHeadLoss
+from vcrd.megatron.hooks import LossHook, StepEndHook
 from vcrd.megatron.identity import tokenizer_of
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.loss_mask import LossMask
-from vcrd.megatron.metrics import STEP_KEYS, IntervalLog, megatron_globals, with_step_sums
-from vcrd.megatron.prefetch import TokensOf
-from vcrd.megatron.rank_telemetry import telemetry_of
+from vcrd.megatron.metrics import STEP_KEYS, IntervalLog, megatron_globals, start_telemetry, with_step_sums
+from vcrd.megatron.prefetch import TokensOf, running_again
 from vcrd.megatron.remote_teacher import RemoteTeacher
-from vcrd.megatron.replay import running_again
-from vcrd.megatron.report import Figures, Report
-from vcrd.megatron.step_end import StepEnd, raise_if_invalid
+from vcrd.megatron.report import Figures, Report, raise_if_invalid
 from vcrd.megatron.teacher_check import TeacherCheck
 from vcrd.settings import DistillSettings
 
 
 class Observation(NamedTuple):
-    """One micro-batch as the loss saw it; `out` and its stats are [s, b], labels and loss_mask [b, s]."""
+    """One micro-batch as the loss saw it. `out` and its statistics are [s, b], labels and loss_mask [b, s]."""
 
     number: int
     labels: Tensor
@@ -54,213 +62,233 @@ def distill(
     teacher: TeacherModel | None = None,
     tokenizer: Any = None,
 ) -> Distillation:
-    """Turns a script's `forward_step(data_iterator, model, ...)` into one that distils from the linked teacher.
+    """Turns a script's `forward_step(data_iterator, model, ...)` into one that distills from a teacher.
 
-    Positional arguments may come before these two, as Megatron-Bridge's `state` does.
+    Positional arguments may come before these two, such as Megatron-Bridge's `state`.
 
     The script's model, `loss_func`, masks, token counts, schedules and reporting stay as they are: only the
     per-token loss [b, s] that the model computes becomes the validity-calibrated one. Evaluation
-    (`model.training` False) stays plain cross-entropy and asks the teacher nothing. Which tokens count is read from the
-    `loss_mask` that the model is given, or else from the micro-batch, or from labels below 0 (`LossMask`).
+    (`model.training` False) stays plain cross-entropy and asks the teacher nothing. The tokens that count are given by
+    the `loss_mask` that the model is given, or else by the micro-batch, or by labels below 0 (`LossMask`).
 
     settings: default `DistillSettings.from_environment()`, the VCRD_* variables.
     tokens: the key of the input tokens [b, s] in what the data iterator yields, or a function that finds them.
-    verifier: judges both models' actions, in place of the settings' validity; called as `Outside` says.
-    teacher: None for the linked one. Or a frozen Megatron model inside the student's own ranks: this rank's part, the
-        list of its chunks where the student interleaves, or a function that returns either and is called at the first
-        training step; see `ColocatedTeacher` for what it must have in common with the student and for how to build it.
-    tokenizer: that made the data, to be compared with the linked teacher's: Megatron's, Hugging Face's or a
-        `vcrd.link.Tokenizer`, the same on every rank. None: that of `megatron.training`, where it runs.
+    verifier: judges both models' actions, in place of the settings' validity; see `ExternalValidity` for its arguments.
+    teacher: None for a teacher job at the other end of the link. Or a frozen Megatron model in the student's own ranks:
+        this rank's part, the list of its chunks if the student interleaves, or a function that returns either and is
+        called at the first training step. `ColocatedTeacher` says what it must have in common with the student and how
+        to build it.
+    tokenizer: the one that made the data, to be compared with the teacher job's: Megatron's, Hugging Face's or a
+        `vcrd.link.Tokenizer`, the same on every rank. None: that of `megatron.training`, if it runs.
 
-    Every rank calls it; the process group and Megatron's parallel state must exist by the first training step,
+    Every rank calls it. The process group and Megatron's parallel state must exist by the first training step,
     where rank 0 opens the rendezvous and the ranks of the last stage wait for the teacher job. That step raises
-    ValueError for what cannot be distilled, and LinkError when the teacher does not come or does not fit.
+    ValueError if the script or the model cannot be distilled, and LinkError if the teacher job does not come or does
+    not fit.
     """
     settings = DistillSettings.from_environment() if settings is None else settings
-    return Distillation(forward_step, settings, tokens, verifier, teacher, tokenizer)
+    remote = teacher is None
+    source = RemoteTeacher(settings, tokens) if remote else ColocatedTeacher(settings, teacher)
+    loss = StudentLoss(settings, source, ExternalValidity(settings, tokens, verifier), tokenizer)
+    return Distillation(forward_step, settings, source, loss)
 
 
 class Distillation:
-    """The forward step that `distill` returns: call it, read `report`, `close` it when the run ends.
+    """The forward step that `distill` returns: call it, read `report`, and `close` it when the run ends.
 
     report: sums over the tokens of this rank's training micro-batches; see `Report.take`. With `megatron.training`
-    it is taken every --log-interval iterations, and written where Megatron writes (`vcrd.megatron.metrics`).
-    A run that forgets `close` parts from the teacher when the interpreter ends.
+    it is taken every --log-interval iterations and written to Megatron's logs (`vcrd.megatron.metrics`).
+    If a run does not call `close`, the interpreter does at its end.
     """
 
     def __init__(
         self,
         forward_step: Callable[..., Any],
         settings: DistillSettings,
-        tokens_of: TokensOf,
-        verifier: Verifier | None = None,
-        teacher: TeacherModel | None = None,
-        tokenizer: Any = None,
+        teacher: RemoteTeacher | ColocatedTeacher,
+        loss: StudentLoss,
     ) -> None:
         self.settings = settings
-        self._check = TeacherCheck()
-        self._first_step_checked = False
-        self.report = Report(self._check)
-        self._tokenizer = tokenizer
         self._forward_step = forward_step
-        # Whoever looks at the parameters, as Megatron-Bridge does before it passes its state, sees the script's own.
+        # Megatron-Bridge reads the parameters of the script's forward step before it passes its state.
         self.__wrapped__ = forward_step
-        linked = teacher is None
-        self._teacher = RemoteTeacher(settings, tokens_of) if linked else ColocatedTeacher(settings, teacher)
-        self._outside = Outside(settings, tokens_of, verifier)
-        self._mask = LossMask(settings, self._outside)
+        self._teacher = teacher
+        self._loss = loss
+        self._log = IntervalLog(settings, teacher)
         self._mean = MeanOfStep(settings)
-        self._layout: Layout | None = None
-        self._attached: Attachment | None = None
-        self._fused_head: FusedHead | None = None
-        self._done = 0  # micro-batches whose loss was computed
-        self._counted = (0.0, 0)  # of the link's seconds waited and bytes received: what a report has already
-        self._step_end = StepEnd(self._end_step, self._end_backward)
-        # In each micro-batch of the step, where the run is to stop for them.
-        self._invalid_rows: list[Tensor] = []
-        self._log = IntervalLog(settings, self._teacher)
-        self._checked = False  # for clashes, on every rank alike
-        self._measuring = False
-        self._observer: Observer | None = None
-        # Weakly, so that a forgotten plug can be collected; strongly held it would outlive every test.
+        self._step_end = StepEndHook(self._end_backward, self._end_step)
+        self._checked = False  # whether compatibility was checked
+        # A weak reference, so that a plug without users can be collected.
         atexit.register(_close_if_alive, weakref.ref(self))
 
+    @property
+    def report(self) -> Report:
+        return self._loss.report
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        first, data_iterator, model, args, kwargs = _parted(self._forward_step, args, kwargs)
-        forward_step = partial(self._forward_step, *first)
+        before, data_iterator, model, after, kwargs = _split_call(self._forward_step, args, kwargs)
+
+        def run(iterator: Any) -> Any:
+            return self._forward_step(*before, iterator, model, *after, **kwargs)
+
         chunk = unwrap(model)
-        if not (chunk.training or self._measuring):
+        if not (chunk.training or self._loss.measuring):
             with self._teacher.evaluation():
-                return forward_step(data_iterator, model, *args, **kwargs)
-        if not self._checked:
-            check_compatibility(chunk, self.settings, linked=isinstance(self._teacher, RemoteTeacher))
-            self._checked = True
-        if chunk.training:
-            self._mean.begin(chunk)
-            self._step_end.watch(chunk.config)
-            self._watch(chunk)
-        self._teacher.host()
-        alongside = self._teacher.alongside(chunk)
-        if not getattr(chunk, "post_process", True):
-            if chunk.training:
-                self._log.begin(None)
-            with self._timed(chunk), alongside:
-                return forward_step(data_iterator, model, *args, **kwargs)
-        attachment = self._attach(chunk)
-        if chunk.training:
-            self._log.begin(self._layout)
-        iterator = self._outside.watched(self._teacher.watched(data_iterator))
-        before = self._done
-        captured = contextlib.nullcontext() if self._fused_head is None else self._fused_head.captured()
-        with self._timed(chunk), alongside, attachment.active(), captured:
-            result = forward_step(iterator, model, *args, **kwargs)
-        if self._done != before + 1:
-            raise ValueError(
-                f"forward_step: expected one loss from labels given to the model, got {self._done - before}; "
-                "vcrd works where the model itself computes its loss per token"
-            )
+                return run(data_iterator)
+        last_stage = getattr(chunk, "post_process", True)
+        self._prepare(chunk, last_stage)
+        timed = self._log.clock.forward() if chunk.training else contextlib.nullcontext()
+        if not last_stage:
+            with timed, self._teacher.alongside(chunk):
+                return run(data_iterator)
+        iterator = self._loss.watched(data_iterator)
+        with timed, self._teacher.alongside(chunk), self._loss.of_one_micro_batch():
+            result = run(iterator)
         if megatron_globals() is not None and chunk.training and isinstance(result, tuple):
             sums = {key: self.report.last(field) for key, field in STEP_KEYS.items()}
             result = (*result[:-1], with_step_sums(result[-1], sums))
         return result
 
-    def _timed(self, chunk: torch.nn.Module) -> contextlib.AbstractContextManager:
-        return self._log.clock.forward() if chunk.training else contextlib.nullcontext()
+    def _prepare(self, chunk: torch.nn.Module, last_stage: bool) -> None:
+        """Before each micro-batch. With the first ones: checks, hooks, telemetry, and the teacher job's arrival."""
+        if not self._checked:
+            check_compatibility(chunk, self.settings, remote=isinstance(self._teacher, RemoteTeacher))
+            self._checked = True
+        if chunk.training:
+            self._mean.begin(chunk)
+            self._step_end.watch(chunk.config)
+            if self._log.telemetry is None:
+                self._log.telemetry = start_telemetry(chunk, self.settings, "student", self._teacher)
+        self._teacher.host()
+        if last_stage:
+            self._loss.attach(chunk)
+        if chunk.training:
+            self._log.begin(self._loss.layout if last_stage else None)
 
     def _end_backward(self) -> None:
         self._log.clock.end_backward()
-        if self._fused_head is not None:
-            self._fused_head.end_step()
+        self._loss.end_backward()
 
     def _end_step(self) -> None:
         self._log.clock.end_step()
         self._mean.end_step()
         self._teacher.end_step()
         repeated = running_again()
-        self.report.end_step(repeated)
-        if self.settings.invalid_rows == "stop":
-            counts, self._invalid_rows = self._invalid_rows, []
-            raise_if_invalid(counts, 0 if self._layout is None else self._layout.data_rank)
-        if self._attached is not None and not self._first_step_checked:
-            self._first_step_checked = True
-            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            self._check.tell("in the first step", group)
+        self._loss.end_step(repeated)
         if not repeated:
-            self._log.end_step(None if self._attached is None else self.report)
+            self._log.end_step(self.report if self._loss.attached else None)
 
     def record(self, iteration: int, figures: Figures) -> None:
-        """For scripts without `megatron.training`: adds figures that this rank took to its records, where
-        `telemetry_dir` names a folder, and says in the log what was waited for. Not a collective.
+        """For scripts without `megatron.training`: adds figures that this rank took to its records, if
+        `telemetry_dir` names a folder, and writes to the log what the rank waited for. Not a collective.
         """
         self._log.record(iteration, figures)
 
     @contextlib.contextmanager
     def measure(self, observer: Observer | None = None) -> Iterator[Report]:
-        """Inside the block evaluation asks the teacher too; its figures go to the report that is yielded.
+        """Inside the block evaluation asks the teacher too; its figures go to the yielded report.
 
         observer: called after each micro-batch with everything per token, on the ranks of the last stage.
         Every rank opens the block. Give evaluation an iterator of its own, after training drew all it asked for.
         """
-        training, self.report = self.report, Report()
-        self._measuring, self._observer = True, observer
-        self._teacher.end_step()  # nothing of training is under way
-        try:
-            with self._teacher.evaluation():
-                yield self.report
-        finally:
-            self.report = training
-            self._measuring, self._observer = False, None
+        self._teacher.end_step()  # no training step is in progress
+        with self._loss.measured(observer) as report, self._teacher.evaluation():
+            yield report
 
     def close(self) -> None:
-        """Says goodbye to the teacher, gives the model its own loss and Megatron's iterator its own source back.
+        """Ends the link, and gives the model its own loss and Megatron's iterator its own source back.
 
-        Idempotent; not a collective. Micro-batches that were drawn ahead and not trained on are gone.
+        Idempotent; not a collective. Micro-batches that were drawn ahead and not trained on are lost.
         """
-        if self._attached is not None:
-            self._attached.detach()
-            self._attached = None
+        self._loss.detach()
         self._step_end.undo()
         if self._log.telemetry is not None:
             self._log.telemetry.close()
         self._teacher.close()
-        self._outside.check()
+        self._loss.external.check()
 
-    def _watch(self, chunk: torch.nn.Module) -> None:
-        if self._log.telemetry is None:
-            self._log.telemetry = telemetry_of(chunk, self.settings, "student", self._teacher)
 
-    def _attach(self, chunk: torch.nn.Module) -> Attachment:
-        if self._attached is None:
-            self._layout = Layout.of(chunk, self.settings)
-            self._outside.place(self._layout)
-            if self.settings.fused_head != "off":
-                self._fused_head = FusedHead(
-                    chunk, self._layout.tensor_group, self.settings.fused_head == "recompute"
+class StudentLoss:
+    """The loss of each micro-batch, on ranks of the last pipeline stage. Other ranks have one that is never attached.
+
+    layout: this rank's place, None before `attach`. measuring: whether evaluation asks the teacher too.
+    """
+
+    def __init__(
+        self,
+        settings: DistillSettings,
+        teacher: RemoteTeacher | ColocatedTeacher,
+        external: ExternalValidity,
+        tokenizer: Any,
+    ) -> None:
+        self.external = external
+        self.layout: Layout | None = None
+        self.measuring = False
+        self._settings = settings
+        self._teacher = teacher
+        self._tokenizer = tokenizer
+        self._check = TeacherCheck()
+        self.report = Report(self._check)
+        self._mask = LossMask(settings, external)
+        self._hook: LossHook | None = None
+        self._fused_head: FusedHeadLoss | None = None
+        self._observer: Observer | None = None
+        self._done = 0  # micro-batches whose loss was computed
+        # Seconds waited and bytes received that are in the report already.
+        self._reported = (0.0, 0)
+        self._invalid_rows: list[Tensor] = []  # of each micro-batch of the step, with invalid_rows "stop"
+        self._first_step_checked = False
+
+    @property
+    def attached(self) -> bool:
+        return self._hook is not None
+
+    def attach(self, chunk: torch.nn.Module) -> None:
+        """Takes over the loss of the model, with the first micro-batch, and waits for the teacher job."""
+        if self._hook is None:
+            self.layout = Layout.of(chunk, self._settings)
+            self.external.place(self.layout)
+            if self._settings.fused_head != "off":
+                self._fused_head = FusedHeadLoss(
+                    chunk, self.layout.tensor_group, self._settings.fused_head == "recompute"
                 )
             self._tokenizer = tokenizer_of(self._tokenizer)
-            sizes = (self.settings.vocab_size, self._tokenizer and self._tokenizer.size)
-            self._check.place(self._layout, [size for size in sizes if size], self._teacher)
-            self._attached = Attachment(chunk, self._loss, self._teacher.given)
-        elif self._attached.chunk is not chunk:
-            raise ValueError("model: expected the model that was distilled before, got another one")
-        if self._layout.tensor_rank == 0 and not self._measuring:
+            sizes = (self._settings.vocab_size, self._tokenizer and self._tokenizer.size)
+            self._check.place(self.layout, [size for size in sizes if size], self._teacher)
+            self._hook = LossHook(chunk, self.compute, self._teacher.given)
+        elif self._hook.chunk is not chunk:
+            raise expected("model", "the model that was distilled before", "another one")
+        if self.layout.tensor_rank == 0 and not self.measuring:
             self.report.per_token_loss = bool(getattr(chunk.config, "calculate_per_token_loss", False))
-        self._teacher.connect(self._layout, self._tokenizer)
-        return self._attached
+        self._teacher.connect(self.layout, self._tokenizer)
 
-    def _loss(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
+    def watched(self, data_iterator: Any) -> Any:
+        """The iterator for the script to draw this micro-batch from."""
+        return self.external.watched(self._teacher.watched(data_iterator))
+
+    @contextlib.contextmanager
+    def of_one_micro_batch(self) -> Iterator[None]:
+        """Around the script's forward step: the model's loss is `compute`. ValueError unless it was computed once."""
+        before = self._done
+        captured = contextlib.nullcontext() if self._fused_head is None else self._fused_head.captured()
+        with self._hook.active(), captured:
+            yield
+        if self._done != before + 1:
+            raise expected(
+                "forward_step",
+                "one loss from labels given to the model",
+                f"{self._done - before}; vcrd works where the model itself computes its loss per token",
+            )
+
+    def compute(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:
         """labels, loss_mask [b, s], logits [s, b, v/tp] -> [b, s]: the loss of the next micro-batch."""
         number = self._done
-        self._outside.given = self._attached.given
-        loss_mask = self._mask.of(self._layout, labels, loss_mask)
-        outside = self._outside.arguments(labels, loss_mask)
-        loss_mask = outside.pop("loss_mask", loss_mask)
+        self.external.given = self._hook.given
+        loss_mask = self._mask.of(self.layout, labels, loss_mask)
+        external = self.external.arguments(labels, loss_mask)
+        loss_mask = external.pop("loss_mask", loss_mask)
         answer = self._teacher.answer(number)
         self._done = number + 1
-        # Bytes also arrive between two losses: they are counted with the next.
-        counted = self._counted
-        self._counted = (self._teacher.waited, self._teacher.bytes_received)
-        self.report.add_link(self._counted[0] - counted[0], self._counted[1] - counted[1])
         mask = loss_mask.transpose(0, 1)
         calibrated = self._fused_head.loss if self._fused_head else _in_place
         out = calibrated(
@@ -268,97 +296,88 @@ class Distillation:
             answer,
             labels.transpose(0, 1),
             mask=mask,
-            vocab_size=self._layout.vocab_size,
-            group=self._layout.tensor_group,
-            **{**self.settings.loss_arguments(), **outside},
+            vocab_size=self.layout.vocab_size,
+            group=self.layout.tensor_group,
+            **{**self._settings.loss_arguments(), **external},
         )
-        self.report.add(out, mask)
-        if out.loss.requires_grad:
-            out.loss.register_hook(partial(self.report.compare, mask))
-        if not self._measuring:
-            self._check.add(out, mask, labels.transpose(0, 1), answer)
-        if self.settings.invalid_rows == "stop" and not self._measuring and self._layout.tensor_rank == 0:
-            self._invalid_rows.append(self.report.last("invalid_rows")[0])
-        self.report.add_verifier(self._outside.take_seconds())
+        self._count(out, mask, labels.transpose(0, 1), answer)
         if self._observer is not None:
             self._observer(Observation(number, labels, loss_mask, out))
         return out.loss.transpose(0, 1).contiguous()
 
+    def _count(self, out: CalibratedLoss, mask: Tensor, labels: Tensor, answer: Any) -> None:
+        """Adds one micro-batch, all of it [s, b], to the report and to the checks of the teacher."""
+        # Bytes also arrive between two losses: they are counted with the later one.
+        waited, received = self._reported
+        self._reported = (self._teacher.waited, self._teacher.bytes_received)
+        self.report.add_link(self._reported[0] - waited, self._reported[1] - received)
+        self.report.add(out, mask)
+        if out.loss.requires_grad:
+            out.loss.register_hook(partial(self.report.compare, mask))
+        if not self.measuring:
+            self._check.add(out, mask, labels, answer)
+        if self._settings.invalid_rows == "stop" and not self.measuring and self.layout.tensor_rank == 0:
+            self._invalid_rows.append(self.report.last("invalid_rows")[0])
+        self.report.add_verifier(self.external.take_seconds())
 
-class Attachment:
-    """One model instance with a loss of its own: `loss(labels, loss_mask, logits)`, used while `active`.
+    def end_backward(self) -> None:
+        """After the last backward of a training step."""
+        if self._fused_head is not None:
+            self._fused_head.end_step()
 
-    given: while active, the arguments of the model's forward by name, of which `see` is told before it.
-    """
-
-    def __init__(
-        self,
-        chunk: torch.nn.Module,
-        loss: Callable[[Tensor, Tensor | None, Tensor], Tensor],
-        see: Callable[[dict[str, Any]], None] | None = None,
-    ) -> None:
-        self.chunk = chunk
-        self.given: dict[str, Any] = {}
-        self._loss = loss
-        self._see_arguments = see
-        self._plain = chunk.compute_language_model_loss
-        self._signature = inspect.signature(chunk.forward)
-        self._extra_heads = bool(getattr(chunk.config, "mtp_num_layers", None))
-        self._active = False
-        self._hook = chunk.register_forward_pre_hook(self._see, with_kwargs=True)
-        chunk.compute_language_model_loss = self._compute
+    def end_step(self, repeated: bool) -> None:
+        """At the end of a training step, on every rank. repeated: Megatron ran the step a second time, to compare."""
+        self.report.end_step(repeated)
+        if self._settings.invalid_rows == "stop":
+            counts, self._invalid_rows = self._invalid_rows, []
+            raise_if_invalid(counts, 0 if self.layout is None else self.layout.data_rank)
+        if self.attached and not self._first_step_checked:
+            self._first_step_checked = True
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            self._check.tell("in the first step", group)
 
     @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """While open, the model's loss is `loss`; otherwise its own."""
-        self._active = True
+    def measured(self, observer: Observer | None) -> Iterator[Report]:
+        """While open, micro-batches are counted in the yielded report, and not in that of training."""
+        training, self.report = self.report, Report()
+        self.measuring, self._observer = True, observer
         try:
-            yield
+            yield self.report
         finally:
-            self._active = False
-            self.given = {}
+            self.report = training
+            self.measuring, self._observer = False, None
 
     def detach(self) -> None:
-        """Leaves the model as it was found."""
-        self._hook.remove()
-        vars(self.chunk).pop("compute_language_model_loss", None)
-
-    def _see(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not self._active:
-            return
-        self.given = self._signature.bind_partial(*args, **kwargs).arguments
-        if self._see_arguments is not None:
-            self._see_arguments(self.given)
-
-    def _compute(self, labels: Tensor, logits: Tensor) -> Tensor:
-        # Multi-token prediction asks first for losses of its own heads, with shifted copies of the labels.
-        of_extra_head = self._extra_heads and labels is not self.given.get("labels")
-        if not self._active or of_extra_head:
-            return self._plain(labels, logits)
-        return self._loss(labels, self.given.get("loss_mask"), logits)
+        """Gives the model its own loss back. Idempotent."""
+        if self._hook is not None:
+            self._hook.undo()
+            self._hook = None
 
 
-def _parted(forward_step: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """A call of a forward step: what comes before the data iterator, the iterator, the model, and the rest of both."""
+def _split_call(forward_step: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """A call of a forward step: what precedes the data iterator, the iterator, the model, what follows, keywords."""
     if kwargs:
         try:
             given = inspect.signature(forward_step).bind(*args, **kwargs)
-            args, kwargs = given.args, given.kwargs  # positional wherever they can be
-        except ValueError:  # a callable written in C need not have a signature
+            args, kwargs = given.args, given.kwargs  # positional if possible
+        except ValueError:  # a callable written in C may have no signature
             pass
     place = next((n for n, value in enumerate(args) if isinstance(value, torch.nn.Module)), 0)
     if not place:
         got = [type(value).__name__ for value in args]
-        raise ValueError(
-            "forward_step: expected a call with (data_iterator, model, ...) or (state, data_iterator, model, ...), the "
-            f"model a torch module, got positional arguments of the types ({', '.join(got)}) and keywords "
-            f"({', '.join(kwargs)})"
+        raise expected(
+            "forward_step",
+            (
+                "a call with (data_iterator, model, ...) or (state, data_iterator, model, ...), the model a "
+                "torch module"
+            ),
+            f"positional arguments of the types ({', '.join(got)}) and keywords ({', '.join(kwargs)})",
         )
     return args[: place - 1], args[place - 1], args[place], args[place + 1 :], kwargs
 
 
 def _in_place(logits: Tensor, *given: Any, **arguments: Any) -> CalibratedLoss:
-    # The plug does not know what else the model's own code does with its logits.
+    # The model's own code may do something else with its logits.
     return validity_calibrated_kl(logits, *given, inplace_gradient="if_unused", **arguments)
 
 

@@ -1,7 +1,7 @@
-"""Validity from outside the two models: steps and scores that ride in the micro-batch, and a verifier's verdicts.
+"""Validity that neither model computes: steps and scores in the micro-batch, and a verifier's judgements.
 
-Megatron hands its own keys of a micro-batch from rank to rank and no others. So what else is in there is taken where
-the micro-batch is drawn, on tensor rank 0 of the last stage, and reaches the other tensor ranks by one broadcast.
+Megatron broadcasts its own keys of a micro-batch from rank to rank, and no others. So the other fields are read where
+the micro-batch is drawn, on tensor rank 0 of the last stage, and one broadcast takes them to the other tensor ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from vcrd.errors import expected, wrong_type
 from vcrd.link.plan import context_rows
 from vcrd.loss.divergence import DivergenceStats
 from vcrd.megatron.layout import Layout
@@ -25,41 +26,40 @@ from vcrd.settings import DistillSettings
 
 Verifier = Callable[..., tuple[Tensor, Tensor]]
 
-# The key of each argument of the loss in a micro-batch, [b, s] as its tokens are.
+# Keys in a micro-batch, each of an argument of the loss, [b, s] like its tokens.
 STEPS_KEY = "vcrd_steps"
 SCORE_KEYS = ("vcrd_student_validity", "vcrd_teacher_validity")
 MASK_KEY = "loss_mask"  # Megatron's own
 
-# What a message says of a token when it could not be made: no step, both models equally valid, and that it counts.
+# Values of a token if a message could not be made: no step; both models equally valid, and the token counts.
 _NO_STEP, _ONE = -1, int(torch.ones((), dtype=torch.float32).view(torch.int32))
-_HEADER = 2  # bytes of the sentence that says what went wrong, 0 if nothing; microseconds
+_HEADER = 2  # numbers before the body: bytes of an error message, 0 if there is no error; microseconds
 
 
-class Outside:
+class ExternalValidity:
     """On every rank of the last stage, for each micro-batch: `watched`, then `arguments` of the loss.
 
-    Fields are int steps and float scores [b, s], one per token, in what the data iterator yields: `STEPS_KEY` where
-    the first micro-batch has them (`take_steps`), `SCORE_KEYS` where the settings' validity is "scores". The steps of a
-    sample are numbered by themselves. With context parallelism each rank takes the positions that Megatron leaves it.
-    After `take_mask` the loss mask, `MASK_KEY`, is such a field too, for scripts that do not give it to the model
-    (`LossMask`).
+    Fields are integer steps and float scores [b, s], one per token, in what the data iterator yields: `STEPS_KEY` if
+    the first micro-batch has them (`take_steps`), `SCORE_KEYS` if the settings' validity is "scores". Each sample
+    numbers its own steps. With context parallelism each rank takes the positions that Megatron gives it. After
+    `take_mask` the loss mask, `MASK_KEY`, is a field too, for scripts that do not give it to the model (`LossMask`).
 
     verifier: called on tensor rank 0 with CPU tensors (tokens, student_action, teacher_action), each int64 [b, s], and
-    with the micro-batch as it was drawn where it has a parameter named `batch`; packed samples are one row, as Megatron
-    makes it. An action is the most probable token after `tokens` up to and with its position, with the payload "topk"
-    too; -1 where there is nothing to judge: the loss mask is 0, another context-parallel rank judges it, or the
-    teacher's is not known. It returns the validity of the student's and of the teacher's action, each [b, s] in [0, 1];
-    what it says where the action is -1 is not read.
+    with the micro-batch as it was drawn if the verifier has a parameter named `batch`. Packed samples are one row, as
+    in Megatron. An action is the most probable token after `tokens` up to and including its position, also with the
+    payload "topk". It is -1 if there is nothing to judge: the loss mask is 0, another context-parallel rank judges it,
+    or the teacher's action is not known. The verifier returns the validity of the student's and of the teacher's
+    action, each [b, s] in [0, 1]; values where the action is -1 are not read.
 
-    Collectives: with tensor parallelism, one broadcast per micro-batch where there are fields, one where
-    there is a verifier; none otherwise. What goes wrong on tensor rank 0 is raised on every tensor rank. Fields go to
-    GPUs without waiting for them: all but the first micro-batch's are checked with the next one, and a wrong one has
-    equal validities until then. A verifier waits for the device.
+    Collectives: with tensor parallelism, one broadcast per micro-batch if there are fields, and one if there is a
+    verifier. An error on tensor rank 0 is raised on every tensor rank. Fields are copied to a GPU without waiting
+    for it: those of the first micro-batch are checked at once, and later ones with the next micro-batch. Until then
+    both models of a wrong one count as equally valid. A verifier waits for the device.
     """
 
     def __init__(self, settings: DistillSettings, tokens_of: TokensOf, verifier: Verifier | None) -> None:
         if verifier is not None and not callable(verifier):
-            raise TypeError(f"verifier: expected a callable, got {type(verifier).__name__}")
+            raise wrong_type("verifier", "a callable", verifier)
         if verifier is not None and (settings.validity == "scores" or callable(settings.validity)):
             raise ValueError(
                 f"verifier: expected none with the settings' validity {settings.validity!r}, "
@@ -67,18 +67,18 @@ class Outside:
             )
         scores = settings.validity == "scores"
         self.keys = SCORE_KEYS if scores else ()
-        self.looks_for_mask = False  # whether `why_no_mask` is still to be asked
+        self.looks_for_mask = False  # whether `why_no_mask` may still be called
         self._verifier = verifier
         self._wants_batch = verifier is not None and "batch" in _parameters(verifier)
         self._tokens_of = tokens_of
         self._layout: Layout | None = None
         self._groups: tuple[Any, Any] = (None, None)  # tensor, context
         self._drawn: list[Any] = []
-        # Of the model's forward for this micro-batch, for edges of packed sequences that the micro-batch has not.
+        # Arguments of the model's forward for this micro-batch, which may have the edges of packed sequences.
         self.given: dict[str, Any] = {}
-        self._late: _Late | None = None  # what the last message has still to be asked
+        self._late: _Late | None = None  # the last message, if it is not yet checked
         self._sent = 0
-        self._defers = False  # whether fields are checked with the next micro-batch's
+        self._defers = False  # whether fields are checked with the next micro-batch
         self._seconds = 0.0
 
     @property
@@ -86,7 +86,7 @@ class Outside:
         return bool(self.keys) or self._verifier is not None
 
     def place(self, layout: Layout, context_group: dist.ProcessGroup | None = None) -> None:
-        """Where this rank stands; before the first micro-batch. context_group: default Megatron's."""
+        """Tells this rank's place, before the first micro-batch. context_group: default Megatron's."""
         if layout.context_size > 1 and context_group is None:
             context_group = parallel_state.get_context_parallel_group()
         self._layout = layout
@@ -94,7 +94,7 @@ class Outside:
         self._defers = layout.device.type == "cuda"
 
     def watched(self, data_iterator: Any) -> Any:
-        """The iterator to draw this call's micro-batch from. It hides the fields from the script."""
+        """The iterator for the script to draw this micro-batch from. It hides the fields from the script."""
         self._drawn = []
         if self._layout.tensor_rank != 0 or data_iterator is None:
             return data_iterator
@@ -106,7 +106,7 @@ class Outside:
                 batch = next(source)
             except StopIteration:
                 return
-            # A copy, for Megatron's own functions empty and move the entries of the dictionary that they are given.
+            # A copy, because Megatron's functions remove and move the entries of the dictionary.
             self._drawn.append(dict(batch) if isinstance(batch, dict) else batch)
             if isinstance(batch, dict):
                 self._refuse_late_steps(batch)
@@ -115,36 +115,34 @@ class Outside:
 
     def _refuse_late_steps(self, batch: dict[Any, Any]) -> None:
         if STEPS_KEY in batch and STEPS_KEY not in self.keys and not self.looks_for_mask:
-            raise ValueError(
-                f"{STEPS_KEY}: expected in every micro-batch or in none, got them in one, and none in the first"
-            )
+            raise expected(STEPS_KEY, "in every micro-batch or in none", "them in one, and none in the first")
 
     def has_steps(self) -> bool:
         """On tensor rank 0: whether the micro-batch that was drawn has reasoning steps."""
         return any(isinstance(batch, dict) and STEPS_KEY in batch for batch in self._drawn)
 
     def take_steps(self) -> None:
-        """From here on `arguments` brings the reasoning steps that ride in the micro-batch. Before `take_mask`."""
+        """From now on `arguments` also returns the reasoning steps of the micro-batch. Call it before `take_mask`."""
         self.keys += (STEPS_KEY,)
 
     def why_no_mask(self, shape: torch.Size) -> str:
-        """On tensor rank 0, of the micro-batch of labels [b, s]: why it has no loss mask, "" where it has one."""
+        """On tensor rank 0: why the micro-batch of labels [b, s] has no loss mask, "" if it has one."""
         try:
             self._mask(shape)
-        except Exception as error:  # whatever it is, the other ranks wait for this one
+        except Exception as error:  # any error, since the other ranks wait for this one
             return str(error)
         return ""
 
     def take_mask(self) -> None:
-        """From here on `arguments` brings the loss mask that rides in the micro-batch."""
+        """From now on `arguments` also returns the loss mask of the micro-batch."""
         self.keys += (MASK_KEY,)
 
     def arguments(self, labels: Tensor, loss_mask: Tensor | None) -> dict[str, Any]:
         """Arguments of `validity_calibrated_kl`, [s, b], for the micro-batch of this rank's labels [b, s].
 
-        After `take_mask` also `loss_mask`, float32 [b, s], unless the one that is given is not None.
+        After `take_mask` also `loss_mask`, float32 [b, s], if the given one is None.
 
-        ValueError, on every tensor rank, for fields that are missing or wrong, here or in the micro-batch before.
+        ValueError, on every tensor rank, for fields that are missing or wrong, in this micro-batch or the previous one.
         """
         if not self.used:
             return {}
@@ -163,7 +161,7 @@ class Outside:
             if MASK_KEY in rows and loss_mask is None:
                 found["loss_mask"] = loss_mask = rows[MASK_KEY].view(torch.float32)
         if self._verifier is not None:
-            found["validity"] = lambda stats: self._verdicts(stats, labels, loss_mask)
+            found["validity"] = lambda stats: self._judged(stats, labels, loss_mask)
         return found
 
     def take_seconds(self) -> float:
@@ -172,12 +170,12 @@ class Outside:
         return seconds
 
     def check(self) -> None:
-        """ValueError, on every tensor rank, if the last micro-batch's fields were wrong and it was not said yet."""
+        """ValueError, on every tensor rank, if the last micro-batch's fields were wrong and no error was raised yet."""
         late, self._late = self._late, None
         if late is not None:
             late.check()
 
-    def _verdicts(
+    def _judged(
         self, stats: DivergenceStats, labels: Tensor, loss_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         sent = self._share(lambda: self._judge(stats, labels, loss_mask), 2 * labels.numel(), RuntimeError)
@@ -191,9 +189,10 @@ class Outside:
         error: type[Exception],
         neutral: Tensor | None = None,
     ) -> Tensor:
-        """int32 [count] and seconds, made on tensor rank 0, on every tensor rank; `error` everywhere if that failed.
+        """int32 [count] that `make` returns, with seconds, on tensor rank 0; the same on every tensor rank.
 
-        neutral: int32 [count] that stands in for what could not be made, for a check that comes late.
+        Raises `error` on every tensor rank if `make` failed. neutral: int32 [count] that takes the place of the values
+        in that case, if the check comes with the next micro-batch.
         """
         layout, (group, _) = self._layout, self._groups
         message = torch.zeros(_HEADER + count, dtype=torch.int32)
@@ -205,7 +204,7 @@ class Outside:
                 message[_HEADER:] = body.reshape(-1)
             except Exception as failure:
                 cause = failure
-                _write(message, str(failure) if error is ValueError else f"verifier: {_told(failure)}")
+                _write(message, str(failure) if error is ValueError else f"verifier: {_message_of(failure)}")
             if layout.device.type == "cuda":
                 message = message.pin_memory()
         known = message
@@ -214,8 +213,8 @@ class Outside:
             dist.broadcast(message, dist.get_global_rank(group, 0), group=group)
             known = message
         self._sent += 1
-        late = _Late(known, error, cause)  # without other ranks the host knows, and need not ask the device
-        # Where a dataset lacks a field it does so from the start: that is waited for, and nothing after it.
+        late = _Late(known, error, cause)  # without other ranks the host knows, and need not wait
+        # A dataset that lacks a field lacks it from the start: only the first message is waited for.
         if self._defers and neutral is not None and group is not None and self._sent > 1:
             self._late = late
             return torch.where(message[0] == 0, message[_HEADER:], neutral.to(message.device))
@@ -230,14 +229,15 @@ class Outside:
 
     def _drawn_batch(self) -> Any:
         if len(self._drawn) != 1:
-            raise ValueError(
-                "data_iterator: expected forward_step to draw one micro-batch from it per call on tensor rank 0 of "
-                f"the last stage, got {len(self._drawn)}"
+            raise expected(
+                "data_iterator",
+                "forward_step to draw one micro-batch from it per call on tensor rank 0 of the last stage",
+                len(self._drawn),
             )
         return self._drawn[0]
 
     def _batch(self, shape: torch.Size) -> tuple[Any, Tensor, Tensor, Tensor]:
-        """What was drawn, its tokens [b, s], packed sequences' edges, and this rank's columns of the tokens."""
+        """The drawn micro-batch, its tokens [b, s], the edges of packed sequences, and this rank's columns."""
         batch = self._drawn_batch()
         tokens, edges = packed(batch, tokens_in(batch, self._tokens_of), self.given)
         return batch, tokens, edges, self._columns("tokens", tokens, edges, shape)
@@ -246,9 +246,13 @@ class Outside:
         """This rank's columns of values [b, s] of the micro-batch; ValueError unless they fit labels of `shape`."""
         layout = self._layout
         if (values.shape[0], values.shape[1]) != (shape[0], shape[1] * layout.context_size):
-            raise ValueError(
-                f"{name}: expected {[shape[0], shape[1] * layout.context_size]} in the micro-batch, for the labels "
-                f"that the model was given, got {list(values.shape)}"
+            raise expected(
+                name,
+                (
+                    f"{[shape[0], shape[1] * layout.context_size]} in the micro-batch, for the labels that the model "
+                    "was given"
+                ),
+                list(values.shape),
             )
         spans = context_rows(values.shape[1], layout.context_rank, layout.context_size, edges.tolist())
         return torch.cat([torch.arange(span.start, span.stop) for span in spans])
@@ -267,15 +271,15 @@ class Outside:
         return torch.stack(rows), 0.0
 
     def _mask(self, shape: torch.Size) -> Tensor:
-        """The loss mask of this rank's labels [b, s], float32. It needs no tokens, which a local teacher does not."""
+        """The loss mask of this rank's labels [b, s], float32. Reads no tokens, which may have no known key."""
         batch = self._drawn_batch()
         value = field(batch, MASK_KEY)
         if value is None:
             found = f"the keys {sorted(map(str, batch))}" if isinstance(batch, dict) else type(batch).__name__
-            raise ValueError(f"{MASK_KEY}: expected in the micro-batch, got {found}")
+            raise expected(MASK_KEY, "in the micro-batch", found)
         if not isinstance(value, Tensor) or value.dim() != 2:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{MASK_KEY}: expected a tensor [b, s] in the micro-batch, got {got}")
+            raise expected(MASK_KEY, "a tensor [b, s] in the micro-batch", got)
         value, edges = packed(batch, value.detach().cpu().float(), self.given)
         return value[:, self._columns(MASK_KEY, value, edges, shape)].contiguous()
 
@@ -305,7 +309,7 @@ class Outside:
 
 
 class _Late:
-    """A message that is under way to the host, and the error that it may hold."""
+    """A message that is being copied to the host, and the error that it may hold."""
 
     def __init__(self, message: Tensor, error: type[Exception], cause: Exception | None) -> None:
         self._message, self._error, self._cause = message, error, cause
@@ -332,14 +336,14 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
         return ()
 
 
-def _told(failure: Exception) -> str:
+def _message_of(failure: Exception) -> str:
     name = type(failure).__name__
     return str(failure) if type(failure) is ValueError else f"{name}: {failure}"
 
 
-def _write(message: Tensor, sentence: str) -> None:
-    """Puts the sentence where the body would be, cut to what fits there."""
-    text = sentence.encode("utf-8", "replace")[: 4 * (len(message) - _HEADER)] or b"?"
+def _write(message: Tensor, error: str) -> None:
+    """Puts the error message in place of the body, cut to its size."""
+    text = error.encode("utf-8", "replace")[: 4 * (len(message) - _HEADER)] or b"?"
     padded = bytearray(text.ljust(-(-len(text) // 4) * 4))
     message[0] = len(text)
     message[_HEADER : _HEADER + len(padded) // 4] = torch.frombuffer(padded, dtype=torch.int32)
@@ -353,11 +357,11 @@ def _read(message: Tensor, length: int) -> str:
 def _field(batch: Any, key: str, shape: torch.Size) -> Tensor:
     if not isinstance(batch, dict) or key not in batch:
         found = f"the keys {sorted(map(str, batch))}" if isinstance(batch, dict) else type(batch).__name__
-        raise ValueError(f"{key}: expected in the micro-batch, a tensor {list(shape)}, got {found}")
+        raise expected(key, f"in the micro-batch, a tensor {list(shape)}", found)
     value = batch[key]
     if not isinstance(value, Tensor) or value.shape != shape:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{key}: expected the tokens' shape {list(shape)}, got {got}")
+        raise expected(key, f"the tokens' shape {list(shape)}", got)
     return value.detach().cpu()
 
 
@@ -365,21 +369,17 @@ def _score(name: str, value: Tensor) -> Tensor:
     """float32; ValueError unless all are in [0, 1]."""
     value = value.float().contiguous()
     if value.numel() and not (value.min() >= 0 and value.max() <= 1):
-        raise ValueError(
-            f"{name}: expected values in [0, 1], got {float(value.min()):g} to {float(value.max()):g}"
-        )
+        raise expected(name, "values in [0, 1]", f"{float(value.min()):g} to {float(value.max()):g}")
     return value
 
 
 def _numbered(steps: Tensor, edges: Tensor) -> Tensor:
-    """int32 [b, s]: steps numbered from 0 on through the whole micro-batch, those of two samples apart; -1 for none."""
+    """int32 [b, s]: steps numbered from 0 through the whole micro-batch, each of one sample; -1 for no step."""
     if steps.is_floating_point() or steps.dtype == torch.bool:
-        raise ValueError(f"{STEPS_KEY}: expected integers, got {steps.dtype}")
+        raise expected(STEPS_KEY, "integers", steps.dtype)
     steps = steps.long()
     if steps.numel() and (steps.min() < -1 or steps.max() >= 2**31):
-        raise ValueError(
-            f"{STEPS_KEY}: expected values from -1 to 2^31 - 1, got {int(steps.min())} to {int(steps.max())}"
-        )
+        raise expected(STEPS_KEY, "values from -1 to 2^31 - 1", f"{int(steps.min())} to {int(steps.max())}")
     size, sequence = steps.shape
     sample = torch.arange(size)[:, None].expand(size, sequence)
     if len(edges):

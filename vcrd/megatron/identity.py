@@ -1,4 +1,4 @@
-"""What a job states of itself when it joins the other: its tokenizer, and of a teacher also its weights."""
+"""What a job states when it joins the link: its tokenizer and, if it is the teacher, its weights."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
+from vcrd.errors import expected, wrong_type
 from vcrd.link.handshake import LONGEST_NAME, Tokenizer
+from vcrd.megatron.layout import plain_copy
 from vcrd.megatron.metrics import megatron_globals
 
 _log = logging.getLogger("vcrd")
-_BLOCK = 1 << 22  # elements that are mixed at once: some 100 MB of int64 on the way
+_BLOCK = 1 << 22  # elements that are mixed at once, with some 100 MB of int64 temporaries
 _MODULUS = 1 << 62
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
-# Odd, with well mixed bits: the constants of splitmix64, as signed numbers.
+# Odd numbers with well mixed bits: the constants of splitmix64, as signed integers.
 _FACTORS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
 
 def tokenizer_of(tokenizer: Any = None) -> Tokenizer | None:
-    """What to state of a tokenizer: Megatron's, Hugging Face's, or any with a `vocab_size` and maybe a vocabulary.
+    """The statement of a tokenizer: Megatron's, Hugging Face's, or any with a `vocab_size` and maybe a vocabulary.
 
-    tokenizer: None for that of `megatron.training`, where it runs and has built one. None if there is none either.
-    TypeError for what is no tokenizer.
+    tokenizer: None for that of `megatron.training`, if it runs and has built one. Returns None if there is none.
+    TypeError for an object that is no tokenizer.
     """
     given = tokenizer is not None
     if not given:
@@ -35,7 +37,7 @@ def tokenizer_of(tokenizer: Any = None) -> Tokenizer | None:
         tokenizer = None if found is None else getattr(found, "_GLOBAL_TOKENIZER", None)
     if tokenizer is None or isinstance(tokenizer, Tokenizer):
         return tokenizer
-    # Megatron's own classes hold one of a library's, whose name says more.
+    # Megatron's classes hold a tokenizer of a library, whose class name says more.
     inner = getattr(tokenizer, "_tokenizer", None) if hasattr(tokenizer, "library") else None
     kind = type(tokenizer if inner is None else inner).__name__.lstrip("_")[:LONGEST_NAME]
     vocabulary = _vocabulary(tokenizer)
@@ -43,26 +45,24 @@ def tokenizer_of(tokenizer: Any = None) -> Tokenizer | None:
     if isinstance(size, bool) or not isinstance(size, int):
         if not given:
             return None
-        raise TypeError(
-            f"tokenizer: expected a tokenizer with a vocab_size or a vocabulary, got {type(tokenizer).__name__}"
-        )
+        raise wrong_type("tokenizer", "a tokenizer with a vocab_size or a vocabulary", tokenizer)
     digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest() if vocabulary else ""
     return Tokenizer(kind, size, digest)
 
 
 def _vocabulary(tokenizer: Any) -> list[tuple[int, str]]:
-    """Ids and their tokens in the order of the ids; empty where the tokenizer has no such list."""
+    """Ids and their tokens in the order of the ids; empty if the tokenizer has no such list."""
     for name in ("get_vocab", "vocab", "inv_vocab"):
         try:
             found = getattr(tokenizer, name)
             found = found() if callable(found) else found
             if isinstance(found, (list, tuple)):
                 found = dict(enumerate(found))
-            # By id, or by token.
+            # The keys are ids, or tokens.
             pairs = [(k, v) if isinstance(k, int) else (v, k) for k, v in found.items()]
             return sorted((int(number), _text(token)) for number, token in pairs)
-        except Exception as error:  # Megatron's NullTokenizer raises, others do as they like
-            _log.debug("the tokenizer's %s does not say its vocabulary: %r", name, error)
+        except Exception as error:  # Megatron's NullTokenizer raises; others may do anything
+            _log.debug("the tokenizer's %s gives no vocabulary: %r", name, error)
     return []
 
 
@@ -71,26 +71,26 @@ def _text(token: Any) -> str:
 
 
 def checkpoint_name() -> str:
-    """The folder that `megatron.training` loaded the model from; "" where it does not run."""
+    """The folder that `megatron.training` loaded the model from; "" if it does not run."""
     found = megatron_globals()
     return "" if found is None else str(getattr(found.get_args(), "load", None) or "")
 
 
 def weights_of(chunk: torch.nn.Module, vocab_size: int) -> int:
-    """This rank's share of a number that stands for the model's weights: `TeacherLink.connect` adds the shares up.
+    """This rank's share of a digest of the model's weights: `TeacherLink.connect` adds the shares up.
 
-    The sum depends on every bit of every weight and on its place in the whole model, as the distributed checkpoint
-    counts it, and not on tensor or pipeline parallelism. Rows of the vocabulary from `vocab_size` on are padding and
-    not counted. Takes one pass over the weights and waits for the device once. ValueError for a model that has no
+    The sum depends on every bit of every weight and on its place in the whole model, by the distributed checkpoint. It
+    does not depend on tensor or pipeline parallelism. Rows of the vocabulary from `vocab_size` on are padding and not
+    counted. Takes one pass over the weights and waits for the device once. ValueError for a model without a
     distributed checkpoint.
     """
     try:
         parts = list(_sharded(chunk.sharded_state_dict()))
-    except Exception as error:  # whatever a model of somebody else's raises
-        raise ValueError(f"model: expected a sharded_state_dict, got {error!r:.300}") from None
+    except Exception as error:  # another model's code may raise anything
+        raise expected("model", "a sharded_state_dict", f"{error!r:.300}") from None
     total = None
     for part in parts:
-        # Copies on other pipeline or tensor ranks are not counted; the last entry is the data-parallel rank.
+        # Replicas on other pipeline or tensor ranks are not counted; the last entry is the data-parallel rank.
         copy = part.replica_id if isinstance(part.replica_id, int) else any(part.replica_id[:-1])
         if copy or part.data is None:
             continue
@@ -106,17 +106,17 @@ def _sharded(state: Any) -> Iterator[ShardedTensor]:
         state = state.build()
     if isinstance(state, ShardedTensor):
         yield state
-    elif isinstance(state, dict):  # what is left are objects, such as the extra state of FP8
+    elif isinstance(state, dict):  # the rest are objects, such as the extra state of FP8
         for value in state.values():
             yield from _sharded(value)
 
 
 @torch.no_grad()
 def _mixed(part: ShardedTensor, vocab_size: int) -> Tensor:
-    """int64, wrapped around: the sum over elements of their bits and their place in the whole tensor, well mixed."""
+    """int64 modulo 2^64: the sum over elements of a mix of their bits and their place in the whole tensor."""
     data, before = part.data.detach(), part.prepend_axis_num
     if type(data) not in (Tensor, torch.nn.Parameter):  # FP8 weights are kept in a class of their own
-        data = torch.empty(data.shape, dtype=data.dtype, device=data.device).copy_(data)
+        data = plain_copy(data)
     strides = [1]
     for size in reversed(part.global_shape[1:]):
         strides.insert(0, strides[0] * size)

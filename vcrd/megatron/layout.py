@@ -1,4 +1,4 @@
-"""Where a Megatron rank stands, and how it joins the link from there."""
+"""A rank's place in Megatron's parallelism, with which it joins the link."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch import Tensor
 
+from vcrd.errors import expected
 from vcrd.link.handshake import Tokenizer
 from vcrd.link.student import StudentLink
 from vcrd.settings import DistillSettings
@@ -37,21 +39,19 @@ class Layout:
 
     @classmethod
     def of(cls, chunk: torch.nn.Module, settings: DistillSettings) -> Layout:
-        """The layout of an unwrapped model; ValueError when the link cannot serve it."""
+        """The layout of an unwrapped model; ValueError if the link cannot serve it."""
         padded = getattr(chunk, "vocab_size", None)
         if not isinstance(padded, int):
-            raise ValueError(
-                f"model: expected a language model with a vocab_size, got {type(chunk).__name__}"
-            )
+            raise expected("model", "a language model with a vocab_size", type(chunk).__name__)
         vocab_size = padded if settings.vocab_size is None else settings.vocab_size
         if vocab_size > padded:
-            raise ValueError(f"vocab_size: expected at most the model's {padded} columns, got {vocab_size}")
+            raise expected("vocab_size", f"at most the model's {padded} columns", vocab_size)
         sequence_length = settings.sequence_length
         if sequence_length is None:
             sequence_length = getattr(chunk, "max_sequence_length", None)
         if not isinstance(sequence_length, int):
-            raise ValueError(
-                "sequence_length: expected one in the settings, for the model does not name its own"
+            raise expected(
+                "sequence_length", "one in the settings, because the model has no max_sequence_length", "None"
             )
         group = parallel_state.get_tensor_model_parallel_group()
         return cls(
@@ -69,7 +69,7 @@ class Layout:
         )
 
     def connect(self, settings: DistillSettings, tokenizer: Tokenizer | None) -> StudentLink:
-        """Joins the teacher's job as the student; blocks until it is there."""
+        """Opens the student's end of the link; blocks until the teacher job has joined."""
         return StudentLink.connect(
             settings.link,
             vocab_size=self.vocab_size,
@@ -84,6 +84,11 @@ class Layout:
             device=self.device,
             tokenizer=tokenizer,
         )
+
+
+def plain_copy(tensor: Tensor) -> Tensor:
+    """A tensor of torch's own class and of the nominal dtype. FP8 parameters have a class of their own."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor.detach())
 
 
 def unwrap(model: Any) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Which tokens count: the loss mask of a script that gives it to the model, and of one that keeps it to itself."""
+"""Which tokens count: finds the loss mask of a script that gives it to the model, and of one that does not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from vcrd.megatron.external_validity import MASK_KEY, STEPS_KEY, Outside
+from vcrd.errors import expected
+from vcrd.megatron.external_validity import MASK_KEY, STEPS_KEY, ExternalValidity
 from vcrd.megatron.layout import Layout
 from vcrd.settings import DistillSettings
 
@@ -21,81 +22,79 @@ _REMEDY = (
 
 
 class LossMask:
-    """On ranks of the last stage: `of` finds the loss mask of each micro-batch. The first micro-batch says where it is.
+    """On ranks of the last stage: `of` finds the loss mask of each micro-batch. The first one decides where it is.
 
-    In this order: what the model is given as `loss_mask`; `loss_mask` in the micro-batch, as the data iterator yields
-    it; labels below 0 (-100), which mark tokens that do not count. Where none of them is found, a warning says so and
-    every token counts in the figures; reasoning steps and the normalization "mean", whose gradient depends on the mask,
-    are refused.
+    Places, in this order: the model's argument `loss_mask`; `loss_mask` in the micro-batch that the data iterator
+    yields; labels below 0 (-100), which mark tokens that do not count. If there is no mask at all, a warning says so
+    and every token counts in the figures; reasoning steps and the normalization "mean", whose gradient depends on the
+    mask, are refused.
 
-    Whether the micro-batches carry reasoning steps is agreed on with the same collectives.
+    The ranks agree with the same collectives on whether the micro-batches have reasoning steps.
     """
 
-    def __init__(self, settings: DistillSettings, outside: Outside) -> None:
-        self._outside = outside
+    def __init__(self, settings: DistillSettings, external: ExternalValidity) -> None:
+        self._external = external
         self._needed_by = ["normalization 'mean'"] if settings.normalization == "mean" else []
-        self._in_model: bool | None = None  # whether the model is given it; None before the first micro-batch
-        outside.looks_for_mask = True
+        # Whether it is the model's argument; None before the first micro-batch.
+        self._in_model: bool | None = None
+        external.looks_for_mask = True
 
     def of(self, layout: Layout, labels: Tensor, given: Tensor | None) -> Tensor | None:
-        """The mask [b, s] of labels [b, s], not 0 where a token counts; None where `Outside` brings it.
+        """The mask [b, s] of labels [b, s], not 0 where a token counts; None if `ExternalValidity` will return it.
 
-        given: the model's own argument. Collectives, with the first micro-batch alone: one all-reduce of 5 int32 over
-        the tensor-parallel ranks, and one over the data- and context-parallel ranks.
+        given: the model's own argument. Collectives, with the first micro-batch only: one all-reduce of 5 int32 over
+        the tensor-parallel ranks, and one of 7 over the data- and context-parallel ranks.
 
-        ValueError for another shape, and where the model got one before and gets none now. On every rank of the last
-        stage alike, where some ranks have a mask and others have none, and where the settings need one and none is
-        found.
+        ValueError for another shape, and if the model had a mask before and has none now. On every rank of the last
+        stage alike, if some ranks have a mask and others have none, and if the settings need one and there is none.
         """
         if self._in_model is None:
             self._find(layout, labels, given)
         if given is not None:
             if given.shape != labels.shape:
-                raise ValueError(
-                    f"loss_mask: expected the labels' shape {list(labels.shape)}, got {list(given.shape)}"
-                )
+                raise expected("loss_mask", f"the labels' shape {list(labels.shape)}", list(given.shape))
             return given
         if self._in_model:
-            raise ValueError("loss_mask: expected one with every micro-batch, as with the first, got None")
-        return None if MASK_KEY in self._outside.keys else labels >= 0
+            raise expected("loss_mask", "one with every micro-batch, as with the first", "None")
+        return None if MASK_KEY in self._external.keys else labels >= 0
 
     def _find(self, layout: Layout, labels: Tensor, given: Tensor | None) -> None:
         # Only tensor rank 0 sees the micro-batch.
         lacking = (
-            self._outside.why_no_mask(labels.shape) if layout.tensor_rank == 0 else "it is on another rank"
+            self._external.why_no_mask(labels.shape) if layout.tensor_rank == 0 else "it is on another rank"
         )
-        steps_here = layout.tensor_rank == 0 and self._outside.has_steps()
+        steps_here = layout.tensor_rank == 0 and self._external.has_steps()
         found = [given is not None, given is None, not lacking, bool((labels < 0).any()), steps_here]
         found = _any(found, layout.tensor_group, layout.device)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         in_batch_here, steps_here = found[2], found[4]
-        # Everywhere alike is what must hold of the micro-batches; of the labels it need not.
+        # All data-parallel ranks must have masks, or none, and so with steps. Labels below 0 may be on some ranks only.
         found = _any([*found, not in_batch_here, not steps_here], group, layout.device)
         in_model, not_in_model, in_batch, by_labels, steps, not_in_batch, no_steps = found
         if in_model and not_in_model:
-            raise ValueError("loss_mask: expected one on every rank or on none, got one on some")
+            raise expected("loss_mask", "one on every rank or on none", "one on some")
         if not in_model and in_batch and not_in_batch:
-            raise ValueError(
-                f"{MASK_KEY}: expected one in the micro-batches of every data-parallel rank or of none, got one on some"
+            raise expected(
+                MASK_KEY, "one in the micro-batches of every data-parallel rank or of none", "one on some"
             )
         if steps and no_steps:
-            raise ValueError(
-                f"{STEPS_KEY}: expected in the micro-batches of every data-parallel rank or of none, got them on some"
+            raise expected(
+                STEPS_KEY, "in the micro-batches of every data-parallel rank or of none", "them on some"
             )
         self._in_model = in_model
         if steps:
             self._needed_by.append("steps")
-            self._outside.take_steps()
+            self._external.take_steps()
         if in_batch and not in_model:
-            self._outside.take_mask()
-        self._outside.looks_for_mask = False
+            self._external.take_mask()
+        self._external.looks_for_mask = False
         if in_model or in_batch or by_labels:
             return
         if self._needed_by:
-            raise ValueError(
-                f"loss_mask: expected one for {' and '.join(self._needed_by)}, by which a token's weight depends on "
-                f"which others count, got none as the model's argument, none in the micro-batch and no label below 0; "
-                f"{_REMEDY}"
+            raise expected(
+                "loss_mask",
+                f"one for {' and '.join(self._needed_by)}, by which a token's weight depends on which others count",
+                f"none as the model's argument, none in the micro-batch and no label below 0; {_REMEDY}",
             )
         if layout.asks and layout.data_rank == 0:
             _log.warning(
@@ -107,7 +106,7 @@ class LossMask:
 
 
 def _any(flags: list[bool], group: dist.ProcessGroup | None, device: torch.device) -> list[bool]:
-    """Of each flag whether a rank of the group has it."""
+    """For each flag: whether it is true on any rank of the group."""
     found = torch.tensor(flags, dtype=torch.int32, device=device)
     if group is not None and group.size() > 1:
         dist.all_reduce(found, dist.ReduceOp.MAX, group=group)

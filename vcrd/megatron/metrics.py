@@ -1,30 +1,34 @@
-"""The figures in Megatron's own log, TensorBoard and W&B: sums over tokens, of all ranks and the whole interval."""
+"""Figures in Megatron's own log, TensorBoard and W&B, over all ranks and a whole interval; telemetry of each rank."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import platform
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from operator import sub
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from vcrd.link.waits import Waits
 from vcrd.megatron.layout import Layout
-from vcrd.megatron.ranks import Row, by_replica, gathered, over_ranks
 from vcrd.megatron.report import Figures, Report
-from vcrd.megatron.step_clock import Parts, StepClock
-from vcrd.monitor.bottleneck import Setup, cause, sentence
-from vcrd.monitor.telemetry import Telemetry
+from vcrd.monitor.bottleneck import Setup, Wait, cause, sentence
+from vcrd.monitor.telemetry import FIELDS, Telemetry
 from vcrd.settings import DistillSettings
 
 _log = logging.getLogger("vcrd")
 QUANTILES = (10, 50, 90)
-# Of each step, beside Megatron's own "lm loss": key of its report, and field of the figures.
+_SHOWN = 64  # the most ranks that have a curve each in TensorBoard and W&B
+# Reported for each step beside Megatron's "lm loss": the key in its report, and the field of the figures.
 STEP_KEYS = {
     "vcrd divergence": "divergence",
     "vcrd cross entropy": "cross_entropy",
@@ -33,16 +37,16 @@ STEP_KEYS = {
 
 
 def megatron_globals() -> Any:
-    """`megatron.training.global_vars` where a script uses it and has set it up, else None."""
+    """`megatron.training.global_vars` if the script uses it and has set it up, else None."""
     module = sys.modules.get("megatron.training.global_vars")
     return module if module is not None and getattr(module, "_GLOBAL_ARGS", None) is not None else None
 
 
 def with_step_sums(loss_func: Callable[..., Any], sums: dict[str, Tensor]) -> Callable[..., Any]:
-    """A script's `loss_func` whose report has `sums` too, pairs [sum over tokens, tokens].
+    """The script's `loss_func`, with `sums`, pairs [sum over tokens, tokens], added to its report.
 
     Megatron adds up such pairs over micro-batches and over data- and context-parallel ranks before it divides, and
-    shows them in its log line, in TensorBoard and in W&B. Returns of (loss, report) and (loss, tokens, report) are
+    shows them in its log line, in TensorBoard and in W&B. A return of (loss, report) or (loss, tokens, report) is
     extended; any other is left alone.
     """
 
@@ -56,33 +60,34 @@ def with_step_sums(loss_func: Callable[..., Any], sums: dict[str, Tensor]) -> Ca
 
 
 class IntervalLog:
-    """Every --log-interval iterations the figures of all of them, written by the last rank; of each step its waits.
+    """Writes the figures of every --log-interval iterations, on the last rank, and records the waits of each step.
 
-    teacher: `RemoteTeacher` or `ColocatedTeacher`, what it counts. Collectives, with `megatron.training` only, once per
-    interval: `Report.take` over the data-parallel group with context parallelism on ranks of the last stage, and one
-    all-gather of one `Row` over the world.
+    teacher: `RemoteTeacher` or `ColocatedTeacher`, whose waits and bytes are written. Collectives, with
+    `megatron.training` only, once per interval: `Report.take` over the data-parallel group with context parallelism on
+    ranks of the last stage, and one all-gather of one `Row` over the world.
     """
 
     def __init__(self, settings: DistillSettings, teacher: Any) -> None:
         self._settings = settings
         self._teacher = teacher
         self._layout: Layout | None = None
-        self._begun: float | None = None  # the interval
-        self._steps = 0  # in it
-        self._of_step, self._of_interval = Waits(), Waits()  # of the sums, what earlier ones have
+        self._begun: float | None = None  # when the interval began
+        self._steps = 0  # in the interval
+        # The running sums when the last step ended, and when the interval began.
+        self._of_step, self._of_interval = Waits(), Waits()
+        self._parts_of_step, self._parts_of_interval = Parts(), Parts()
         self._bytes_of_interval = 0
         self.clock = StepClock()
-        self._parts_of_step, self._parts_of_interval = Parts(), Parts()  # likewise
         self.telemetry: Telemetry | None = None
 
     def begin(self, layout: Layout | None) -> None:
-        """Before the first step, when the teacher is there. layout: on ranks of the last stage."""
+        """Before the first step, after the teacher has come. layout: on ranks of the last stage, else None."""
         if self._begun is None or (self._layout is None and layout is not None):
             self._layout = layout
             self._start_anew()
 
     def end_step(self, report: Report | None) -> None:
-        """At the end of a step, on every rank; report: on ranks of the last stage, taken where the interval ends."""
+        """At the end of a step, on every rank. report: on ranks of the last stage; taken when the interval ends."""
         self._steps += 1
         found = megatron_globals()
         iteration = None if found is None else found.get_args().curr_iteration + 1
@@ -92,18 +97,17 @@ class IntervalLog:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         figures = report.take(group) if report is not None else None
         rows = gathered(self._row())
-        if (
-            dist.get_rank() == dist.get_world_size() - 1
-        ):  # Megatron's writers, and its log line, are this rank's
+        # Megatron's writers and log line belong to the last rank.
+        if dist.get_rank() == dist.get_world_size() - 1:
             self._write(found, iteration, figures, rows)
         self._start_anew()
 
     def record(self, iteration: int, figures: Figures) -> None:
-        """Figures that a script took itself, to this rank's records. Not a collective."""
+        """Writes figures that a script took itself to this rank's records. Not a collective."""
         if self.telemetry is not None:
             self.telemetry.at(iteration)
         rows = [self._row()]
-        self._say_starved(iteration, rows)
+        self._warn_if_starved(iteration, rows)
         self._record(scalars(figures, rows[0].waited, rows[0].received), figures, rows)
         self._start_anew()
 
@@ -148,13 +152,13 @@ class IntervalLog:
         values = scalars(figures, max(row.waited for row in rows), sum(row.received for row in rows))
         if figures.invalid_rows:
             _log.warning(
-                "%d tokens up to iteration %d were skipped, for their teacher was no distribution",
+                "%d tokens up to iteration %d were skipped, because the teacher's logits were no distribution",
                 figures.invalid_rows,
                 iteration,
             )
         text = " | ".join(f"{name.replace('_', ' ')}: {value:.6g}" for name, value in values.items())
         print(f" [vcrd] iteration {iteration:8d}/{args.train_iters:8d} | {text} |", flush=True)
-        self._say_starved(iteration, rows)
+        self._warn_if_starved(iteration, rows)
         self._record(values, figures, rows)
         writer, wandb = found.get_tensorboard_writer(), found.get_wandb_writer()
         share = values["teacher_wait"] / self._seconds()
@@ -167,7 +171,7 @@ class IntervalLog:
             wandb.log(tagged, iteration)
 
     def _seconds(self) -> float:
-        """Of the interval, up to now."""
+        """Seconds since the interval began."""
         return max(1e-9, time.perf_counter() - self._begun)
 
     def _record(self, values: dict[str, float], figures: Figures, rows: list[Row]) -> None:
@@ -189,8 +193,8 @@ class IntervalLog:
     def _waits(self, rows: list[Row]) -> list:
         return by_replica(rows, self._seconds())
 
-    def _say_starved(self, iteration: int, rows: list[Row]) -> None:
-        """One line at most: of the replica that was waited for the longest."""
+    def _warn_if_starved(self, iteration: int, rows: list[Row]) -> None:
+        """Warns, in one line at most, of the teacher replica with the longest wait."""
         worst = max(self._waits(rows), key=lambda wait: wait.share, default=None)
         said = None if worst is None else sentence(worst, self._setup(rows))
         if said is None:
@@ -215,7 +219,7 @@ class IntervalLog:
 
 
 def scalars(figures: Figures, wait: float, received: float) -> dict[str, float]:
-    """What is written of the figures, by name. wait: seconds, of the rank that waited longest. received: bytes."""
+    """The written figures by name. wait: seconds of the rank that waited longest. received: bytes."""
     names = ("tokens", "loss", "divergence", "cross_entropy", "weight")
     values = {name: float(getattr(figures, name)) for name in names}
     for percent in QUANTILES:
@@ -226,6 +230,179 @@ def scalars(figures: Figures, wait: float, received: float) -> dict[str, float]:
 
 
 def _trimmed(counts: tuple[int, ...]) -> list:
-    """[number of the first bin, counts from there on], without the empty bins at either end."""
+    """[number of the first bin, counts from there on], without the empty bins at both ends."""
     full = [number for number, count in enumerate(counts) if count]
     return [full[0], counts[full[0] : full[-1] + 1]] if full else [0, []]
+
+
+class Row(NamedTuple):
+    """What one rank measured in one interval.
+
+    waited, arriving, while_lost: seconds, see `Waits`. received: bytes. replica: the teacher replica that serves this
+    rank, NaN if none does. The fields after `replicas` are `vcrd.monitor.telemetry.FIELDS`, NaN if not measured.
+    """
+
+    waited: float
+    arriving: float
+    while_lost: float
+    answers: float
+    late: float
+    received: float
+    replica: float
+    replicas: float
+    gpu_memory_bytes: float = math.nan
+    gpu_utilization: float = math.nan
+    gpu_power_watts: float = math.nan
+    nvlink_sent_bytes_per_second: float = math.nan
+    nvlink_received_bytes_per_second: float = math.nan
+    host_memory_bytes: float = math.nan
+
+
+def gathered(row: Row) -> list[Row]:
+    """The rows of all ranks, in rank order: one all-gather of 14 float64 over the world, one wait for the device."""
+    device = "cuda" if "nccl" in dist.get_backend() else "cpu"
+    mine = torch.tensor(row, dtype=torch.float64, device=device)
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    return [Row(*values) for values in torch.stack(rows).tolist()]
+
+
+def by_replica(rows: Sequence[Row], seconds: float) -> list[Wait]:
+    """For each teacher replica, the longest wait of a rank for it, in an interval of that many seconds."""
+    worst: dict[int, Row] = {}
+    for row in rows:
+        if not math.isnan(row.replica):
+            other = worst.setdefault(int(row.replica), row)
+            worst[int(row.replica)] = max(row, other, key=lambda each: each.waited)
+    return [
+        Wait(
+            replica=replica,
+            share=min(1.0, row.waited / seconds),
+            arriving=row.arriving / row.waited if row.waited else 0.0,
+            while_lost=row.while_lost / row.waited if row.waited else 0.0,
+            late=row.late / row.answers if row.answers else 0.0,
+            bytes_per_second=row.received / seconds,
+        )
+        for replica, row in sorted(worst.items())
+    ]
+
+
+def over_ranks(rows: Sequence[Row]) -> dict[str, float]:
+    """Minimum, mean and maximum of each measured field over ranks; with few ranks also the value of each rank."""
+    found = {}
+    for field in FIELDS:
+        values = {n: getattr(row, field) for n, row in enumerate(rows) if not math.isnan(getattr(row, field))}
+        if not values:
+            continue
+        found[f"{field}_min"] = min(values.values())
+        found[f"{field}_mean"] = sum(values.values()) / len(values)
+        found[f"{field}_max"] = max(values.values())
+        if len(rows) <= _SHOWN:
+            found.update({f"{field}/rank_{number}": value for number, value in values.items()})
+    return found
+
+
+@dataclass
+class Parts:
+    """Seconds of the host in each part of a step. On the CPU they are the device's too.
+
+    forward: the script's forward step, with the waits for teacher and verifier. backward: the rest of the schedule,
+    with the time that pipeline stages wait for each other. gradients: `finalize_model_grads_func`, where data-parallel
+    ranks reduce them. between: from there to the first forward of the next step: optimizer, logging, checkpoints.
+
+    On a GPU the host runs ahead of the device. A part then includes the time that the host waits for the device in it;
+    `gpu_utilization` and a profiler tell more.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    gradients: float = 0.0
+    between: float = 0.0
+
+    def since(self, before: Parts) -> Parts:
+        return Parts(*map(sub, vars(self).values(), vars(before).values()))
+
+
+class StepClock:
+    """Where the time of the steps goes on this rank: running sums since the first step. `parts` is a copy."""
+
+    def __init__(self) -> None:
+        self._sums = Parts()
+        self._mark: float | None = None
+        self._in_schedule = False
+
+    @property
+    def parts(self) -> Parts:
+        return replace(self._sums)
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the script's forward step, in training."""
+        self._lap("backward" if self._in_schedule else "between")
+        self._in_schedule = True
+        try:
+            yield
+        finally:
+            self._lap("forward")
+
+    def end_backward(self) -> None:
+        self._lap("backward")
+
+    def end_step(self) -> None:
+        self._lap("gradients")
+        self._in_schedule = False
+
+    def _lap(self, part: str) -> None:
+        now = time.perf_counter()
+        if self._mark is not None:  # the time before the first step belongs to no part
+            setattr(self._sums, part, getattr(self._sums, part) + now - self._mark)
+        self._mark = now
+
+
+def start_telemetry(
+    chunk: torch.nn.Module, settings: DistillSettings, role: str, teacher: Any = None
+) -> Telemetry | None:
+    """This rank's telemetry, with its record "start"; None if the settings name no folder. Not a collective.
+
+    teacher: a student's `RemoteTeacher` or `ColocatedTeacher`, whose received bytes are recorded.
+    """
+    if settings.telemetry_dir is None:
+        return None
+    device = next((parameter.device for parameter in chunk.parameters()), torch.device("cpu"))
+    uuid, name = None, platform.processor() or platform.machine()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        uuid, name = str(properties.uuid), properties.name
+    found = Telemetry(settings.telemetry_dir, role, dist.get_rank(), uuid=uuid)
+    found.write("start", device=name, **_facts(settings))
+    if teacher is not None:
+        found.follow("link_bytes", lambda: teacher.bytes_received)
+    return found
+
+
+def _facts(settings: DistillSettings) -> dict[str, Any]:
+    """The run and this rank's place in it, as `python -m vcrd report` shows them."""
+    names = (
+        "divergence",
+        "temperature",
+        "sharpness",
+        "floor",
+        "ceiling",
+        "normalization",
+        "ce_weight",
+    )
+    link = ("payload", "transport", "credits")
+    return {
+        "world": dist.get_world_size(),
+        "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
+        "tensor_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_rank": parallel_state.get_pipeline_model_parallel_rank(),
+        "pipeline_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_size": parallel_state.get_context_parallel_world_size(),
+        "data_rank": parallel_state.get_data_parallel_rank(),
+        "data_size": parallel_state.get_data_parallel_world_size(),
+        "torch": torch.__version__,
+        "validity": settings.validity if isinstance(settings.validity, str) else "a function",
+        "settings": {name: getattr(settings, name) for name in names}
+        | {name: getattr(settings.link, name) for name in link},
+    }

@@ -1,105 +1,285 @@
-"""The teacher's output layer, taken out of its model for the payload "hidden": states leave, logits are never made."""
+"""A model's output layer: a forward without logits, and the check of what the model makes its logits of.
+
+Two users multiply the hidden states by the layer's weight in the model's place: the loss, for a student with a fused
+head (`fused_head.py`), and a student's job or ranks, for a teacher with the payload "hidden" (`serving.py`,
+`colocated_teacher.py`). Both rely on logits = scale * states @ weight.T, then softcap * tanh(logits / softcap).
+
+The values of one micro-batch cannot show that this is true: a soft-cap in the model's own code changes nothing while
+logits are small, and a factor of 1.04 is within the rounding of bfloat16 for a sum of thousands of products. So one
+pass in `EVERY`, the first among them, replaces the hidden states by test states before the output layer, and compares
+the logits that the model makes of them with the expected ones:
+
+- zeros have logits of 0, so a bias shows;
+- one unit at a power of two from 1 to 4096, all others 0, makes each logit one product, which no dtype rounds: a factor
+  and another weight show, and a soft-cap shows on the large ones;
+- states whose units all differ show what a layer does to its input as a whole.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vcrd.link.handshake import Head
-from vcrd.megatron.fp8 import refuse_other_output_layer
-from vcrd.megatron.output_probe import OutputProbe
+from vcrd.errors import expected
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# Where models that cap their logits keep the cap; Megatron-Core's own do not have one.
+EVERY = 16  # passes per test: 16 rows among those of 16 micro-batches are less than 1 in 1000
+_ROWS = 16  # the least number of test states, which are of four kinds
+_UNITS = 5  # powers of 8, from 1 on
+# Relative tolerance of a logit and of its row's root mean square, by the coarsest dtype of states, weight and logits.
+# In bfloat16 a scale and a soft-cap, which round five times, use two thirds of it (measured). Float32 may use TF32.
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3 * 2.0**-8, torch.float16: 2.0**-9}
+_NATS = 1e-3  # absolute tolerance of any logit
+_LARGEST = 1024.0  # no model trains on larger logits
+_LARGEST_PRODUCT = 32768.0  # the largest float16 is twice as much
+_GOLDEN = 0.6180339887498949  # its multiples modulo 1 spread evenly
+# Configuration fields in which models keep a soft-cap of their logits. Megatron-Core's own models have none.
 _CAPS = ("final_logit_softcapping", "output_logit_softcapping", "logit_softcap")
 
 
-class OutputLayer:
-    """The last stage's output layer: logits = scale * states @ weight.T, then softcap * tanh(logits / softcap).
+def takes_output_processor(chunk: torch.nn.Module) -> bool:
+    """Whether the model's forward takes a function that computes its output from the last hidden states.
 
-    Tied embeddings, the scale of MuP and a soft-cap are honoured. A model that does anything else is found out by
-    `check`, in its first pass and in one of 16 from then on (`OutputProbe`).
+    `GPTModel` does from Megatron-Core 0.19 on; `HybridModel` does not. A forward that someone has wrapped counts as one
+    that does not, since the wrapper may not pass the argument on.
+    """
+    return "output_processor" in inspect.signature(chunk.forward, follow_wrapped=False).parameters
+
+
+@dataclass
+class Captured:
+    """Input of the output layer in one pass. None: the model has not called the layer.
+
+    states: [s, b, hidden size]; with sequence parallelism this rank's part of s. weight: [v/tp, hidden size].
     """
 
-    def __init__(self, chunk: torch.nn.Module, tensor_group: dist.ProcessGroup | None) -> None:
-        layer = getattr(chunk, "output_layer", None)
+    states: Tensor | None = None
+    weight: Tensor | None = None
+
+
+class OutputLayer:
+    """The output layer of the last stage's chunk, with its `scale` and `softcap` (None for none).
+
+    Tied embeddings, the scale of MuP, a soft-cap that the configuration names, and tensor and sequence parallelism are
+    supported. Test states detect a model that does anything else to its logits, in its first pass and in one of 16.
+
+    Passes are counted alike on every tensor rank and test states are deterministic, so that ranks agree without a
+    collective.
+    """
+
+    def __init__(
+        self, chunk: torch.nn.Module, tensor_group: dist.ProcessGroup | None, argument: str, advice: str
+    ) -> None:
+        """argument, advice: how an error message begins and ends. ValueError for a layer that cannot be captured."""
+        layer, config = getattr(chunk, "output_layer", None), chunk.config
         if layer is None:
-            raise ValueError(
-                f"model: expected an output_layer for the payload 'hidden', got {type(chunk).__name__}"
+            raise expected(argument, "a model with an output_layer", type(chunk).__name__)
+        if getattr(config, "fp8_output_proj", False):
+            raise expected(
+                argument,
+                (
+                    "fp8_output_proj False, because the product with the output layer is computed in the model's own "
+                    "dtype"
+                ),
+                "True",
             )
-        refuse_other_output_layer(chunk.config, "payload 'hidden'")
-        weight = layer.weight
-        if getattr(chunk, "share_embeddings_and_output_weights", False):
-            weight = chunk.shared_embedding_or_output_weight()
-        scale, softcap = scale_and_softcap(chunk.config)
-        self._layer = layer
-        self._group = tensor_group
-        self._gather = bool(getattr(layer, "sequence_parallel", False))
-        self._probe = OutputProbe(
-            *(scale, softcap, tensor_group, self._gather),
-            "model: expected logits =",
-            "the payload 'hidden' sends no others, choose another payload",
+        self.scale = float(config.mup_output_mult) if getattr(config, "use_mup", False) else 1.0
+        cap = next((value for name in _CAPS if (value := getattr(config, name, None))), None)
+        self.softcap = None if cap is None else float(cap)
+        self.group = tensor_group
+        self.sequence_parallel = tensor_group is not None and bool(getattr(layer, "sequence_parallel", False))
+        self._chunk, self._layer = chunk, layer
+        self._messages = argument, advice
+        self._passes = 0
+        self._due = False  # whether this pass gets test states
+        self._asked: Tensor | None = (
+            None  # the test states [positions, b, size], the same on every tensor rank
         )
-        # FP8 weights are kept in a class of their own: copied out, they are plain tensors of their nominal dtype.
-        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device).copy_(
-            weight.detach()
+        self._worst: Tensor | None = (
+            None  # the largest difference that `raise_if_different` has not read, on the device
         )
-        self.head = Head(
-            size=weight.shape[1],
-            dtype=_DTYPES[weight.dtype],
-            scale=scale,
-            softcap=0.0 if softcap is None else softcap,
-        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter [vocabulary shard, hidden size]: the layer's own, or the tied embedding's."""
+        if getattr(self._chunk, "share_embeddings_and_output_weights", False):
+            return self._chunk.shared_embedding_or_output_weight()
+        return self._layer.weight
+
+    def captured(self) -> contextlib.AbstractContextManager[Captured]:
+        """While open, a pass of the model without labels makes no logits; its output is for `check` alone.
+
+        A model whose forward takes an `output_processor` gets one. In any other `replaced` is used.
+        """
+        return self._processed() if takes_output_processor(self._chunk) else self.replaced()
 
     @contextlib.contextmanager
-    def captured(self) -> Iterator[list[Tensor]]:
-        """While open, a pass of the model makes no logits: the states [s, b, size] that would have become logits are
-        appended to the list that is yielded. Where `check` is due the logits are those of a few states of the probe."""
-        states: list[Tensor] = []
-        plain, probe = self._layer.forward, self._probe
-        own = vars(self._layer).get("forward")  # where someone has replaced it before
-        probe.read()
-        probe.begin()
+    def replaced(self) -> Iterator[Captured]:
+        """While open, the layer's forward returns logits of test states, or one column of NaN, for `check` alone.
 
-        def capture(input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-            states.append(self._whole(input_).detach())
-            if probe.due:
-                return plain(probe.states(input_), *args, **kwargs)
-            return states[-1][..., :1], None
-
-        self._layer.forward = capture
-        try:
-            yield states
-        finally:
-            del self._layer.forward
-            if own is not None:
-                self._layer.forward = own
-
-    def check(self, logits: Tensor) -> None:
-        """Of what the model made in the pass that was captured, [positions, b, width], if it was one to be checked.
-
-        ValueError, on every tensor rank alike, if the model makes logits otherwise; on a GPU, where a wait would show,
-        from the second check on with the next pass. Collectives, where it is due: one all-reduce of one float32 over
-        the tensor ranks.
+        The fused head always uses this, because its layer must still be called as a module: Megatron's data parallelism
+        gathers the layer's parameters in a hook of that call (overlap_param_gather), and hooks of the model's own may
+        add a term of the logits to the loss, which backward must see to refuse it.
         """
-        self._probe.check(logits, self.weight)
+        captured, layer = Captured(), self._layer
+        plain = layer.forward
+        own = vars(layer).get("forward")  # someone may have replaced it before
+        self._begin()
 
-    def _whole(self, states: Tensor) -> Tensor:
-        """[s, b, size]: with sequence parallelism each tensor rank comes with its part of the positions."""
-        if not self._gather or self._group is None:
+        def forward(states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+            weight = kwargs.get("weight", args[0] if args else None)
+            captured.states, captured.weight = states, self.weight if weight is None else weight
+            logits, bias = self._stand_in(states, lambda rows: plain(rows, *args, **kwargs))
+            followed = states if states.requires_grad else captured.weight
+            return _ForTheLossAlone.apply(logits, followed, self._messages), bias
+
+        layer.forward = forward
+        try:
+            yield captured
+        finally:
+            del layer.forward
+            if own is not None:
+                layer.forward = own
+
+    @contextlib.contextmanager
+    def _processed(self) -> Iterator[Captured]:
+        captured = Captured()
+        self._begin()
+
+        def process(
+            *, hidden_states, output_layer, output_weight, runtime_gather_output, scale_logits, **_
+        ) -> Tensor:
+            captured.states = hidden_states
+            captured.weight = self.weight if output_weight is None else output_weight
+            given = {"weight": output_weight, "runtime_gather_output": runtime_gather_output}
+            logits, _ = self._stand_in(hidden_states, lambda rows: output_layer(rows, **given))
+            return scale_logits(logits).transpose(0, 1).contiguous()
+
+        hook = self._chunk.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "output_processor": process}), with_kwargs=True
+        )
+        try:
+            yield captured
+        finally:
+            hook.remove()
+
+    def whole(self, states: Tensor) -> Tensor:
+        """[s, b, size] of this rank's part of s; with sequence parallelism one all-gather over the tensor ranks."""
+        if not self.sequence_parallel:
             return states
-        parts = [torch.empty_like(states) for _ in range(self._group.size())]
-        dist.all_gather(parts, states.contiguous(), group=self._group)
+        parts = [torch.empty_like(states) for _ in range(self.group.size())]
+        dist.all_gather(parts, states.contiguous(), group=self.group)
         return torch.cat(parts)
 
+    @torch.no_grad()
+    def check(self, logits: Tensor, weight: Tensor) -> None:
+        """Compares what the model made of test states, logits [positions, b, width], if this pass was given any.
 
-def scale_and_softcap(config: Any) -> tuple[float, float | None]:
-    """What a model of this configuration does with the product: the scale of MuP, and a soft-cap or None."""
-    scale = float(config.mup_output_mult) if getattr(config, "use_mup", False) else 1.0
-    softcap = next((c for name in _CAPS if (c := getattr(config, name, None))), None)
-    return scale, None if softcap is None else float(softcap)
+        weight: [width, size], the weight of the expected logits. ValueError, on every tensor rank alike, at once
+        on the CPU and in the first pass; later, on a GPU, `raise_if_different` raises it. Collectives, where the pass
+        was given test states: one all-reduce of one float32 over the tensor ranks.
+        """
+        if self._asked is None:
+            return
+        asked, self._asked = self._asked, None
+        worst = self._difference(asked, logits, weight)
+        if self.group is not None:
+            dist.all_reduce(worst, dist.ReduceOp.MAX, group=self.group)
+        self._worst = worst if self._worst is None else torch.maximum(worst, self._worst)
+        if self._passes == 1 or worst.device.type == "cpu":
+            self.raise_if_different()
+
+    def raise_if_different(self) -> None:
+        """ValueError if logits of test states differed. Waits for the device if there are new ones."""
+        worst, self._worst = self._worst, None
+        if worst is None or float(worst) <= 1:
+            return
+        argument, advice = self._messages
+        cap = "not soft-capped" if self.softcap is None else f"soft-capped at {self.softcap:g}"
+        raise expected(
+            argument,
+            (
+                "a model whose logits are scale * states @ weight.T, soft-capped or not, by its configuration "
+                f"with scale {self.scale:g} and {cap}"
+            ),
+            (
+                f"logits of test states that differ by {float(worst):.3g} times the allowed rounding error (a "
+                f"soft-cap, factor, bias or adapter that the configuration does not name); {advice}"
+            ),
+        )
+
+    def _begin(self) -> None:
+        self._due = self._passes % EVERY == 0
+        self._passes += 1
+        self._asked = None
+
+    @torch.no_grad()
+    def _stand_in(
+        self, states: Tensor, multiply: Callable[[Tensor], tuple[Tensor, Any]]
+    ) -> tuple[Tensor, Any]:
+        """What takes the place of the logits of `states` [s, b, size]: logits of test states, or one column of NaN."""
+        if not self._due:
+            return states.new_full((*states.shape[:-1], 1), torch.nan), None
+        parts = self.group.size() if self.sequence_parallel else 1
+        positions = -(-_ROWS // (states.shape[1] * parts)) * parts  # at least one on each rank
+        rows, size = positions * states.shape[1], states.shape[-1]
+        with torch.device(states.device):
+            asked = _test_states(rows, size, self._passes // EVERY * rows)
+        self._asked = asked.view(positions, *states.shape[1:]).to(states.dtype)
+        return multiply(self._asked if parts == 1 else self._asked.chunk(parts)[self.group.rank()])
+
+    def _difference(self, asked: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
+        """The largest difference as a multiple of the tolerance."""
+        if logits.shape != (*asked.shape[:-1], weight.shape[0]):
+            return torch.full((), torch.inf, device=weight.device)
+        with torch.autocast(weight.device.type, enabled=False):
+            # By parts: a float32 copy of the whole weight would be more memory than any micro-batch needs.
+            product = torch.cat([asked.float() @ part.float().T for part in weight.split(4096)], -1)
+        linear = self.scale * product
+        # A NaN in the weight is no error of the layer.
+        counted = (linear.abs() <= _LARGEST) & (product.abs() <= _LARGEST_PRODUCT)
+        expected = linear if self.softcap is None else self.softcap * torch.tanh(linear / self.softcap)
+        expected = torch.where(counted, expected, 0.0)
+        size = expected.abs() + expected.square().mean(-1, keepdim=True).sqrt()
+        tolerance = max(TOLERANCES.get(t.dtype, 0.0) for t in (asked, logits, weight))
+        difference = (logits.float() - expected).abs() / (tolerance * size + _NATS)
+        return torch.where(counted, difference, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf).max()
+
+
+class _ForTheLossAlone(torch.autograd.Function):
+    """Takes the place of the logits. Backward raises an error if anything but the loss was computed from them."""
+
+    @staticmethod
+    def forward(ctx, logits, followed, messages):
+        ctx.set_materialize_grads(False)
+        ctx.messages = messages
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        # A soft-cap between the layer and the loss turns an undefined gradient into zeros.
+        if gradient is not None and gradient.any():
+            argument, advice = ctx.messages
+            raise RuntimeError(
+                f"{argument}: expected nothing but the loss to learn from the model's logits, got another term of them "
+                f"in the model's code; {advice}"
+            )
+        return None, None, None
+
+
+def _test_states(rows: int, size: int, first: int) -> Tensor:
+    """float64 [rows, size]. In rows of one unit, the unit depends on `first` too."""
+    row = torch.arange(rows, dtype=torch.float64)[:, None]
+    unit = torch.arange(size, dtype=torch.float64)
+    kind = row % _ROWS
+    spread = (row * size + unit) * _GOLDEN % 1 * 2 - 1
+    dense = spread * 16.0 ** (kind - 1)
+    place = ((row * _GOLDEN + first * _GOLDEN % 1) % 1 * size).floor()
+    single = torch.where(unit == place, 8.0 ** (kind % _UNITS), 0.0)
+    return torch.where(kind == 0, 0.0, torch.where(kind <= 3, dense, single))

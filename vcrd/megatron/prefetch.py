@@ -1,8 +1,9 @@
-"""Looks at the micro-batches that a script draws, and a few ahead, so that the teacher can be asked early."""
+"""Draws micro-batches ahead of the script, so that the teacher can be asked early; draws them again in a rerun."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,42 +11,42 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vcrd.megatron.borders import Doubts, look_for_borders
-from vcrd.megatron.packing import edges_in, field, packed
+from vcrd.errors import expected
+from vcrd.megatron.packing import Doubts, edges_in, field, look_for_borders, packed
 from vcrd.megatron.random_state import WhoDraws, changed, names_of, random_state, set_random_state
 
 TokensOf = str | Callable[[Any], Tensor]
 
 _NOT_SAVED = object()
+_RERUN = "megatron.core.rerun_state_machine"
 
 
 class _Asked(NamedTuple):
-    """A micro-batch that was drawn from the source."""
+    """A micro-batch that was drawn from the source and asked for."""
 
     number: int
     batch: Any
-    moved: dict[str, tuple[Any, Any]]  # by generator, its state before the draw and after it
-    loader_state: Any  # of the source before the draw, where it saves its own and may be asked for it
+    moved: dict[str, tuple[Any, Any]]  # by generator: its state before the draw and after it
+    loader_state: Any  # the source's `save_state()` before the draw, if it may be asked for
 
 
 class Prefetcher:
     """An iterator over `source` that calls `ask(tokens, edges)` for `ahead` micro-batches more than were drawn.
 
-    number: what `ask` returned for the micro-batch that was drawn last; -1 before the first. drawn: how many were.
-    batch: that micro-batch. late: while true it asks nothing and draws no more than it is asked for; then its owner
-    asks, of `batch`.
-    tokens_of: the key of the tokens in a micro-batch, or a function that finds them; int [b, s]. Edges of sequences
-    that are packed into a row are taken from the micro-batch (`packing.packed`).
-    who_draws: watches the generators and says whether to look ahead at all. Default: always.
-    step_size: the micro-batches of the step under way, 0 where it is not known.
+    number: what `ask` returned for the micro-batch that was drawn last; -1 before the first. batch: that micro-batch.
+    drawn: how many were drawn. late: while true, it asks nothing and draws nothing ahead; its owner asks for `batch`.
+    tokens_of: the key of the tokens in a micro-batch, or a function that finds them; int [b, s]. Edges of packed
+    sequences are taken from the micro-batch (`packing.packed`).
+    who_draws: watches the generators and decides whether to draw ahead at all. Default: always.
+    step_size: returns the number of micro-batches in the present step, 0 if it is not known.
 
-    The random state is at any time what it is with `ahead` 0: what an early draw moved is put back, and is moved when
-    the micro-batch is handed out. So is `save_state()`, which is here where the source has it, for Megatron's
-    --dataloader-save: the state of the source before the first micro-batch that was not handed out. For that the
-    source's own is called and copied before each draw for a later step, for Megatron saves after a step.
+    The random state is always the same as with `ahead` 0: after an early draw the generators that it moved are put
+    back, and they are moved when the micro-batch is handed out. The same holds for `save_state()`, which exists if the
+    source has it, for Megatron's --dataloader-save: it is the source's state before the first micro-batch that was not
+    handed out. Megatron saves after a step, so the source's own is called and copied before each draw for a later step.
 
-    next() raises ValueError where an early draw read a generator that something else has moved since. save_state()
-    raises RuntimeError in the middle of a step, as `step_size` says, where something is pending.
+    next() raises ValueError if something else has moved a generator since an early draw read it. save_state() raises
+    RuntimeError in the middle of a step, by `step_size`, if micro-batches are pending.
     """
 
     def __init__(
@@ -70,14 +71,14 @@ class Prefetcher:
         self._asked: deque[_Asked] = deque()
         self._exhausted = False
         self._left: dict[str, Any] | None = None  # the random state in which the last draw left the script
-        self._step: list[dict[str, tuple[Any, Any]]] = []  # `moved` of what was handed out in this step
+        self._step: list[dict[str, tuple[Any, Any]]] = []  # `moved` of each micro-batch of this step
         self._saves = hasattr(source, "save_state")
         if self._saves:
-            self.save_state = self._save_state  # Megatron asks with hasattr
+            self.save_state = self._save_state  # an attribute, because Megatron tests with hasattr
 
     @property
     def pending(self) -> int:
-        """Micro-batches that were asked for and not yet drawn."""
+        """The number of micro-batches that were asked for and not yet drawn."""
         return len(self._asked)
 
     def __iter__(self) -> Prefetcher:
@@ -93,10 +94,13 @@ class Prefetcher:
         asked = self._asked[0]
         clash = sorted(changed({name: now.get(name) for name in asked.moved}, _before(asked.moved)))
         if clash:
-            raise ValueError(
-                "credits: expected 0 where something besides the data iterator now and then draws from its generators, "
-                f"got {self._ahead}; a micro-batch was drawn early from {names_of(clash)}, moved by something else "
-                "since, and a run that resumes here would draw another one"
+            raise expected(
+                "credits",
+                "0 where something besides the data iterator now and then draws from its generators",
+                (
+                    f"{self._ahead}; a micro-batch was drawn early from {names_of(clash)}, which something else has "
+                    "moved since, so that a run that resumes here would draw another one"
+                ),
             )
         self._asked.popleft()
         self._move(asked.moved, now)
@@ -106,13 +110,13 @@ class Prefetcher:
         return self.batch
 
     def begin_step(self) -> None:
-        """What is drawn from here on belongs to a new step."""
+        """Micro-batches that are drawn from now on belong to a new step."""
         self._step.clear()
 
     def draw_again(self, position: int) -> None:
-        """Moves the random state as drawing the micro-batch at this position of the step did, from 0.
+        """Moves the random state as the draw of the micro-batch at this position of the step did. Positions begin at 0.
 
-        Megatron puts it back to the step's beginning, and takes the micro-batches from what it kept.
+        In a rerun Megatron restores the random state of the step's beginning and takes the micro-batches that it kept.
         """
         now = random_state()
         moved = self._step[position] if position < len(self._step) else {}
@@ -120,7 +124,7 @@ class Prefetcher:
         self._move({name: states for name, states in moved.items() if name not in elsewhere}, now)
 
     def stop(self) -> None:
-        """Asks no more: what is pending is drawn first, then the source."""
+        """Asks for nothing more. Drawing goes on with what is pending, then from the source."""
         self._ask, self._ahead = lambda tokens, edges: -1, 0
 
     def _move(self, moved: dict[str, tuple[Any, Any]], now: dict[str, Any]) -> None:
@@ -133,7 +137,7 @@ class Prefetcher:
         return 1 + self._ahead if may else 1
 
     def _fill(self, now: dict[str, Any]) -> None:
-        """Draws and asks for the next micro-batch and those ahead; the random state stays `now`."""
+        """Draws and asks for the next micro-batch and those ahead. The random state stays `now`."""
         if self._exhausted or len(self._asked) >= self._wanted():
             return
         state = dict(now)
@@ -158,7 +162,7 @@ class Prefetcher:
             set_random_state(changed(random_state(), now))
 
     def _state_before_next(self) -> Any:
-        """A copy of the source's own state, where the next draw is early and may be the first of a later step."""
+        """A copy of the source's own state, if the next draw is early and may be the first of a later step."""
         position = len(self._step) + len(self._asked)
         if not self._saves or not self._asked or position < self._step_size():
             return _NOT_SAVED
@@ -168,8 +172,8 @@ class Prefetcher:
         state = self._asked[0].loader_state if self._asked else self.source.save_state()
         if state is _NOT_SAVED:
             raise RuntimeError(
-                f"save_state: expected to be called at the end of a step of {self._step_size()} micro-batches, as "
-                f"Megatron's calculator says, got {len(self._step)} of them drawn and {self.pending} drawn ahead "
+                f"save_state: expected a call at the end of a step of {self._step_size()} micro-batches (by "
+                f"Megatron's calculator), got one after {len(self._step)} were drawn and {self.pending} drawn ahead "
                 "(with credits 0 it is allowed at any time)"
             )
         return state
@@ -180,11 +184,11 @@ def _before(moved: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
 
 
 def question(batch: Any, tokens_of: TokensOf, arguments: Any = None) -> tuple[Tensor, Tensor]:
-    """What a teacher elsewhere is asked about a micro-batch: tokens [b, s], and the edges of packed sequences.
+    """What a teacher in another job is asked about a micro-batch: tokens [b, s], and the edges of packed sequences.
 
-    arguments: those of the model's forward, where they are known. Edges are taken from them where the micro-batch has
-    none, and then the tokens too, for a script may pack in its step.
-    ValueError where there are no tokens, or edges that are none, or borders of sequences that no edge names.
+    arguments: those of the model's forward, if they are known. If the micro-batch has no edges, edges and tokens are
+    taken from them, because a script may pack in its forward step.
+    ValueError if there are no tokens, if edges are wrong, or if sequences have borders that no edge names.
     """
     if edges_in(batch) is None and arguments is not None and edges_in(arguments) is not None:
         tokens = field(arguments, "input_ids")
@@ -200,7 +204,7 @@ def question(batch: Any, tokens_of: TokensOf, arguments: Any = None) -> tuple[Te
 
 
 def tokens_in(batch: Any, tokens_of: TokensOf) -> Tensor:
-    """The tokens [b, s] of a micro-batch; ValueError where there are none."""
+    """The tokens [b, s] of a micro-batch; ValueError if there are none."""
     if callable(tokens_of):
         tokens = tokens_of(batch)
     else:
@@ -208,8 +212,54 @@ def tokens_in(batch: Any, tokens_of: TokensOf) -> Tensor:
             tokens = batch[tokens_of]
         except (KeyError, TypeError, IndexError):
             found = f"the keys {sorted(batch)}" if isinstance(batch, dict) else type(batch).__name__
-            raise ValueError(f"tokens: expected a micro-batch with {tokens_of!r}, got {found}") from None
+            raise expected("tokens", f"a micro-batch with {tokens_of!r}", found) from None
     if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"tokens: expected a tensor [b, s] in the micro-batch, got {got}")
+        raise expected("tokens", "a tensor [b, s] in the micro-batch", got)
     return tokens
+
+
+def running_again() -> bool:
+    """Whether Megatron's rerun state machine runs the present step again, from micro-batches that it kept.
+
+    The same on every rank. False in a process that resumes from the checkpoint of a rejected step: it has drawn nothing
+    yet, and Megatron gives it the step's samples as to any process that resumes.
+    """
+    # Not through Megatron's function, which would create a machine in a script that uses none.
+    machine = getattr(sys.modules.get(_RERUN), "_GLOBAL_RERUN_STATE_MACHINE", None)
+    return machine is not None and machine.state.name == "RERUNNING_IN_PLACE"
+
+
+def keeps_micro_batches(data_iterator: Any) -> bool:
+    """Whether this is Megatron's `RerunDataIterator`, which can rewind to the first micro-batch of a step."""
+    kind = getattr(sys.modules.get(_RERUN), "RerunDataIterator", None)
+    return kind is not None and isinstance(data_iterator, kind)
+
+
+class ReplayIterator:
+    """An iterator over a rewound `source` that calls `ask(tokens, edges)` for each micro-batch when it is drawn.
+
+    batch, late: as in `Prefetcher`. ahead: the prefetcher that drew them first; it moves the random state again.
+    """
+
+    def __init__(
+        self, source: Any, ask: Callable[[Tensor, Tensor], int], tokens_of: TokensOf, ahead: Prefetcher
+    ) -> None:
+        self.source = source
+        self.drawn = 0
+        self.batch: Any = None
+        self.late = False
+        self._ask = ask
+        self._tokens_of = tokens_of
+        self._ahead = ahead
+
+    def __iter__(self) -> ReplayIterator:
+        return self
+
+    def __next__(self) -> Any:
+        self.batch = next(self.source)
+        self._ahead.draw_again(self.drawn)
+        if not self.late:
+            self._ask(*question(self.batch, self._tokens_of))
+        self.drawn += 1
+        return self.batch

@@ -1,4 +1,4 @@
-"""The random state that Megatron saves in its checkpoints, and who moves it: the data or something else."""
+"""The random state that Megatron saves in checkpoints, and whether the data or something else moves it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import numpy
 import torch
 
-State = Mapping[str, Any]  # by generator
+State = Mapping[str, Any]  # state by generator
 
 _log = logging.getLogger("vcrd")
 
 
 def random_state() -> dict[str, Any]:
-    """The states of the generators that `megatron.training` saves, by name; a snapshot that later draws leave alone.
+    """A snapshot of the states of the generators that `megatron.training` saves, by name.
 
     "random", "numpy" and "torch" are those of the process; "cuda" is the current device's, once CUDA is in use;
     "tracker NAME" is one of Megatron's CudaRNGStatesTracker. No collective, no wait for the device.
@@ -34,7 +34,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(wanted: State) -> None:
-    """Puts the generators into these states; those that are not named keep theirs."""
+    """Sets the generators to these states. Generators that are not named keep theirs."""
     setters = {"random": random.setstate, "numpy": numpy.random.set_state, "torch": torch.set_rng_state}
     for name, state in wanted.items():
         if name in setters:
@@ -46,7 +46,7 @@ def set_random_state(wanted: State) -> None:
 
 
 def changed(before: State, after: State) -> dict[str, Any]:
-    """Of `after`, the states that are not those of `before`."""
+    """The states in `after` that differ from those in `before`."""
     return {
         name: state for name, state in after.items() if name not in before or not _same(before[name], state)
     }
@@ -56,7 +56,7 @@ class EvaluationState:
     """Lets evaluation draw without moving the random state of training.
 
     Micro-batches of training may have been drawn ahead when an evaluation starts, and a checkpoint may be saved after
-    it: what evaluation draws must not come between the two.
+    it. What evaluation draws must not change that checkpoint.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class EvaluationState:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Around each part of an evaluation, which goes on where its last part stopped."""
+        """Around each part of an evaluation, which continues with the random state of its last part."""
         before = random_state()
         set_random_state(changed(before, before if self._next is None else self._next))
         try:
@@ -73,16 +73,17 @@ class EvaluationState:
             self._next = random_state()
             set_random_state(changed(self._next, before))
 
-    def over(self) -> None:
+    def end(self) -> None:
         """The next evaluation starts from the random state of training."""
         self._next = None
 
 
 class WhoDraws:
-    """Who has moved which generator on this rank, and so whether micro-batches may be drawn ahead.
+    """Which generators the data and other code have moved on this rank, and so whether to draw micro-batches ahead.
 
-    They may where no generator is moved by both the data and something else, such as dropout: then the micro-batches
-    are the same, drawn early or not. Where the data moves any, the first step is without: it shows who else does.
+    That is allowed if no generator is moved both by the data and by something else, such as dropout: micro-batches are
+    then the same, drawn early or not. If the data moves any, nothing is drawn ahead in the first step, which shows
+    what else moves them.
     """
 
     def __init__(self) -> None:
@@ -92,24 +93,23 @@ class WhoDraws:
         self._shared: list[str] = []
 
     def end_step(self) -> None:
-        """A whole step has been seen."""
+        """One whole step has been observed."""
         self._seen_a_step = True
 
     def data(self, generators: Iterable[str]) -> None:
-        """Drawing a micro-batch moved these."""
+        """Drawing a micro-batch moved these generators."""
         self._by_data.update(generators)
 
     def others(self, generators: Iterable[str]) -> None:
-        """Between two draws of the data something else moved these."""
+        """Something else moved these generators between two draws of the data."""
         self._by_others.update(generators)
 
     def may_draw_ahead(self) -> bool:
         shared = sorted(self._by_data & self._by_others)
         if shared and not self._shared:
             _log.warning(
-                "credits is 0 from here on: the data iterator and something else in the training step, such as "
-                "dropout, both draw from %s, so that micro-batches that are drawn early would differ, and with them a "
-                "resumed run",
+                "credits is 0 from now on: the data iterator and something else in the training step, such as dropout, "
+                "both draw from %s, so that micro-batches drawn early would differ, and with them a resumed run",
                 names_of(shared),
             )
         self._shared = shared
@@ -117,7 +117,7 @@ class WhoDraws:
 
 
 def names_of(generators: list[str]) -> str:
-    """For a sentence."""
+    """The names, for a message."""
     return f"the generator{'s' if len(generators) > 1 else ''} {', '.join(map(repr, generators))}"
 
 
@@ -130,14 +130,14 @@ def _device_generator() -> torch.Generator | None:
 
 
 def _tracker() -> Any:
-    # Not by Megatron's function, which would make one where a script uses none.
+    # Not through Megatron's function, which would create one in a script that uses none.
     module = sys.modules.get("megatron.core.tensor_parallel.random")
     return getattr(module, "_CUDA_RNG_STATE_TRACKER", None)
 
 
 def _set_tracked(tracker: Any, name: str, state: torch.Tensor) -> None:
     states = tracker.get_states()
-    if isinstance(states.get(name), torch.Generator):  # CUDA graphs hold on to it
+    if isinstance(states.get(name), torch.Generator):  # CUDA graphs keep this object
         states[name].set_state(state)
     else:
         tracker.set_states({**states, name: state})

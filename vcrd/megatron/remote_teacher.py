@@ -1,4 +1,4 @@
-"""The teacher of another job, as the plug sees it: asked for each micro-batch ahead, it answers over the link."""
+"""A teacher in a job of its own: it is asked for micro-batches ahead of time, and answers over the link."""
 
 from __future__ import annotations
 
@@ -14,18 +14,32 @@ from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from torch import Tensor
 
+from vcrd.errors import expected
 from vcrd.link.answers import Hidden, TopK
 from vcrd.link.handshake import Tokenizer
 from vcrd.link.plan import context_rows
 from vcrd.link.rendezvous import Rendezvous, host_rendezvous
 from vcrd.link.student import StudentLink
 from vcrd.link.waits import Waits
-from vcrd.megatron.borders import Doubts, look_for_borders, look_for_other_edges, refuse_other_split
 from vcrd.megatron.layout import Layout
-from vcrd.megatron.packing import edges_in, packed
-from vcrd.megatron.prefetch import Prefetcher, TokensOf, question, tokens_in
+from vcrd.megatron.packing import (
+    Doubts,
+    edges_in,
+    look_for_borders,
+    look_for_other_edges,
+    packed,
+    refuse_other_split,
+)
+from vcrd.megatron.prefetch import (
+    Prefetcher,
+    ReplayIterator,
+    TokensOf,
+    keeps_micro_batches,
+    question,
+    running_again,
+    tokens_in,
+)
 from vcrd.megatron.random_state import EvaluationState, WhoDraws
-from vcrd.megatron.replay import ReplayIterator, keeps_micro_batches, running_again
 from vcrd.settings import DistillSettings
 from vcrd.teacher_logits import HiddenStates, TopKLogits
 
@@ -36,17 +50,17 @@ TeacherForm = Tensor | TopKLogits | HiddenStates
 class RemoteTeacher:
     """On every rank `host`, then on ranks of the last stage `connect`, and for each micro-batch `watched` and `answer`.
 
-    waited: seconds that this rank stood still for answers. waits: for what. bytes_received: of payload.
+    waited: seconds that this rank waited for answers. waits: what it waited for. bytes_received: payload bytes.
 
-    A step that Megatron runs again, rewinding its micro-batches, asks for them again. The answers to what was asked
-    ahead come first; every rank keeps them for later. The rank that asks tells the others how many they are, by one
-    all-reduce of an integer over the tensor- and context-parallel ranks when a step begins again.
+    When Megatron runs a step again, it rewinds its micro-batches, and the teacher is asked for them again. Answers to
+    what was asked ahead arrive first, and every rank keeps them for later. The rank that asks tells the others their
+    number, by one all-reduce of an integer over the tensor- and context-parallel ranks when a step begins again.
 
-    What is asked ahead, and how often, changes no sample and no state that a checkpoint saves: see `Prefetcher`.
+    Asking ahead changes no sample and no state that a checkpoint saves: see `Prefetcher`.
 
-    The first micro-batch is asked for when the model is called (`given`): its arguments say whether the edges of packed
-    sequences come from the micro-batch. If so, or if nothing is packed, later ones are asked for ahead. Where the
-    script makes the edges in its step, none is.
+    The first micro-batch is asked for when the model is called (`given`), because its arguments show whether the edges
+    of packed sequences come from the micro-batch. If they do, or if nothing is packed, later ones are asked for ahead.
+    If the script makes the edges in its forward step, none is asked for ahead.
     """
 
     def __init__(self, settings: DistillSettings, tokens_of: TokensOf) -> None:
@@ -60,17 +74,17 @@ class RemoteTeacher:
         self._who_draws = WhoDraws()
         self._evaluation = EvaluationState()
         self._step_ended = False
-        self._again: ReplayIterator | None = None  # while a step is run again
-        self._source: Any = None  # the script's iterator, of which both draw
-        self._drawn = 0  # from iterators that were replaced
+        self._replay: ReplayIterator | None = None  # while a step is run again
+        self._source: Any = None  # the script's iterator, from which both draw
+        self._drawn = 0  # micro-batches from iterators that were replaced
         self._running_again = False
-        self._agreed = False  # on the first micro-batch, between the ranks that share its answers
-        self._late = True  # whether micro-batches are asked for when the model is called
-        self._told = 0  # micro-batches whose arguments were seen
+        self._agreed = False  # whether the ranks that share answers agree on the first micro-batch
+        self._late = True  # whether micro-batches are asked for only when the model is called
+        self._seen = 0  # micro-batches whose arguments were seen
         self._doubts = Doubts()
         self._received = 0  # answers taken from the link
-        self._kept: deque[Any] = deque()  # of these, those to micro-batches that are still to be drawn
-        self._head_weight: Tensor | None = None  # of the teacher's output layer, as it is multiplied
+        self._kept: deque[Any] = deque()  # of these, answers for micro-batches that are still to be drawn
+        self._head_weight: Tensor | None = None  # the teacher's output layer, as the loss multiplies it
 
     @property
     def waited(self) -> float:
@@ -82,7 +96,7 @@ class RemoteTeacher:
 
     @property
     def served_by(self) -> tuple[int | None, int]:
-        """The replica that serves this rank, None where there is none, and how many there are."""
+        """The replica that serves this rank, or None, and the number of replicas."""
         return (None, 0) if self._link is None else self._link.served_by
 
     @property
@@ -95,7 +109,7 @@ class RemoteTeacher:
             self._rendezvous = host_rendezvous(self._settings.link)
 
     def connect(self, layout: Layout, tokenizer: Tokenizer | None) -> None:
-        """Waits for the teacher's job, the first time. tokenizer: of the student, to be compared with the teacher's."""
+        """Waits for the teacher job, the first time. tokenizer: the student's, to be compared with the teacher's."""
         if self._link is None:
             if tokenizer is None and layout.asks and layout.data_rank == 0:
                 _log.warning(
@@ -105,13 +119,13 @@ class RemoteTeacher:
             self._link = layout.connect(self._settings, tokenizer)
 
     def watched(self, data_iterator: Any) -> Any:
-        """On the rank that asks: the iterator that looks ahead. Elsewhere the script's own.
+        """On the rank that asks: the iterator that draws ahead. On other ranks: the script's own.
 
-        Megatron's iterator that can rewind stays what the script draws from, and looks ahead in its own source: what it
-        keeps, and says of itself in a checkpoint, are the micro-batches of the step alone.
+        The script goes on drawing from Megatron's iterator that can rewind, whose source becomes the one that draws
+        ahead. So what that iterator keeps and saves in a checkpoint are the micro-batches of the step alone.
         """
         if self._layout.asks and data_iterator is not None:
-            self._look_ahead(data_iterator)
+            self._draw_ahead_of(data_iterator)
         again, before = running_again(), self._running_again
         self._running_again = again
         if again and not before:
@@ -120,15 +134,15 @@ class RemoteTeacher:
             return data_iterator
         if again:
             if not before:
-                self._again = ReplayIterator(data_iterator, self._link.request, self._tokens_of, self._ahead)
-                self._again.late = self._late
-            return self._again
-        if self._again is not None:
-            self._drawn += self._again.drawn
-            self._again = None
+                self._replay = ReplayIterator(data_iterator, self._link.request, self._tokens_of, self._ahead)
+                self._replay.late = self._late
+            return self._replay
+        if self._replay is not None:
+            self._drawn += self._replay.drawn
+            self._replay = None
         return data_iterator if keeps_micro_batches(data_iterator) else self._ahead
 
-    def _look_ahead(self, data_iterator: Any) -> None:
+    def _draw_ahead_of(self, data_iterator: Any) -> None:
         if self._source is not data_iterator:
             self._replace_iterator(data_iterator)
         if self._step_ended and not running_again():
@@ -138,9 +152,13 @@ class RemoteTeacher:
     def _replace_iterator(self, data_iterator: Any) -> None:
         if self._ahead is not None:
             if self._ahead.pending:
-                raise ValueError(
-                    f"data_iterator: expected the one of before, from which {self._ahead.pending} micro-batches were "
-                    "asked of the teacher and not yet drawn, got another one (with credits 0 none is asked for early)"
+                raise expected(
+                    "data_iterator",
+                    (
+                        f"the same as before, from which {self._ahead.pending} micro-batches were asked of the teacher "
+                        "and not yet drawn"
+                    ),
+                    "another one (with credits 0 none is asked for early)",
                 )
             self._let_go_of_iterator()
         self._source = data_iterator
@@ -155,7 +173,7 @@ class RemoteTeacher:
             data_iterator.iterable = self._ahead
 
     def _let_go_of_iterator(self) -> None:
-        """Leaves Megatron's iterator as it was found, where nobody else has changed it since."""
+        """Restores Megatron's iterator, unless someone else has changed it since."""
         self._ahead.stop()
         if keeps_micro_batches(self._source) and self._source.iterable is self._ahead:
             self._source.iterable = self._ahead.source
@@ -163,10 +181,10 @@ class RemoteTeacher:
         self._ahead = self._source = None
 
     def _take_what_is_pending(self) -> None:
-        """Answers come in the order of the questions: what was asked ahead before what is asked again."""
+        """Answers arrive in the order of the requests: what was asked ahead comes before what is asked again."""
         pending = 0 if self._ahead is None else self._ahead.pending
         if self._layout.tensor_size * self._layout.context_size > 1:
-            told = torch.tensor([pending], device=self._layout.device)  # 0 on all ranks but the one that asks
+            told = torch.tensor([pending], device=self._layout.device)  # 0 on ranks that do not ask
             dist.all_reduce(told, group=parallel_state.get_tensor_and_context_parallel_group())
             pending = int(told)
         while len(self._kept) < pending:
@@ -177,26 +195,26 @@ class RemoteTeacher:
         return self._link.receive(self._received - 1)
 
     def alongside(self, chunk: Any) -> contextlib.AbstractContextManager[None]:
-        """Around a forward step of a chunk of the student's: nothing, for this teacher runs elsewhere."""
-        self._evaluation.over()
+        """Around a forward step of a chunk of the student. Opens nothing, because this teacher runs in another job."""
+        self._evaluation.end()
         return contextlib.nullcontext()
 
     def evaluation(self) -> contextlib.AbstractContextManager[None]:
-        """Around each forward step of an evaluation, on every rank: the random state of training stays as it is."""
+        """Around each forward step of an evaluation, on every rank. Leaves the random state of training as it is."""
         return self._evaluation.aside()
 
     def end_step(self) -> None:
-        """A training step has ended, on every rank: it has shown who draws from which generator."""
+        """At the end of a training step, on every rank: it has shown what draws from which generator."""
         self._who_draws.end_step()
         self._step_ended = True
 
     def given(self, arguments: dict[str, Any]) -> None:
-        """Before the model's forward, on every rank of the last stage: its arguments by name.
+        """Before the model's forward, on every rank of the last stage. arguments: those of the forward, by name.
 
-        Asks for what is asked late, and compares the borders that the arguments show with those that the teacher was
-        told. ValueError where it would look across a border: with the first micro-batch on every tensor- and
-        context-parallel rank alike, by a broadcast of some bytes to either; later on the rank that asks, where findings
-        on a GPU are waited for with the next micro-batch.
+        Sends the request if that is done late, and compares the borders of packed sequences that the arguments show
+        with those that the teacher was told. ValueError if the teacher would look across a border. With the first
+        micro-batch every tensor- and context-parallel rank raises it, after a broadcast of some bytes in each group.
+        Later the rank that asks raises it; findings on a GPU are read with the next micro-batch.
         """
         problem = None
         if self._layout.asks:
@@ -213,11 +231,11 @@ class RemoteTeacher:
             self._ahead.late = self._late
 
     def _see(self, arguments: dict[str, Any]) -> None:
-        iterator = self._ahead if self._again is None else self._again
+        iterator = self._ahead if self._replay is None else self._replay
         drawn = self._count_drawn()
-        if drawn == self._told:  # nothing was drawn, or the model is called again
+        if drawn == self._seen:  # nothing was drawn, or the model is called again
             return
-        self._told = drawn
+        self._seen = drawn
         self._settle()
         batch, split = iterator.batch, self._layout.context_size > 1
         by_batch, by_model = edges_in(batch), edges_in(arguments)
@@ -226,14 +244,15 @@ class RemoteTeacher:
         if iterator.late:
             if not self._agreed:
                 self._late = self._credit == 0 or (by_batch is None and by_model is not None)
-            # With context parallelism the model is given a part of the tokens.
+            # With context parallelism the model is given only a part of the tokens.
             known = {**arguments, "input_ids": None} if split else arguments
             tokens, edges = question(batch, self._tokens_of, known)
             self._link.request(tokens, edges)
         elif by_batch is None and by_model is not None:
-            raise ValueError(
-                f"{by_model[0]}: expected in the micro-batch, or among the model's arguments from the first one on, "
-                "got it later: the teacher was asked ahead and without it (with credits 0 none is asked for early)"
+            raise expected(
+                by_model[0],
+                "in the micro-batch, or among the model's arguments from the first one on",
+                "it later: the teacher was asked ahead, without it (with credits 0 none is asked for early)",
             )
         else:
             tokens, edges = packed(batch, tokens_in(batch, self._tokens_of))
@@ -252,7 +271,7 @@ class RemoteTeacher:
         doubts.check()
 
     def _agree(self, problem: ValueError | None) -> ValueError | None:
-        """What the rank that asks found with the first micro-batch, on every rank that shares its answers."""
+        """Spreads what the rank that asks found with the first micro-batch to the ranks that share its answers."""
         said = [None if problem is None else str(problem), self._late]
         layout = self._layout
         context = parallel_state.get_context_parallel_group() if layout.context_size > 1 else None
@@ -266,11 +285,15 @@ class RemoteTeacher:
         return problem if problem is not None or sentence is None else ValueError(sentence)
 
     def answer(self, number: int) -> TeacherForm:
-        """The teacher's answer to micro-batch `number`, in the form that the loss takes; blocks until it is here."""
+        """The teacher's answer to micro-batch `number`, in the form that the loss takes; blocks until it has come.
+
+        `StudentLink.receive` notices here if the teacher job has died. It waits for the restarted teacher, which
+        answers the same request, or raises TeacherLost.
+        """
         drawn = self._count_drawn()
         if self._layout.asks and drawn != number + 1:
-            raise ValueError(
-                "data_iterator: expected forward_step to draw one micro-batch from it per call, got none or several"
+            raise expected(
+                "data_iterator", "forward_step to draw one micro-batch from it per call", "none or several"
             )
         kept = self._kept and not self._running_again
         answer = self._kept.popleft() if kept else self._receive()
@@ -279,7 +302,7 @@ class RemoteTeacher:
         return self._hidden_states(answer) if isinstance(answer, Hidden) else answer
 
     def _count_drawn(self) -> int:
-        return self._drawn + sum(each.drawn for each in (self._ahead, self._again) if each is not None)
+        return self._drawn + sum(each.drawn for each in (self._ahead, self._replay) if each is not None)
 
     def _hidden_states(self, answer: Hidden) -> HiddenStates:
         if self._head_weight is None:
@@ -288,16 +311,16 @@ class RemoteTeacher:
         return HiddenStates(answer.states, self._head_weight, answer.scale, answer.softcap or None)
 
     def close(self) -> None:
-        """Says goodbye and leaves the data iterator as it was found. Idempotent; not a collective. ValueError as of
+        """Says goodbye to the teacher and restores the data iterator. Idempotent; not a collective. ValueError as of
         `given`, for the last micro-batch.
 
-        What was drawn ahead and not trained on is gone: the iterator goes on after it.
+        Micro-batches that were drawn ahead and not trained on are lost: the iterator goes on after them.
         """
         if self._ahead is not None:
             if self._ahead.pending and hasattr(self._ahead, "save_state"):
                 _log.warning(
                     "%d micro-batches were drawn ahead and not trained on; a state that the data loader saves from "
-                    "here on counts them",
+                    "now on counts them",
                     self._ahead.pending,
                 )
             self._let_go_of_iterator()
@@ -311,7 +334,7 @@ class RemoteTeacher:
 
 
 def _micro_batches_of_step() -> int:
-    """Of one data-parallel rank, as Megatron's calculator says; 0 where the script counts by itself."""
+    """Micro-batches of a step on one data-parallel rank, by Megatron's calculator; 0 if the script has none."""
     try:
         return get_num_microbatches()
     except AttributeError:  # there is no calculator
@@ -319,9 +342,9 @@ def _micro_batches_of_step() -> int:
 
 
 def _saves_unseen(source: Any, rewinds: bool) -> bool:
-    """Whether the script saves this iterator's state by itself, where what was drawn ahead would be counted.
+    """Whether the script saves this iterator's state itself, which would count what was drawn ahead.
 
-    Megatron asks its own iterator for the `save_state` of what it draws from, and gets ours.
+    Megatron's own iterator is no such case: it calls `save_state` of what it draws from, which is then the prefetcher.
     """
     names = [name for name in ("save_state", "state_dict") if hasattr(source, name)]
     unseen = [name for name in names if not (rewinds and name == "save_state")]

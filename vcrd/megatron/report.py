@@ -1,4 +1,4 @@
-"""What distillation did, as sums over tokens: sums can be added over micro-batches and ranks, averages cannot."""
+"""The figures of distillation, kept as sums over tokens, which can be added over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vcrd.megatron.teacher_check import TeacherCheck
 
 _log = logging.getLogger("vcrd")
 BINS = 40
-# Of the weights, each 2^(1/16) wide, from 2^-8 on: any floor, ceiling and normalisation, to 2.2 % either way.
+# Bins of the weights, each 2^(1/16) wide, from 2^-8 on: exact to 2.2 % for any floor, ceiling and normalization.
 WEIGHT_BINS, _PER_OCTAVE, _LOWEST_OCTAVE = 256, 16, -8
 _SUMS = (
     "tokens",
@@ -27,26 +27,26 @@ _SUMS = (
     "agreement",
     "invalid_rows",
 )
-# Micro-batches; the tokens of each that the mask keeps, and their squares, which tell whether the numbers are equal.
+# Micro-batches; tokens kept by the mask in each; squares of these, which show whether the numbers are equal.
 _COUNTS = ("micro_batches", "kept", "kept_squared")
 _BEFORE_BINS = len(_SUMS) + len(_COUNTS)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over the tokens that counted, for a stretch of training; 0 everywhere when there were none.
+    """Means over the tokens that counted in an interval of training; all are 0 if there were none.
 
     loss, divergence, cross_entropy: nats per token. weight: mean weight. student_more_valid: share of tokens
     with relative validity below 1/2. agreement: share of tokens where both models' most probable token is the
     same. validity_histogram: tokens by relative validity, BINS equal bins over [0, 1]. teacher_wait: seconds
-    this rank stood still for answers. link_bytes: payload bytes that reached this rank. verifier_time: seconds that
-    tensor rank 0 spent in the verifier, the same on each of its tensor ranks. invalid_rows: tokens that were
-    skipped, for their teacher was no distribution; in no other figure. weight_histogram: see `weight_quantile`.
-    micro_batches: how many there were, those of all ranks. micro_batch_tokens, micro_batch_deviation: mean and standard
-    deviation of the tokens that the mask keeps in each; the deviation is exactly 0 where they are equal.
+    this rank waited for answers. link_bytes: payload bytes that reached this rank. verifier_time: seconds that
+    tensor rank 0 spent in the verifier, the same on all its tensor ranks. invalid_rows: tokens that were skipped,
+    because the teacher's logits were no distribution; no other figure counts them. weight_histogram: see
+    `weight_quantile`. micro_batches: their number on all ranks. micro_batch_tokens, micro_batch_deviation: mean and
+    standard deviation of the tokens that the mask keeps in each; the deviation is exactly 0 if these are equal.
     unlike_mask: tokens of training that the mask keeps and loss_func gives no gradient, or the other way round.
 
-    With the payload "topk" agreement is exact, divergence a lower bound, and weight and student_more_valid rest on
+    With the payload "topk" agreement is exact, divergence a lower bound, and weight and student_more_valid use
     bounds where the teacher's probability is not known: see `TopKLogits`.
     """
 
@@ -69,9 +69,9 @@ class Figures:
     unlike_mask: int = 0
 
     def weight_quantile(self, share: float) -> float:
-        """The weight that this share of the tokens stays below, to 2.2 %, from a histogram of 16 bins per octave.
+        """The weight below which this share of the tokens lies, exact to 2.2 %, from a histogram of 16 bins per octave.
 
-        0 for weights below 2^-8, 2^8 for those above, and where there are no tokens.
+        0 for weights below 2^-8 and if there are no tokens, 2^8 for weights above that.
         """
         left = share * sum(self.weight_histogram)
         for number, count in enumerate(self.weight_histogram):
@@ -82,22 +82,22 @@ class Figures:
 
 
 class Report:
-    """Running sums on the device of the losses: adding a micro-batch never waits for the device.
+    """Running sums on the device of the losses. Adding a micro-batch does not wait for the device.
 
-    check: tells with each `take` if the teacher's figures can only mean an error.
+    check: warns with each `take` if the teacher's figures can only mean an error.
     """
 
     def __init__(self, check: TeacherCheck | None = None) -> None:
         self._check = check
         self._sums: Tensor | None = None
-        self._step: Tensor | None = None  # of the step under way
-        self._last: Tensor | None = None  # of its last micro-batch
+        self._step: Tensor | None = None  # sums of the present step
+        self._last: Tensor | None = None  # sums of its last micro-batch
         self._wait = 0.0
         self._bytes = 0
         self._verifier_time = 0.0
-        self._unlike: Tensor | None = None  # tokens, of those that went backward
-        # `take` warns, once each, where loss_func keeps other tokens than the mask and, without
-        # calculate_per_token_loss, where the numbers of tokens differ. None: it never warns.
+        self._unlike: Tensor | None = None  # see `Figures.unlike_mask`
+        # `take` warns, once each, if loss_func keeps other tokens than the mask and, without
+        # calculate_per_token_loss, if the numbers of tokens differ. None: it never warns.
         self.per_token_loss: bool | None = None
         self._warned_of: set[str] = set()
 
@@ -135,18 +135,19 @@ class Report:
 
     @torch.no_grad()
     def compare(self, mask: Tensor, gradient: Tensor) -> None:
-        """Counts the tokens of a micro-batch whose gradient of the loss [s, b] says otherwise than the mask [s, b]."""
+        """Counts the tokens of a micro-batch for which only one of gradient and mask, both [s, b], is 0."""
         unlike = ((gradient != 0) != (mask != 0)).sum()
         self._unlike = unlike if self._unlike is None else self._unlike + unlike
 
     def last(self, name: str) -> Tensor:
-        """[2] float32 on the device, of the last micro-batch: a figure's sum over tokens, and how many these are."""
+        """[2] float32 on the device: a figure's sum over the tokens of the last micro-batch, and their number."""
         return torch.stack([self._last[_SUMS.index(name)], self._last[0]]).float()
 
     def end_step(self, repeated: bool = False) -> None:
         """Ends a step. Without this call all micro-batches since `take` count.
 
-        repeated: the step was run again, to compare: its tokens are counted already, and what was added is dropped.
+        repeated: Megatron ran the step a second time, to compare. Its tokens are counted already, so its sums are
+            dropped.
         """
         step, self._step = self._step, None
         if step is not None and not repeated:
@@ -162,10 +163,10 @@ class Report:
         self._verifier_time += seconds
 
     def take(self, group: dist.ProcessGroup | None = None) -> Figures:
-        """Figures since the last call, and starts anew. Waits for the device.
+        """Figures since the last call; the sums start anew. Waits for the device.
 
-        group: ranks whose tokens are added, for example the data-parallel group: two all-reduces, on every one
-        of its ranks. Without it, the tokens of this rank. Only ranks of the last pipeline stage have any.
+        group: ranks whose tokens are added up, for example the data-parallel group: two all-reduces, and each of its
+            ranks must call this. None: the tokens of this rank. Only ranks of the last pipeline stage have any.
         """
         self.end_step()
         if self._check is not None:
@@ -196,7 +197,7 @@ class Report:
             verifier_time=verifier_time,
             micro_batches=micro_batches,
             micro_batch_tokens=kept / max(micro_batches, 1),
-            # Of integers, so that equal numbers give 0 and nothing else does.
+            # Computed from integers, so that equal numbers give exactly 0 and others do not.
             micro_batch_deviation=(micro_batches * squares - kept * kept) ** 0.5 / max(micro_batches, 1),
             unlike_mask=int(unlike),
         )
@@ -211,8 +212,8 @@ class Report:
             self._warned_of.add("mask")
             _log.warning(
                 "loss_mask: expected the tokens that count in loss_func, got others: for %d tokens the gradient of the "
-                "loss is 0 and the mask is not, or the other way round, beside %d that the mask keeps; vcrd's figures, "
-                "steps and normalization go by the mask: give the model the loss_mask that loss_func uses",
+                "loss is 0 and the mask is not, or the other way round, and the mask keeps %d; vcrd's figures, steps "
+                "and normalization use the mask: give the model the loss_mask that loss_func uses",
                 figures.unlike_mask,
                 round(figures.micro_batches * figures.micro_batch_tokens),
             )
@@ -225,3 +226,26 @@ class Report:
                 figures.micro_batch_tokens,
                 figures.micro_batch_deviation,
             )
+
+
+def raise_if_invalid(counts: list[Tensor], data_rank: int) -> None:
+    """RuntimeError on every rank of the world if any rank's teacher had invalid rows in this step.
+
+    counts: tokens with an invalid teacher row in each micro-batch of the step, scalars on the device; empty if another
+        rank counts them. Collectives: one all-gather of 3 int64 over the world. Waits for the device once.
+    """
+    found = [int(count) for count in torch.stack(counts).tolist()] if counts else []
+    first = next((number for number, count in enumerate(found) if count), -1)
+    device = "cuda" if "nccl" in dist.get_backend() else "cpu"
+    mine = torch.tensor([sum(found), first, data_rank], dtype=torch.int64, device=device)
+    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, mine)
+    rows = [row.tolist() for row in rows]
+    bad = sorted((number, rank) for count, number, rank in rows if count)
+    if bad:
+        number, rank = bad[0]
+        raise RuntimeError(
+            f"invalid_rows: expected a teacher of finite logits, got {sum(row[0] for row in rows)} tokens in this step "
+            f"with a NaN, a +inf or nothing above -inf, the first in micro-batch {number} on data rank {rank}; "
+            "the step is not applied (invalid_rows='skip' skips and counts such tokens)"
+        )

@@ -1,4 +1,4 @@
-"""The teacher's job: any Megatron model answers the student's requests through Megatron's own pipeline schedule."""
+"""The teacher job: a Megatron model answers the student's requests through Megatron's own pipeline schedule."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from vcrd.errors import expected
 from vcrd.link.errors import HandshakeRefused, StudentLost
-from vcrd.link.handshake import LONGEST_NAME
+from vcrd.link.handshake import LONGEST_NAME, Head
 from vcrd.link.teacher import Request, TeacherLink
-from vcrd.megatron.extra_heads import ExtraHeads
-from vcrd.megatron.fp8 import refuse_delayed_scaling, refuse_uneven_tokens
+from vcrd.megatron.compatibility import refuse_delayed_scaling, refuse_uneven_tokens
+from vcrd.megatron.hooks import ExtraHeads
 from vcrd.megatron.identity import checkpoint_name, tokenizer_of, weights_of
-from vcrd.megatron.layout import Layout, unwrap
-from vcrd.megatron.output_layer import OutputLayer
+from vcrd.megatron.layout import Layout, plain_copy, unwrap
+from vcrd.megatron.metrics import start_telemetry
+from vcrd.megatron.output_layer import Captured, OutputLayer
 from vcrd.megatron.packing import PackedInputs
-from vcrd.megatron.rank_telemetry import Serving, telemetry_of
+from vcrd.monitor.bottleneck import idle_sentence
+from vcrd.monitor.telemetry import Telemetry
 from vcrd.settings import DistillSettings
 
 _log = logging.getLogger("vcrd")
-_AFTER_REFUSAL = 5.0  # seconds, in which a job that was refused ends and withdraws its address
+_AFTER_REFUSAL = 5.0  # seconds in which a refused student job ends and closes its rendezvous
 
 
 def serve(
@@ -40,54 +43,53 @@ def serve(
     tokenizer: Any = None,
     checkpoint: str | None = None,
 ) -> int:
-    """Answers requests with the model's logits until every student has said goodbye; returns how many.
+    """Answers requests with the model's logits until every student has said goodbye; returns the number of answers.
 
-    model: this rank's part of the teacher (in a list or not, wrapped or not), with positions 0 .. s-1 and a
-        causal mask of its own: it is called as model(tokens [b, s], position_ids [b, s], None) and must return
-        logits [b, s, padded vocabulary / tensor size] on the last stage. For sequences that are packed into one row
-        see `PackedInputs`. Its heads of multi-token prediction, if it has any, are not run. With the payload "hidden"
-        its output layer is not run, but for a few test states in one pass of 16, the first among them.
+    model: this rank's part of the teacher, in a list or not, wrapped or not. It is called as
+        model(tokens [b, s], position_ids [b, s], None), applies a causal mask of its own, and must return logits
+        [b, s, padded vocabulary / tensor size] on the last stage. For packed sequences see `PackedInputs`. Heads of
+        multi-token prediction are not run. With the payload "hidden" its output layer runs on a few test states only,
+        in one pass of 16, the first among them.
     settings: default `DistillSettings.from_environment()`; the loss fields are not read.
-    microbatches: queued requests that go through the pipeline together, so that its stages overlap; fewer when
-        fewer are queued. Default: twice the pipeline's stages.
-    stay: after a student job's goodbye, or its end without one, wait for the next, until none has come for
-        `connect_timeout` seconds. Jobs that do not fit are turned away and do not end it.
-    tokenizer: that the model was trained with, to be compared with the student's: Megatron's, Hugging Face's or a
-        `vcrd.link.Tokenizer`. Default: that of `megatron.training`, where it runs.
-    checkpoint: what people call these weights, for messages. Default: the --load of `megatron.training`.
+    microbatches: the most queued requests that go through the pipeline together, so that its stages overlap.
+        Default: twice the number of stages.
+    stay: after a student job has said goodbye or died, wait for the next, until none has come for `connect_timeout`
+        seconds. A job that does not fit is refused, and the teacher job goes on.
+    tokenizer: the one that the model was trained with, to be compared with the student's: Megatron's, Hugging Face's or
+        a `vcrd.link.Tokenizer`. Default: that of `megatron.training`, if it runs.
+    checkpoint: a name of these weights, for messages. Default: the --load of `megatron.training`.
 
-    The student refuses a teacher whose vocabulary is another one, and one with other weights than the first teacher of
-    the run: after a restart, or in another replica (the setting `identity`). For that each rank reads its weights
-    once, before it joins.
-    Every rank of the job calls it. Each data-parallel rank is a replica of its own. Tensor and pipeline
-    parallelism of any size; the students' may differ. No logits are gathered: each rank sends its own columns.
-    Raises LinkError, alike on every rank of a replica, when a student is lost or the jobs do not fit, and ValueError
-    for a model or micro-batches that cannot be served.
+    The student refuses a teacher with another vocabulary, and one with other weights than the first teacher of the run,
+    after a restart or in another replica (the setting `identity`). So each rank reads its weights once before it joins.
+
+    Every rank of the job calls this. Each data-parallel rank is a replica. Tensor and pipeline parallelism may have any
+    size, and may differ from the student's. No logits are gathered: each rank sends its own columns.
+
+    Raises LinkError, alike on every rank of a replica, if a student is lost or the jobs do not fit, and ValueError for
+    a model or micro-batches that cannot be served.
     """
     settings = DistillSettings.from_environment() if settings is None else settings
     chunks = model if isinstance(model, (list, tuple)) else [model]
     if len(chunks) != 1:
-        raise ValueError(
-            f"model: expected one chunk, for teachers do not interleave stages, got {len(chunks)}"
-        )
+        raise expected("model", "one chunk, because teachers do not interleave stages", len(chunks))
     if microbatches is not None and microbatches < 1:
-        raise ValueError(f"microbatches: expected at least 1, got {microbatches}")
+        raise expected("microbatches", "at least 1", microbatches)
     chunk = unwrap(chunks[0])
     layout = Layout.of(chunk, settings)
     refuse_delayed_scaling(chunk.config)
-    output_layer = None
+    head = None
     if settings.link.payload == "hidden" and parallel_state.is_pipeline_last_stage():
-        output_layer = OutputLayer(chunk, layout.tensor_group)
+        head = ServedHead(chunk, layout.tensor_group)
     identity = _identity(chunk, layout, tokenizer, checkpoint)
     limit = microbatches or 2 * parallel_state.get_pipeline_model_parallel_world_size()
     served = 0
     training = chunk.training
-    serving = Serving(telemetry_of(chunk, settings, "teacher"), layout.data_rank)
+    serving = Serving(start_telemetry(chunk, settings, "teacher"), layout.data_rank)
     chunk.eval()
     try:
-        for link in _links(settings, layout, output_layer, identity, stay):
+        for link in _links(settings, layout, head, identity, stay):
             try:
-                served += _serve_job(chunks[0], link, limit, output_layer, layout.device, serving)
+                served += _serve_job(chunks[0], link, limit, head, layout.device, serving)
             except StudentLost as error:
                 if not stay:
                     raise
@@ -101,10 +103,10 @@ def serve(
 def _identity(
     chunk: torch.nn.Module, layout: Layout, tokenizer: Any, checkpoint: str | None
 ) -> dict[str, Any]:
-    """What this rank states of tokenizer and weights; what it does not know it says."""
+    """What this rank states of its tokenizer and weights. It warns of what it does not know."""
     found = tokenizer_of(tokenizer)
     if found is None and dist.get_rank() == 0:
-        _log.warning("tokenizer: not known in the teacher's job, so it is not compared: pass one to serve()")
+        _log.warning("tokenizer: not known in the teacher job, so it is not compared: pass one to serve()")
     try:
         weights = weights_of(chunk, layout.vocab_size)
     except ValueError as error:
@@ -117,15 +119,15 @@ def _identity(
 def _links(
     settings: DistillSettings,
     layout: Layout,
-    output_layer: OutputLayer | None,
+    head: ServedHead | None,
     identity: dict[str, Any],
     stay: bool,
 ) -> Iterator[TeacherLink]:
-    """One to each student job, of which there is one unless the teacher is to stay."""
+    """Links to one student job after another; to a single one without `stay`."""
     came = False
     while stay or not came:
         try:
-            link = _connect(settings, layout, output_layer, identity)
+            link = _connect(settings, layout, head, identity)
         except HandshakeRefused as error:
             if not stay:
                 raise
@@ -142,7 +144,7 @@ def _links(
 
 
 def _connect(
-    settings: DistillSettings, layout: Layout, output_layer: OutputLayer | None, identity: dict[str, Any]
+    settings: DistillSettings, layout: Layout, head: ServedHead | None, identity: dict[str, Any]
 ) -> TeacherLink:
     return TeacherLink.connect(
         settings.link,
@@ -156,8 +158,8 @@ def _connect(
         is_last_stage=parallel_state.is_pipeline_last_stage(),
         group=parallel_state.get_model_parallel_group(),
         tensor_group=layout.tensor_group,
-        head=output_layer.head if output_layer else None,
-        head_weight=output_layer.weight if output_layer else None,
+        head=head.facts if head else None,
+        head_weight=head.weight if head else None,
         device=layout.device,
         **identity,
     )
@@ -167,24 +169,24 @@ def _serve_job(
     model: Any,
     link: TeacherLink,
     limit: int,
-    output_layer: OutputLayer | None,
+    head: ServedHead | None,
     device: torch.device,
     serving: Serving,
 ) -> int:
-    """Answers one student job until its goodbye; returns how many micro-batches."""
+    """Answers one student job until its goodbye; returns the number of micro-batches."""
     served = 0
     try:
         serving.begin(link)
         while (requests := link.next_batch(limit)) is not None:
             serving.idled()
-            _answer(model, requests, link, output_layer, device)
+            _answer(model, requests, link, head, device)
             served += len(requests)
             serving.answered(len(requests), link)
     finally:
         serving.end()
         link.close()
     _log.info("served %d micro-batches", served)
-    serving.say_how_idle()
+    serving.log_if_idle()
     return served
 
 
@@ -193,10 +195,10 @@ def _answer(
     model: Any,
     requests: list[Request],
     link: TeacherLink,
-    output_layer: OutputLayer | None,
+    head: ServedHead | None,
     device: torch.device,
 ) -> None:
-    """One pass through the pipeline, forward only, with a micro-batch per request of equal shape."""
+    """One pass through the pipeline, forward only, with one micro-batch per request. All have the same shape."""
     batch, sequence = requests[0].tokens.shape
     refuse_uneven_tokens(unwrap(model).config, batch, sequence)
     inputs = PackedInputs(unwrap(model), device)
@@ -205,9 +207,9 @@ def _answer(
         request = next(data_iterator)
         tokens = request.tokens.to(device)
         positions, mask, packed = inputs.of(request)
-        with output_layer.captured() if output_layer else contextlib.nullcontext() as states:
+        with head.captured() if head else contextlib.nullcontext() as captured:
             output = model(tokens, positions, mask, **packed)
-        return output, partial(_respond, link, request, output_layer, states[-1] if states else None)
+        return output, partial(_respond, link, request, head, captured)
 
     with ExtraHeads(unwrap(model)).off():
         get_forward_backward_func()(
@@ -225,17 +227,106 @@ def _answer(
 def _respond(
     link: TeacherLink,
     request: Request,
-    output_layer: OutputLayer | None,
-    states: Tensor | None,
+    head: ServedHead | None,
+    captured: Captured | None,
     output: Tensor,
     non_loss_data: bool = True,
 ) -> None:
-    """Sends what the last stage made of a request, as soon as it is there; the schedule keeps nothing of it.
+    """Sends the answer to a request as soon as the last stage has it, so that the schedule keeps nothing.
 
-    output: logits [b, s, v/tp], or anything where states [s, b, hidden size] are what is sent.
+    output: logits [b, s, v/tp]; with a head its states [s, b, hidden size] are sent in place of logits.
     """
-    if states is None:
+    if head is None or captured.states is None:
         link.respond(request, output.transpose(0, 1))
         return
-    output_layer.check(output.transpose(0, 1))
-    link.respond(request, states)
+    head.layer.check(output.transpose(0, 1), head.weight)
+    link.respond(request, head.layer.whole(captured.states))
+
+
+class ServedHead:
+    """The output layer of a teacher with the payload "hidden". Students receive it when they join, and later states.
+
+    weight: a copy of this rank's shard, from before the first request. facts: the layer's part of the handshake.
+    """
+
+    def __init__(self, chunk: torch.nn.Module, tensor_group: dist.ProcessGroup | None) -> None:
+        self.layer = OutputLayer(chunk, tensor_group, "payload 'hidden'", "choose another payload")
+        self.weight = plain_copy(self.layer.weight)
+        self.facts = Head(
+            size=self.weight.shape[1],
+            dtype=str(self.weight.dtype).removeprefix("torch."),
+            scale=self.layer.scale,
+            softcap=0.0 if self.layer.softcap is None else self.layer.softcap,
+        )
+
+    def captured(self) -> contextlib.AbstractContextManager[Captured]:
+        """As of `OutputLayer`. On a GPU the model's error is noticed here, one pass later."""
+        self.layer.raise_if_different()
+        return self.layer.captured()
+
+
+class Serving:
+    """How a rank of a teacher replica spends its time: idle, which is waiting for requests, or answering them.
+
+    "sending" is the part of answering in which it waits for earlier answers to leave. All are seconds of the host. On a
+    GPU answers leave when they are computed, so that this wait includes waiting for the device; `gpu_utilization`
+    tells the two apart.
+    """
+
+    def __init__(self, telemetry: Telemetry | None, replica: int) -> None:
+        self._telemetry = telemetry
+        self._replica = replica
+        self._reports = (
+            parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+        self._mark = time.perf_counter()
+        self._idle = self._busy = self._blocked = 0.0
+
+    def begin(self, link: TeacherLink) -> None:
+        """A student job has joined."""
+        self._mark = time.perf_counter()
+        self._idle = self._busy = self._blocked = 0.0
+        if self._telemetry is not None:
+            self._telemetry.enter("idle")
+            self._telemetry.follow("bytes_sent", lambda: link.bytes_sent)
+
+    def idled(self) -> None:
+        """Requests have come."""
+        self._idle += self._lap()
+        if self._telemetry is not None:
+            self._telemetry.enter("answering")
+
+    def answered(self, requests: int, link: TeacherLink) -> None:
+        """This rank has answered them."""
+        self._busy += self._lap()
+        if self._telemetry is not None:
+            self._telemetry.enter("idle")
+            self._telemetry.add(answers=requests, sending=link.blocked - self._blocked)
+        self._blocked = link.blocked
+
+    def end(self) -> None:
+        """The student job has gone. To be called before the link to it is closed."""
+        if self._telemetry is not None:
+            self._telemetry.enter(None)
+            self._telemetry.unfollow("bytes_sent")
+
+    def log_if_idle(self) -> None:
+        """After a student job: a line in the log if this replica was more idle than it should be.
+
+        The last stage is the least idle: it has requests from their arrival until the answers have left, and the
+        pipeline is no faster than that.
+        """
+        said = idle_sentence(self._replica, self._idle / max(1e-9, self._idle + self._busy))
+        if said is None or not self._reports:
+            return
+        _log.info("%s", said)
+        if self._telemetry is not None:
+            self._telemetry.write("idle", sentence=said)
+
+    def close(self) -> None:
+        if self._telemetry is not None:
+            self._telemetry.close()
+
+    def _lap(self) -> float:
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before

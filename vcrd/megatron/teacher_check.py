@@ -1,4 +1,4 @@
-"""Warnings for a teacher whose figures can only mean an error: in the first step, and with each report."""
+"""Warnings about a teacher whose figures can only mean an error, in the first step and with each report."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from vcrd.megatron.remote_teacher import TeacherForm
 from vcrd.teacher_logits import TopKLogits
 
 _log = logging.getLogger("vcrd")
-# Uniform: the most probable token has this little more than 1 / columns, in nats. An output layer of zeros has 0, a
-# random one with Megatron's weights of 0.02 has 0.13 with 8 hidden units and 45 columns, and more with more of either.
+# A uniform teacher: the log-probability of its best token is at most this far above -ln(columns), in nats. An output
+# layer of zeros has 0. A random one with Megatron's standard deviation of 0.02 has 0.13 with 8 hidden units and 45
+# columns, and more with more of either.
 _UNIFORM = 0.01
-# Ignorant: the cross-entropy of the labels is at least this share of ln(columns). Who knows nothing but how often each
-# token occurs needs 0.63 of it for this repository's pages by bytes, 0.65 by words and 0.84 by letters; a teacher of
-# another tokenizer needs 1 and more.
+# An ignorant teacher: the cross-entropy of the labels is at least this share of ln(columns). A model that only knows
+# how often each token occurs has 0.63 of it for this repository's pages by bytes, 0.65 by words and 0.84 by letters. A
+# teacher of another tokenizer has 1 and more.
 _IGNORANT = 0.9
-# .. and the agreement at most this above what two guesses have, and three standard deviations of that.
+# .. and its agreement with the student is at most this, and three standard deviations, above that of two guesses.
 _NEAR_CHANCE = 0.05
-# Fewer tokens than this say nothing of either, nor of a padding that is not known: one rare label is no error.
+# Fewer tokens than this show neither, nor a padding whose columns are not known: one rare label is no error.
 _FEWEST = 16
-# Padding: the share of tokens whose best token is in it. Half where its columns are known; an untrained teacher has
-# there what share of the vocabulary they are.
+# Padding: the share of tokens whose best token is in padding. Half, if its columns are known; an untrained teacher has
+# about the share of the vocabulary that these columns are.
 _KNOWN_PADDING = 0.5
-# Where they are not, columns that no label of a micro-batch reaches are taken for it, under three conditions: nearly
+# If they are not known, columns that no label of a micro-batch reaches count as padding, under three conditions: nearly
 # all best tokens are there, they are at most half of the vocabulary, and labels are less probable than by a guess.
 _SEEMING_PADDING, _MOST_SPARE, _WORSE_THAN_A_GUESS = 0.9, 0.5, 1.0
 _SUMS = ("rows", "bad", "tokens", "agreement", "best", "labelled", "label", "beyond", "spare")
@@ -41,7 +42,7 @@ _ERRORS = 4
 
 
 class TeacherCheck:
-    """Sums over this rank's tokens, on their device. Adding never waits; `tell` waits once, and starts anew."""
+    """Sums over this rank's tokens, on their device. Adding does not wait for it; `tell` waits once."""
 
     def __init__(self) -> None:
         self._layout: Layout | None = None
@@ -50,8 +51,11 @@ class TeacherCheck:
         self._sums: Tensor | None = None
 
     def place(self, layout: Layout, sizes: Sequence[int], teacher: Any) -> None:
-        """Before the first micro-batch. sizes: of the true vocabulary, as far as somebody states them: the smallest
-        counts. teacher: `RemoteTeacher` or `ColocatedTeacher`, to name the replica that serves this rank."""
+        """To be called before the first micro-batch.
+
+        sizes: of the true vocabulary, as stated by the settings or the tokenizer; the smallest counts. teacher:
+        `RemoteTeacher` or `ColocatedTeacher`, which knows the replica that serves this rank.
+        """
         self._layout = layout
         self._known = min([layout.vocab_size, *sizes]) if sizes else None
         self._teacher = teacher
@@ -63,10 +67,10 @@ class TeacherCheck:
         bad = invalid_rows(stats)
         read = torch.ones_like(bad) if mask is None else mask != 0
         keep = read & ~bad
-        # One label of probability 0 must not decide for a thousand others.
+        # A limit, so that one label of probability 0 does not outweigh a thousand others.
         most = 2 * math.log(columns) + 2
         first_spare = torch.clamp(labels.max() + 1, max=columns) if self._known is None else self._known
-        # Both are 0 where there is no label; where both models are sure of theirs, nothing is wrong.
+        # Both are 0 if there is no label. They are also 0 if both models are sure of it, and then nothing is wrong.
         labelled = (stats.teacher_label_logprob != 0) | (stats.cross_entropy != 0)
         label = stats.teacher_label_logprob
         if isinstance(answer, TopKLogits):
@@ -80,18 +84,18 @@ class TeacherCheck:
             stats.teacher_action >= first_spare,
             torch.ones_like(label) * (columns - first_spare) / columns,
         )
-        # What the student's NaN leave counts for nothing.
+        # A NaN of the student counts as 0.
         kept = torch.where(keep, torch.stack([row.float() for row in rows]), 0.0).nan_to_num(nan=0.0)
         counts = torch.stack([read.sum(), (read & bad).sum()]).double()
         sums = torch.cat([counts, kept.flatten(1).sum(1, dtype=torch.float64)])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def tell(self, when: str, group: dist.ProcessGroup | None = None) -> None:
-        """Warns, if there is a reason, and starts anew.
+        """Warns if there is an error, and sets the sums to zero. Waits for the device.
 
-        when: as the sentence begins. group: of ranks that call it too, for example the data-parallel group: one
-        all-reduce of 14 float64; where all of them find the same error its last rank says so for all, else each that
-        does for itself. Waits for the device.
+        when: the beginning of the warning. group: ranks that all call this, for example the data-parallel group. One
+        all-reduce of 14 float64. If all of them find the same error, the last rank warns for all; else each rank that
+        finds one warns for itself.
         """
         mine = torch.zeros(len(_SUMS), dtype=torch.float64) if self._sums is None else self._sums
         self._sums = None
@@ -117,7 +121,7 @@ class TeacherCheck:
             _log.warning("%s: %s, on data rank %d, %s", when, which, self._layout.data_rank, said)
 
     def _errors(self, sums: Tensor) -> Tensor:
-        """float64 [4], of which one at most is 1: what is wrong, by the first reason that holds."""
+        """float64 [4]: 1 for the first error whose conditions hold, 0 for the others."""
         if self._layout is None:
             return sums.new_zeros(_ERRORS)
         columns, found = self._layout.vocab_size, dict(zip(_SUMS, sums, strict=True))
@@ -172,10 +176,10 @@ class TeacherCheck:
 
 
 def _expected(answer: TopKLogits, labels: Tensor, columns: int) -> Tensor:
-    """The teacher's log-probability of each label [s, b] from what travels of the top k.
+    """The teacher's log-probability of each label [s, b], from the top k that it sent.
 
-    A label that is not among them has the mean probability of all that are not: the bound in the statistics is far
-    above that, and would hide a teacher that knows nothing.
+    A label outside the top k gets the mean probability of all tokens outside it. The bound in the statistics is far
+    larger, and would hide a teacher that knows nothing.
     """
     mean = answer.log_tail - math.log(max(1, columns - answer.ids.shape[-1]))
     known = answer.logprobs.masked_fill(answer.ids != labels[..., None], -torch.inf).amax(-1)

@@ -12,9 +12,9 @@ from test_fused_head import build
 from torch import Tensor
 from worlds import World, run_worlds
 
-from vcrd.megatron.fused_head import FusedHead
-from vcrd.megatron.output_layer import OutputLayer
-from vcrd.megatron.output_probe import EVERY
+from vcrd.megatron.fused_head import FusedHeadLoss
+from vcrd.megatron.output_layer import EVERY
+from vcrd.megatron.serving import ServedHead
 
 SIZE, WIDTH = 96, 50
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -44,7 +44,7 @@ class Model(torch.nn.Module):
 
 
 def student(model: Model) -> Callable[[Tensor], None]:
-    head = FusedHead(model, None)
+    head = FusedHeadLoss(model, None)
 
     def run(states: Tensor) -> None:
         tokens = states.shape[:-1]
@@ -56,13 +56,13 @@ def student(model: Model) -> Callable[[Tensor], None]:
 
 
 def teacher(model: Model) -> Callable[[Tensor], None]:
-    layer = OutputLayer(model, None)
+    head = ServedHead(model, None)
 
     def run(states: Tensor) -> None:
-        with torch.no_grad(), layer.captured() as sent:
+        with torch.no_grad(), head.captured() as captured:
             logits = model(states)
-        assert torch.equal(sent[-1].nan_to_num(), states.nan_to_num())
-        layer.check(logits)
+        assert torch.equal(captured.states.nan_to_num(), states.nan_to_num())
+        head.layer.check(logits, head.weight)
 
     return run
 
@@ -214,13 +214,13 @@ def sharded_layers() -> list[str]:
                         gather_output=False,
                     ).to(dtype)
                     torch.nn.init.normal_(layer.weight, std=0.3)
-                    chunk = SimpleNamespace(output_layer=layer, config=config)
+                    chunk = SimpleNamespace(output_layer=layer, config=config, forward=layer.forward)
                     found.append(_ask(chunk, finish, side, group, dtype, sequence_parallel))
     return found
 
 
 def _ask(chunk, finish, side, group, dtype, sequence_parallel) -> str:
-    head = FusedHead(chunk, group) if side == "student" else OutputLayer(chunk, group)
+    head = FusedHeadLoss(chunk, group) if side == "student" else ServedHead(chunk, group)
     parts = group.size() if sequence_parallel else 1
     try:
         for _ in range(EVERY + 1):
@@ -236,7 +236,7 @@ def _ask(chunk, finish, side, group, dtype, sequence_parallel) -> str:
                     out = head.loss(logits, teacher_logits, torch.zeros(6, 2, dtype=torch.int64), group=group)
                     out.loss.sum().backward()
             if side == "teacher":
-                head.check(logits)
+                head.layer.check(logits, head.weight)
     except ValueError as error:
         return str(error)
     return "accepted"
