@@ -179,7 +179,7 @@ def test_the_first_page_does_what_it_says(built, tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(shell.pid, signal.SIGKILL)  # and its jobs
     assert shell.returncode == 0, out[-4000:]
-    assert "0 faults" in out and "[vcrd] iteration       30/" in out
+    assert "0 problems" in out and "[vcrd] iteration       30/" in out
     assert re.search(r"served \d+ micro-batches", (tmp_path / "teacher.log").read_text())
     page = (tmp_path / "records/report.html").read_text(encoding="utf-8")
     assert "1 to 30" in page and "waiting for teacher replica 0" in page and "% forward" in page
