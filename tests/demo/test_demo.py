@@ -51,9 +51,7 @@ def test_demo_distils_and_shows_it(demo_cache, tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
     check_page((output / "page.html").read_text(), before["tokens"])
     report = (output / "report.html").read_text()
-    assert (
-        f"1 to {STEPS}" in report and "2 ranks: pipeline 2" in report and "Where the teacher pulls" in report
-    )
+    assert f"1 to {STEPS}" in report and "2 ranks: pipeline 2" in report and "Weights in a text" in report
     assert (output / ".gitignore").read_text() == "*\n"
 
 
