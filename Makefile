@@ -1,10 +1,10 @@
-# Everything happens inside this checkout: environments in .venv/, builds in build/. `make` lists what there is.
+# Everything stays inside this checkout: environments in .venv/, builds in build/. `make` lists the commands.
 PYTHON ?= python3
-# Arguments for what is run: make test ARGS="tests/loss -k jsd"
+# Arguments for the command: make test ARGS="tests/loss -k jsd"
 ARGS ?=
-# Processes that share the tests.
+# Processes for the tests.
 JOBS ?= 2
-# That make gpu-check may take, all its stages together.
+# Time limit of make gpu-check for all of its stages.
 SECONDS ?= 420
 
 TAG := $(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])' 2>/dev/null || echo none)
@@ -15,17 +15,17 @@ LINT := .venv/lint-$(TAG)
 CUDA := .venv/cuda-$(TAG)
 CONTAINER := .venv/container-$(TAG)
 
-# Known-good versions of what the pins bring along; a Python that is not tested gets the newest that fit.
+# Tested versions of the dependencies of the pins. A Python that is not tested gets the newest versions that fit.
 CONSTRAINTS := $(patsubst %,-c %,$(wildcard requirements/constraints-py$(VERSION).txt))
 PIP_FLAGS := --disable-pip-version-check --no-input -qq
 PIP = $(VENV)/bin/python -m pip $(PIP_FLAGS) install $(CONSTRAINTS)
-# torch looks for ninja, and torchrun jobs for python, on the PATH.
+# torch needs ninja on the PATH, and torchrun jobs need python on it.
 RUN = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python
 
 EXTENSION_SOURCES := setup.py $(wildcard pyproject.toml) $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 SCRIPTS := .ci/run $(shell find docker examples -name '*.sh' -o -name '*.sbatch' 2>/dev/null)
-# A stamp alone would not notice that the built file is gone.
+# A stamp alone would not notice that the built file was removed.
 BUILT := $(wildcard vcrd/_C*$(patsubst cp%,%,$(TAG))*.so)
 
 CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
@@ -35,26 +35,26 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 .PHONY: help demo test test-all test-durations bench bench-link evidence estimators mutants build lint format cuda-check cuda-home container-check gpu-check clean always
 
 help:
-	@echo "make demo     distil a real model in front of you; the first run installs and builds"
-	@echo "make test     run the fast tests, which find nearly every error: minutes"
-	@echo "make test-all run every test; make test-durations says where the time of the last run went"
-	@echo "make mutants  plant faults one at a time in a copy and see which tests notice: long"
-	@echo "make bench    time the loss beside its peers"
-	@echo "make bench-link  time a student with the link beside one with ready answers; bytes per second"
-	@echo "make evidence  train students by every method on generated problems and compare them: an hour on two cores"
-	@echo "make estimators  how well the estimators of validity find the wrong steps that people marked"
+	@echo "make demo     distil a real model; the first run installs and builds"
+	@echo "make test     run the fast tests, which find nearly every error: some minutes"
+	@echo "make test-all  run every test   make test-durations  show the slowest tests of the last run"
+	@echo "make mutants  plant errors in a copy, one at a time, and check that the tests find them: long"
+	@echo "make bench    compare the speed of the loss with its peers"
+	@echo "make bench-link  measure the overhead of the link for a student, and its bytes per second"
+	@echo "make evidence  train students with every method on generated problems and compare them: an hour on two cores"
+	@echo "make estimators  measure how well the estimators of validity find the wrong steps that people marked"
 	@echo "make build    build the extension vcrd._C"
-	@echo "make lint     check style        make format   correct it"
-	@echo "make cuda-check  compile the CUDA kernels and look at their machine code; needs no GPU"
+	@echo "make lint     check the style   make format   correct the style"
+	@echo "make cuda-check  compile the CUDA kernels and check their machine code; needs no GPU"
 	@echo "make container-check  run the steps of docker/install.sh in a clean environment; needs no container engine"
-	@echo "make gpu-check   on a machine with a GPU: run with PYTHON, in SECONDS=420, the stages that are due; ARGS=--list shows them"
+	@echo "make gpu-check  on a machine with a GPU: run the stages that are due, with PYTHON, in SECONDS=420; ARGS=--list shows them"
 	@echo "make clean    remove environments, builds and caches; results stay"
-	@echo "PYTHON=...    the interpreter (default python3; 3.10 or newer). ARGS=... goes to what is run."
+	@echo "PYTHON=...    the interpreter (default python3; 3.10 or newer). ARGS=... are arguments of the command."
 
 demo: $(DONE)/demo $(DONE)/extension
 	@$(RUN) -m examples.demo $(ARGS)
 
-# A file of tests stays in one process, for what its tests set up together. The slowest files begin first.
+# All tests of a file run in one process, because they share fixtures. The slowest files start first.
 PYTEST = $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --junitxml=build/tests-$(TAG).xml
 TESTS := $(DONE)/demo $(DONE)/test $(DONE)/evidence $(DONE)/extension $(DONE)/emulation
 
@@ -70,7 +70,7 @@ test-durations:
 	@$(PYTHON) tests/durations.py build/tests-$(TAG).xml
 
 bench: $(DONE)/bench $(DONE)/extension
-	@echo "==> timing the loss and its peers with $(VENV)"
+	@echo "==> measuring the loss and its peers with $(VENV)"
 	@$(RUN) benchmarks/loss.py $(ARGS)
 
 evidence: $(DONE)/demo $(DONE)/evidence $(DONE)/extension
@@ -78,59 +78,59 @@ evidence: $(DONE)/demo $(DONE)/evidence $(DONE)/extension
 	@$(RUN) research/run.py --out evidence $(ARGS)
 
 estimators: $(DONE)/demo $(DONE)/extension
-	@echo "==> judging the estimators of validity by people's verdicts with $(VENV)"
+	@echo "==> comparing the estimators of validity with people's verdicts with $(VENV)"
 	@$(RUN) research/estimators.py --out evidence $(ARGS)
 
 bench-link: $(DONE)/core $(DONE)/extension
-	@echo "==> timing the link with $(VENV)"
+	@echo "==> measuring the link with $(VENV)"
 	@$(RUN) benchmarks/link.py $(ARGS)
 
-# Faults are planted in a copy below build/, never here.
+# The errors are planted in a copy below build/, never in this checkout.
 mutants: $(TESTS)
-	@echo "==> planting faults in a copy, to see which tests notice"
+	@echo "==> testing mutants in a copy"
 	@$(RUN) tests/mutants/campaign.py $(ARGS)
 
 build: $(DONE)/extension
 
 $(DONE)/venv:
-	@command -v $(PYTHON) >/dev/null || { echo "vcrd: there is no interpreter $(PYTHON) here; name one that exists with PYTHON=..."; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "vcrd: $(PYTHON) does not run, or is older than Python 3.10; name another with PYTHON=..."; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "vcrd: there is no interpreter $(PYTHON); give another one with PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "vcrd: $(PYTHON) does not run, or is older than Python 3.10; give another one with PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "vcrd: $(PYTHON) cannot create environments, because its module venv or ensurepip is missing (on Debian: apt-get install python3-venv)"; exit 1; }
 	@echo "==> creating $(VENV) from $$($(PYTHON) -c 'import sys; print(sys.executable, "(Python " + sys.version.split()[0] + ")")')"
 	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) && mkdir -p $(DONE) && touch $@
 
 $(DONE)/core: $(DONE)/venv requirements/core.txt requirements/build.txt
-	@echo "==> installing torch, megatron-core and build tools (the longest step: up to 5 GB where torch brings CUDA along)"
+	@echo "==> installing torch, megatron-core and build tools (the longest step: up to 5 GB if torch has CUDA)"
 	@$(PIP) -r requirements/core.txt -r requirements/build.txt && touch $@
 
 $(DONE)/demo: $(DONE)/core requirements/demo.txt requirements/demo-no-deps.txt
-	@echo "==> installing what the demo needs: transformers, a 135 M parameter model, mathematical problems"
+	@echo "==> installing the demo: transformers, a model of 135 M parameters, mathematical problems"
 	@$(PIP) -r requirements/demo.txt && $(PIP) --no-deps -r requirements/demo-no-deps.txt && touch $@
 
 $(DONE)/test: $(DONE)/core requirements/test.txt
-	@echo "==> installing what the tests need: pytest, its plugins and hypothesis"
+	@echo "==> installing the tests: pytest, its plugins and hypothesis"
 	@$(PIP) -r requirements/test.txt && touch $@
 
 $(DONE)/evidence: $(DONE)/core requirements/evidence.txt
-	@echo "==> installing what the evidence is measured on: generated problems with verifiers"
+	@echo "==> installing the evidence: generated problems with verifiers"
 	@$(PIP) -r requirements/evidence.txt && touch $@
 
 $(DONE)/bench: $(DONE)/core requirements/bench.txt requirements/bench-no-deps.txt
-	@echo "==> installing the peers that the benchmark compares with"
+	@echo "==> installing the peers of the benchmark"
 	@$(PIP) -r requirements/bench.txt && $(PIP) --no-deps -r requirements/bench-no-deps.txt && touch $@
 
-# Built in place, so that ninja compiles again only what changed; the .pth file makes vcrd importable from anywhere.
+# Built in place, so that ninja compiles only changed files. The .pth file makes vcrd importable from every folder.
 $(DONE)/extension: $(DONE)/core $(EXTENSION_SOURCES) $(if $(BUILT),,always)
-	@command -v "$${CXX:-g++}" >/dev/null || command -v c++ >/dev/null || { echo "vcrd: no C++ compiler found; install one (on Debian: apt-get install g++) or name it in CXX"; exit 1; }
+	@command -v "$${CXX:-g++}" >/dev/null || command -v c++ >/dev/null || { echo "vcrd: no C++ compiler found; install one (on Debian: apt-get install g++) or set CXX"; exit 1; }
 	@$(VENV)/bin/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "vcrd: Python.h of $(PYTHON) is missing (on Debian: apt-get install python3-dev)"; exit 1; }
-	@echo "==> building the extension vcrd._C (the compiler's lines go to $(VENV)/build.log)"
-	@$(RUN) setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; echo "vcrd: the extension did not build; the compiler's words are above"; exit 1; }
+	@echo "==> building the extension vcrd._C (the output of the compiler is in $(VENV)/build.log)"
+	@$(RUN) setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; echo "vcrd: the extension did not build; the output of the compiler is above"; exit 1; }
 	@sed -n '/^vcrd._C built/,$$p' $(VENV)/build.log
 	@echo "$(CURDIR)" > "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vcrd.pth" && touch $@
 
-# What of it does not depend on the Python is compiled once for all of them, in build/emulation.
+# The part that does not depend on the Python version is compiled once, in build/emulation.
 $(DONE)/emulation: $(DONE)/core $(EXTENSION_SOURCES) $(shell find tests/cuda_emulation -type f -not -path '*/__pycache__/*' 2>/dev/null)
-	@echo "==> compiling the CUDA kernels for the CPU, under the sanitizers that the tests run them with"
+	@echo "==> compiling the CUDA kernels for the CPU, with sanitizers"
 	@$(RUN) tests/cuda_emulation/emulated_build.py > $(VENV)/emulation.log 2>&1 || { cat $(VENV)/emulation.log; exit 1; }
 	@touch $@
 
@@ -151,10 +151,10 @@ format: $(LINT)/.done
 	$(LINT)/bin/ruff format .
 	$(if $(FORMATTED),$(LINT)/bin/clang-format -i $(FORMATTED))
 
-# cuobjdump, and a compiler where the machine has none. The links are what a linker looks for in a toolkit.
+# cuobjdump, and a compiler if the machine has none. A linker expects these links in a toolkit.
 $(CUDA)/.done: requirements/cuda-check.txt requirements/cuda-toolkit.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "vcrd: $(PYTHON) cannot create environments (on Debian: apt-get install python3-venv)"; exit 1; }
-	@echo "==> creating $(CUDA) with cuobjdump, and nvcc if there is none here" >&2
+	@echo "==> creating $(CUDA) with cuobjdump, and nvcc if the machine has none" >&2
 	@$(PYTHON) -m venv $(CUDA) && $(CUDA)/bin/python -m pip $(PIP_FLAGS) install -r requirements/cuda-check.txt
 	@$(CUDA)/bin/python $(CUDA_CHECK) --home >/dev/null 2>&1 || { \
 	    $(CUDA)/bin/python -m pip $(PIP_FLAGS) install -r requirements/cuda-toolkit.txt && \
@@ -168,7 +168,8 @@ cuda-check: $(CUDA)/.done
 cuda-home: $(CUDA)/.done
 	@$(CUDA)/bin/python $(CUDA_CHECK) --home
 
-# torch stands for the base image. Where it has CUDA, the extension is built for the architecture of the image.
+# An environment with only torch replaces the base image. If torch has CUDA, the extension is built for the architecture
+# of the image.
 container-check:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "vcrd: $(PYTHON) cannot create environments (on Debian: apt-get install python3-venv)"; exit 1; }
 	@echo "==> creating $(CONTAINER) with torch alone, then the steps of docker/install.sh"
@@ -181,7 +182,7 @@ container-check:
 	    PATH="$$(echo $(CURDIR)/$(CUDA)/lib/python*/site-packages/nvidia/cu13/bin):$$PATH"; \
 	fi; docker/install.sh dependencies extension check
 
-# On its own PYTHON and without network: what builds and runs here must be there already.
+# Runs with PYTHON as it is and without network, so everything must already be installed.
 gpu-check:
 	@$(PYTHON) -m benchmarks.gpu.check --seconds $(SECONDS) $(ARGS)
 

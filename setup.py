@@ -1,7 +1,7 @@
 """Builds vcrd and its compiled extension vcrd._C.
 
-The CPU kernels are always built. CUDA kernels join them when torch has CUDA, a toolkit is found and csrc/cuda holds
-sources. torch must be the one that will run the extension, so build without isolation:
+The CPU kernels are always built. The CUDA kernels are built too if torch has CUDA, a toolkit is found and csrc/cuda has
+sources. The build must use the torch that will run the extension, so build without isolation:
 
     pip install --no-build-isolation -e .
 """
@@ -22,7 +22,7 @@ from setuptools import find_packages, setup
 
 
 def find_toolkit() -> None:
-    """Sets CUDA_HOME where it is not set. torch would take the folder above nvcc, which may only be a wrapper."""
+    """Sets CUDA_HOME if it is not set. torch would use the folder above nvcc, but nvcc may be a wrapper."""
     nvcc = shutil.which("nvcc")
     if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
         return
@@ -32,7 +32,7 @@ def find_toolkit() -> None:
         os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
 
 
-find_toolkit()  # before torch looks for it
+find_toolkit()  # before torch reads CUDA_HOME
 from torch.utils.cpp_extension import (  # noqa: E402
     CUDA_HOME,
     BuildExtension,
@@ -42,10 +42,10 @@ from torch.utils.cpp_extension import (  # noqa: E402
 
 ROOT = Path(__file__).parent
 
-# Exact sums are the point of this package, so no -ffast-math: only that no one reads errno or the floating-point traps,
-# which lets loops with comparisons vectorise, and a * b + c rounded once. -fopenmp is for the `omp simd` annotations of
-# the reductions and for torch's thread pool, without which at::parallel_for is a plain loop; it is not given to the
-# linker, so that the OpenMP runtime is the one that torch brings. The C++ standard is left to torch's headers.
+# This package needs exact sums, so there is no -ffast-math. Three flags are safe: nothing reads errno or floating-point
+# traps, which lets loops with comparisons vectorise, and a * b + c may be rounded once. -fopenmp is for the `omp simd`
+# annotations of the reductions and for torch's thread pool; without it at::parallel_for is a plain loop. The linker
+# does not get it, so that the extension uses torch's OpenMP runtime. torch's headers choose the C++ standard.
 CXX_FLAGS = [
     "-O3",
     "-fopenmp",
@@ -56,7 +56,7 @@ CXX_FLAGS = [
 ]
 # Denormals are flushed, so that an exponential is one instruction on the special-function unit.
 NVCC_FLAGS = ["-O3", "-ftz=true", "-lineinfo"]
-# Where torch sees no GPU whose architecture it could take.
+# For a machine where torch finds no GPU.
 DEFAULT_CUDA_ARCHITECTURES = "9.0a"
 
 
@@ -73,13 +73,13 @@ def sources() -> tuple[list[str], bool]:
 
 
 def built_from() -> dict[str, str]:
-    """SHA-256 of each file that the extension is made of, by its name."""
+    """SHA-256 of each source file of the extension, by name."""
     files = [ROOT / "setup.py", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
     return {str(p.relative_to(ROOT)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
 
 
 def architectures() -> str:
-    """Those that torch will compile for, as it writes them: "8.0;9.0a"."""
+    """The target architectures in torch's notation: "8.0;9.0a"."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if listed:
         return listed.replace(" ", ";")
@@ -105,15 +105,15 @@ def extension():
 
 
 class SummarisedBuild(BuildExtension):
-    """Ninja build that ends by saying what was built against what."""
+    """A ninja build that prints a summary at its end."""
 
     def run(self) -> None:
-        before = built_from()  # what is changed while it compiles may not be in it
+        before = built_from()  # before compiling: later changes of the sources may be missing in the build
         super().run()
         _, with_cuda = sources()
         if self.inplace:
-            # So that a built file that was carried to another machine can be told from an outdated one, whatever the
-            # times of modification are there: benchmarks/gpu/build.py reads it.
+            # benchmarks/gpu/build.py reads this record to find out whether a copied build is up to date. File times do
+            # not matter on another machine.
             record = {"sources": before, "torch": torch.__version__, "with_cuda": with_cuda}
             built = Path(self.get_ext_fullpath("vcrd._C"))
             built.with_suffix(".build.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -1,1 +1,1 @@
-"""Measurements of speed, memory and error. gpu/ holds those that `make gpu-check` runs on a GPU."""
+"""Measurements of speed, memory and error. gpu/ has those that `make gpu-check` runs on a GPU."""

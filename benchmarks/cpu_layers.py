@@ -1,8 +1,8 @@
-"""Layers of Megatron that stand in for Transformer Engine's norm and attention on the CPU.
+"""A norm and an attention that replace those of Transformer Engine on the CPU.
 
-Megatron's local norm refuses sequence parallelism, and its local attention refuses context parallelism. With these two
-in their places everything else of both is Megatron's own: the scattered sequences, the zigzag of the context ranks, the
-gathered hidden states, the reduced gradients.
+Megatron's local norm does not support sequence parallelism, and its local attention does not support context
+parallelism. With these two layers, Megatron's own code does the rest: it scatters the sequences, splits them in a
+zigzag over the context ranks, gathers the hidden states and reduces the gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class Norm(nn.RMSNorm):
-    """Of this rank's part of the sequence. Megatron sums the gradient of a weight that is marked like this one's."""
+    """A norm over this rank's part of the sequence. Megatron sums the gradients of weights with this mark."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -27,9 +27,9 @@ class Norm(nn.RMSNorm):
 
 
 class Attention(nn.Module):
-    """Causal attention of this context rank's positions to those of all context ranks.
+    """Causal attention from the positions of this context rank to those of all context ranks.
 
-    Two all-gathers forward, and two reduce-scatters backward, over the context-parallel group.
+    Two all-gathers in forward and two reduce-scatters in backward, over the context-parallel group.
     """
 
     def __init__(self, config: Any, *args: Any, **rest: Any) -> None:
@@ -50,13 +50,13 @@ class Attention(nn.Module):
 
 
 def zigzag(sequence: int, rank: int, size: int) -> Tensor:
-    """The positions that a context rank holds: of 2 * size equal pieces that of its number from either end."""
+    """The positions of a context rank: of 2 * size equal pieces, piece `rank` from each end."""
     pieces = torch.arange(sequence).chunk(2 * size)
     return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
 
 
 def standing_in(layers: int) -> TransformerBlockSubmodules:
-    """Megatron's local layers with these two in them, as a specification."""
+    """A layer specification: Megatron's local layers with these two replaced."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm

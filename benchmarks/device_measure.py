@@ -1,4 +1,4 @@
-"""Times jobs on one device, side by side in this process: forward, forward and backward, memory, gradient error."""
+"""Measures jobs on one device, side by side in this process: forward, forward and backward, memory, error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHECKED_ROWS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """One shape. `vocab` is the whole vocabulary and `columns` what this rank of `vocab / columns` holds of it."""
+    """One shape. `vocab` is the whole vocabulary, `columns` the shard of one of `vocab / columns` ranks."""
 
     tokens: int
     columns: int
@@ -31,7 +31,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Figures:
-    """Seconds of each run, and bytes of the device's memory at the peak of a run beyond what was there before it."""
+    """Seconds of each run, and the growth of the device memory to the peak of a run, in bytes."""
 
     forward: list[float]
     both: list[float]
@@ -40,8 +40,8 @@ class Figures:
 
 
 class CudaClock:
-    """Times the device, not the host: while it waits in a short sleep, the host runs ahead and queues the work, as it
-    does in training. What a method makes the host wait for, it pays for."""
+    """Measures the device, not the host: during a short sleep of the device the host queues the work, as in
+    training. If a method makes the host wait, this time counts."""
 
     SLEEP_CYCLES = 4_000_000  # about 2 ms, longer than a forward and backward takes to queue
 
@@ -50,7 +50,7 @@ class CudaClock:
         self._flush = torch.empty(4 * cache, dtype=torch.uint8, device="cuda")
 
     def prepare(self) -> None:
-        """Nothing of the tensors is left in the L2 cache, and the device is busy for a moment."""
+        """Flushes the L2 cache and keeps the device busy for a moment."""
         self._flush.zero_()
         torch.cuda._sleep(self.SLEEP_CYCLES)
 
@@ -78,7 +78,7 @@ class CudaClock:
 
 
 class HostClock:
-    """The same on CPU, so that everything but the device can be tested anywhere."""
+    """The same on CPU, so that the rest can be tested anywhere."""
 
     def __init__(self) -> None:
         self._meter = CpuMeter()
@@ -121,7 +121,7 @@ class DeviceBench:
         self._truths: dict[str, Tensor] = {}
 
     def copy(self) -> list[float]:
-        """Seconds of copying as many bytes as both tensors have: the least that reading them can take, twice."""
+        """Seconds to copy as many bytes as both tensors have, which is twice the least time to read them."""
         size = self.student.numel() * (self.student.element_size() + self.teacher.element_size())
         source = torch.empty(size, dtype=torch.uint8, device=self.student.device).fill_(1)
         target = torch.empty_like(source)
@@ -135,7 +135,7 @@ class DeviceBench:
         return times
 
     def measure(self, job: Job) -> Figures | str:
-        """The figures, or one sentence that says why there are none."""
+        """The results, or the reason why there are none."""
         if self.case.dtype not in job.dtypes:
             return f"its gradient is always {job.dtypes[0]}"
         try:
@@ -143,7 +143,7 @@ class DeviceBench:
             return method if isinstance(method, str) else self._figures(job, method)
         except torch.OutOfMemoryError:
             return "out of memory"
-        except Exception as error:  # a peer that fails is a line in the table, not the end of it
+        except Exception as error:  # a failure of a peer must not end the table
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         finally:
             self.clock.clean()
@@ -151,7 +151,7 @@ class DeviceBench:
     def _figures(self, job: Job, method: Method) -> Figures:
         gradient = None
         for _ in range(WARMUPS):
-            del gradient  # before the next is made: two would not fit everywhere
+            del gradient  # before the next one is made, because two may not fit
             gradient = self.run(method)[0]
         error = self._gradient_error(job, gradient)
         del gradient
@@ -163,12 +163,12 @@ class DeviceBench:
         return Figures([forward for forward, _ in times], [both for _, both in times], extra, error)
 
     def _restore(self) -> None:
-        """The logits as they were: in place, the gradient has overwritten them."""
+        """Restores the logits, which an in-place gradient has overwritten."""
         with torch.no_grad():
             self.student.copy_(self.kept)
 
     def run(self, method: Method) -> tuple[Tensor, float, float]:
-        """The gradient as the layer below would get it, and the seconds of forward and of both."""
+        """The gradient for the layer below, and the seconds of forward and of both passes."""
         self._restore()
         self.clock.prepare()
         start = self.clock.mark()
@@ -179,7 +179,7 @@ class DeviceBench:
         return gradient, self.clock.seconds(start, middle), self.clock.seconds(start, end)
 
     def _ones(self, loss: Tensor) -> Tensor:
-        """The loss is summed; made once, so that no method waits for it."""
+        """The gradient of a summed loss, made once, so that no method waits for it."""
         if getattr(self, "_kept_ones", None) is None or self._kept_ones.shape != loss.shape:
             self._kept_ones = torch.ones_like(loss)
         return self._kept_ones.to(loss.dtype)
@@ -197,8 +197,8 @@ class DeviceBench:
 def measure_case(
     case: Case, device: str, jobs: Sequence[Job], refuse: Callable[[Job], str | None] = lambda job: None
 ) -> tuple[list[float], dict[str, Figures | str]]:
-    """Seconds of the copy, and each job's figures. `refuse` may give a sentence why a job is left out."""
-    # Compiled functions of other shapes would count towards the compiler's limit of versions.
+    """Seconds of the copy, and the results of each job. `refuse` may return why a job is left out."""
+    # Functions compiled for other shapes would count towards the limit of recompilations.
     torch._dynamo.reset()
     clock = CLOCKS[device]()
     try:

@@ -1,8 +1,8 @@
-"""What benchmarks/loss.py times on one GPU: each job builds a function from logits to a loss, or says why it cannot.
+"""The jobs that benchmarks/loss.py measures on one GPU. Each builds a function from logits to a loss, or says why not.
 
-All get the same tensors: student and teacher logits [tokens, columns], labels [tokens]. The losses of vcrd and what
-they are compared with compute the same thing, but for Megatron's cross-entropy: it reads one tensor and hard labels, a
-cheaper job, and shows what a user pays today.
+All get the same tensors: student and teacher logits [tokens, columns], labels [tokens]. All compute the same loss,
+except Megatron's cross-entropy. It reads one tensor and hard labels, which is cheaper, and shows the cost of training
+without distillation.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from vcrd.loss import reference
 
 @dataclass(frozen=True)
 class Job:
-    """`truth` names the loss whose gradient must come out, `jsd` with its beta if that is not 1/2, summed over tokens
-    (`mean`: divided by their number).
-    `beside` names those of vcrd's jobs that do the same; none for vcrd's own."""
+    """One loss. `truth` names the loss with the right gradient, `jsd` with its beta if that is not 1/2, summed over
+    tokens (`mean`: divided by their number). `beside` names the jobs of vcrd that do the same; none for vcrd's own."""
 
     name: str
     build: Callable[[], Method | str]
     truth: str
     beside: tuple[str, ...] = ()
     mean: bool = False
-    compiles: bool = False  # for every shape anew
+    compiles: bool = False  # separately for every shape
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
 
 
@@ -52,8 +51,7 @@ def calibrated() -> Method:
 
 
 def liger(jsd: bool) -> Method | str:
-    """Liger's losses take log-probabilities, so a log_softmax belongs to them; in float32, as every loss here
-    computes."""
+    """Liger's losses need log-probabilities, so their time includes a log_softmax in float32."""
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # lists the backends that are not installed
     try:
         if jsd:
@@ -109,13 +107,13 @@ JOBS = (
     Job(INPLACE, lambda: divergence("forward_kl", True), "forward_kl"),
     Job(CALIBRATED, calibrated, "calibrated"),
     Job(JSD, lambda: divergence("jsd", False), "jsd"),
-    # A beta that is not 1/2 takes the longer way that all other mixtures take.
+    # A beta other than 1/2 uses the general kernel, as all other mixtures do.
     Job("vcrd jsd, 0.4", lambda: divergence("jsd", False, beta=0.4), "jsd 0.4"),
     Job(MODELOPT, _modelopt, "forward_kl", (KL, INPLACE)),
     Job("compiled KL", compiled, "forward_kl", (KL, INPLACE), compiles=True),
     Job("Liger KL", lambda: liger(False), "forward_kl", (KL, INPLACE)),
     Job("Liger JSD", lambda: liger(True), "jsd", (JSD,), mean=True),
-    # Its gradient is rounded to bfloat16 whatever the logits are.
+    # Its gradient is rounded to bfloat16 for every dtype of the logits.
     Job(
         "Megatron CE",
         megatron_cross_entropy,
@@ -128,7 +126,7 @@ JOBS = (
 
 
 def true_gradient(truth: str, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Float64 gradient of the summed loss in the student's logits [rows, columns]; on CPU."""
+    """The float64 gradient of the summed loss for the student's logits [rows, columns]; on CPU."""
     student = student.double().requires_grad_()
     name, _, beta = truth.partition(" ")
     name = name if name in ("jsd", "forward_kl") else "forward_kl"

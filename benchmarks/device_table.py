@@ -1,10 +1,13 @@
-"""benchmarks/loss.py on one GPU: which shapes, the table, what counts as a pass, the record.
+"""benchmarks/loss.py on one GPU: the shapes, the table, the limits, the record.
 
-One line for each shape and method: milliseconds of forward, and of forward and backward; the bytes that the loss has to
-move (both logits read forward; both read and the gradient written backward: 10 bytes for a pair of bfloat16) over these
-times, in GB/s and as a share of what a copy on the device reaches over the bytes that it reads and writes; memory at
-the peak beyond the logits, in gradients; the gradient's error against float64; how many times longer than vcrd's loss
-that does the same, forward and backward.
+The table has one line for each shape and method:
+
+- milliseconds of forward, and of forward and backward,
+- the bytes that the loss must move divided by these times, in GB/s and as a share of the bandwidth of a copy on the
+  device. Forward reads both logits; backward reads both and writes the gradient: 10 bytes for a pair of bfloat16,
+- peak memory beyond the logits, in gradients,
+- the error of the gradient against float64,
+- the time relative to the loss of vcrd that does the same, forward and backward.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from device_methods import INPLACE, JOBS, JSD, KL, MODELOPT, Job
 
 TOKENS, VOCABULARIES, SHARDS = (1024, 4096, 16384), (32768, 131072, 152064), (1, 8)
 ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Where the shares of the copy's bandwidth and the ratio to ModelOpt are judged.
+# The shape for the limits on bandwidth and on the ratio to ModelOpt.
 HEADLINE = (4096, 131072, 131072, "bfloat16")
 LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 4e-3}
 LARGEST_ERROR_OF_PEERS = {**LARGEST_ERROR, "float32": 1e-4}
@@ -33,7 +36,7 @@ Results = dict[str, Figures | str]
 
 
 def default_cases(dtypes: Sequence[str], repeats: int) -> list[Case]:
-    """Whole vocabularies first, then the shard that one of eight ranks holds."""
+    """Whole vocabularies first, then the shard of one of eight ranks."""
     return [
         Case(tokens, vocab // shards, vocab, dtype, repeats)
         for dtype in dtypes
@@ -51,7 +54,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def counted_bytes(case: Case) -> tuple[int, int]:
-    """What forward, and forward and backward, must at least move."""
+    """The least bytes that forward, and forward and backward, must move."""
     pairs, element = case.tokens * case.columns, ELEMENT[case.dtype]
     return pairs * 2 * element, pairs * 5 * element
 
@@ -63,7 +66,7 @@ def bandwidths(case: Case, figures: Figures) -> tuple[float, float]:
 
 
 def copy_bandwidth(case: Case, copied: list[float]) -> float:
-    # As many bytes as both logits have, each read once and written once.
+    # The bytes of both logits, each read once and written once.
     return 2 * counted_bytes(case)[0] / median(copied)
 
 
@@ -80,12 +83,12 @@ def ratio(results: Results, peer: str, mine: str) -> float | None:
 
 
 def verdicts(case: Case, copied: list[float], results: Results, jobs: Sequence[Job] = JOBS) -> list[dict]:
-    """Each bar with what was reached; `passed` None where there is no figure."""
+    """Each limit with the measured value; `passed` None if there is no value."""
     out = []
 
-    def bar(text: str, reached: float | None, passes) -> None:
+    def limit(text: str, reached: float | None, passes) -> None:
         out.append(
-            {"bar": text, "reached": reached, "passed": None if reached is None else bool(passes(reached))}
+            {"limit": text, "reached": reached, "passed": None if reached is None else bool(passes(reached))}
         )
 
     def figures(name: str) -> Figures | None:
@@ -97,16 +100,18 @@ def verdicts(case: Case, copied: list[float], results: Results, jobs: Sequence[J
         for name, part, least in ((KL, 0, 0.90), (KL, 1, 0.85), (INPLACE, 1, 0.85)):
             what = ("forward", "forward + backward")[part]
             share = bandwidths(case, figures(name))[part] / ceiling if figures(name) else None
-            bar(f"{name}, {what} >= {least:.0%} of the copy's bandwidth", share, lambda x, y=least: x >= y)
+            limit(
+                f"{name}, {what} >= {least:.0%} of the bandwidth of a copy", share, lambda x, y=least: x >= y
+            )
     for job in jobs:
         for mine in job.beside:
             least = 10.0 if headline and job.name == MODELOPT else 1.0
             text = f"{job.name} / {mine} {'>=' if least > 1 else '>'} {least:g}"
             reached = ratio(results, job.name, mine)
-            bar(text, reached, lambda x, y=least: x >= y if y > 1 else x > y)
+            limit(text, reached, lambda x, y=least: x >= y if y > 1 else x > y)
     for name, most in ((INPLACE, 0.01 if headline else 0.1), (KL, 1.1), (JSD, 1.1)):
         reached = extra_gradients(case, figures(name)) if figures(name) else None
-        bar(f"extra memory of {name} <= {most:g} gradients", reached, lambda x, y=most: x <= y)
+        limit(f"extra memory of {name} <= {most:g} gradients", reached, lambda x, y=most: x <= y)
     return out
 
 
@@ -176,7 +181,7 @@ def record(case: Case, copied: list[float], results: Results) -> dict:
         "copy_gb_per_s": copy_bandwidth(case, copied) / 1e9 if copied else None,
         "derived": derived,
         "results": figures,
-        "bars": verdicts(case, copied, results),
+        "limits": verdicts(case, copied, results),
     }
 
 
@@ -188,8 +193,8 @@ def run(
     limit_seconds: float,
     jobs: Sequence[Job] = JOBS,
 ) -> int:
-    """Measures, prints and writes; 1 when a gradient is wrong or one of vcrd's losses did not run. Past the limit only
-    vcrd's own losses are measured. The record is written after each shape, so that what stops a run costs one."""
+    """Measures, prints and writes. Returns 1 if a gradient is wrong or a loss of vcrd did not run. After the time
+    limit it measures only the losses of vcrd. It writes the record after each shape, so that a crash loses only one."""
     started, records, reasons, wrong = time.monotonic(), [], {}, []
     print(HEADER, flush=True)
 
@@ -210,14 +215,14 @@ def run(
             seconds = time.monotonic() - started
             whole = {"machine": machine, "seconds": seconds, "cases": records, "wrong": wrong}
             path.write_text(json.dumps(whole, indent=1))
-    bars = [(case, bar) for case, r in zip(cases, records, strict=True) for bar in r["bars"]]
-    passed = [bar["passed"] for _, bar in bars]
+    limits = [(case, limit) for case, r in zip(cases, records, strict=True) for limit in r["limits"]]
+    passed = [limit["passed"] for _, limit in limits]
     print(
-        f"bars: {passed.count(True)} passed, {passed.count(False)} failed, {passed.count(None)} without a figure"
+        f"limits: {passed.count(True)} passed, {passed.count(False)} failed, {passed.count(None)} not measured"
     )
-    for case, bar in bars:
-        if bar["passed"] is False:
-            print(f"FAILED {shape(case)} {case.dtype}: {bar['bar']}; reached {bar['reached']:.3g}")
+    for case, limit in limits:
+        if limit["passed"] is False:
+            print(f"FAILED {shape(case)} {case.dtype}: {limit['limit']}; reached {limit['reached']:.3g}")
     for (name, reason), shapes in reasons.items():
         where = "" if len(shapes) == len(cases) else f" at {', '.join(shapes)}"
         print(f"{name} was not measured{where}: {reason}")

@@ -1,12 +1,11 @@
-"""Times the fused head, forward and backward, beside the path that stores all logits, in one process; and its memory.
+"""Compares time and memory of the fused head with stored logits, forward and backward, in one process.
 
     python benchmarks/loss.py --head [--shapes 4096x131072 ...] [--hidden 512] [--teacher dense hidden] [--json F]
 
-stored: logits = hidden @ weight.T, then vcrd.validity_calibrated_kl with its gradient over the logits, the cheaper of
-its two ways. fused: vcrd.fused_validity_calibrated_kl; again: the same with gradient_in_forward=False. All from
-float32 hidden states and weight to both gradients, for a mean over the tokens. Memory is the growth of the process's
-peak (VmHWM), read by its parent, without the two gradients, which each path has to hand over. With --device cuda:
-head_device.py.
+stored: logits = hidden @ weight.T, then vcrd.validity_calibrated_kl with its gradient in place, which is its cheaper
+form. fused: vcrd.fused_validity_calibrated_kl. again: the same with gradient_in_forward=False. All go from float32
+hidden states and weight to both gradients, for a mean over the tokens. Memory is the growth of the peak of the process
+(VmHWM), read by its parent, without the two gradients, which every path returns. With --device cuda: head_device.py.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from vcrd.teacher_logits import HiddenStates
 SLOWEST, MOST_MEMORY, LARGEST_ERROR = 1.15, 1 / 8, 1e-5
 STORED, FUSED, AGAIN = "stored", "fused", "again"
 SHAPES = ["4096x131072"]
-MARK, READ = "mark", "read"  # what the measured process asks of its parent
+MARK, READ = "mark", "read"  # requests of the measured process to its parent
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,12 @@ class HeadCase:
     teacher: str  # dense or hidden
     repeats: int
     threads: int
-    chunk_bytes: int | None  # None: as vcrd has it
+    chunk_bytes: int | None  # None: the default of vcrd
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """hidden [tokens, size] and weight [vocab, size] want gradients; given: the teacher, as the loss takes it."""
+    """hidden [tokens, size] and weight [vocab, size] require gradients; given: the teacher for the loss."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -67,7 +66,7 @@ class Inputs:
         hidden = draw(tokens, size).to(dtype).requires_grad_()
         weight = (3 / size**0.5 * draw(vocab, size)).to(dtype).requires_grad_()
         labels = torch.randint(vocab, (tokens,), generator=generator, device=device)
-        if case.teacher == "dense":  # as the link's default payload brings them
+        if case.teacher == "dense":  # as in the default payload of the link
             given = torch.empty(tokens, vocab, dtype=torch.float16, device=device)
             for rows in given.split(256):
                 rows.copy_(3 * draw(*rows.shape))
@@ -76,7 +75,7 @@ class Inputs:
         return cls(hidden, weight, given, labels)
 
     def teacher_logits(self, rows: torch.Tensor, block: int) -> torch.Tensor:
-        """Of these tokens, float64; made of `block` rows of the teacher's output layer at a time."""
+        """The teacher's logits for these tokens in float64, from `block` rows of its output layer at a time."""
         if isinstance(self.given, torch.Tensor):
             return self.given[rows].double()
         states = self.given.states[rows].double()
@@ -84,15 +83,15 @@ class Inputs:
 
 
 def methods(case: HeadCase, inputs: Inputs) -> dict[str, Callable]:
-    """By name, each (mask) -> (loss [tokens], gradient of the hidden states, gradient of the weight).
+    """By name, functions (mask) -> (loss [tokens], gradient of the hidden states, gradient of the weight).
 
-    The gradients are those of the mean loss over all tokens, or over those that a float mask counts.
+    The gradients are for the mean loss over all tokens, or over the tokens of a float mask.
     """
     import vcrd
 
     hidden, weight, given, labels = inputs.hidden, inputs.weight, inputs.given, inputs.labels
     chunks = {} if case.chunk_bytes is None else {"chunk_bytes": case.chunk_bytes}
-    # Where looking at the upstream gradient waits for a device, it is promised, as the plug does from its second step.
+    # Checking the upstream gradient waits for the device, so it is promised, as in the plug from its second step on.
     chunks |= {"even_upstream": True} if hidden.is_cuda else {}
 
     def finish(loss: torch.Tensor, mask: torch.Tensor | None) -> tuple:
@@ -114,7 +113,7 @@ def methods(case: HeadCase, inputs: Inputs) -> dict[str, Callable]:
 
 
 def measure(case: HeadCase, pipe: Connection) -> None:
-    """In a process of its own: seconds of each run, extra bytes at the peak, errors against `stored`."""
+    """In a separate process: seconds of each run, extra bytes at the peak, errors against `stored`."""
     torch.set_num_threads(case.threads)
 
     def ask(what: str) -> int | None:
@@ -123,7 +122,7 @@ def measure(case: HeadCase, pipe: Connection) -> None:
 
     small = replace(case, tokens=16, vocab=256)
     for run in methods(small, Inputs.draw(small)).values():
-        run()  # what libraries set up once is nobody's
+        run()  # the set-up of libraries does not count
     ready, truth, results = methods(case, Inputs.draw(case)), None, {}
     for name, run in ready.items():
         release()
@@ -136,7 +135,7 @@ def measure(case: HeadCase, pipe: Connection) -> None:
         results[name]["error"] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
         del found, pairs
     del truth
-    for _ in range(case.repeats):  # in turn, so that a slow moment of the machine meets all
+    for _ in range(case.repeats):  # alternating, so that a slow moment of the machine affects all
         for name, run in ready.items():
             gc.collect()
             start = time.perf_counter()
@@ -146,7 +145,7 @@ def measure(case: HeadCase, pipe: Connection) -> None:
 
 
 def in_a_process(case: HeadCase) -> dict[str, dict]:
-    """What `measure` sends. Its memory is read here, so that the process does not judge itself."""
+    """The results that `measure` sends. This process reads the memory of the measured process."""
     context = multiprocessing.get_context("spawn")
     os.environ["OMP_NUM_THREADS"] = str(case.threads)  # read when the child starts
     pipe, end = context.Pipe()
@@ -166,7 +165,7 @@ def in_a_process(case: HeadCase) -> dict[str, dict]:
 
 
 def verdicts(results: dict[str, dict]) -> dict[str, tuple[float, bool]]:
-    """What the fused head reached of each bar, and whether that passes."""
+    """For each limit the value of the fused head, and whether it passes."""
     stored, fused = results[STORED], results[FUSED]
     slower = median(fused["seconds"]) / median(stored["seconds"])
     memory = fused["extra_bytes"] / stored["extra_bytes"]
@@ -181,11 +180,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("of --head")
     group.add_argument("--hidden", nargs="+", type=int, default=[512], help="hidden sizes")
     group.add_argument("--teacher", nargs="+", choices=["dense", "hidden"], default=["dense", "hidden"])
-    group.add_argument("--chunk-mib", type=float, help="float32 logits at a time; default: vcrd's own")
+    group.add_argument(
+        "--chunk-mib", type=float, help="size of a chunk of float32 logits; default: that of vcrd"
+    )
 
 
 def cases(options: argparse.Namespace) -> list[HeadCase]:
-    """As `loss.py` parses them."""
+    """The cases for the options of `loss.py`."""
     chunk_bytes = None if options.chunk_mib is None else int(options.chunk_mib * 2**20)
     return [
         HeadCase(
@@ -197,7 +198,7 @@ def cases(options: argparse.Namespace) -> list[HeadCase]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints a table and the bars, writes `options.json`; 0 where all bars are reached. As `loss.py` parses them."""
+    """Prints a table and the limits, writes `options.json`; returns 0 if all limits hold. options: of `loss.py`."""
     machine = (
         f"{processor()}, {os.cpu_count()} cores, {options.threads} threads, load {os.getloadavg()[0]:.1f}"
     )
@@ -214,10 +215,10 @@ def run(options: argparse.Namespace) -> int:
                 f"{median(result['seconds']):>9.2f} {result['extra_bytes'] / 2**20:>10.0f} {result['error']:>8.0e}"
             )
         reached = verdicts(results)
-        for bar, (figure, fine) in reached.items():
-            print(f"    {bar}: {figure:.3g} {'pass' if fine else 'FAIL'}", flush=True)
+        for limit, (figure, fine) in reached.items():
+            print(f"    {limit}: {figure:.3g} {'pass' if fine else 'FAIL'}", flush=True)
             passed &= fine
-        records.append({"case": asdict(case), "results": results, "bars": reached})
+        records.append({"case": asdict(case), "results": results, "limits": reached})
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"machine": machine, "cases": records}, indent=1))

@@ -1,9 +1,9 @@
-"""benchmarks/loss.py --head on one GPU: the fused head beside stored logits, timed and measured on the device.
+"""benchmarks/loss.py --head on one GPU: compares the fused head with stored logits on the device.
 
-Hidden states and output layer are of one 16-bit dtype, as Megatron trains them, and so are the stored logits; the fused
-head's are float32 from the product on. Forward and backward, to the gradients of hidden states and weight, which each
-path has to hand over: they do not count as memory. The errors are those of the mean loss over a few tokens, all others
-masked, against float64 from the same inputs: |difference| / |truth| of the losses and of both gradients.
+Hidden states, output layer and stored logits have one 16-bit dtype, as in Megatron. The logits of the fused head are
+float32 after the product. A run is forward and backward, to the gradients of hidden states and weight. Every path
+returns these gradients, so they do not count as memory. Errors are |difference| / |truth| of the losses and of both
+gradients, against float64 from the same inputs, for the mean loss over a few tokens with all others masked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Results = dict[str, "dict | str"]
 
 
 def errors(inputs: Inputs, rows: Tensor, found: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    """found: loss [tokens] and both gradients, of the mean over `rows` alone."""
+    """Errors of a path. found: loss [tokens] and both gradients, for the mean over `rows` alone."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     with hidden.device:  # the reference creates tensors without naming a device
         states = hidden[rows].double()
@@ -58,7 +58,7 @@ def errors(inputs: Inputs, rows: Tensor, found: tuple[Tensor, Tensor, Tensor]) -
 
 
 def measured(run: Callable, inputs: Inputs, repeats: int, clock: CudaClock | HostClock) -> dict | str:
-    """Errors, bytes beyond the gradients at the peak, and seconds of each run; a sentence where it does not fit."""
+    """Errors, peak bytes beyond the gradients, and seconds of each run; a message if it does not fit."""
     tokens, device = inputs.hidden.shape[0], inputs.hidden.device
     rows = torch.linspace(0, tokens - 1, min(CHECKED_ROWS, tokens)).long().to(device)
     mask = torch.zeros(tokens, device=device)
@@ -93,7 +93,7 @@ def measure(case: HeadCase, device: str, dtype: str) -> Results:
 
 
 def wrong(results: Results, dtype: str) -> list[str]:
-    """Stored logits of 16 bits are rounded before the loss sees them, so only the others are held to that error."""
+    """Stored 16-bit logits are rounded before the loss, so the limit on the error holds only for the others."""
     out = []
     for name, result in results.items():
         if name == STORED:
@@ -106,7 +106,7 @@ def wrong(results: Results, dtype: str) -> list[str]:
 
 
 def against_stored(results: Results) -> dict[str, float] | None:
-    """How long the fused head takes and what memory, in those of stored logits; None where either has no figure."""
+    """Time and memory of the fused head relative to stored logits; None if one of them was not measured."""
     stored, fused = results[STORED], results[FUSED]
     if isinstance(stored, str) or isinstance(fused, str):
         return None
@@ -137,7 +137,7 @@ def lines(case: HeadCase, results: Results) -> str:
 
 
 def run(cases: list[HeadCase], device: str, dtypes: list[str], machine: dict, path: Path | None) -> int:
-    """Prints, and writes after each case; 1 where the fused head is wrong or does not fit into memory."""
+    """Prints, and writes after each case. Returns 1 if the fused head is wrong or does not fit into memory."""
     print(
         f"{'shape':>17} {'hidden':>6} {'teacher':>7} {'':>7} {'median ms':>9} {'extra MiB':>9} {'error':>8}"
     )

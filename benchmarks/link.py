@@ -1,18 +1,18 @@
-"""Measures what the link costs a student that trains, on CPU, with a teacher as fast as the student.
+"""Measures the overhead of the link for a student that trains, on CPU, with a teacher as fast as the student.
 
     python benchmarks/link.py [--rounds 9] [--payloads float16 ...] [--json results.json] [--trace FOLDER]
 
-A student process and a teacher process, each on one core of its own, do the same work per micro-batch: the loss on
-[tokens, vocab] bf16 logits, forward and backward, and matrix products that stand for a model, one far smaller than any
-that is distilled, so that the link has little time. In turns the student takes answers that are ready in memory, while
-the teacher computes and sends nothing, and answers that the link brings while the student trains. The ratio of the two
-step times is the cost of the link: what encoding, sending and receiving take from the cores, and every wait. Each round
-gives one ratio; the table says their median and range.
+A student process and a teacher process run on one core each. Both do the same work per micro-batch: the loss on
+[tokens, vocab] bf16 logits, forward and backward, and matrix products in place of a model. This model is far smaller
+than any in practice, so that the link has little time. The student alternates between answers that are ready in memory,
+while the teacher is idle, and answers that the link delivers while the student trains. The ratio of the two step times
+is the overhead of the link: the core time of encoding, sending and receiving, and every wait. Each round gives one
+ratio; the table has their median and range.
 
-Then the link alone, in turns with bare sendall and recv_into of the same sizes, over TCP on the loopback interface:
-nobody computes, and both processes may use both cores. For float32 encoding is a copy.
+The second part measures the link alone, alternating with plain sendall and recv_into of the same sizes, over TCP on the
+loopback interface. No process computes, and both processes may use both cores. For float32, encoding is a copy.
 
---trace FOLDER: a few more steps under torch.profiler, as FOLDER/both.json. Exits with 0 when every bar holds.
+--trace FOLDER: a few more steps under torch.profiler, as FOLDER/both.json. The exit status is 0 if every limit holds.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from machine import installed, processor
 from vcrd.link import merge_traces
 
 PAYLOADS = ("float16", "float32", "logits_8bit", "topk", "hidden")
-MOST_STEP_TIME = 1.10  # with the link, as a share of that with ready answers
-# Of bare send and receive. For float32 encoding is a copy.
+MOST_STEP_TIME = 1.10  # with the link, relative to answers in memory
+# Relative to plain sockets. For float32, encoding is a copy.
 LEAST_THROUGHPUT = {"float32": 0.85, "float16": 0.80, "logits_8bit": 0.70}
 FLOW_BYTES = 256 << 20  # sent in each round of the throughput, at most FLOW_TIMES responses
 FLOW_TIMES = 64
-SECONDS = 300  # that one command may take
+SECONDS = 300  # limit for one command
 
 
 class Jobs:
-    """Both processes, told the same things."""
+    """Both processes, which receive the same commands."""
 
     def __init__(self, work: Work, cores: list[int]) -> None:
-        # Spawned, not forked: each has its own torch, as two jobs have.
+        # Spawned, not forked: each imports torch, as two jobs do.
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
         for side, core in zip((link_sides.Student, link_sides.Teacher), cores, strict=True):
@@ -63,7 +63,7 @@ class Jobs:
         self._answers()
 
     def both(self, *command) -> list:
-        """What student and teacher answer."""
+        """The replies of student and teacher."""
         for pipe in self._pipes:
             pipe.send(command)
         return self._answers()
@@ -77,7 +77,7 @@ class Jobs:
             try:
                 pipe.send(None)
             except OSError:
-                pass  # it has failed, and said so
+                pass  # it has failed and printed its error
             process.join(10)
             process.kill()
             process.join()
@@ -92,20 +92,20 @@ class Jobs:
         try:
             return self._pipes[place].recv()
         except EOFError:
-            raise RuntimeError(f"the {name} has failed; its words are above") from None
+            raise RuntimeError(f"the {name} has failed; its error is above") from None
 
 
 def steady(marks: list[float], credits: int) -> float:
-    """Mean of what marks grow by per step.
+    """Mean growth of the marks per step.
 
-    Without the first steps, in which nobody is ahead yet, and the last ones, when nothing is left to ask for.
+    Leaves out the first steps, before prefetching is in effect, and the last ones, which request nothing.
     """
     inner = marks[credits + 1 : -credits]
     return (inner[-1] - inner[0]) / (len(inner) - 1)
 
 
 def overlap(jobs: Jobs, work: Work, payload: str, rounds: int, steps: int) -> dict:
-    """Step times with ready answers and with the link, in turns; seconds, one figure a round."""
+    """Step times with answers in memory and with the link, alternating; seconds, one value per round."""
     jobs.both("prepare", payload)
     jobs.both("connect", payload)
     jobs.both("ready", payload, 2)
@@ -127,7 +127,7 @@ def overlap(jobs: Jobs, work: Work, payload: str, rounds: int, steps: int) -> di
 
 
 def throughput(jobs: Jobs, work: Work, payload: str, rounds: int) -> dict:
-    """Bytes per second of responses over the link and over a bare connection, in turns, one figure a round."""
+    """Bytes per second of responses over the link and over plain sockets, alternating, one value per round."""
     size = work.bytes(payload)
     times = max(8, min(FLOW_TIMES, FLOW_BYTES // size))
     jobs.both("connect", payload)
@@ -143,7 +143,7 @@ def throughput(jobs: Jobs, work: Work, payload: str, rounds: int) -> dict:
 
 
 def parameters(work: Work) -> float:
-    """Of a model whose training takes as many operations per token, 6 for each, as the products that stand for it."""
+    """Parameters of a model whose training takes as many operations per token, 6 per parameter."""
     return work.matmuls * 2 * link_sides.SIDE**3 / (6 * work.tokens)
 
 
@@ -151,17 +151,17 @@ def ratios(numerators: list[float], denominators: list[float]) -> list[float]:
     return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
-def bars(overlaps: dict[str, dict], throughputs: dict[str, dict]) -> list[dict]:
+def limits(overlaps: dict[str, dict], throughputs: dict[str, dict]) -> list[dict]:
     out = []
     for payload, of in overlaps.items():
         reached = median(ratios(of["linked"], of["ready"]))
         text = f"{payload}: step time / with ready answers <= {MOST_STEP_TIME:.2f}"
-        out.append({"bar": text, "reached": reached, "passed": reached <= MOST_STEP_TIME})
+        out.append({"limit": text, "reached": reached, "passed": reached <= MOST_STEP_TIME})
     for payload, of in throughputs.items():
         if payload in LEAST_THROUGHPUT:
             reached, least = median(ratios(of["linked"], of["bare"])), LEAST_THROUGHPUT[payload]
-            text = f"{payload}: bytes/s / bare send and receive >= {least:.2f}"
-            out.append({"bar": text, "reached": reached, "passed": reached >= least})
+            text = f"{payload}: bytes/s / plain sockets >= {least:.2f}"
+            out.append({"limit": text, "reached": reached, "passed": reached >= least})
     return out
 
 
@@ -192,7 +192,7 @@ def throughput_line(payload: str, size: int, of: dict) -> str:
 
 
 def traced(jobs: Jobs, work: Work, payload: str, steps: int) -> Path:
-    """Writes what both do in a few steps, and both together."""
+    """Writes the traces of both processes over a few steps, and a merged trace."""
     folder = work.trace_folder
     jobs.both("prepare", payload)
     jobs.both("connect", payload)
@@ -215,21 +215,21 @@ def free_ports(names: list[str]) -> dict[str, int]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--payloads", nargs="+", choices=PAYLOADS, default=list(PAYLOADS))
-    parser.add_argument("--rounds", type=int, default=9, help="of each pair of measurements")
+    parser.add_argument("--rounds", type=int, default=9, help="number of pairs of measurements")
     parser.add_argument("--steps", type=int, default=8, help="of a round")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument(
-        "--matmuls", type=int, default=12, help="of 1024 x 1024 x 1024 in float32, per micro-batch"
+        "--matmuls", type=int, default=12, help="products of 1024 x 1024 x 1024 in float32 per micro-batch"
     )
     parser.add_argument("--state-size", type=int, default=576, help="hidden: of a state")
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--credits", type=int, default=2)
     parser.add_argument(
-        "--sockets", type=int, default=1, help="connections, of the link and of bare send and receive"
+        "--sockets", type=int, default=1, help="number of connections, for the link and for plain sockets"
     )
-    parser.add_argument("--json", type=Path, help="write every figure here as well")
-    parser.add_argument("--trace", type=Path, help="folder for the traces of a few steps")
+    parser.add_argument("--json", type=Path, help="file for all results")
+    parser.add_argument("--trace", type=Path, help="folder for traces of a few steps")
     options = parser.parse_args(arguments)
     if options.steps < 2 * options.credits + 3:
         parser.error(f"--steps must be at least {2 * options.credits + 3}, got {options.steps}")
@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
-        print("link.py: needs two cores, one for each side; this process may use one", file=sys.stderr)
+        print("link.py: needs two cores, one for each process; only one is available", file=sys.stderr)
         return 2
     machine = {
         "processor": processor(),
@@ -251,11 +251,11 @@ def main(arguments: list[str] | None = None) -> int:
         "date": date.today().isoformat(),
     }
     print(
-        f"{machine['processor']}, one core of {len(cores)} for each side; {', '.join(machine['packages'])}; "
+        f"{machine['processor']}, one core of {len(cores)} for each process; {', '.join(machine['packages'])}; "
         f"load {machine['load_before']:.1f}"
     )
     if machine["load_before"] > 0.5:
-        print("The machine is busy with something else, which moves every figure.")
+        print("Other processes use this machine, which changes all results.")
     sizes = {
         name: getattr(options, name)
         for name in ("tokens", "vocab", "matmuls", "state_size", "top_k", "credits", "sockets")
@@ -283,10 +283,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(throughput_line(payload, work.bytes(payload), throughputs[payload]), flush=True)
     finally:
         jobs.close()
-    verdicts = bars(overlaps, throughputs)
+    verdicts = limits(overlaps, throughputs)
     print()
     for one in verdicts:
-        print(f"{'pass' if one['passed'] else 'FAIL'}  {one['bar']}, reached {one['reached']:.3f}")
+        print(f"{'pass' if one['passed'] else 'FAIL'}  {one['limit']}, reached {one['reached']:.3f}")
     if options.trace:
         print(f"written: {written}")
     if options.json:
@@ -296,7 +296,7 @@ def main(arguments: list[str] | None = None) -> int:
             "work": {**asdict(replace(work, trace_folder=None, ports={}))},
             "overlap": overlaps,
             "throughput": throughputs,
-            "bars": verdicts,
+            "limits": verdicts,
         }
         options.json.write_text(json.dumps(record, indent=1))
         print(f"written: {options.json}")

@@ -1,7 +1,7 @@
-"""A student process and a teacher process for link.py, each told over a pipe what to do next.
+"""The student process and the teacher process of link.py. Each receives its commands over a pipe.
 
 Both do the same work per micro-batch, so the teacher is as fast as the student: the loss, forward and backward, and
-matrix products that stand for a model. The link's own work comes on top of it, on the same core.
+matrix products in place of a model. The work of the link comes in addition, on the same core.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from vcrd.link.plan import Shard
 from vcrd.link.topk import top_k_of
 from vcrd.link.tracing import trace
 
-SIDE = 1024  # of the matrices that stand for a model
+SIDE = 1024  # of the matrices in place of a model
 
 
 @dataclass(frozen=True)
 class Work:
-    """What both sides do: sizes of a micro-batch, and how the link is set. ports: by payload, and "bare"."""
+    """The work of both processes: sizes of a micro-batch, settings of the link. ports: by payload, and "bare"."""
 
     tokens: int
     vocab: int
@@ -56,7 +56,7 @@ class Work:
         )
 
     def bytes(self, payload: str) -> int:
-        """Of one response on the wire."""
+        """Bytes of one response on the wire."""
         content = payload_named(payload).sized(
             top_k=self.top_k, state_size=self.state_size, state_dtype=torch.bfloat16
         )
@@ -64,7 +64,7 @@ class Work:
 
 
 class Answers:
-    """The teacher's answer to the one micro-batch that is asked for all over again, in every form."""
+    """The teacher's answer to the one micro-batch that is requested repeatedly, in every form."""
 
     def __init__(self, work: Work) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -73,14 +73,14 @@ class Answers:
         self.states = 3 * self.states.bfloat16()
         self.logits = self.states.float() @ self.head.float().T
         self._work = work
-        self._factor = self.head.float()  # as the loss multiplies on the CPU, converted once
+        self._factor = self.head.float()  # the dtype of the product in the loss on the CPU, converted once
 
     def output(self, payload: str) -> Tensor:
-        """What the teacher's model gives to the link."""
+        """The output of the teacher model for the link."""
         return self.states if payload == "hidden" else self.logits
 
     def ready(self, payload: str) -> object:
-        """What `taken` would make of the link's answer, in memory of its own."""
+        """The result of `taken` for the answer of the link, in separate memory."""
         if payload == "hidden":
             return vcrd.HiddenStates(self.states.clone(), self._factor)
         if payload == "topk":
@@ -89,7 +89,7 @@ class Answers:
         return encode(payload_named(payload), self.logits, row_max(self.logits))
 
     def taken(self, answer: Tensor | TopK | Hidden) -> object:
-        """What the link received, as the loss takes it."""
+        """The answer from the link in the form for the loss."""
         if isinstance(answer, TopK):
             return vcrd.TopKLogits(*answer)
         return vcrd.HiddenStates(answer.states, self._factor) if isinstance(answer, Hidden) else answer
@@ -115,7 +115,7 @@ class Model:
 
 
 class _Side:
-    """What both processes have in common: the commands that link.py sends, and the CPU time that they took."""
+    """The common part of both processes: the commands of link.py, and their CPU time."""
 
     def __init__(self, work: Work, core: int) -> None:
         os.sched_setaffinity(0, {core})
@@ -133,14 +133,14 @@ class _Side:
             pipe.send(getattr(self, name)(*arguments))
 
     def prepare(self, payload: str) -> None:
-        """Two of them, in turns, as no answer is read twice in reality."""
+        """Two answers, alternating, because a run reads no answer twice."""
         self._ready[payload] = [self._answers.ready(payload) for _ in range(2)]
 
     def forget(self, payload: str) -> None:
         del self._ready[payload]
 
     def free(self, cores: list[int]) -> None:
-        """Lets every thread run on any of these cores."""
+        """Allows every thread to run on any of these cores."""
         for thread in os.listdir("/proc/self/task"):
             os.sched_setaffinity(int(thread), cores)
 
@@ -148,7 +148,7 @@ class _Side:
         self.free([self._core])
 
     def ready(self, payload: str, steps: int) -> dict:
-        """Steps with the answers in memory."""
+        """Runs steps with the answers in memory."""
         held = self._ready[payload]
 
         def step(number: int) -> None:
@@ -179,7 +179,7 @@ class Student(_Side):
         self._rendezvous.pop(payload).close()
 
     def linked(self, payload: str, steps: int, compute: bool) -> dict:
-        """Steps with the answers that come over the link, asked for `credits` ahead."""
+        """Runs steps with answers over the link, with `credits` prefetched micro-batches."""
         link, first = self._links[payload], self._asked[payload]
         waited = [link.waited]
 
@@ -207,7 +207,7 @@ class Student(_Side):
         self._listener.close()
 
     def bare(self, count: int, times: int) -> dict:
-        """Receives that many bytes so often, into memory that is there already."""
+        """Receives the bytes repeatedly, into existing memory."""
 
         def receive(sock: socket.socket, left: memoryview) -> None:
             while left:
@@ -268,7 +268,7 @@ class Teacher(_Side):
 def side_by_side(
     move: Callable[[socket.socket, memoryview], object], sockets: list[socket.socket], memory: memoryview
 ) -> Callable[[int], None]:
-    """A step that moves equal parts of the memory over the sockets, the first of them in this thread."""
+    """A step that transfers equal parts of the memory over the sockets, the first part in this thread."""
     edges = [part * len(memory) // len(sockets) for part in range(len(sockets) + 1)]
     parts = [memory[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
     threads = ThreadPoolExecutor(max(1, len(sockets) - 1))
@@ -283,7 +283,7 @@ def side_by_side(
 
 
 def timed(step: Callable[[int], None], steps: int) -> dict:
-    """marks: steps + 1 times in seconds. cpu: seconds of CPU per step, of all threads of the process."""
+    """marks: steps + 1 times in seconds. cpu: CPU seconds per step over all threads of the process."""
     cpu, marks = time.process_time(), [time.perf_counter()]
     for number in range(steps):
         step(number)
@@ -292,6 +292,6 @@ def timed(step: Callable[[int], None], steps: int) -> dict:
 
 
 def run(side: type[_Side], work: Work, core: int, pipe: Connection) -> None:
-    """The whole life of a process."""
+    """Runs one process until its last command."""
     with nullcontext(pipe):
         side(work, core).run(pipe)

@@ -1,18 +1,18 @@
-"""Times the loss, forward and backward, beside what else a Megatron user could take; one line per shape.
+"""Compares the loss with its alternatives for a Megatron user, forward and backward; one line per shape.
 
     python benchmarks/loss.py [--shapes 512x32768 ...] [--repeats 7] [--json results.json]
 
 vcrd, in place: vcrd.validity_calibrated_kl with labels; its gradient in a new buffer, or over the student's logits.
-ModelOpt: NVIDIA's LogitsKLLoss. compile: the textbook KL in float32 under torch.compile. The methods take turns in the
-same processes, the logits are restored outside the timed part, and each gradient is checked against float64.
+ModelOpt: NVIDIA's LogitsKLLoss. compile: the textbook KL in float32 under torch.compile. The methods alternate in the
+same processes. The logits are restored outside the measured part, and each gradient is compared with float64.
 
     python benchmarks/loss.py --head [--shapes 4096x131072 ...] [--hidden 512] [--teacher dense hidden] [--json F]
 
-The fused head beside stored logits, from hidden states to both gradients: head.py says how, on a GPU head_device.py.
+Compares the fused head with stored logits, from hidden states to both gradients: see head.py, on a GPU head_device.py.
 
     python benchmarks/loss.py --device cuda [--shapes 4096x131072 4096x16384of131072 ...]
 
-The same question on one GPU, with more peers and a copy for the ceiling: device_table.py says what its columns mean.
+The same on one GPU, with more peers and a copy as the upper limit. device_table.py explains the columns.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from machine import gpu_facts, installed, processor
 SHAPES = ["512x32768", "512x131072"]
 DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16"]}
 REPEATS = {"cpu": 7, "cuda": 15}
-# A method beyond these does not compute the same thing. A peer may lose a digit of float32 in sums over a large
-# vocabulary; narrow types round each element of anybody's gradient.
+# A method with a larger error does not compute the same loss. A peer may lose a digit of float32 in sums over a large
+# vocabulary; 16-bit dtypes round each element of the gradient.
 LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 4e-3, "float16": 4e-3}
 LARGEST_ERROR_OF_PEERS = {**LARGEST_ERROR, "float32": 1e-4}
-# Extra memory in gradients: one, or none; the rest is for statistics per token and the allocator's pages.
+# Extra memory in gradients: one, or none. The rest is for statistics per token and pages of the allocator.
 LARGEST_EXTRA = {OURS: 1.1, OURS_INPLACE: 0.1}
 
 Results = dict[str, "Result | str"]
 
 
-def bars(case: Case) -> dict[tuple[str, str], float]:
-    """How many times faster than a peer: (peer, ours) -> the least that counts as a pass."""
+def limits(case: Case) -> dict[tuple[str, str], float]:
+    """The least ratio of times for a pass: (peer, ours) -> ratio."""
     easy = case.dtype == "float32" and case.tp == 1
     return {
         (MODELOPT, OURS): 6.0 if easy else 10.0,
@@ -69,21 +69,21 @@ def milliseconds(result: Result | str) -> float | None:
 
 
 def verdicts(case: Case, results: Results) -> list[dict]:
-    """Each bar with what was reached; `passed` None where the peer could not run."""
+    """Each limit with the measured value; `passed` None if the peer could not run."""
     out = []
-    for (peer, mine), least in bars(case).items():
+    for (peer, mine), least in limits(case).items():
         slow, fast = milliseconds(results[peer]), milliseconds(results[mine])
         ratio = None if slow is None or fast is None else slow / fast
         out.append(
             {
-                "bar": f"{peer} / {mine} >= {least:g}",
+                "limit": f"{peer} / {mine} >= {least:g}",
                 "reached": ratio,
                 "passed": None if ratio is None else ratio >= least,
             }
         )
     for mine, most in LARGEST_EXTRA.items():
         extra = results[mine].extra_bytes / results[mine].gradient_bytes
-        out.append({"bar": f"extra memory {mine} <= {most:g}", "reached": extra, "passed": extra <= most})
+        out.append({"limit": f"extra memory {mine} <= {most:g}", "reached": extra, "passed": extra <= most})
     return out
 
 
@@ -126,9 +126,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", metavar="TOKENSxVOCAB", help="cuda: also TOKENSxSHARDofVOCAB")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, help="timed runs of each method")
-    parser.add_argument("--json", type=Path, help="write every time here as well")
+    parser.add_argument("--json", type=Path, help="file for all times")
     parser.add_argument("--tp", nargs="+", type=int, default=[1, 2], help="cpu: tensor-parallel sizes")
-    parser.add_argument("--threads", type=int, default=2, help="cpu: threads, shared out among the ranks")
+    parser.add_argument("--threads", type=int, default=2, help="cpu: threads, divided among the ranks")
     parser.add_argument(
         "--loss", choices=["calibrated", "divergence"], default="calibrated", help="cpu: which of ours"
     )
@@ -145,7 +145,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def on_cuda(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
-        print("loss.py: --device cuda needs a GPU that torch can use; there is none here", file=sys.stderr)
+        print("loss.py: --device cuda needs a GPU that torch can use", file=sys.stderr)
         return 2
     import device_table
     import head_device
@@ -182,7 +182,7 @@ def on_cpu(options: argparse.Namespace) -> int:
         f"{', '.join(machine['packages'])}; load {machine['load_before']:.1f}"
     )
     if machine["load_before"] > 0.5:
-        print("The machine is busy with something else: ratios may hold, milliseconds will not.")
+        print("Other processes use this machine: ratios may hold, milliseconds will not.")
     print(HEADER, flush=True)
     records, reasons, wrong = [], {}, []
     for shape, dtype, tp in product(options.shapes or SHAPES, options.dtypes, options.tp):
@@ -197,10 +197,10 @@ def on_cpu(options: argparse.Namespace) -> int:
             elif result.gradient_error > largest_error(name, dtype):
                 wrong.append(f"{name} {shape} {dtype} tp {tp}: gradient error {result.gradient_error:.1e}")
         figures = {name: r if isinstance(r, str) else asdict(r) for name, r in results.items()}
-        records.append({"case": asdict(case), "results": figures, "bars": verdicts(case, results)})
-    verdict = [bar["passed"] for record in records for bar in record["bars"]]
+        records.append({"case": asdict(case), "results": figures, "limits": verdicts(case, results)})
+    verdict = [limit["passed"] for record in records for limit in record["limits"]]
     print(
-        f"bars: {verdict.count(True)} passed, {verdict.count(False)} failed, {verdict.count(None)} without a peer"
+        f"limits: {verdict.count(True)} passed, {verdict.count(False)} failed, {verdict.count(None)} without a peer"
     )
     for (name, reason), tp in reasons.items():
         print(f"{name} was not measured at tp {tp}: {reason}")

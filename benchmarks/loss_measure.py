@@ -21,7 +21,7 @@ import loss_methods as methods
 
 WARMUPS = 2
 CHECKED_ROWS = 16
-LIMIT_SECONDS = 600  # for one case; a hang must not outlive it
+LIMIT_SECONDS = 600  # for one case, because a method may hang
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """One method on one case. Times in seconds, each the slowest rank's; bytes of rank 0."""
+    """One method on one case. Seconds of the slowest rank for each time; bytes of rank 0."""
 
     times: list[float]
     extra_bytes: int
@@ -47,9 +47,9 @@ class Result:
 
 
 class CpuMeter:
-    """Peak memory of a process, from the kernel: pages in RAM, so torch's and everybody else's alike.
+    """Peak memory of a process, from the kernel: pages in RAM of torch and of all other libraries.
 
-    pid: another process of the same user, asked from outside it; None for this one.
+    pid: another process of the same user; None for this one.
     """
 
     def __init__(self, pid: int | None = None) -> None:
@@ -63,9 +63,9 @@ class CpuMeter:
         self.mark()
 
     def mark(self) -> None:
-        """As `start`, where the process itself has called `release`."""
+        """As `start`, after the process itself has called `release`."""
         with open(f"{self._folder}/clear_refs", "w") as control:
-            control.write("5")  # sets the peak back to what is in use now
+            control.write("5")  # resets the peak to the current use
         self._before = self._read("VmRSS")
 
     def extra_bytes(self) -> int:
@@ -77,7 +77,7 @@ class CpuMeter:
 
 
 def release() -> None:
-    """Gives freed memory back to the system, so that it does not serve the next method unseen."""
+    """Returns freed memory to the system, so that the next method cannot use it unnoticed."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -86,7 +86,7 @@ METERS = {"cpu": CpuMeter}
 
 
 def measure(case: Case) -> dict[str, Result | str]:
-    """Results by the method's name; a sentence where a method could not run. RuntimeError when a rank fails."""
+    """Results by name of the method; the reason if a method could not run. RuntimeError if a rank fails."""
     context = multiprocessing.get_context("spawn")
     os.environ["OMP_NUM_THREADS"] = str(case.threads)  # read when the child starts
     receiver, sender = context.Pipe(duplex=False)
@@ -118,9 +118,7 @@ def measure(case: Case) -> dict[str, Result | str]:
 
 def _rank(rank: int, case: Case, store: str, sender: Connection) -> None:
     torch.set_num_threads(case.threads)
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # torch's, about names of collectives: not what is measured
+    warnings.simplefilter("ignore", FutureWarning)  # a warning of torch about names of collectives
     if case.tp > 1:
         dist.init_process_group(
             "gloo",
@@ -168,7 +166,7 @@ class _Bench:
         gc.disable()
         for _ in range(
             case.repeats
-        ):  # method by method within a round, so that a slow moment of the machine meets all
+        ):  # all methods in each round, so that a slow moment of the machine affects all
             for name, method in ready.items():
                 times[name].append(self.forward_backward(method)[1])
         size = self.student.numel() * self.student.element_size()
@@ -178,12 +176,12 @@ class _Bench:
         return out
 
     def restore(self) -> None:
-        """The logits as they were: in place, the gradient has overwritten them. Warms the same pages for everyone."""
+        """Restores the logits, which an in-place gradient has overwritten. Touches the same pages for all methods."""
         with torch.no_grad():
             self.student.copy_(self.kept)
 
     def forward_backward(self, method: methods.Method, restored: bool = False) -> tuple[Tensor, float]:
-        """The gradient as the layer below would get it, and the seconds it took; nothing is accumulated or copied."""
+        """The gradient for the layer below, and its seconds; nothing is accumulated or copied."""
         if not restored:
             self.restore()
         if self.case.tp > 1:

@@ -1,4 +1,4 @@
-"""The losses that benchmarks/loss.py compares: each a function from logits to per-token losses.
+"""The losses that benchmarks/loss.py compares. Each is a function from logits to per-token losses.
 
 All get the same tensors: student and teacher logits [tokens, vocab / tp], labels [tokens].
 """
@@ -24,7 +24,7 @@ METHODS = (OURS, OURS_INPLACE, MODELOPT, COMPILED)
 
 
 def build(name: str, loss: str, tp: int) -> Method | str:
-    """The method, or one sentence that says why it cannot run here."""
+    """The method, or the reason why it cannot run on this machine."""
     if name in (OURS, OURS_INPLACE):
         return ours(loss, dist.group.WORLD if tp > 1 else None, name == OURS_INPLACE)
     if name == MODELOPT:
@@ -50,18 +50,18 @@ def ours(loss: str, group: dist.ProcessGroup | None, inplace: bool) -> Method:
 
 def modelopt(tp: int) -> Method | str:
     """NVIDIA ModelOpt's LogitsKLLoss: KL(teacher || student), the peer for Megatron models."""
-    for talker in ("modelopt", "torch.utils.cpp_extension"):  # say that there is no GPU, amid the table
+    for talker in ("modelopt", "torch.utils.cpp_extension"):  # they log inside the table that there is no GPU
         logging.getLogger(talker).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about packages for GPUs, which are not used here
+            warnings.simplefilter("ignore")  # about missing packages for GPUs
             from megatron.core import parallel_state
             from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
     except ImportError as error:
         return f"nvidia-modelopt cannot be imported: {error}"
     if tp > 1:
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
-    # All it reads of a Megatron configuration.
+    # The fields of a Megatron configuration that it reads.
     criterion = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=tp, sequence_parallel=False))
 
     def per_token(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def modelopt(tp: int) -> Method | str:
 
 
 def compiled() -> Method:
-    """What a user gets from torch alone: the textbook formula in float32, fused by the compiler."""
+    """The textbook formula in float32, fused by torch.compile."""
 
     def kl(student: Tensor, teacher: Tensor) -> Tensor:
         log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
@@ -83,7 +83,7 @@ def compiled() -> Method:
 
 
 def true_gradient(name: str, loss: str, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-    """Float64 gradient of the summed loss in the whole-vocabulary logits [rows, vocab]."""
+    """The float64 gradient of the summed loss for logits over the whole vocabulary [rows, vocab]."""
     student = student.double().requires_grad_()
     stats = reference.statistics(student, teacher, labels)
     per_token = stats["divergence"]

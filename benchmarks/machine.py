@@ -1,4 +1,4 @@
-"""What a measurement was taken on, for its record."""
+"""Describes the machine of a measurement, for its record."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def installed(package: str) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of everything that a measurement on a GPU depends on; None for what is not installed."""
+    """Versions of everything that a measurement on a GPU depends on; None for missing packages."""
     found: dict[str, str | None] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in (*PACKAGES, "transformer-engine", "pytest", "pytest-xdist"):
         try:
@@ -43,7 +43,7 @@ def processor() -> str:
 
 
 def gpu_facts() -> dict:
-    """The GPU, its driver and clocks, the host and what is installed there."""
+    """The GPU, its driver and clocks, the host and its installed packages."""
     found = torch.cuda.get_device_properties(0)
     facts = {
         "device": found.name,

@@ -1,14 +1,14 @@
-"""Measures what each code of the teacher's logits costs in error on real logits, and how long encoding takes.
+"""Measures the error of each code for the teacher's logits, on real logits, and the time of encoding.
 
     python benchmarks/payload.py [--positions 2048] [--repeats 15] [--json results.json]
 
-SmolLM2-135M-Instruct teaches, on mathematical solutions and on source text; four students made of it differ from it
-by a KL of 0.02 to 5 nat. Truth is float64 from the float32 logits. Each table says, for each code and student, the
-mean and the largest |error of the KL| in nat, and 1 - the mean cosine between the gradient and the exact one. The
-last lines went through the payload's encoder and the package's kernels. Needs what `make demo` installs.
+The teacher is SmolLM2-135M-Instruct, on mathematical solutions and on source text. Four students made from it have a KL
+of 0.02 to 5 nat. The reference is float64 from the float32 logits. Each table has, for each code and student, the mean
+and the largest |error of the KL| in nat, and 1 - the mean cosine between the gradient and the exact one. The last lines
+use the encoder of the payload and the kernels of the package. Needs the packages of `make demo`.
 
-The status is 0 when the payloads' errors keep their bars. Times have bars too, but other work on the machine moves
-them, so they are only reported.
+The exit status is 0 if the errors of the payloads are within their limits. The times have limits too, but other work on
+the machine changes them, so they are only reported.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from payload_codes import Code, Errors, all_codes, measure
 from vcrd.link.payload import encode, payload_named, row_max
 
 RAW = "raw bf16"
-# The mean error of the KL, as a share of raw bf16's.
+# The mean error of the KL, relative to raw bf16.
 LARGEST_SHARE = {"float16": 1 / 100, "logits_8bit": 1 / 4}
 PAYLOADS = ("float32", "float16", "logits_8bit")
 TIMED_ROWS = 1024
 
 
-def error_bars(errors: Mapping[str, Mapping[str, Errors]]) -> list[dict]:
-    """Each payload against raw bf16, decoded in float64 and through the loss, at every student."""
+def error_limits(errors: Mapping[str, Mapping[str, Errors]]) -> list[dict]:
+    """Compares each payload with raw bf16, decoded in float64 and by the loss, for every student."""
     out = []
     for payload, share in LARGEST_SHARE.items():
         for code in (payload, f"{payload}, vcrd's loss"):
@@ -52,8 +52,8 @@ def error_bars(errors: Mapping[str, Mapping[str, Errors]]) -> list[dict]:
                 raw = errors[RAW][student]
                 reached = got.mean / raw.mean
                 out += [
-                    bar(f"{code}, {student}: error / {RAW}'s <= {share:g}", reached, reached <= share),
-                    bar(
+                    limit(f"{code}, {student}: error / {RAW}'s <= {share:g}", reached, reached <= share),
+                    limit(
                         f"{code}, {student}: cosine - {RAW}'s >= 0",
                         got.cosine - raw.cosine,
                         got.cosine >= raw.cosine,
@@ -62,24 +62,24 @@ def error_bars(errors: Mapping[str, Mapping[str, Errors]]) -> list[dict]:
     return out
 
 
-def time_bars(times: Mapping[str, Mapping[str, float]]) -> list[dict]:
-    """Encoding against a copy of the same logits, by the logits' dtype."""
+def time_limits(times: Mapping[str, Mapping[str, float]]) -> list[dict]:
+    """Compares encoding with a copy of the same logits, by dtype of the logits."""
     return [
-        bar(f"{name} of {dtype}: time / a copy's <= 1", of[name] / of["copy"], of[name] <= of["copy"])
+        limit(f"{name} of {dtype}: time / a copy's <= 1", of[name] / of["copy"], of[name] <= of["copy"])
         for dtype, of in times.items()
         for name in LARGEST_SHARE
     ]
 
 
-def bar(text: str, reached: float, passed: bool) -> dict:
-    return {"bar": text, "reached": reached, "passed": passed}
+def limit(text: str, reached: float, passed: bool) -> dict:
+    return {"limit": text, "reached": reached, "passed": passed}
 
 
 def encoding_seconds(logits: Tensor, repeats: int) -> dict[str, dict[str, float]]:
-    """Median seconds by the logits' dtype and by what is done to float32 [rows, vocabulary], in turns.
+    """Median seconds by dtype of the logits and by job on float32 [rows, vocabulary], alternating.
 
-    Each job writes to memory that it wrote before, as the link does. `copy`: in the logits' own dtype. `row maximum`:
-    what the relative payloads need before, of the whole vocabulary.
+    Each job writes to memory that it used before, as the link does. `copy`: in the dtype of the logits. `row maximum`:
+    over the whole vocabulary, which the relative payloads need first.
     """
     out = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -107,7 +107,7 @@ def encoding_seconds(logits: Tensor, repeats: int) -> dict[str, dict[str, float]
 def table(
     divergences: Mapping[str, float], errors: Mapping[str, Mapping[str, Errors]], sizes: Mapping
 ) -> str:
-    """Markdown; students from far to near."""
+    """A Markdown table, with students from far to near."""
     heads = [f"{name}, KL {kl:.3g}" for name, kl in divergences.items()]
     lines = [f"| code | bytes | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     for code, of in errors.items():
@@ -130,7 +130,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--positions", type=int, default=2048, help="tokens of each text")
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--json", type=Path, help="where to write every figure")
+    parser.add_argument("--json", type=Path, help="file for all results")
     return parser.parse_args()
 
 
@@ -146,40 +146,40 @@ def main() -> int:
     }
     print(f"{machine['processor']}, {options.threads} threads; {', '.join(machine['packages'])}", flush=True)
     record: dict = {"machine": machine, "positions": options.positions, "texts": {}}
-    bars: list[dict] = []
+    limits: list[dict] = []
     codes: list[Code] = []
     for text, teacher, students in payload_logits.logits(options.positions):
         if not codes:
             codes = all_codes(teacher)
             sample = teacher[:TIMED_ROWS].clone()
         divergences, errors = measure(teacher, students, codes)
-        found = [{**one, "bar": f"{text}, {one['bar']}"} for one in error_bars(errors)]
+        found = [{**one, "limit": f"{text}, {one['limit']}"} for one in error_limits(errors)]
         print(f"\n{text}, {len(teacher)} positions, largest logit {teacher.max():.1f}\n")
         print(table(divergences, errors, {code.name: code.bytes for code in codes}), flush=True)
-        bars += found
+        limits += found
         record["texts"][text] = {
             "divergence": divergences,
             "errors": {c: {s: asdict(e) for s, e in of.items()} for c, of in errors.items()},
-            "bars": found,
+            "limits": found,
         }
-        del teacher, students  # before the next text's are computed
+        del teacher, students  # before those of the next text are computed
     times = encoding_seconds(sample, options.repeats)
     print(f"\nEncoding {list(sample.shape)}, median milliseconds of {options.repeats} (of a copy's)\n")
     print(time_table(times))
-    timed = time_bars(times)
-    record["seconds"], record["time_bars"] = times, timed
+    timed = time_limits(times)
+    record["seconds"], record["time_limits"] = times, timed
     print()
-    for name, of in (("error", bars), ("time", timed)):
+    for name, of in (("error", limits), ("time", timed)):
         print(
-            f"{name} bars: {sum(b['passed'] for b in of)} passed, {sum(not b['passed'] for b in of)} failed"
+            f"{name} limits: {sum(b['passed'] for b in of)} passed, {sum(not b['passed'] for b in of)} failed"
         )
         for failed in (b for b in of if not b["passed"]):
-            print(f"  FAILED {failed['bar']}: {failed['reached']:.3g}")
+            print(f"  FAILED {failed['limit']}: {failed['reached']:.3g}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=1))
         print(f"written: {options.json}")
-    return 0 if all(b["passed"] for b in bars) else 1
+    return 0 if all(b["passed"] for b in limits) else 1
 
 
 if __name__ == "__main__":

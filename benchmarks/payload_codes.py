@@ -1,7 +1,7 @@
-"""Codes of a teacher's logits, and what each costs: error of the KL and direction of the gradient, in float64.
+"""Codes for a teacher's logits, and the errors of each in KL and direction of the gradient, in float64.
 
-A relative code carries the distance d = row maximum - logit, small where the probability is. An 8-bit one is a table of
-256 distances, of which a logit takes the nearest. Everything here works on [rows, vocabulary] logits.
+A relative code stores the distance d = row maximum - logit, which is small for probable tokens. An 8-bit code is a
+table of 256 distances, and each logit takes the nearest one. All functions work on [rows, vocabulary] logits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import vcrd
 from vcrd.link.payload import encode, payload_named, row_max
 from vcrd.loss import reference
 
-BLOCK_ROWS = 16  # float64 copies of whole rows are made of this many only
+BLOCK_ROWS = 16  # rows in float64 at a time
 
 # (student's logits float32, student's log-probabilities float64) -> KL(p || q) [rows], its gradient [rows, vocabulary]
 Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -26,7 +26,7 @@ Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Code:
-    """prepare: the teacher's float32 logits go through the code; what is left of them answers for any student."""
+    """prepare: encodes the teacher's float32 logits; its result computes KL and gradient for any student."""
 
     name: str
     bytes: int
@@ -35,7 +35,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Errors:
-    """Over rows: mean and largest |KL - exact KL| in nat, mean cosine between the gradient and the exact one."""
+    """Over all rows: mean and largest |KL - exact KL| in nat, mean cosine of the gradient and the exact one."""
 
     mean: float
     largest: float
@@ -43,12 +43,12 @@ class Errors:
 
 
 def distance(logits: Tensor) -> Tensor:
-    """Below the row's maximum, as the payloads take it: in float32."""
+    """The distance below the maximum of the row, in float32 as in the payloads."""
     return logits.amax(-1, keepdim=True) - logits
 
 
 def decoded(name: str, size: int, read: Callable[[Tensor], Tensor]) -> Code:
-    """read: float32 logits -> what the receiver takes them for, each row up to a shift."""
+    """read: float32 logits -> the decoded logits, each row up to a shift."""
 
     def prepare(logits: Tensor) -> Evaluate:
         log_p = read(logits).double().log_softmax(-1)
@@ -58,7 +58,7 @@ def decoded(name: str, size: int, read: Callable[[Tensor], Tensor]) -> Code:
 
 
 def through_the_loss(payload_name: str) -> Code:
-    """The payload's own encoder and decoder, then the package's kernels in float32."""
+    """The encoder and decoder of the payload, then the kernels of the package in float32."""
     payload = payload_named(payload_name)
 
     def prepare(logits: Tensor) -> Evaluate:
@@ -76,7 +76,7 @@ def through_the_loss(payload_name: str) -> Code:
 
 
 def shipped(payload_name: str) -> Code:
-    """The payload's own encoder, decoded by its documented formula in float64."""
+    """The encoder of the payload, decoded by its documented formula in float64."""
     payload = payload_named(payload_name)
 
     def read(logits: Tensor) -> Tensor:
@@ -101,18 +101,18 @@ def power(exponent: float, top: float) -> Tensor:
 
 
 def mu_law(scale: float, top: float) -> Tensor:
-    """Steps grow as scale + d: even in log(1 + d / scale)."""
+    """Steps grow as scale + d: uniform in log(1 + d / scale)."""
     return scale * torch.expm1(UNIT * math.log1p(top / scale))
 
 
 def root_of_probability(root: float, top: float) -> Tensor:
-    """Even in exp(-d / root)."""
+    """Uniform in exp(-d / root)."""
     return -root * torch.log1p(UNIT * math.expm1(-top / root))
 
 
 def rational(scale: float, top: float) -> Tensor:
-    """Steps grow as (scale' + d)^2, where scale' = scale / (1 - scale / top): even in d / (scale' + d). `scale` is 255
-    times the step at d = 0."""
+    """Steps grow as (scale' + d)^2 with scale' = scale / (1 - scale / top): uniform in d / (scale' + d). `scale` is
+    255 times the step at d = 0."""
     return scale * UNIT / (1 - (1 - scale / top) * UNIT)
 
 
@@ -121,14 +121,14 @@ def polynomial(scale: float, degree: int, top: float) -> Tensor:
 
 
 def companded(logits: Tensor, top: float = 30.0, bins: int = 3000) -> Tensor:
-    """The table that theory gives for least sum of p (error of d)^2: codes as dense as the cube root of the probability
-    per unit of distance, here as measured on `logits`."""
+    """The table with the least sum of p (error of d)^2 in theory: the density of the codes is the cube root of the
+    probability per unit of distance, measured on `logits`."""
     mass = torch.zeros(bins, dtype=torch.float64)
     for rows in logits.split(BLOCK_ROWS):
         d = distance(rows)
-        p = (-d.double()).softmax(-1) * (d > 0)  # the maximum itself is exact in every code
+        p = (-d.double()).softmax(-1) * (d > 0)  # every code stores the maximum exactly
         mass.scatter_add_(0, (d * (bins / top)).long().clamp_(max=bins - 1).flatten(), p.flatten())
-    # Smoothed over a third of a nat on both sides: single tokens are no density.
+    # Smoothed over a third of a nat on both sides, because single tokens are no density.
     width = bins // 90
     padded = torch.cat([mass[:width].flip(0), mass, mass[-width:].flip(0)])
     density = padded.unfold(0, 2 * width + 1, 1).mean(-1) ** (1 / 3)
@@ -140,7 +140,7 @@ def companded(logits: Tensor, top: float = 30.0, bins: int = 3000) -> Tensor:
 
 
 def all_codes(sample: Tensor) -> list[Code]:
-    """sample: teacher's logits that the companding table is made of."""
+    """sample: teacher logits for the companding table."""
     e4m3 = torch.float8_e4m3fn
     return [
         decoded("raw bf16", 2, lambda logits: logits.bfloat16()),

@@ -1,6 +1,6 @@
-"""Real logits: SmolLM2-135M-Instruct on two kinds of text, and four students made of it, from near to far.
+"""Real logits: SmolLM2-135M-Instruct on two kinds of text, and four students made from it, from near to far.
 
-Needs what the demo installs, and its cache of problems and tokenizer, which is written the first time.
+Needs the packages of the demo, and its cache of problems and tokenizer, which the first run writes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 LONGEST = 512  # tokens of one sequence
 
-# Layers left out one after the other at even distances; the farthest student is the demo's, before any training.
+# Layers are left out at even distances. The farthest student is that of the demo, before any training.
 LEFT_OUT = (7, 10, 13, 16, 22, 25)
 
 
 def logits(positions: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-    """For each text its name, the teacher's logits and those by student, float32 [positions, vocabulary]."""
+    """For each text its name, the teacher's logits, and the logits by student, float32 [positions, vocabulary]."""
     from examples.demo.settings import CACHE
     from examples.demo.source import hugging_face_model, prepare
 
@@ -28,7 +28,7 @@ def logits(positions: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
     model = hugging_face_model().requires_grad_(False)
     for name, sequences in (("CHAMP", champ(CACHE)), ("heapq", source(CACHE))):
         text = cut(sequences, positions)
-        # One text after the other: 2048 positions under five models take 2 GB.
+        # One text after the other, because 2048 positions of five models take 2 GB.
         yield name, run(model, text), {student: run(model, text) for student in made_of(model)}
 
 
@@ -40,7 +40,7 @@ def champ(cache: Path) -> Iterator[list[int]]:
 
 
 def source(cache: Path) -> Iterator[list[int]]:
-    """The source of Python's own heapq: half of it code, half English."""
+    """The source of Python's heapq: half code, half English."""
     from tokenizers import Tokenizer
 
     tokens = Tokenizer.from_file(str(cache / "tokenizer.json")).encode(inspect.getsource(heapq)).ids
@@ -48,7 +48,7 @@ def source(cache: Path) -> Iterator[list[int]]:
 
 
 def cut(sequences: Iterator[list[int]], positions: int) -> list[list[int]]:
-    """The first sequences that together have `positions` tokens, the last one shortened."""
+    """The first sequences with `positions` tokens in total; the last one is shortened."""
     taken: list[list[int]] = []
     left = positions
     for sequence in sequences:
@@ -64,7 +64,7 @@ def run(model: torch.nn.Module, sequences: list[list[int]]) -> Tensor:
 
 
 def made_of(model: torch.nn.Module) -> Iterator[str]:
-    """Turns the model into one student after the other; the name of each."""
+    """Changes the model into one student after the other, and yields their names."""
     from examples.demo.settings import KEPT_LAYERS
 
     layers = model.model.layers

@@ -1,7 +1,7 @@
-"""What telemetry costs the thread that trains: `python benchmarks/telemetry.py`. No GPU is needed.
+"""Measures the overhead of telemetry in the training thread: `python benchmarks/telemetry.py`. Needs no GPU.
 
-Medians, on this machine, of what each step, each answer and each record add; and the processor time of the thread that
-reads and writes.
+Prints the median time of each step, each answer and each record, and the processor time of the thread that reads and
+writes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from vcrd.monitor.telemetry import Telemetry
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--rounds", type=int, default=15, help="of which the median is taken (default: %(default)s)"
-    )
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of the median (default: %(default)s)")
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
         telemetry = Telemetry(folder, "student", 0, interval=1.0)
@@ -41,7 +39,7 @@ _CLOCK = StepClock()
 
 
 def a_step(telemetry: Telemetry) -> None:
-    """The clock of one micro-batch, and what `IntervalLog` does at the end of each step."""
+    """The clock of one micro-batch, and the work of `IntervalLog` at the end of each step."""
     with _CLOCK.forward():
         pass
     _CLOCK.end_backward()
@@ -77,7 +75,7 @@ def median(rounds: int, work, repeats: int) -> float:
 
 
 def of_the_thread(folder: str, seconds: float) -> float:
-    """Share of a core that the thread takes, at the interval that is the default."""
+    """Share of a core for the thread, at the default interval."""
     telemetry = Telemetry(folder, "student", 1, interval=10.0)
     begun, before = time.monotonic(), time.process_time()
     time.sleep(seconds)

@@ -1,8 +1,8 @@
-"""What an installed vcrd must be able to do in an image, without a GPU: faults as sentences, exit status 1.
+"""Checks an installed vcrd in an image, without a GPU. Prints the errors, and exits with 1 if there are any.
 
     python -I docker/check.py ARCHITECTURES
 
-ARCHITECTURES is what the extension was to be built for, as torch writes it ("9.0a", "9.0a;10.0+PTX"), or "none".
+ARCHITECTURES are the targets of the extension in torch's notation ("9.0a", "9.0a;10.0+PTX"), or "none".
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def asked(architectures: str) -> set[str]:
 
 
 def listed(elf: str, ptx: str) -> set[str]:
-    """The same of what `cuobjdump --list-elf` and `--list-ptx` print."""
+    """The same from the output of `cuobjdump --list-elf` and `--list-ptx`."""
     chips = {f"sm_{chip}" for chip in re.findall(r"^ELF file.*\.sm_(\d+[af]?)\.cubin$", elf, re.M)}
     return chips | {f"compute_{chip}" for chip in re.findall(r"^PTX file.*\.sm_(\d+[af]?)\.ptx$", ptx, re.M)}
 

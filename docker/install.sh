@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The steps of docker/Dockerfile, one RUN each; CI runs them as they are in a clean virtual environment.
-#   docker/install.sh user             the user that the image runs as (root only)
-#   docker/install.sh dependencies     what vcrd needs besides torch, at the versions of requirements/
-#   docker/install.sh extension        vcrd itself, with its compiled extension
-#   docker/install.sh check            what is installed works, without a GPU
-# Variables: PYTHON, the interpreter to install into (python3), which has torch already; CUDA_ARCHITECTURES, what the
-# extension is built for (9.0a; others: "9.0a;10.0"; none: CPU kernels only, where torch has no CUDA); USER_ID and
-# GROUP_ID of the user (1000); PREFIX, a folder that stands for / when the user is made ("").
+# The steps of docker/Dockerfile, one RUN each. CI runs the same steps in a clean virtual environment.
+#   docker/install.sh user             create the user of the image (root only)
+#   docker/install.sh dependencies     install the dependencies of vcrd except torch, at the versions of requirements/
+#   docker/install.sh extension        install vcrd with its compiled extension
+#   docker/install.sh check            check the installation, without a GPU
+# Variables: PYTHON, the interpreter with torch (python3); CUDA_ARCHITECTURES, the targets of the extension (9.0a; others:
+# "9.0a;10.0"; none: only CPU kernels, for a torch without CUDA); USER_ID and GROUP_ID of the user (1000); PREFIX, a folder
+# that replaces / for the step user ("").
 set -euo pipefail
 
 : "${PYTHON:=python3}" "${CUDA_ARCHITECTURES:=9.0a}" "${USER_ID:=1000}" "${GROUP_ID:=1000}" "${PREFIX:=}"
@@ -21,12 +21,12 @@ fail() {
     exit 1
 }
 
-# What is installed decides, neither PYTHONPATH nor (-I) the folder that this is started in. -B leaves no caches.
+# Uses the installed packages, not PYTHONPATH and (-I) not the current folder. -B writes no caches.
 unset PYTHONPATH
 python() { "$PYTHON" -I -B "$@"; }
 pip() { "$PYTHON" -I -m pip --disable-pip-version-check --no-input -q "$@"; }
 
-# Version, place and contents of torch, without importing it.
+# Prints version, folder and contents of torch, without importing it.
 torch_identity() {
     python - <<'END'
 import hashlib
@@ -43,7 +43,7 @@ print("torch", version("torch"), "in", folder, contents)
 END
 }
 
-# pip with arguments, after which torch must be the one that was there before.
+# Runs pip, and fails if torch changed.
 pip_beside_torch() {
     local before after
     before=$(torch_identity)
@@ -55,7 +55,7 @@ pip_beside_torch() {
 
 dependencies() {
     python "$root/docker/pins.py" "$work"
-    # In place of the base image's own constraints, which name more than torch and know nothing of our pins.
+    # Replaces the constraints of the base image, which contain more than torch and do not have our pins.
     PIP_CONSTRAINT=$work/held.txt pip_beside_torch install -r "$work/install.txt"
 }
 
@@ -69,9 +69,9 @@ extension() {
             fail "CUDA_ARCHITECTURES is $CUDA_ARCHITECTURES, and this torch has no CUDA; none builds CPU kernels only"
         [[ -n ${CUDA_HOME:-} ]] || command -v nvcc >/dev/null ||
             fail "CUDA_ARCHITECTURES is $CUDA_ARCHITECTURES, and there is no nvcc: set CUDA_HOME or the PATH"
-        export TORCH_CUDA_ARCH_LIST=$CUDA_ARCHITECTURES # the base image sets a list of its own
+        export TORCH_CUDA_ARCH_LIST=$CUDA_ARCHITECTURES # the base image sets its own list
     fi
-    # A copy, so that neither objects nor metadata stay in the sources, and nothing built before gets into the package.
+    # A copy, so that no objects or metadata stay in the sources, and the package contains no earlier build.
     mkdir "$work/source"
     cp -r "$root"/{setup.py,pyproject.toml,README.md,LICENSE,csrc,vcrd} "$work/source"
     find "$work/source" -name '*.so' -delete
@@ -90,15 +90,15 @@ user() {
         [[ ${id#*=} =~ ^[1-9][0-9]*$ ]] || fail "${id%%=*} must be a positive integer, as the image does not run as root; got '${id#*=}'"
     done
     if [[ -n $PREFIX ]]; then where=(--prefix "$PREFIX"); fi
-    # Ubuntu's image has a user 1000 of its own, whom nobody needs here.
+    # Ubuntu's image has a user 1000, which is not needed.
     holder=$(awk -F: -v id="$USER_ID" '$3 == id {print $1}' "$PREFIX/etc/passwd")
     [[ -z $holder ]] || userdel "${where[@]}" "$holder"
     awk -F: -v id="$GROUP_ID" '$3 == id {found = 1} END {exit !found}' "$PREFIX/etc/group" ||
         groupadd "${where[@]}" --gid "$GROUP_ID" "$name"
-    # A log of logins has a place for every id up to the largest: with it a large one fills the layer.
+    # The log of logins has an entry for every id up to the largest, so a large id would fill the layer.
     useradd "${where[@]}" --no-log-init --uid "$USER_ID" --gid "$GROUP_ID" --no-create-home --home-dir "$home" \
         --shell /bin/bash "$name"
-    # Everybody's, as /tmp is: under `docker run --user` and enroot somebody else runs here, and keeps caches at home.
+    # Writable for every user, as /tmp is: `docker run --user` and enroot run another user, who has caches at home.
     install -d -m 1777 -o "$USER_ID" -g "$GROUP_ID" "$PREFIX$home"
 }
 

@@ -1,12 +1,12 @@
-"""Which packages an environment still lacks, at the versions of requirements/, and which of its own must not move.
+"""Lists the missing packages of an environment with the versions of requirements/, and the packages to keep.
 
     python docker/pins.py FOLDER
 
-Writes FOLDER/install.txt and FOLDER/held.txt, which `pip install -r install.txt` takes with held.txt as constraints.
-A base image was built and tested as one piece. What it has stays as it is, except megatron-core, which gets its pin,
-and build tools that pyproject.toml refuses. torch, numpy and everything built against torch are held at their exact
-versions, of whatever form: NVIDIA's torch is a pre-release with a local version, 2.11.0a0+eb65b36914.nv26.02. What is
-new comes at the versions that CI tests.
+Writes FOLDER/install.txt and FOLDER/held.txt, for `pip install -r install.txt` with held.txt as constraints.
+A base image was built and tested as a whole. Its packages stay as they are, except megatron-core, which gets its pin,
+and build tools that pyproject.toml refuses. torch, numpy and everything built against torch keep their exact versions
+of any form: NVIDIA's torch is a pre-release with a local version, 2.11.0a0+eb65b36914.nv26.02. New packages get the
+versions that CI tests.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-# pip reads requirements with it; nothing else need be installed yet.
+# pip's own parser for requirements, which needs no further package.
 from pip._vendor.packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements"
-# None: all of a file.
+# None: all packages of a file.
 WANTED: dict[str, set[str] | None] = {
     "core.txt": None,
     "build.txt": None,
@@ -46,7 +46,7 @@ def read(path: Path) -> dict[str, Requirement]:
 
 
 def wanted(folder: Path = REQUIREMENTS) -> dict[str, Requirement]:
-    """What the image needs besides torch; SystemExit where a file no longer names what is taken from it."""
+    """The packages that the image needs besides torch; SystemExit if a file no longer names one of them."""
     chosen: dict[str, Requirement] = {}
     for file, names in WANTED.items():
         text = (folder / file).read_text()
@@ -59,19 +59,19 @@ def wanted(folder: Path = REQUIREMENTS) -> dict[str, Requirement]:
 
 
 def build_tools() -> dict[str, Requirement]:
-    """What pyproject.toml says of the tools. Python 3.10 cannot read TOML; the list is one line there."""
+    """The build tools of pyproject.toml. Python 3.10 has no TOML parser, and the list is one line there."""
     line = re.search(r"^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.M)
     return {canonical(r.name): r for r in map(Requirement, ast.literal_eval(line[1]))}
 
 
 def installed() -> tuple[dict[str, str], set[str]]:
-    """Versions by canonical name, and the names of what requires torch."""
+    """Versions by canonical name, and the names of packages that require torch."""
     versions: dict[str, str] = {}
     dependent: set[str] = set()
     for package in distributions():
         name = package.metadata["Name"]
         if not name or not package.version or canonical(name) in versions:
-            continue  # a damaged folder, or one that another on the path hides
+            continue  # a damaged folder, or one hidden by another on the path
         versions[canonical(name)] = package.version
         needs = [re.match(r"[\w.-]+", line) for line in package.requires or () if "extra ==" not in line]
         if FROM_BASE in {canonical(need[0]) for need in needs if need}:
@@ -100,7 +100,7 @@ def main(folder: Path) -> None:
     new = {n: r for n, r in read(tested).items() if n not in versions} if tested.exists() else {}
     lines = [f"{n}=={v}" for n, v in sorted(held.items())] + [str(r) for r in new.values()]
     (folder / "held.txt").write_text("".join(f"{line}\n" for line in lines))
-    # Without the markers, which have been evaluated.
+    # Without the markers, which are already evaluated.
     lines = [f"{r.name}{r.specifier}" for r in missing.values()]
     (folder / "install.txt").write_text("".join(f"{line}\n" for line in lines))
     print("to install: " + " ".join(lines))

@@ -13,14 +13,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import checkpointing
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
-# Megatron takes these from a checkpoint's arguments only where they are None, or leaves them where they are None there.
+# Megatron takes these from the arguments of a checkpoint only if they are None; some stay if they are None there.
 _ARCHITECTURE = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels num_query_groups padded_vocab_size spec "
     "max_position_embeddings hybrid_layer_pattern mtp_num_layers mtp_hybrid_override_pattern "
     "num_experts moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_latent_size "
     "heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json"
 ).split()
-# How the student's own layers are spread over the stages.
+# How the student's own layers are divided among the stages.
 _SPREAD = (
     "pipeline_model_parallel_layout",
     "decoder_first_pipeline_num_layers",
@@ -31,12 +31,12 @@ _SPREAD = (
 def local_teacher(
     args: argparse.Namespace, student: Any, checkpoint: str
 ) -> Callable[[], list[torch.nn.Module]]:
-    """For `distill(teacher=...)`: returns this rank's chunks, built and loaded beside the student's.
+    """For `distill(teacher=...)`: returns the teacher's chunks on this rank, built and loaded beside the student's.
 
-    The parallelism is the student's, whatever the checkpoint was saved with; so is all that Megatron's
-    --use-checkpoint-args does not take from a checkpoint. args: the student's, validated. student: its model
-    configuration for `pretrain`, to which this adds what it needs. checkpoint: a folder of the format torch_dist.
-    ValueError for any other, or where its vocabulary does not fit.
+    The teacher has the parallelism of the student, whatever the checkpoint was saved with. It also has all arguments of
+    the student that Megatron's --use-checkpoint-args does not take from a checkpoint. args: validated arguments of the
+    student. student: its model configuration for `pretrain`; this function changes it. checkpoint: a folder in the
+    format torch_dist. ValueError for another format, or if the vocabulary does not fit.
     """
     theirs = copy.copy(args)
     for name in (*_ARCHITECTURE, *_SPREAD, "ckpt_step"):
@@ -56,11 +56,11 @@ def local_teacher(
             "--vcrd-vocab-size: expected the true vocabulary of both, for the teacher's checkpoint has "
             f"{padded} columns and the student {args.padded_vocab_size}, got {true}"
         )
-    # A distributed checkpoint is cut anew for each layout: the shards of the vocabulary line up with the student's.
+    # A distributed checkpoint is split again for each layout, so the vocabulary shards are those of the student.
     theirs.padded_vocab_size = args.padded_vocab_size
     if theirs.num_experts is None:
         theirs.expert_model_parallel_size = 1
-    # So that the random state is what it would be without a teacher, in a resumed run too.
+    # Keeps the random state the same as without a teacher, also in a resumed run.
     theirs.perform_initialization = False
     chunks: list[torch.nn.Module] = []
 
@@ -68,9 +68,9 @@ def local_teacher(
         chunks[:] = _load(theirs, path)
         return students
 
-    # Not in the first training step, to which the stages come one after another: loading is a collective.
+    # Now and not in the first training step: loading is a collective, and the stages reach that step one by one.
     student.post_wrap_hooks.append(build)
-    # The stages exchange both models' hidden states; Megatron has no argument for it.
+    # The stages exchange the hidden states of both models. Megatron has no argument for this.
     student.transformer.variable_seq_lengths = True
     return lambda: chunks
 

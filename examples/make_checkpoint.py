@@ -1,9 +1,10 @@
-"""Saves a Megatron model of random weights as a checkpoint, so that there is a teacher to try things with.
+"""Saves a Megatron model with random weights as a checkpoint, as a teacher for tests.
 
     torchrun --standalone examples/make_checkpoint.py <Megatron's arguments of a model> --save FOLDER
 
-One process, no data, no training: the model of the arguments, with the initial weights of its --seed, becomes iteration
-1. A teacher of any parallelism loads it. Needs Python 3.12 and megatron-core 0.19. Without a GPU it runs on CPU.
+Runs in one process, without data or training. The model of the arguments, with the initial weights of --seed, becomes
+iteration 1. A teacher with any parallelism can load it. Needs Python 3.12 and megatron-core 0.19. Without a GPU it runs
+on CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-# As a script: the folder of examples is where Python looks first, not the checkout.
+# For a script, Python searches the folder of the script first, not the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples.megatron_wheel import keep_compiled_helpers, require_training  # noqa: E402
 from vcrd.megatron import cpu  # noqa: E402

@@ -1,4 +1,4 @@
-"""What the wheels of megatron-core leave out of megatron.training."""
+"""Checks and fixes for megatron.training from a wheel of megatron-core."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 
 
 def require_training() -> None:
-    """SystemExit of one sentence where this megatron-core has no megatron.training."""
+    """SystemExit with a message if this megatron-core has no megatron.training."""
     try:
         found = importlib.util.find_spec("megatron.training")
     except ModuleNotFoundError:  # not even megatron
@@ -19,7 +19,7 @@ def require_training() -> None:
 
 
 def keep_compiled_helpers() -> None:
-    """The wheel ships its dataset helpers compiled, without the Makefile that Megatron would call at each start."""
+    """Skips the Makefile that Megatron calls at each start: the wheel has the compiled helpers without it."""
     from megatron.core.datasets import utils
 
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:

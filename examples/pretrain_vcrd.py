@@ -1,16 +1,16 @@
-"""Pretraining with distillation on megatron.training: all of Megatron's arguments, and the group --vcrd-*.
+"""Pretraining with distillation on megatron.training, with all Megatron arguments and the group --vcrd-*.
 
     torchrun --nproc-per-node 4 examples/pretrain_vcrd.py <Megatron's arguments> --vcrd-address host:port
 
-Needs Python 3.12 and megatron-core 0.19. Without a GPU it runs on CPU and gloo. The teacher: examples/serve_teacher.py,
-or --vcrd-local-teacher CHECKPOINT inside the same processes.
+Needs Python 3.12 and megatron-core 0.19. Without a GPU it runs on CPU and gloo. The teacher is a job of
+examples/serve_teacher.py, or runs in the same processes with --vcrd-local-teacher CHECKPOINT.
 """
 
 from __future__ import annotations
 
 if __name__ == "__mp_main__":
-    # A helper process that Megatron spawned to write checkpoints. Slurm signals every process of a job, and the last
-    # checkpoint is written after that; so it ignores the signal, and ends when its parent is gone.
+    # A helper process that Megatron spawned to write checkpoints. Slurm signals every process of a job before the last
+    # checkpoint is written. So the helper ignores the signal, and ends when its parent has ended.
     import os
     import signal
     import threading
@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# As a script: the folder of examples is where Python looks first, not the checkout.
+# For a script, Python searches the folder of the script first, not the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples.megatron_wheel import keep_compiled_helpers, require_training  # noqa: E402
 from vcrd.megatron import cpu  # noqa: E402
@@ -80,7 +80,7 @@ PACKING = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen", "local_cp_size", "hy
 
 
 def batch_of(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
-    """This rank's part of the next micro-batch: tensors [b, s], None for what its pipeline stage does not need."""
+    """This rank's part of the next micro-batch: tensors [b, s], None where the pipeline stage needs none."""
     args = get_args()
     is_packed = args.sft or args.dataloader_inter_document_masking
     has_extra_heads = extra_heads_here(vp_stage)
@@ -122,7 +122,7 @@ def batch_of(data_iterator: Any, vp_stage: int | None) -> dict[str, Any]:
 
 
 def extra_heads_here(vp_stage: int | None) -> bool:
-    """Whether heads of multi-token prediction are on this rank: their stage needs tokens and labels."""
+    """Whether this rank has heads of multi-token prediction. Their stage needs tokens and labels."""
     config = core_transformer_config_from_args(get_args())
     return mtp_on_this_rank(
         layout=config.pipeline_model_parallel_layout,
@@ -133,7 +133,7 @@ def extra_heads_here(vp_stage: int | None) -> bool:
 
 
 def packing_of(batch: dict[str, Any]) -> PackedSeqParams | None:
-    """What attention needs to know of sequences that are packed into one row."""
+    """The parameters of attention for sequences that are packed into one row."""
     if batch["cu_seqlens"] is None:
         return None
     real = batch["cu_seqlens"].squeeze(0)
@@ -155,7 +155,7 @@ def packing_of(batch: dict[str, Any]) -> PackedSeqParams | None:
 
 
 def loss_of(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """losses [b, s], each token's: their masked sum, the number of tokens, and both for the log."""
+    """losses [b, s] per token. Returns their masked sum, the number of tokens, and both for the log."""
     args = get_args()
     mask = loss_mask.reshape(-1).float()
     total = (losses.reshape(-1).float() * mask).sum()
@@ -190,7 +190,7 @@ def forward_step(data_iterator: Any, model: torch.nn.Module, return_schedule_pla
 
 
 def datasets(samples: list[int], vp_stage: int | None = None) -> tuple:
-    """Datasets for training, validation and test, by Megatron's arguments."""
+    """Datasets for training, validation and test, from Megatron's arguments."""
     args = get_args()
     kind = MockGPTDataset if args.mock_data else GPTDataset
     if args.sft:
@@ -205,11 +205,11 @@ def datasets(samples: list[int], vp_stage: int | None = None) -> tuple:
     return BlendedMegatronDatasetBuilder(kind, samples, needed, dataset_config(args)).build()
 
 
-datasets.is_distributed = True  # each rank builds what it needs
+datasets.is_distributed = True  # each rank builds the part that it needs
 
 
 def dataset_config(args: Any) -> GPTDatasetConfig:
-    """Most fields are arguments of the same name."""
+    """The configuration of the datasets. Most fields are arguments with the same name."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     same = {
         f.name: getattr(args, f.name) for f in fields(GPTDatasetConfig) if f.init and hasattr(args, f.name)
@@ -231,7 +231,7 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The settings, and two choices of this script."""
+    """Adds the settings of vcrd and two options of this script."""
     group = add_vcrd_args(parser).add_argument_group("vcrd, in this script")
     group.add_argument(
         "--vcrd-local-teacher",

@@ -1,10 +1,11 @@
-"""Serves any Megatron checkpoint as the teacher: all of Megatron's arguments, and the group --vcrd-*.
+"""Serves any Megatron checkpoint as the teacher, with all Megatron arguments and the group --vcrd-*.
 
     torchrun --nproc-per-node 2 examples/serve_teacher.py --load checkpoint --use-checkpoint-args \\
         --pipeline-model-parallel-size 2 --vcrd-address host:port
 
-Tensor and pipeline parallelism are those of the arguments, whatever the checkpoint was saved with, where its format is
-torch_dist; a legacy one (torch) keeps its own. Needs Python 3.12 and megatron-core 0.19. Without a GPU it runs on CPU.
+A checkpoint in the format torch_dist loads with the tensor and pipeline parallelism of the arguments. A legacy
+checkpoint (torch) needs the parallelism that it was saved with. Needs Python 3.12 and megatron-core 0.19. Without a GPU
+it runs on CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-# As a script: the folder of examples is where Python looks first, not the checkout.
+# For a script, Python searches the folder of the script first, not the checkout.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from examples.megatron_wheel import keep_compiled_helpers, require_training  # noqa: E402
 from vcrd.megatron import cpu  # noqa: E402
@@ -41,11 +42,11 @@ from megatron.training.initialize import initialize_megatron  # noqa: E402
 import vcrd.megatron  # noqa: E402
 from vcrd.megatron.arguments import add_vcrd_args, settings_from_args  # noqa: E402
 
-# What training needs and a teacher does not: Megatron asks for them all the same.
+# Megatron requires these arguments although a teacher does not need them.
 DEFAULTS = {"micro_batch_size": 1, "tokenizer_type": "NullTokenizer"}
 
 
-# EX_CONFIG of sysexits.h, for whoever would start it again (examples/slurm/launch.sh).
+# EX_CONFIG of sysexits.h: examples/slurm/launch.sh does not restart the teacher after it.
 WRONG_ARGUMENTS = 78
 
 
@@ -66,29 +67,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def tokenizer_of(args: argparse.Namespace) -> Any:
-    """That of the arguments, to be compared with the student's; None where its files are not here."""
+    """The tokenizer of the arguments, for comparison with the student's; None without its files."""
     try:
         return build_tokenizer(copy.copy(args))
-    except Exception as error:  # of whatever library
+    except Exception as error:  # from any library
         if args.rank == 0:
-            sentence = f"the tokenizer {args.tokenizer_type} cannot be built here: {error!r}"
+            sentence = f"the tokenizer {args.tokenizer_type} cannot be built: {error!r}"
             print(sentence, file=sys.stderr, flush=True)
         return None
 
 
 def main() -> None:
-    """Loads this rank's part of the teacher and serves it until every student has said goodbye."""
+    """Loads this rank's part of the teacher and serves it until every student has left."""
     keep_compiled_helpers()
     args = parse_args(extra_args_provider=add_arguments)
-    # Megatron itself would serve random weights then.
+    # Otherwise Megatron would use random weights.
     if args.load is None or not checkpoint_exists(args.load):
         refuse(f"--load: expected the folder of a Megatron checkpoint, got {args.load}")
-    # Not among the defaults: Megatron takes those for arguments that are None, and these are False.
+    # Not among the defaults, because Megatron uses defaults for arguments that are None, and these are False.
     args.exit_on_missing_checkpoint = args.no_load_optim = args.no_load_rng = True
     if args.use_checkpoint_args:
         load_args_from_checkpoint(args)
     validate_args(args, DEFAULTS)
-    # Requests are tokens already, so the tokenizer's files need not be here.
+    # Requests contain tokens, so the files of the tokenizer are not necessary.
     set_global_variables(args, build_tokenizer=False)
     initialize_megatron()
     config_from_args = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
@@ -99,7 +100,7 @@ def main() -> None:
     )
     try:
         iteration, _ = load_checkpoint(model, None, None, strict=True)
-    except SystemExit:  # Megatron has printed why, and would end as if all were well
+    except SystemExit:  # Megatron has printed the reason, and would exit with 0
         refuse(
             f"--load: expected a checkpoint in {args.load} that fits these arguments, got none; one in the legacy "
             "format (--ckpt-format torch) keeps the tensor and pipeline parallelism it was saved with"

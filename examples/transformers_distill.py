@@ -1,9 +1,10 @@
-"""The loss in a plain Hugging Face loop on one device, for those without Megatron.
+"""The loss in a plain Hugging Face loop on one device, without Megatron.
 
     python examples/transformers_distill.py [--student NAME --teacher NAME --text FILE]
 
-Names, or folders, of causal language models with one tokenizer. Left out: tiny random models and tokens, to see it run.
-In a Trainer of transformers or TRL, `distillation_loss` is what an overridden `compute_loss` returns.
+NAME is the name or folder of a causal language model; both models need the same tokenizer. Without options it uses tiny
+random models and tokens. In a Trainer of transformers or TRL, return `distillation_loss` from an overridden
+`compute_loss`.
 """
 
 import argparse
@@ -16,12 +17,14 @@ import vcrd
 
 
 def distillation_loss(student, teacher, batch):
-    """The mean over the tokens that follow another; batch: input_ids and attention_mask [b, s]."""
+    """The mean loss over all predicted tokens. batch: input_ids and attention_mask [b, s]."""
     with torch.no_grad():
         teacher_logits = teacher(**batch).logits[:, :-1]
     student_logits = student(**batch).logits[:, :-1]
     labels, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
-    true_size = min(student_logits.shape[-1], teacher_logits.shape[-1])  # they may be padded differently
+    true_size = min(
+        student_logits.shape[-1], teacher_logits.shape[-1]
+    )  # the padding of the vocabulary may differ
     out = vcrd.validity_calibrated_kl(student_logits, teacher_logits, labels, mask=mask, vocab_size=true_size)
     return out.loss.sum() / mask.sum()
 

@@ -1,9 +1,9 @@
-"""Before the training: on which tokens the two models differ in validity, and where the divergence lies.
+"""Before training: the tokens where the two models differ in validity, and the places of the divergence.
 
     python research/anatomy.py --out evidence
 
-Reads the teachers and students that run.py has trained there, and writes OUT/anatomy.json. Of each task and seed: the
-solutions of 256 problems that are not held out, drawn from the teacher and from the student.
+Reads the teachers and students that run.py has trained in OUT, and writes OUT/anatomy.json. For each task and seed it
+uses solutions of 256 problems that are not held out, sampled from the teacher and from the student.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ROWS = {
 
 @torch.no_grad()
 def shares(teacher: Stack, student: Stack, family, regime: str, seed: int, problems: int) -> dict[str, float]:
-    """By the names of ROWS, within 0..1."""
+    """Values by the names of ROWS, within 0..1."""
     asked = draw(family, random.Random(9000 + seed), problems)
     generator = torch.Generator().manual_seed(seed)
     chances = torch.rand(len(asked), longest(asked), generator=generator)
@@ -74,7 +74,7 @@ def shares(teacher: Stack, student: Stack, family, regime: str, seed: int, probl
 
 
 def measured(tasks: list[str], sizes: Sizes, out: Path) -> dict[str, dict[str, float]]:
-    """By regime, the means over tasks and seeds. FileNotFoundError where a model has not been trained."""
+    """Means over tasks and seeds, by regime. FileNotFoundError if a model has not been trained."""
     torch.set_num_threads(1)
     found = {}
     for regime in TITLES:
@@ -98,7 +98,7 @@ def page(content: dict) -> str:
     columns = [(config, regime) for config, those in content.items() for regime in those]
     rows = [["of tokens, or of the divergence, %", *map(", ".join, columns)]]
     for name, title in ROWS.items():
-        # On the student's own prefixes there are no labels but the verifier's.
+        # On the student's own prefixes only the verifier provides labels.
         rows.append(
             [
                 title,
@@ -115,7 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder of run.py's results")
     parser.add_argument(
-        "--configs", default="small", help="that run.py has trained models of there, separated by ','"
+        "--configs",
+        default="small",
+        help="configurations whose models run.py has trained in OUT, separated by ','",
     )
     parser.add_argument("--tasks", default=TASKS)
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Every method by its name: baselines, vcrd's own, controls, ideas, and variants of these."""
+"""Every method by name: baselines, methods of vcrd, controls, ideas, and variants of these."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from methods import OWN, TRACES, Method, calibrated, halved, plain, shuffled
 _LABELS, _VERIFIER = frozenset({"labels"}), frozenset({"verifier"})
 _TRACES, _OWN = frozenset({TRACES}), frozenset({OWN})
 
-# What the variants are set against.
+# Methods for comparison with the variants.
 _BESIDE_VARIANTS = frozenset(
     {"forward KL", "JSD", "label", "label, shuffled", "confidence", "scores, tokens"}
 )
-# Whether the default sharpness, 4, is the best one.
+# To find out whether the default sharpness, 4, is the best one.
 _SHARPNESS = {
     "confidence, sharpness 1": ("confidence", "forward_kl", 1.0),
     "confidence, sharpness 16": ("confidence", "forward_kl", 16.0),
     "JSD x label, sharpness 16": ("label", "jsd", 16.0),
 }
-# What the map of where the calibration helps is made of.
+# Methods for the map of where the calibration helps.
 _GAINS = frozenset(
     {
         *("forward KL", "KL + CE", "JSD"),
@@ -31,7 +31,7 @@ _GAINS = frozenset(
 )
 
 
-# What docs/evidence.md claims, for runs that have time for few.
+# Methods for the claims of docs/evidence.md, for short runs.
 _CLAIMS = frozenset(
     {
         *("forward KL", "KL + CE", "JSD"),
@@ -47,7 +47,7 @@ def methods() -> list[Method]:
 
 
 def sets() -> dict[str, frozenset[str]]:
-    """Names of methods that are compared with each other."""
+    """Sets of names of methods that are compared with each other."""
     usual, variants = (frozenset(method.name for method in those) for those in (_usual(), _variants()))
     return {
         "usual": usual,
@@ -65,7 +65,7 @@ def sets() -> dict[str, frozenset[str]]:
 
 
 def named(text: str) -> list[Method]:
-    """One of the sets, or methods by their names, separated by ';'. ValueError for an unknown one."""
+    """One of the sets, or methods by name, separated by ';'. ValueError for an unknown name."""
     known = {method.name: method for method in methods()}
     wanted = sets().get(text) or [name.strip() for name in text.split(";")]
     if unknown := [name for name in wanted if name not in known]:
@@ -150,7 +150,7 @@ def _variants() -> list[Method]:
         found.append(Method(name, "variant", calibrated("label", **more), asks=_LABELS, regimes=_TRACES))
     for name, more in (("scores, 0 to 2", wide), ("scores, 0.5 to 1.5", narrow)):
         found.append(Method(name, "variant", calibrated("scores", **more), asks=_VERIFIER))
-    # The weights with the bounded divergence, which the student's own prefixes favour.
+    # The weights with the bounded divergence, which is better on the student's own prefixes.
     for name, weights, ce, asks in (
         ("JSD + CE", halved(plain), 0.5, _LABELS),
         ("JSD x confidence", confidence, 0.0, frozenset()),

@@ -1,4 +1,4 @@
-"""How large models and trainings are."""
+"""Sizes of models and trainings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from train import Sizes
 
 CONFIGS = {
-    "tiny": Sizes(  # to see it run; nothing follows from it
+    "tiny": Sizes(  # for tests only
         teacher=(16, 1, 1),
         student=(8, 1, 1),
         teacher_steps=40,
@@ -21,11 +21,11 @@ CONFIGS = {
         rates=(1e-3, 3e-3),
     ),
     "small": Sizes(),
-    # Where the calibration may begin to matter: `small` with teachers that err more, with students that know less.
-    # The teacher of `formats` leaps over the share that is wanted: the others alone are compared (docs/evidence.md).
+    # Settings where the calibration may matter more: `small` with worse teachers, or with students that know less.
+    # The teacher of `formats` jumps over the wanted share, so only the other tasks are compared (docs/evidence.md).
     "worse-teacher": replace(Sizes(), good_enough=(0.60, 0.75)),
     "early-student": replace(Sizes(), begun=0.05),
-    # For one H100 and the processes of 16 cores beside it: four times the parameters, five times the tokens.
+    # For one H100 and 16 cores: four times the parameters, five times the tokens.
     "large": replace(
         Sizes(),
         teacher=(128, 4, 8),

@@ -1,4 +1,4 @@
-"""Problems and solutions as tensors of tokens, and what an exact verifier says of them."""
+"""Problems and solutions as tensors of tokens, and the verdicts of an exact verifier."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from models import Stack, generate
 from problems import END, Family, Problem
 
-# One token a symbol; the first is padding.
+# One token per symbol; the first is padding.
 SYMBOLS = "\0" + END + "0123456789+-*/%=;,.:!?" + "abcdefghijklmnopqrstuvwxyz" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 STOP = SYMBOLS.index(END)
 _TOKEN = {symbol: token for token, symbol in enumerate(SYMBOLS)}
@@ -31,8 +31,8 @@ def decode(tokens: Sequence[int]) -> str:
 
 @dataclass
 class Batch:
-    """Rows of prompt and solution. tokens, labels: int64 [.., s], the label what follows a token, -1 where none counts;
-    counts: bool [.., s], where something of the solution follows. problems: of the rows, flat.
+    """Rows of prompt and solution. tokens, labels: int64 [.., s]; the label is the next token, -1 if it does not
+    count. counts: bool [.., s], where the next token belongs to the solution. problems: of the rows, flat.
     """
 
     tokens: Tensor
@@ -46,7 +46,7 @@ class Batch:
         return Batch(*tensors, self.problems, self.solutions)
 
     def part(self, place: int) -> Batch:
-        """Of [parts, rows, s] the rows of one."""
+        """The rows of one part of [parts, rows, s]."""
         rows = self.tokens.shape[1]
         its = slice(place * rows, (place + 1) * rows)
         tensors = (each[place] for each in (self.tokens, self.labels, self.counts))
@@ -54,7 +54,7 @@ class Batch:
 
     @cached_property
     def allowed(self) -> Tensor:
-        """With which tokens a correct continuation begins, bool [.., s, symbols]; none outside solutions."""
+        """The tokens with which a correct continuation begins, bool [.., s, symbols]; none outside solutions."""
         length = self.tokens.shape[-1]
         places = [
             ((row * length + len(problem.prompt) - 1 + place) * len(SYMBOLS)) + _TOKEN[symbol]
@@ -68,7 +68,7 @@ class Batch:
 
 
 def batch_of(problems: Sequence[Problem], solutions: Sequence[str], leading: tuple[int, ...] = ()) -> Batch:
-    """leading: shape of the rows; default [rows]."""
+    """The rows as tensors. leading: shape of the rows; default [rows]."""
     texts = [problem.prompt + solution for problem, solution in zip(problems, solutions, strict=True)]
     length = max(map(len, texts)) - 1
     tokens = torch.zeros(len(texts), length + 1, dtype=torch.int64)
@@ -91,7 +91,7 @@ def verdicts(batch: Batch, actions: Tensor) -> Tensor:
 
 
 def unbroken(batch: Batch) -> tuple[Tensor, Tensor]:
-    """bool [.., s] each: where what was written next is correct, and where all is that was written before."""
+    """bool [.., s] each: whether the next written token is correct, and whether all earlier ones are."""
     written = verdicts(batch, batch.labels.clamp(min=0))
     before = F.pad((written | ~batch.counts)[..., :-1], (1, 0), value=True)
     return written, batch.counts & before.long().cumprod(-1).bool()
@@ -100,21 +100,21 @@ def unbroken(batch: Batch) -> tuple[Tensor, Tensor]:
 def steps_of(batch: Batch) -> Tensor:
     """The reasoning step of each position, int64, numbered over all rows; -1 outside solutions. A step ends at ';'."""
     ends = batch.tokens == _TOKEN[";"]
-    # What follows a ';' begins the next step.
+    # The token after a ';' begins the next step.
     number = (ends & batch.counts).view(-1, batch.tokens.shape[-1]).cumsum(-1)
     rows = torch.arange(len(batch.problems), device=number.device)[:, None] * batch.tokens.shape[-1]
     return torch.where(batch.counts, (number + rows).view(batch.tokens.shape), -1)
 
 
 def is_held_out(problem: Problem) -> bool:
-    """A fifth of all problems, by their text: no model is trained on them."""
+    """Whether a problem is held out: a fifth of all problems, by their text."""
     return zlib.crc32(problem.prompt.encode()) % 5 == 0
 
 
 def draw(
     family: Family, rng: random.Random, count: int, held: bool = False, longer: bool = False
 ) -> list[Problem]:
-    """held: problems that no model was trained on. ValueError where there are none."""
+    """Draws different problems. held: those that are held out. ValueError if there are too few."""
     found: list[Problem] = []
     for _ in range(100 * count + 1000):
         if len(found) == count:
@@ -123,7 +123,7 @@ def draw(
         if is_held_out(problem) == held:
             found.append(problem)
     raise ValueError(
-        f"{family.__name__} draws too few different problems: expected {count} of which held out is {held}, "
+        f"{family.__name__} draws too few different problems: expected {count} with held out {held}, "
         f"got {len(found)} of {100 * count + 1000}"
     )
 
@@ -131,8 +131,8 @@ def draw(
 def solved(
     models: Stack, problems: Sequence[Sequence[Problem]], length: int, chances: torch.Tensor | None = None
 ) -> list[list[str]]:
-    """Each model's solutions of its problems, as many of each, up to END, or to `length`; greedy, or drawn by chances
-    [problems, length], as `generate` does.
+    """Solutions of each model for its problems, up to END or `length`. Greedy, or sampled with chances
+    [problems, length], as in `generate`.
     """
     longest = max(len(problem.prompt) for row in problems for problem in row)
     tokens = torch.zeros(len(problems), len(problems[0]), longest, dtype=torch.int64)

@@ -1,14 +1,14 @@
-"""Is the validity real? How well each free estimator tells correct steps of reasoning from the first wrong one.
+"""Measures how well each estimator without a verifier distinguishes correct steps from the first wrong one.
 
     python research/estimators.py --out evidence
 
-Text and verdicts are CHAMP's (Mao, Kim and Zhou, arXiv 2401.06961): solutions that language models wrote, in each of
-which people have marked the first wrong step, if there is one. Teacher: SmolLM2-135M-Instruct. Students: ten of its
-layers, as the demo begins with, and after a training as the demo's, on problems of which no solution is judged here.
-Steps before the first wrong one are correct; what comes after it was not judged and is left out.
+Text and verdicts come from CHAMP (Mao, Kim and Zhou, arXiv 2401.06961): solutions of language models, in which people
+have marked the first wrong step, if there is one. The teacher is SmolLM2-135M-Instruct. The students have ten of its
+layers: before any training, and after a training as in the demo, on other problems than those judged here. Steps before
+the first wrong one are correct. Later steps were not judged and are left out.
 
-A score's AUROC is the chance that it is higher at a correct step than at a wrong one, ties counted half: 0.5 says
-nothing. Its interval comes from drawing problems anew, with replacement. Needs what `make demo` installs.
+The AUROC of a score is the chance that it is higher at a correct step than at a wrong one, with ties counted half. 0.5
+carries no information. The interval comes from a bootstrap over problems. Needs the packages of `make demo`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import vcrd
 
-LONGEST = 640  # tokens of problem and solution; steps that reach beyond are left out
+LONGEST = 640  # tokens of problem and solution; longer steps are left out
 _DRAWS = 1000
 ESTIMATORS = ("label", "margin", "confidence")
 
 
 @dataclass(frozen=True)
 class Step:
-    """Of a solution: its first and last token, and whether people found it correct."""
+    """A step of a solution: its first and last token, and whether people found it correct."""
 
     first: int
     last: int
@@ -65,7 +65,7 @@ def pieces(text: str) -> Iterator[tuple[int, int]]:
 
 
 def verdict(piece: tuple[int, int], wrong: tuple[int, int] | None) -> bool | None:
-    """Whether a step is correct; None where that was not judged. wrong: span of the first wrong step, if any."""
+    """Whether a step is correct; None if it was not judged. wrong: span of the first wrong step, if any."""
     if wrong is None or piece[1] <= wrong[0]:
         return True
     return False if piece[0] < wrong[1] else None
@@ -92,7 +92,7 @@ def judged(tokenizer, entry: dict) -> Iterator[Judged]:
 
 @torch.no_grad()
 def scores(item: Judged, teacher: Callable[[Tensor], Tensor], student: Callable[[Tensor], Tensor]) -> dict:
-    """Of each token but the first its scores, float [s - 1]: both models' validities and rho, by name."""
+    """Scores of each token except the first, float [s - 1], by name: validities of both models, and rho."""
     tokens = torch.tensor(item.tokens)
     stats = vcrd.vocab_parallel_divergence(student(tokens)[:-1], teacher(tokens)[:-1], tokens[1:])
     found = {
@@ -104,7 +104,7 @@ def scores(item: Judged, teacher: Callable[[Tensor], Tensor], student: Callable[
         "student: confidence": -stats.student_entropy,
     }
     for name in ESTIMATORS:
-        # Sharpness only stretches it.
+        # Sharpness does not change the order.
         _, found[f"relative: {name}"] = vcrd.validity_weights(stats, name, sharpness=1.0)
     return {name: values.double().numpy() for name, values in found.items()}
 
@@ -117,7 +117,7 @@ def table_of(
     for number, item in enumerate(items):
         found = scores(item, teacher, student)
         for step in item.steps:
-            # The label at a place is the token after it.
+            # The label at a position is the next token.
             inside = {name: values[step.first - 1 : step.last] for name, values in found.items()}
             known = {"problem": item.problem, "correct": step.correct}
             position = {"trivial: earlier": -step.first, "trivial: shorter": step.first - step.last}
@@ -138,9 +138,9 @@ def table_of(
 
 
 def auroc(score: np.ndarray, correct: np.ndarray) -> float:
-    """By Mann and Whitney's U, ties counted half."""
+    """From the Mann-Whitney U, with ties counted half."""
     values, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
-    middle = np.cumsum(counts) - (counts - 1) / 2  # mean rank of each value, from 1 on
+    middle = np.cumsum(counts) - (counts - 1) / 2  # mean rank of each value, starting at 1
     good = int(correct.sum())
     bad = len(correct) - good
     return float((middle[inverse][correct].sum() - good * (good + 1) / 2) / (good * bad))
@@ -149,7 +149,7 @@ def auroc(score: np.ndarray, correct: np.ndarray) -> float:
 def interval(
     score: np.ndarray, correct: np.ndarray, problem: np.ndarray, draws: int, seed: int = 0
 ) -> tuple[float, float]:
-    """Of the AUROC, 95 %, over problems."""
+    """The 95 % interval of the AUROC, over problems."""
     rng = np.random.default_rng(seed)
     places = [np.flatnonzero(problem == name) for name in np.unique(problem)]
     found = []
@@ -174,7 +174,7 @@ def summary(columns: dict[str, np.ndarray], draws: int) -> dict:
 def training(
     model: torch.nn.Module, teacher: Callable[[Tensor], Tensor], names: set[str], steps: int
 ) -> None:
-    """As the demo's: vcrd's defaults on human-written solutions, those of these problems alone."""
+    """Trains as in the demo: defaults of vcrd on human-written solutions of these problems."""
     from examples.demo import data, source
     from examples.demo.settings import CACHE, DemoSettings
 
@@ -207,9 +207,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder of the results")
     parser.add_argument(
-        "--problems", type=int, help="judge solutions of so many problems; default: every second"
+        "--problems", type=int, help="number of problems with judged solutions; default: every second problem"
     )
-    parser.add_argument("--steps", type=int, default=28, help="of the student's training (28, as the demo's)")
+    parser.add_argument(
+        "--steps", type=int, default=28, help="steps of the student's training (28, as in the demo)"
+    )
     options = parser.parse_args(arguments)
     import copy
 
@@ -252,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def page(results: dict) -> str:
-    """As tables."""
+    """The results as tables."""
     parts = [f"{results['solutions']} solutions of {results['problems']} problems.\n"]
     for student, levels in results["students"].items():
         first = levels["steps"]

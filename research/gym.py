@@ -1,4 +1,4 @@
-"""Families of reasoning-gym: its problems, with worked solutions of our own, which end in its answers."""
+"""Families of reasoning-gym: its problems with our worked solutions, which end in its answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def chain_sum(draw: random.Random, longer: bool) -> Problem:
 
 @dataclass(frozen=True)
 class Sorting(State):
-    """Numbers still to be written, in their order."""
+    """The remaining numbers, in their order."""
 
     left: tuple[int, ...]
 
@@ -58,7 +58,7 @@ def number_sorting(draw: random.Random, longer: bool) -> Problem:
 
 @dataclass(frozen=True)
 class Palindrome(State):
-    """Letters of a palindrome's first half that were chosen, and those that are left, in pairs but for the middle."""
+    """The chosen letters of the first half of a palindrome, and the remaining letters, in pairs except the middle."""
 
     left: tuple[str, ...]
     chosen: str = ""

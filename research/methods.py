@@ -1,7 +1,7 @@
-"""What is compared: each method says how much each token counts, by vcrd's own loss, and nothing else differs.
+"""The methods. Each computes the weight of each token in the loss of vcrd; nothing else differs.
 
-A method is given what is seen at the tokens of its micro-batch, and returns weights of the divergence. One that asks a
-verifier has its verdicts on both models' proposals, right or wrong.
+A method receives the observations at the tokens of its micro-batch, and returns weights of the divergence. A method
+with a verifier has the verdicts on the proposals of both models, right or wrong.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from torch import Tensor
 import vcrd
 from vcrd.loss.divergence import DivergenceStats
 
-TRACES, OWN = "traces", "own"  # prefixes of the teacher's solutions, of the student's own
+TRACES, OWN = "traces", "own"  # prefixes from the teacher's solutions, and from the student's own samples
 
 
 @dataclass
 class Seen:
-    """At the tokens of one micro-batch, all [b, s]. counts: bool. labels: verified next tokens, -1 for none.
-    student_valid, teacher_valid: what the verifier says of the proposals, float 0 or 1; unbroken: bool, what it says of
-    all that was written before. steps: as vcrd takes them.
-    first: statistics of the student as it was before training, where a method asks for them.
+    """Observations at the tokens of a micro-batch, all [b, s]. counts: bool. labels: verified next tokens, -1 for none.
+    student_valid, teacher_valid: verdicts on the proposals, float 0 or 1. unbroken: bool, whether all earlier tokens
+    are correct. steps: as for vcrd. first: statistics of the student before training, if a method needs them.
     """
 
     stats: DivergenceStats
@@ -46,8 +45,8 @@ Weights = Callable[[Seen], Tensor]
 class Method:
     """loss = weights x divergence + ce x cross-entropy with the verified token, the mean over the tokens that count.
 
-    group: "baseline", "vcrd", "control", "idea", or "variant": other settings and combinations, compared only where
-    they are named. asks: what it needs beside logits, of "labels", "verifier". regimes: where it can be used.
+    group: "baseline", "vcrd", "control", "idea", or "variant" (other settings and combinations, compared only by name).
+    asks: "labels", "verifier", if it needs them. regimes: where it can be used.
     """
 
     name: str
@@ -69,7 +68,7 @@ def none(seen: Seen) -> Tensor:
 
 
 def calibrated(validity: str, by_step: bool = False, **more) -> Weights:
-    """vcrd's own weights. by_step: one for each step of reasoning."""
+    """The weights of vcrd. by_step: one for each reasoning step."""
 
     def weights(seen: Seen) -> Tensor:
         stats = seen.first if more.get("first") else seen.stats
@@ -79,20 +78,20 @@ def calibrated(validity: str, by_step: bool = False, **more) -> Weights:
         if by_step:
             arguments["steps"] = seen.steps
         found, _ = vcrd.validity_weights(stats, validity, mask=seen.counts, **arguments)
-        # As the loss itself does, a token without a verified label has no verdict.
+        # As in the loss, a token without a verified label has no verdict.
         return torch.where(seen.labels < 0, 1.0, found) if validity == "label" else found
 
     return weights
 
 
 def shuffled(inner: Weights) -> Weights:
-    """The same weights, each at another token of the micro-batch."""
+    """The same weights, shuffled over the tokens of the micro-batch."""
 
     def weights(seen: Seen) -> Tensor:
         found = inner(seen)
         those = found[seen.counts]
         moved = torch.zeros_like(found)
-        order = torch.randperm(len(those), generator=seen.generator)  # drawn alike on every device
+        order = torch.randperm(len(those), generator=seen.generator)  # the same on every device
         moved[seen.counts] = those[order.to(those.device)]
         return moved
 
@@ -105,7 +104,7 @@ def entropy_gap(seen: Seen) -> Tensor:
 
 
 def accepted(k: int) -> Weights:
-    """1 where the student's proposal is among the teacher's k most probable tokens, else 0 (SelecTKD)."""
+    """1 if the student's proposal is among the teacher's k most probable tokens, else 0 (SelecTKD)."""
 
     def weights(seen: Seen) -> Tensor:
         best = seen.teacher_logits.topk(k, -1).indices
@@ -115,54 +114,54 @@ def accepted(k: int) -> Weights:
 
 
 def not_visibly_wrong(seen: Seen) -> Tensor:
-    """0 where the teacher gives its own proposal more than twice the probability of the verified token."""
+    """0 if the teacher gives its own proposal more than twice the probability of the verified token."""
     stats = seen.stats
     wrong = stats.teacher_logprob_of_teacher_action > stats.teacher_label_logprob + math.log(2.0)
     return (~(wrong & (seen.labels >= 0))).float()
 
 
 def capped(inner: Weights) -> Weights:
-    """Never more than plain distillation: min(1, 2 rho), of weights that reach from 0 to 2."""
+    """Never more than plain distillation: min(1, 2 rho), for weights from 0 to 2."""
     return lambda seen: inner(seen).clamp(max=1.0)
 
 
 def halved(inner: Weights) -> Weights:
-    """As "KL + CE" halves both, but with weights."""
+    """Half of the weights, as "KL + CE" has half of both terms."""
     return lambda seen: 0.5 * inner(seen)
 
 
 def teacher_absolute(seen: Seen) -> Tensor:
-    """The label's calibration times the teacher's absolute validity, p(y) / p_max."""
+    """The weights of `label` times the teacher's absolute validity, p(y) / p_max."""
     own = (seen.stats.teacher_label_logprob - seen.stats.teacher_logprob_of_teacher_action).exp()
     return calibrated("label")(seen) * torch.where(seen.labels < 0, 1.0, own)
 
 
 def gate(seen: Seen) -> Tensor:
-    """Only where the verifier accepts the teacher's proposal."""
+    """1 if the verifier accepts the teacher's proposal, else 0."""
     return seen.teacher_valid
 
 
 def until_the_first_error(seen: Seen) -> Tensor:
-    """Plain distillation, but not on what follows the student's first error."""
+    """Plain distillation up to the student's first error."""
     return seen.unbroken.float()
 
 
 def relative_and_absolute(seen: Seen) -> Tensor:
-    """The scores' calibration, of those proposals of the teacher's that the verifier accepts; 0 for the others."""
+    """The weights of `scores` if the verifier accepts the teacher's proposal, else 0."""
     return calibrated("scores")(seen) * seen.teacher_valid
 
 
 def corrections(seen: Seen) -> Tensor:
-    """Only where the verifier accepts the teacher's proposal and not the student's."""
+    """1 if the verifier accepts the teacher's proposal and not the student's, else 0."""
     return seen.teacher_valid * (1 - seen.student_valid)
 
 
 @dataclass
 class Place:
-    """Where the tokens of a micro-batch stand, all [b, s]. labels: None on the student's own prefixes, where those
-    proposals of the teacher's that the verifier accepts count as verified. judge: (student's action, teacher's action)
-    -> whether each is valid, float. unbroken: whether all that was written before is. first_logits: of the student
-    before training, where a method asks for them.
+    """The tokens of a micro-batch, all [b, s]. labels: None on the student's own prefixes, where the proposals of the
+    teacher that the verifier accepts count as verified. judge: (student's action, teacher's action) -> whether each is
+    valid, float. unbroken: whether all earlier tokens are correct. first_logits: of the student before training, if
+    a method needs them.
     """
 
     counts: Tensor
@@ -175,7 +174,7 @@ class Place:
 
 
 def loss_of(method: Method, logits: Tensor, teacher_logits: Tensor, place: Place) -> Tensor:
-    """The loss of a micro-batch, a scalar. Both logits [b, s, vocabulary], the student's with a graph."""
+    """The scalar loss of a micro-batch. Both logits are [b, s, vocabulary]; the student's have a graph."""
     with torch.no_grad():
         labels, valid = place.labels, (torch.ones(logits.shape[:2], device=logits.device),) * 2
         if "verifier" in method.asks or (labels is None and "labels" in method.asks):

@@ -1,7 +1,7 @@
-"""Small decoders, many of one shape at once: their weights are stacked, and no number of one ever meets another's.
+"""Stacks of small decoders with one shape. Their weights are stacked, and the models do not influence each other.
 
 Measured on a core with models of 17,592 parameters: a stack of twenty generates in a quarter of the time of twenty
-alone, and trains in the same.
+single models, and trains in the same time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Stack(nn.Module):
         w, deep = shape.width, (2 * shape.layers) ** -0.5
 
         def weight(rows: int, columns: int, scale: float) -> nn.Parameter:
-            # The same in each: what tells them apart is how they are trained.
+            # All have the same initial weights. Only their training differs.
             one = torch.randn(rows, columns, generator=generator) * scale
             return nn.Parameter(one.expand(count, -1, -1).clone())
 
@@ -56,7 +56,7 @@ class Stack(nn.Module):
         return self.embedding.device
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """cache: of what came before these tokens, which these are added to."""
+        """Logits of these tokens. cache: of the earlier tokens; these tokens are added to it."""
         m, b, s = tokens.shape
         rows = tokens + self.shape.vocab * torch.arange(m, device=tokens.device)[:, None, None]
         x = F.embedding(rows, self.embedding.flatten(0, 1))
@@ -77,7 +77,7 @@ class Stack(nn.Module):
         return _times(_normed(x, self.norm), self.head)
 
     def take(self, other: Stack, places: Sequence[int]) -> None:
-        """Makes each decoder a copy of the other stack's at that place."""
+        """Copies the decoder at that place of the other stack into each decoder."""
         with torch.no_grad():
             for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
                 mine.copy_(theirs[list(places)])
@@ -101,15 +101,15 @@ class Cache:
         keys, values = (each[:, :, :last] for each in self._pairs[layer])
         keys[:, :, first:], values[:, :, first:] = k, v
         places = torch.arange(last, device=q.device)
-        # What is padding sees itself: a softmax over nothing would be NaN, and reach the others times zero.
+        # Padding attends to itself: a softmax over nothing would be NaN, and NaN times zero would reach the others.
         seen = (places >= self._padding.view(-1, 1, 1, 1)) | (places == places[first:, None])
         seen = seen & (places <= places[first:, None])
-        # By hand: the fused kernel takes several times as long for one query.
+        # Written out, because the fused kernel takes several times as long for one query.
         scores = q @ keys.transpose(2, 3) * q.shape[-1] ** -0.5
         return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
 
     def keep(self, rows: Tensor) -> None:
-        """Only these of each decoder's rows, int64 [count, fewer]."""
+        """Keeps only these rows of each decoder, int64 [count, fewer]."""
         count, b = self._padding.shape
         flat = (rows + b * torch.arange(count, device=rows.device)[:, None]).flatten()
         self._pairs = [(k[flat], v[flat]) for k, v in self._pairs]
@@ -122,13 +122,13 @@ def generate(
 ) -> Tensor:
     """prompts [count, b, s], at the left of each row padding [count, b] -> [count, b, length]; zeros follow `end`.
 
-    The most probable tokens; or with chances, float [b, length] within 0..1, drawn by them: the same for each decoder.
+    Takes the most probable tokens, or samples with chances, float [b, length] within 0..1, the same for each decoder.
     """
     count, b, s = prompts.shape
     cache = Cache(models, padding, s + length)
     device = prompts.device
     found = torch.zeros(count, b, length, dtype=torch.int64, device=device)
-    rows = torch.arange(b, device=device).expand(count, b)  # those that have not ended, and some that have
+    rows = torch.arange(b, device=device).expand(count, b)  # rows that have not ended, and some that have
     step, ended = prompts, torch.zeros(count, b, dtype=torch.bool, device=device)
     for place in range(length):
         logits = models(step, cache)[:, :, -1]
@@ -152,7 +152,7 @@ def generate(
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:
-    """[m, b, s, in] by [m, in, out]."""
+    """[m, b, s, in] times [m, in, out]."""
     m, b, s, width = x.shape
     return torch.bmm(x.reshape(m, b * s, width), weight).view(m, b, s, -1)
 
@@ -162,7 +162,7 @@ def _normed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _rotations(first: int, count: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of rotary position embeddings, for positions first, first + 1 ..."""
+    """Cosine and sine of rotary position embeddings, for positions first, first + 1 ..."""
     half = width // 2
     places, turns = (torch.arange(*each, device=device) for each in ((first, first + count), (half,)))
     angles = places[:, None] / 100.0 ** (turns / half)

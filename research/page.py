@@ -1,8 +1,8 @@
-"""Puts the tables of docs/evidence/*.json into docs/evidence.md, and the pictures beside it.
+"""Writes the tables of docs/evidence/*.json into docs/evidence.md, and draws its pictures.
 
     python research/page.py
 
-A table stands between `<!-- tables: NAME -->` and `<!-- end -->`; that of the name "map" is made of all of them.
+A table is between `<!-- tables: NAME -->` and `<!-- end -->`. The table "map" uses all results.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TABLES = re.compile(r"(<!-- tables: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def comparisons(folder: Path) -> dict[str, tables.Results]:
-    """By the name of their file, larger files first."""
+    """Results by the name of their file, larger files first."""
     paths = sorted(folder.glob("*.json"), key=lambda path: -path.stat().st_size)
     found = {path.stem: json.loads(path.read_text()) for path in paths}
     return {name: tables.Results(content) for name, content in found.items() if "runs" in content}
@@ -44,7 +44,7 @@ def tables_of(name: str, folder: Path) -> str:
 
 
 def with_tables(text: str, folder: Path) -> str:
-    """The page's text, each table made anew from folder/NAME.json."""
+    """The text of the page, with each table made again from folder/NAME.json."""
 
     def made(found: re.Match) -> str:
         return f"{found[1]}\n{tables_of(found[2], folder).strip()}\n\n{found[3]}"

@@ -1,4 +1,4 @@
-"""The differences of tables.py as pictures."""
+"""Draws the differences of tables.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLOURS = {
     "idea": "#059669",
     "variant": "#7c3aed",
 }
-# Without the salt a picture would differ each time in the names of its parts.
+# Without the salt the names of the parts of a picture would differ each time.
 _STYLE = {
     "svg.hashsalt": "vcrd",
     "svg.fonttype": "none",
@@ -31,7 +31,7 @@ _STYLE = {
 
 
 def draw(results: Results, folder: Path) -> None:
-    """folder: gets methods-REGIME.svg, and verifiers.svg where there were some that err."""
+    """Writes methods-REGIME.svg to the folder, and verifiers.svg if there are results with wrong verdicts."""
     folder.mkdir(parents=True, exist_ok=True)
     with rc_context(_STYLE):
         for regime in TITLES:
@@ -46,7 +46,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _ranked(results: Results, regime: str, baseline: str = "forward KL") -> Figure:
-    """Every method's difference from plain distillation, the best on top."""
+    """The difference of every method from plain distillation, the best on top."""
     groups = {method.name: method.group for method in methods()}
     plain = results.solved(regime, baseline)
     found = {
@@ -73,7 +73,7 @@ def _ranked(results: Results, regime: str, baseline: str = "forward KL") -> Figu
 
 
 def _by_verifier(results: Results, baseline: str = "forward KL") -> Figure:
-    """On the student's own prefixes: what is left of each method's gain as verdicts become wrong."""
+    """The gain of each method on the student's own prefixes, by share of wrong verdicts."""
     plain = results.solved("own", baseline)
     shares = results.shares_wrong()
     figure = Figure(figsize=(7, 3.6))

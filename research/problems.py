@@ -1,9 +1,9 @@
 """Problems whose worked solutions are verified exactly, symbol by symbol.
 
-A problem is a graph: a state knows every correct next step as text, and the state that each leads to. A correct
-solution is a path to the end; there may be many. So of any prefix it is known with which symbols a correct continuation
-begins. A family of tasks is a function that draws a `Problem`; one that is not in this repository is named by its
-module (run.py --tasks).
+A problem is a graph. A state has every correct next step as text, and the state after it. A correct solution is a path
+to the end, and there may be many. So for any prefix it is known with which symbols a correct continuation begins. A
+family of tasks is a function that draws a `Problem`. A family outside this repository is given by its module (run.py
+--tasks).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ END = "$"
 
 class State(Protocol):
     def steps(self) -> Mapping[str, State | None]:
-        """Every correct next step and what it leads to, None after the last, whose text ends with END.
+        """Every correct next step and the state after it: None after the last step, whose text ends with END.
 
-        No step begins another.
+        No step is a prefix of another one.
         """
 
 
@@ -30,7 +30,7 @@ class Problem:
     start: State
 
     def solution(self, draw: random.Random) -> str:
-        """A correct one, each of its steps drawn evenly from those that are correct."""
+        """A random correct solution. Each step is drawn uniformly from the correct ones."""
         text, state = "", self.start
         while state is not None:
             step, state = draw.choice(list(state.steps().items()))
@@ -38,9 +38,9 @@ class Problem:
         return text
 
     def allowed(self, solution: str) -> list[frozenset[str]]:
-        """Of each prefix of a solution, the empty one first, with which symbols a correct continuation begins.
+        """For each prefix of a solution, the empty one first: the symbols with which a correct continuation begins.
 
-        As many as the solution has symbols; none from its first wrong symbol on, nor after its end.
+        One entry per symbol of the solution; empty after its first wrong symbol and after its end.
         """
         found: list[frozenset[str]] = []
         state: State | None = self.start
@@ -62,7 +62,7 @@ class Problem:
         return found
 
     def is_correct(self, solution: str) -> bool:
-        """Whether it is whole, and correct to its end."""
+        """Whether the solution is complete and correct."""
         allowed = self.allowed(solution)
         return (
             bool(solution)
@@ -71,13 +71,13 @@ class Problem:
         )
 
 
-# A family of tasks: draws a problem, a longer one than those that models are trained on where `longer` is true.
+# A family of tasks: draws a problem. longer: one that is longer than those of the training.
 Family = Callable[[random.Random, bool], Problem]
 
 
 @dataclass(frozen=True)
 class Line(State):
-    """A solution with no choice: these steps, one after the other."""
+    """A problem with one solution: these steps, one after the other."""
 
     texts: tuple[str, ...]
 

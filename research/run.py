@@ -1,17 +1,18 @@
-"""Does the calibration train better students? Methods on every task, from the same students, with the same tokens.
+"""Compares the methods: trains students with each of them on every task, from the same students and tokens.
 
     python research/run.py --out evidence                    on two cores
     python research/run.py --out evidence --config large --device cuda --jobs 13     on one H100
     python research/run.py --out evidence --name variants --methods variants
     python research/run.py --out mine --tasks my_tasks:sorting,my_tasks:mazes
 
---tasks: names of tasks.py and gym.py, or module:function of your own (problems.py says what such a function returns).
+--tasks: names of tasks.py and gym.py, or your own module:function (problems.py describes such a function).
+
 Each task has a teacher, trained until it solves 90 to 97 % of its problems, and for each seed a student that has seen
-some correct solutions. The learning rate of each method is the one of a grid, the same for all, after which its student
-solves the most problems of a validation set; that run's seed counts nowhere else. Then each method trains one student
-for each seed. What is written: OUT/NAME.json, plots in OUT/NAME, and the tables that tables.py makes. OUT/models keeps
-teachers and students, OUT/runs what each run found: the same command goes on where it was stopped. After a change of
-the code begin with an empty folder.
+some correct solutions. All methods share a grid of learning rates. Each method uses the rate whose student solves the
+most problems of a validation set. The seed of these runs is used nowhere else. Then each method trains one student for
+each seed. Writes OUT/NAME.json, plots in OUT/NAME, and the tables of tables.py. OUT/models keeps teachers and students,
+and OUT/runs keeps the results of each run, so the same command continues after an interruption. After a change of the
+code, use an empty folder.
 """
 
 from __future__ import annotations
@@ -57,19 +58,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder of the results")
     parser.add_argument("--config", choices=CONFIGS, default="small")
     parser.add_argument("--tasks", default=TASKS)
-    parser.add_argument("--name", help="of the file of the results; default: the configuration's")
+    parser.add_argument("--name", help="name of the results; default: that of the configuration")
     parser.add_argument(
         "--methods", default="usual", help=f"one of {', '.join(sets())}; or names, separated by ';'"
     )
     parser.add_argument(
         "--wrong",
         default=",".join(map(str, WRONG)),
-        help='shares of verdicts that are wrong, beside 0; "" for none',
+        help='further shares of wrong verdicts besides 0; "" for none',
     )
-    parser.add_argument("--seeds", type=int, help="students of each method; default: the configuration's")
-    parser.add_argument("--first-seed", type=int, default=0, help="of the students; the others follow it")
-    parser.add_argument("--steps", type=int, help="of each training; default: the configuration's")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--seeds", type=int, help="students per method; default: of the configuration")
+    parser.add_argument("--first-seed", type=int, default=0, help="first seed of the students")
+    parser.add_argument("--steps", type=int, help="steps of each training; default: of the configuration")
+    parser.add_argument("--jobs", type=int, default=2, help="processes with one thread each")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the models")
     options = parser.parse_args(arguments)
     sizes = CONFIGS[options.config]
@@ -117,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent is killed would go on with what is in its queue."""
+    """Ends a worker when its parent is killed. Otherwise it would continue with its queue."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()

@@ -1,4 +1,4 @@
-"""One process's work, and which of it a comparison needs."""
+"""The work of one process, and the work that a comparison needs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ OURS = {
 }
 TASKS = ",".join(name for names in OURS.values() for name in names)
 LENGTHS = ("usual", "longer")
-TUNING = 999  # seed of the runs that choose the rates
-WRONG = (0.1, 0.3)  # shares of a verifier's verdicts that are wrong
+TUNING = 999  # seed of the runs that choose the learning rates
+WRONG = (0.1, 0.3)  # shares of wrong verdicts
 JUDGED = (
     "KL + CE",
     "scores, tokens",
@@ -46,7 +46,7 @@ JUDGED = (
 
 @dataclass(frozen=True)
 class Run:
-    """One process's work: these methods side by side. tuning: judged on the validation set."""
+    """The work of one process: these methods together. tuning: evaluate on the validation set."""
 
     task: str
     regime: str
@@ -58,9 +58,9 @@ class Run:
 
 
 def family_of(name: str) -> Family:
-    """Of OURS, or module:function. ValueError for none."""
+    """A family of OURS, or module:function. ValueError if there is none."""
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # where a module of the caller's own lies
+        sys.path.append(str(Path.cwd()))  # for a module of the caller
     module, _, function = name.rpartition(":")
     if not module:
         module = next((each for each, names in OURS.items() if name in names), "")
@@ -74,7 +74,7 @@ def family_of(name: str) -> Family:
 
 
 def prepare(task: str, seed: int | None, sizes: Sizes, out: Path, device: str = "cpu") -> None:
-    """The task's teacher, or the student of a seed, in a file."""
+    """The file of the task's teacher, or of the student of a seed."""
     torch.set_num_threads(1)
     model(task, seed, sizes, out, lambda text: print(f"{task}: {text}", flush=True), device)
 
@@ -87,7 +87,7 @@ def model(
     say: Callable[[str], None] = lambda text: None,
     device: str = "cpu",
 ) -> Stack:
-    """The teacher where seed is None. Kept by what its training depends on."""
+    """The student of a seed, or the teacher if seed is None. Stored by everything that its training depends on."""
     family, path = family_of(task), _path(task, seed, sizes, out)
     if seed is None:
         return teacher_of(family, sizes, path, say, device)
@@ -95,7 +95,7 @@ def model(
 
 
 def trained(task: str, seed: int | None, sizes: Sizes, out: Path) -> Stack:
-    """As `model`, but FileNotFoundError where it would have to be trained."""
+    """As `model`, but FileNotFoundError if it has not been trained."""
     if not (path := _path(task, seed, sizes, out)).exists():
         raise FileNotFoundError(
             f"--out: expected models that run.py has trained there, but {path} is missing"
@@ -114,7 +114,7 @@ def _digest(what: object) -> str:
 
 
 def execute(run: Run, sizes: Sizes, out: Path, device: str = "cpu") -> dict:
-    """The run's record, kept in a file: what is there is not done again."""
+    """The record of the run, stored in a file. A stored run is not repeated."""
     kept = out / "runs" / f"{_digest((run, replace(sizes, seeds=0)))}.json"
     if not kept.exists():
         record = json.dumps(_executed(run, sizes, out, device))
@@ -125,7 +125,7 @@ def execute(run: Run, sizes: Sizes, out: Path, device: str = "cpu") -> dict:
 
 
 def _executed(run: Run, sizes: Sizes, out: Path, device: str) -> dict:
-    """For each method which problems its student solves, of the usual length and longer ones."""
+    """For each method the problems that its student solves, of the usual length and longer."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     family = family_of(run.task)
@@ -151,19 +151,19 @@ def _executed(run: Run, sizes: Sizes, out: Path, device: str) -> dict:
 
 @functools.cache
 def _share_solved(task: str, seed: int | None, sizes: Sizes, out: Path, length: str, device: str) -> float:
-    """Before the distillation; by the teacher where seed is None."""
+    """The solved problems before the distillation; of the teacher if seed is None."""
     count = dict(zip(LENGTHS, counts(sizes), strict=True))[length]
     held = draw(family_of(task), random.Random(4), count, held=True, longer=length == "longer")
     return sum(correct(model(task, seed, sizes, out, device=device), held)[0]) / count
 
 
 def counts(sizes: Sizes) -> tuple[int, int]:
-    """Of held-out problems of each length."""
+    """The solved held-out problems of each length."""
     return sizes.problems, max(1, sizes.problems // 4)
 
 
 def packed(record: dict) -> dict:
-    """Which problems are solved as hexadecimal digits, eight problems a byte, filled up with zeros."""
+    """The solved problems as hexadecimal digits, eight problems per byte, padded with zeros."""
     solved = {
         method: {
             length: np.packbits([bit == "1" for bit in bits]).tobytes().hex()
@@ -188,7 +188,7 @@ def tuning_runs(tasks: Iterable[str], chosen: list[Method], sizes: Sizes) -> lis
 def final_runs(
     tuned: list[dict], sizes: Sizes, seeds: Sequence[int], shares_wrong: Sequence[float]
 ) -> list[Run]:
-    """Each method at its own rate; those of one rate side by side. Then those that ask a verifier, with worse ones."""
+    """Each method at its rate, methods with one rate together. Then methods with a verifier, with wrong verdicts."""
     runs = []
     for (task, regime), rates in best_rates(tuned).items():
         for seed in seeds:
@@ -203,7 +203,7 @@ def final_runs(
 
 
 def best_rates(tuned: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
-    """Of each task and regime the rate of each method; of equals the smallest."""
+    """The rate of each method for each task and regime; the smallest of equal ones."""
     found: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
     for record in sorted(tuned, key=lambda record: record["rate"]):
         rates = found.setdefault((record["task"], record["regime"]), {})

@@ -1,9 +1,9 @@
-"""What run.py found, as tables: means, and differences with bootstrap intervals.
+"""The results of run.py as tables: means, and differences with bootstrap intervals.
 
     python research/tables.py evidence/small.json --plots evidence
 
-A difference is paired: the same task, the same student before, the same problem. Its interval comes from drawing each
-task's seeds and problems anew, with replacement, a thousand times; it holds 95 % of the differences that were drawn.
+A difference is paired: the same task, the same initial student, the same problem. For its interval, the seeds and
+problems of each task are drawn a thousand times with replacement. It holds 95 % of these differences.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 
 LENGTHS = ("usual", "longer")
 TITLES = {"traces": "Prefixes of the teacher's solutions", "own": "Prefixes of the student's own"}
-# What each method is set against.
+# Baselines for each method.
 OTHERS = {
     "traces": ("forward KL", "KL + CE", "JSD"),
     "own": ("forward KL", "KL + CE", "JSD", "scores, gate"),
 }
-# What verifiers that err are set against: methods that ask none.
+# Baselines for wrong verdicts: methods without a verifier.
 UNJUDGED = ("forward KL", "JSD")
-# The same weights, each at another token.
+# The same weights, shuffled over the tokens.
 SHUFFLED = {
     "label": "label, shuffled",
     "scores, tokens": "scores, shuffled",
@@ -33,7 +33,7 @@ SHUFFLED = {
     "JSD x label": "JSD x label, shuffled",
     "JSD x scores": "JSD x scores, shuffled",
 }
-# What the calibration and its rivals gain, for the map of where they do.
+# Gains of the calibration and its rivals, for the map.
 GAINS = (
     ("label", "forward KL"),
     ("label", "label, shuffled"),
@@ -58,7 +58,7 @@ _DRAWS = 1000
 
 
 class Results:
-    """solved(regime, method, length): float [tasks, seeds, problems], of one share of wrong verdicts."""
+    """solved(regime, method, length): float [tasks, seeds, problems], for one share of wrong verdicts."""
 
     def __init__(self, content: dict) -> None:
         self.content = content
@@ -85,7 +85,7 @@ class Results:
         )
 
     def shares_wrong(self) -> list[float]:
-        """Of verdicts, 0 first."""
+        """Shares of wrong verdicts, 0 first."""
         return sorted({run["wrong"] for run in self.content["runs"]})
 
     def around(self, what: str, length: str = "usual") -> float:
@@ -96,7 +96,7 @@ class Results:
 
 @functools.lru_cache(8)
 def _draws(seed: int, tasks: int, seeds: int, problems: int) -> list[tuple[np.ndarray, ...]]:
-    """For each task how often each seed and each problem is drawn, float [draws, seeds] and [draws, problems]."""
+    """For each task, how often each seed and problem is drawn, float [draws, seeds] and [draws, problems]."""
     rng = np.random.default_rng(seed)
     return [
         tuple(rng.multinomial(n, [1 / n] * n, size=_DRAWS).astype(np.float64) for n in (seeds, problems))
@@ -105,7 +105,7 @@ def _draws(seed: int, tasks: int, seeds: int, problems: int) -> list[tuple[np.nd
 
 
 def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of a - b, [tasks, seeds, problems] each, and the ends of its interval."""
+    """Mean of a - b, each [tasks, seeds, problems], and the ends of its interval."""
     paired = a - b
     drawn = np.zeros(_DRAWS)
     for task, (rows, columns) in zip(paired, _draws(seed, *paired.shape), strict=True):
@@ -140,7 +140,7 @@ def by_task(results: Results, regime: str) -> str:
 
 
 def against(results: Results, regime: str, others: Sequence[str]) -> str:
-    """Each method's difference from these, and from the same weights shuffled where there are such."""
+    """The difference of each method from these, and from its shuffled weights if they exist."""
     methods = results.methods(regime)
     others = [name for name in others if name in methods]
     compared = [(f"against {other}", {name: other for name in methods}, "usual") for other in others]
@@ -161,7 +161,7 @@ def against(results: Results, regime: str, others: Sequence[str]) -> str:
 
 
 def worse_verifiers(results: Results, baseline: str) -> str:
-    """On the student's own prefixes: difference from a baseline without a verifier, as verdicts become wrong."""
+    """Differences from a baseline without a verifier on the student's own prefixes, by share of wrong verdicts."""
     shares = results.shares_wrong()
     names = results.methods("own", shares[-1])
     plain = results.solved("own", baseline)
@@ -174,7 +174,7 @@ def worse_verifiers(results: Results, baseline: str) -> str:
 
 
 def where(places: dict[str, Sequence[Results]]) -> str:
-    """Each of GAINS in each place: the results of one configuration, from the first of its files that has both."""
+    """Each of GAINS in each setting, from the first file of a configuration that has both methods."""
     columns = [(place, regime) for place in places for regime in TITLES]
     rows = [["gain", *(f"{place}, {regime}" for place, regime in columns)]]
     for what in ("teacher", "before"):

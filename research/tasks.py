@@ -1,4 +1,4 @@
-"""Three families of tasks: multi-step arithmetic, the tracing of programs, instructions whose format can be checked."""
+"""Three families of tasks: multi-step arithmetic, tracing of programs, and instructions with a checkable format."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 @dataclass(frozen=True)
 class Chain(State):
-    """Operations on a number, worked from the left. Operands of sums and products may change places.
+    """Operations on a number, evaluated from the left. Operands of sums and products may be swapped.
 
-    rest: name, sign and number of each operation. modulus: of every result; 0 for none.
+    rest: name, sign and number of each operation. modulus: for every result; 0 for none.
     """
 
     value: int
@@ -38,7 +38,7 @@ class Chain(State):
 
 
 def names(draw: random.Random, count: int, alphabet: str) -> str:
-    """Letters in a row, by which a solution says what it works on."""
+    """Letters in order. A solution uses them to name operations."""
     first = draw.randrange(len(alphabet) - count + 1)
     return alphabet[first : first + count]
 
@@ -51,7 +51,7 @@ def chain(draw: random.Random, start: int, pairs: Sequence[tuple[str, int]], mod
 
 
 def arithmetic(draw: random.Random, longer: bool) -> Problem:
-    """`7f+5g-3h*2?` is worked off modulo 10: `f7+5=2;g2-3=9;h2*9=8;=8$`."""
+    """`7f+5g-3h*2?` is evaluated modulo 10: `f7+5=2;g2-3=9;h2*9=8;=8$`."""
     count = 5 if longer else draw.randint(2, 4)
     return chain(
         draw, draw.randrange(10), [(draw.choice("+-*"), draw.randrange(10)) for _ in range(count)], 10
@@ -60,7 +60,7 @@ def arithmetic(draw: random.Random, longer: bool) -> Problem:
 
 @dataclass(frozen=True)
 class Trace(State):
-    """The statements of a program that are still to be run, and the variables' values."""
+    """The remaining statements of a program, and the values of the variables."""
 
     statements: tuple[tuple[str, str, str, str, str], ...]  # line, target, left, sign, right
     values: tuple[tuple[str, int], ...]
@@ -100,11 +100,11 @@ def tracing(draw: random.Random, longer: bool) -> Problem:
 
 @dataclass(frozen=True)
 class Words(State):
-    """Words still to be written in a format, in this order."""
+    """The remaining words in a format, in this order."""
 
     left: tuple[str, ...]
     form: str  # "u": in capitals; "r": backwards; "d": each letter doubled
-    tagged: bool  # each with a digit of the writer's choice
+    tagged: bool  # each with any digit
 
     def steps(self) -> Mapping[str, State | None]:
         if not self.left:

@@ -1,4 +1,4 @@
-"""Training of teachers, of students before the distillation, and of all methods side by side."""
+"""Trains teachers, students before the distillation, and all methods together."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from problems import Family, Problem
 
 
 def longest(problems: Sequence[Problem]) -> int:
-    """Symbols that a solution of these may have; what is longer is wrong. Correct solutions may differ in length."""
+    """The longest allowed solution of these problems, in symbols. Correct solutions may differ in length."""
     return 10 + max(3 * len(problem.solution(random.Random(0))) // 2 for problem in problems)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one configuration. teacher, student: width, layers and heads. teacher_steps, student_steps: at most so many,
-    with correct solutions; a teacher's end when it solves a share of problems in `good_enough`, a student's when it
-    solves `begun` of them, which is where the distillation begins. batch, steps: of the distillation. renewed: steps
-    after which the student's own samples are drawn anew.
+    """Sizes of one configuration. teacher, student: width, layers and heads. teacher_steps, student_steps: most steps
+    on correct solutions. The training of a teacher ends when it solves a share of problems in `good_enough`, that of a
+    student when it solves `begun` of them; then the distillation begins. batch, steps: of the distillation. renewed:
+    steps after which the student's own samples are drawn again.
     """
 
     teacher: tuple[int, int, int] = (72, 3, 4)
@@ -45,7 +45,7 @@ class Sizes:
     batch: int = 12
     steps: int = 150
     renewed: int = 5
-    problems: int = 256  # held out; and a quarter of that of longer ones
+    problems: int = 256  # held out; and a quarter as many longer ones
     seeds: int = 5
     rates: tuple[float, ...] = (1e-3, 3e-3)
 
@@ -55,7 +55,7 @@ def _optimizer(models: Stack, rate: float) -> torch.optim.Optimizer:
 
 
 def _paced(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int, warm_up: int) -> None:
-    """Linearly up, then down to a tenth along a cosine. step: from 1 on."""
+    """Rises linearly, then falls to a tenth along a cosine. step: starts at 1."""
     down = 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))
     for group in optimizer.param_groups:
         group["lr"] = rate * min(1.0, step / warm_up) * down
@@ -64,7 +64,7 @@ def _paced(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int,
 def _imitate(
     models: Stack, optimizer: torch.optim.Optimizer, family: Family, rng: random.Random, rows: int
 ) -> None:
-    """One step with correct solutions."""
+    """Runs one step with correct solutions."""
     problems = draw(family, rng, rows)
     solutions = [problem.solution(rng) for problem in problems]
     batch = batch_of(problems, solutions, (1, rows)).to(models.device)
@@ -75,7 +75,7 @@ def _imitate(
 
 
 def share_solved(models: Stack, problems: Sequence[Problem]) -> float:
-    """By the first model of the stack."""
+    """The share of problems that the first model of the stack solves."""
     texts = solved(models, [problems], longest(problems))[0]
     return sum(p.is_correct(text) for p, text in zip(problems, texts, strict=True)) / len(problems)
 
@@ -83,7 +83,7 @@ def share_solved(models: Stack, problems: Sequence[Problem]) -> float:
 def teacher_of(
     family: Family, sizes: Sizes, path: Path, say: Callable[[str], None], device: str = "cpu"
 ) -> Stack:
-    """Good, but not perfect: trained until it solves a share in `good_enough`. Kept in `path`."""
+    """A teacher, trained until it solves a share in `good_enough`. Stored in `path`."""
     low, high = sizes.good_enough
     return _taught(
         Stack(Shape(*sizes.teacher, len(SYMBOLS))).to(device),
@@ -99,7 +99,7 @@ def teacher_of(
 def student_of(
     family: Family, sizes: Sizes, seed: int, path: Path, say: Callable[[str], None], device: str = "cpu"
 ) -> Stack:
-    """One that solves some problems, with as much to learn. Kept in `path`."""
+    """A student that solves some problems. Stored in `path`."""
     return _taught(
         Stack(Shape(*sizes.student, len(SYMBOLS)), seed=seed).to(device),
         family,
@@ -120,9 +120,9 @@ def _taught(
     path: Path,
     say: Callable[[str], None],
 ) -> Stack:
-    """By correct solutions, until it solves a share of the problems in `wanted`. pace: most steps, batch, rate.
+    """Trains on correct solutions until the share of solved problems is in `wanted`. pace: most steps, batch, rate.
 
-    Where the share leaps over what is wanted, or never reaches it, the best one below is kept.
+    If the share jumps over this range or never reaches it, the best model below is kept.
     """
     if path.exists():
         models.load_state_dict(torch.load(path, map_location=models.device))
@@ -134,7 +134,7 @@ def _taught(
     for step in range(1, steps + 1):
         _paced(optimizer, rate, step, steps, 100)
         _imitate(models, optimizer, family, rng, batch)
-        # Where it learns fast it is looked at often.
+        # Evaluates more often if it learns fast.
         if step % (20 if best[0] > wanted[0] / 4 else 40) and step < steps:
             continue
         share = share_solved(models, held)
@@ -143,7 +143,7 @@ def _taught(
         if share >= wanted[0] and best[0] >= wanted[0]:
             break
     models.load_state_dict(best[1])
-    short = "" if best[0] >= wanted[0] else f", less than the {wanted[0]:.1%} that were wanted"
+    short = "" if best[0] >= wanted[0] else f", less than the wanted {wanted[0]:.1%}"
     say(f"of {models.shape.parameters} parameters solves {best[0]:.1%} after {step} steps{short}")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(models.state_dict(), path)
@@ -151,9 +151,9 @@ def _taught(
 
 
 class Prefixes:
-    """The micro-batches of a run: those of the teacher's solutions alike for all methods, of the student's own to each.
+    """The micro-batches of a run. Teacher solutions are the same for all methods; each student has its own samples.
 
-    All are drawn from the seed: every method has the same problems in the same order, and samples by the same chances.
+    All are drawn from the seed. Every method has the same problems in the same order, and the same random numbers.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Prefixes:
         self._waiting: list[list[tuple[Problem, str]]] = []
 
     def next(self, students: Stack) -> Batch:
-        """Of [methods, rows], or [1, rows] where all have the same."""
+        """Shape [methods, rows], or [1, rows] if all have the same."""
         rows = self._sizes.batch
         if not self._waiting:
             problems = draw(self._family, self._rng, rows * self._sizes.renewed)
@@ -198,7 +198,7 @@ def distil(
     rate: float,
     wrong: float = 0.0,
 ) -> Stack:
-    """One student for each method, from the same beginning. wrong: the share of the verifier's verdicts that is."""
+    """Trains one student per method, from the same initial student. wrong: share of wrong verdicts."""
     students = Stack(student.shape, len(chosen)).to(student.device)
     students.take(student, [0] * len(chosen))
     optimizer = _optimizer(students, rate)
@@ -213,7 +213,7 @@ def distil(
                 student(flat).view(*batch.tokens.shape, -1) if any(m.against_first for m in chosen) else None
             )
         logits = students(batch.tokens.expand(len(chosen), -1, -1))
-        # On the teacher's solutions all methods stand at the same place: what holds there is found once.
+        # On the teacher's solutions all methods have the same tokens, so these values are computed once.
         marked = [_marked(batch.part(number)) for number in range(len(batch.tokens))]
         losses = [
             how.loss_of(
@@ -229,13 +229,13 @@ def distil(
         ]
         _paced(optimizer, rate, step, sizes.steps, 10)
         optimizer.zero_grad()
-        torch.stack(losses).sum().backward()  # each student has its own gradient
+        torch.stack(losses).sum().backward()  # the students have separate gradients
         optimizer.step()
     return students
 
 
 def _marked(batch: Batch) -> tuple[Batch, Tensor, Tensor, Tensor]:
-    """Its steps, where what was written next is correct, and where all is that was written before."""
+    """Steps, whether the next written token is correct, and whether all earlier ones are."""
     return batch, steps_of(batch), *unbroken(batch)
 
 
@@ -255,12 +255,12 @@ def _place(
             found ^= (torch.rand(found.shape, generator=generator) < wrong).to(found.device)
         return tuple(found.float())
 
-    # The teacher errs, too: what it wrote counts as verified as far as it is correct.
+    # The teacher makes errors too. Its tokens count as verified while its solution is correct.
     labels = torch.where(written, batch.labels, -1) if regime == how.TRACES else None
     return Place(batch.counts, steps, labels, judge, before, generator, first)
 
 
 def correct(students: Stack, problems: Sequence[Problem]) -> list[list[bool]]:
-    """Of each student, which problems it solves."""
+    """The problems that each student solves."""
     texts = solved(students, [problems] * students.count, longest(problems))
     return [[p.is_correct(text) for p, text in zip(problems, row, strict=True)] for row in texts]

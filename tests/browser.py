@@ -1,4 +1,4 @@
-"""Opens a page in a real Chromium without a window and says how it looked; over pipes, so no port is opened."""
+"""Opens a page in headless Chromium and returns its picture, errors and requests. Uses pipes, so no port."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-dev-shm-usage", "--remote-debugging-pipe"),
 )
-# Chromium reads commands from descriptor 3 and answers to 4.
+# Chromium reads commands from descriptor 3 and writes replies to descriptor 4.
 _SHIM = """
 import fcntl, os, sys
 ends = [fcntl.fcntl(int(text), fcntl.F_DUPFD, 10) for text in sys.argv[1:3]]
@@ -38,7 +38,7 @@ def chromium() -> str | None:
 @dataclass
 class Seen:
     """complaints: errors and warnings of the console, and exceptions. requests: URLs but for the page and data in it.
-    picture: PNG of the whole page, width pixels wide. values: of the expressions that were asked for.
+    picture: PNG of the whole page, width pixels wide. values: of the expressions.
     """
 
     complaints: list[str] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Browser:
         shutil.rmtree(self._profile.name, ignore_errors=True)
 
     def look(self, page: Path, width: int, *expressions: str) -> Seen:
-        """The page in a window of that width. expressions: of JavaScript, evaluated when it has loaded."""
+        """Opens the page in a window of that width. expressions: JavaScript, evaluated after loading."""
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._events.clear()
@@ -121,7 +121,7 @@ class Browser:
             self._until(lambda found: found.get("method") == event)
 
     def _until(self, wanted: Any) -> dict:
-        """The first message that is wanted; events on the way are kept."""
+        """The first matching message. Keeps the events before it."""
         deadline = time.monotonic() + _SECONDS
         while True:
             while b"\0" in self._rest:

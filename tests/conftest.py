@@ -1,16 +1,16 @@
-"""What all tests share: how many examples hypothesis draws, and which files begin first."""
+"""Settings for all tests: the number of hypothesis examples, and the files that start first."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import settings
 
-# `make test-all` asks for the thorough profile. No deadline: a property is true or not, however busy the machine is.
+# `make test-all` uses the thorough profile. There is no deadline, because a busy machine must not fail a test.
 settings.register_profile("fast", deadline=None, max_examples=25)
 settings.register_profile("thorough", deadline=None, max_examples=150)
 settings.load_profile("fast")
 
-# These take minutes, and no worker should be left with one of them when the others have nothing more to do.
+# These files take minutes. They start first, so that no worker runs one of them alone at the end.
 LONGEST = ("test_slurm.py", "test_long_runs.py", "test_emulated.py")
 
 

@@ -1,8 +1,8 @@
-"""Where the time of the last `make test` or `make test-all` went: a table by folder, with the slowest tests of each.
+"""Prints the time of the last `make test` or `make test-all`: a table by folder, with the slowest tests of each.
 
     python tests/durations.py build/tests-cp311.xml
 
-Seconds are those of set-up, call and tear-down, added over the workers, so they add up to more than the run took.
+Seconds include set-up, call and tear-down. They are summed over the workers, so the sum is larger than the run time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WORTH_NAMING = 2.0  # seconds
 
 
 def table(suite: ElementTree.Element) -> str:
-    """Markdown: a row for each folder, the slowest first, and one for everything."""
+    """A Markdown table: a row for each folder, the slowest first, and a total."""
     folders: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for case in suite.iter("testcase"):
         parts = case.get("classname", "").split(".")[1:]

@@ -1,4 +1,4 @@
-"""The server that processes of tests are forked from: it has imported once what all of them need."""
+"""The fork server for processes of tests. It has already imported the packages that they need."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from unittest import mock
 
 
 def context() -> BaseContext:
-    """The context of multiprocessing whose processes come from the server, which is started unless it runs.
+    """The multiprocessing context with processes from the server. Starts the server if necessary.
 
-    There is one server in a process, so all tests share one list of what it imports.
+    A process has one server, so all tests share one list of imports.
     """
     multiprocessing.set_forkserver_preload(["preloaded"])
-    # The server looks for modules where this process does, and torch reads its log level once, when it is imported.
-    # Other children must not inherit either.
+    # The server has the module path of this process, and torch reads its log level once, at import. Other children
+    # must not inherit these variables.
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), TORCH_CPP_LOG_LEVEL="FATAL"):
         forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")

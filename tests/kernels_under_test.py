@@ -1,7 +1,7 @@
-"""Which compiled kernels these tests run: those of vcrd._C as built, or of a module that stands in for it.
+"""Selects the compiled kernels for the tests: those of vcrd._C, or of a module that replaces it.
 
-VCRD_TEST_MODULE names such a module: tests/cuda_emulation sets it, and so runs these same tests on the CUDA kernels'
-source without a GPU. Import this before anything that imports vcrd's operators, in every process.
+VCRD_TEST_MODULE names such a module. tests/cuda_emulation sets it to run the same tests on the source of the CUDA
+kernels without a GPU. Import this before anything that imports vcrd's operators, in every process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _stand_in() -> None:
     name = "vcrd._C"
     if not EMULATED or name in sys.modules:
         return
-    import torch  # noqa: F401  whose libraries the module needs
+    import torch  # noqa: F401  the module needs its libraries
 
     specification = importlib.util.spec_from_file_location(name, PATH)
     module = importlib.util.module_from_spec(specification)
@@ -30,7 +30,7 @@ _stand_in()
 
 
 def check() -> None:
-    """Proves that no process quietly tests the wrong kernels."""
+    """Checks that no process tests the wrong kernels unnoticed."""
     from vcrd.loss import ops
 
     assert not EMULATED or ops._C.__file__ == PATH, f"{ops._C.__file__} is tested instead of {PATH}"

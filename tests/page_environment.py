@@ -1,8 +1,8 @@
-"""Environments of exactly what a page has its reader install, made of links to what is installed here.
+"""Environments with exactly the packages that a page installs, made of links to installed packages.
 
-A page that forgets a package works in the environment of the tests, which has more, and fails for its reader. Nothing
-is downloaded: which packages there would be follows from the requirement files that make installs, and from the
-metadata of the packages in them.
+If a page forgets a package, its commands work in the environment of the tests, which has more packages, and fail for a
+reader. Nothing is downloaded. The list of packages comes from the requirement files of make, and from the metadata of
+these packages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SITE = Path(sysconfig.get_path("purelib"))
 
 
 def installed_by_make(target: str) -> dict[str, Distribution]:
-    """What `make TARGET` installs with this interpreter, by name; PackageNotFoundError for what is not here."""
+    """The packages that `make TARGET` installs with this interpreter; PackageNotFoundError if one is missing."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     command = ["make", "--dry-run", "--always-make", target, f"PYTHON={sys.executable}"]
     done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=True, timeout=60)
@@ -40,7 +40,7 @@ def installed_by_make(target: str) -> dict[str, Distribution]:
 
 
 def with_needs(requirements: Iterable[str], alone: bool = False) -> dict[str, Distribution]:
-    """These packages, and unless `alone` whatever their metadata says that they need."""
+    """These packages, and unless `alone` all of their dependencies."""
     found: dict[str, Distribution] = {}
     seen: set[tuple[str, str]] = set()
     left = [(Requirement(text), "") for text in requirements]
@@ -58,21 +58,21 @@ def with_needs(requirements: Iterable[str], alone: bool = False) -> dict[str, Di
 
 
 def create(folder: Path, packages: dict[str, Distribution]) -> Path:
-    """A virtual environment in `folder` with these packages, their commands and this checkout; its interpreter."""
+    """Makes a virtual environment with these packages, their commands and this checkout. Returns its python."""
     venv.EnvBuilder(symlinks=True).create(folder)
     python = folder / "bin/python"
     (site,) = folder.glob("lib/python*/site-packages")
     wanted = _places(packages.values())
     foreign = _places(each for each in distributions() if canonicalize_name(each.name) not in packages)
     _link(SITE, site, Path(), wanted, foreign)
-    (site / "vcrd.pth").write_text(f"{ROOT}\n")  # as `make build` does
+    (site / "vcrd.pth").write_text(f"{ROOT}\n")  # as in `make build`
     for package in packages.values():
         _commands(package, python)
     return python
 
 
 def _commands(package: Distribution, python: Path) -> None:
-    """Those beside `python`: scripts that it runs, and programs."""
+    """Creates the commands of the packages: Python scripts, and programs."""
     for command in package.entry_points:
         if command.group == "console_scripts":
             script = python.parent / command.name
@@ -86,7 +86,7 @@ def _commands(package: Distribution, python: Path) -> None:
 
 
 def environment(python: Path) -> dict[str, str]:
-    """The variables of a shell in which it was activated: none of ours, none of vcrd's."""
+    """The variables of a shell with this environment, without those of the tests and of vcrd."""
     ours = ("VCRD_", "PYTHONPATH", "PYTEST", "VIRTUAL_ENV")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     paths = [path for path in kept["PATH"].split(os.pathsep) if Path(path) != Path(sys.executable).parent]
@@ -94,7 +94,7 @@ def environment(python: Path) -> dict[str, str]:
 
 
 def _places(packages: Iterable[Distribution]) -> set[Path]:
-    """Their files, and all folders above these, relative to the folder of packages."""
+    """The files of these packages and all folders above them, relative to site-packages."""
     found: set[Path] = set()
     for package in packages:
         for path in _recorded(package):
@@ -108,7 +108,7 @@ def _recorded(package: Distribution) -> list[Path]:
 
 
 def _link(source: Path, target: Path, below: Path, wanted: set[Path], foreign: set[Path]) -> None:
-    """Links what is wanted: a folder as a whole, unless it also holds what is not."""
+    """Links the wanted files. Links a whole folder if all of its files are wanted."""
     for entry in (source / below).iterdir():
         path = entry.relative_to(source)
         if path not in wanted or path in foreign and not entry.is_dir():

@@ -1,4 +1,4 @@
-"""Ports for the jobs that tests start."""
+"""Ports for jobs of tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 
 
 def free_port() -> int:
-    """A port below those that the system gives to whoever asks for any, so that none of these takes it meanwhile."""
+    """A free port below the ephemeral ports of the system, so that no other process gets it meanwhile."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)
         with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""What the fork server imports. Megatron takes seconds to import, torch two, and a fork of both a tenth of one."""
+"""Imports of the fork server. Importing Megatron takes seconds, torch two, and a fork of both a tenth."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.distributed  # noqa: F401
 import vcrd.link
 import vcrd.loss.api  # noqa: F401
 
-# Emulated kernels are for the loss alone. A process that has looked for a GPU has no working CUDA in its forks, and
-# Megatron may look for one while it is imported.
+# Emulated kernels need only the loss. CUDA does not work in forks of a process that has looked for a GPU, and the
+# import of Megatron may look for one.
 GPU = any(Path("/dev").glob("nvidia[0-9]*"))
 if not (kernels_under_test.EMULATED or GPU) and importlib.util.find_spec("megatron"):
     from vcrd.megatron import cpu

@@ -16,7 +16,7 @@ RUN = """
 """
 
 
-def test_folders_are_in_order_of_their_time_with_their_slowest_tests():
+def test_folders_are_sorted_by_time_with_their_slowest_tests():
     assert durations.table(ElementTree.fromstring(RUN).find("testsuite")).splitlines() == [
         "| folder | tests | seconds | slowest |",
         "|---|---|---|---|",

@@ -1,6 +1,6 @@
-"""The layers of the design, enforced: who may import and include whom, and how long a file may grow.
+"""Enforces the layers of the design: which file may import and include which, and the length of a file.
 
-Reads the source text and runs none of it. A new module needs a line in `LAYERS`, so that its place is a decision.
+Reads the source text and runs none of it. A new module needs a line in `LAYERS`, so that its layer is a decision.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ FOLDERS = ("vcrd", "csrc", "examples", "tests", "benchmarks", "research")
 
 @dataclass(frozen=True)
 class Layer:
-    """What Python files that match `files` may import, besides the standard library: modules of ours, and packages.
+    """The imports that files matching `files` may have besides the standard library: our modules, and packages.
 
-    A name in `ours` stands for the module and all below it; "vcrd" alone for what `vcrd/__init__.py` offers.
-    `packages` None: any. `never` is taken out of `ours` again.
+    A name in `ours` is the module and all modules below it; "vcrd" alone is the content of `vcrd/__init__.py`.
+    `packages` None: any. `never` removes modules from `ours`.
     """
 
     files: str
@@ -163,7 +163,7 @@ LAYERS = (
     Layer("vcrd/link/teacher*.py", ("vcrd.link", "vcrd.settings"), never=("vcrd.link.student",)),
     Layer("vcrd/link/__init__.py", ("vcrd.link", "vcrd.settings")),
     Layer("vcrd/link/*.py", ("vcrd.link", "vcrd.settings"), never=("vcrd.link.student", "vcrd.link.teacher")),
-    # The one place that knows CUDA's streams and NCCL.
+    # The only place with CUDA streams and NCCL.
     Layer("vcrd/link/transport/cuda.py", ("vcrd.link.transport.nccl",), packages=("torch", "nccl", "cuda")),
     Layer(
         "vcrd/link/transport/*.py",
@@ -211,7 +211,7 @@ LAYERS = (
 
 @dataclass(frozen=True)
 class Includes:
-    """Files that match `files` may include nothing that matches `forbidden`."""
+    """Files matching `files` may not include files matching `forbidden`."""
 
     files: tuple[str, ...]
     forbidden: str
@@ -226,21 +226,21 @@ INCLUDES = (
         "only csrc/bind.cpp may see torch and pybind11",
     ),
     Includes(("csrc/cpu/**/*",), r"(^|/)cuda|^cub/|^thrust/", "CPU kernels do not know CUDA"),
-    Includes(("csrc/cuda/**/*",), r"(^|/)cpu/", "CUDA kernels do not know the CPU's"),
+    Includes(("csrc/cuda/**/*",), r"(^|/)cpu/", "CUDA kernels do not know the CPU kernels"),
     Includes(
-        ("csrc/bind.cpp",), r"^(\.\./|csrc/)*(cpu|cuda)/", "bind.cpp reaches kernels through kernels.h only"
+        ("csrc/bind.cpp",), r"^(\.\./|csrc/)*(cpu|cuda)/", "bind.cpp calls kernels only through kernels.h"
     ),
     Includes(("csrc/*.h",), r"(^|/)(cpu|cuda)/", "shared headers do not know the kernels"),
     Includes(
         ("csrc/elementwise.h", "csrc/merge.h", "csrc/params.h"),
         r"kernels\.h$",
-        "kernels.h stands above the mathematics",
+        "kernels.h is above the mathematics",
     ),
 )
 
 
 def imports(path: Path, module: str) -> Iterator[tuple[int, str]]:
-    """Line and full dotted name of everything that a file imports, also under a function or as a literal name."""
+    """Line and full dotted name of every import of a file, also in a function or as a literal name."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
@@ -265,7 +265,7 @@ def is_module(root: Path, name: str) -> bool:
 
 
 def resolve(root: Path, name: str) -> str:
-    """Cut the imported name down to the module it comes from: `vcrd.loss.api.CalibratedLoss` to `vcrd.loss.api`."""
+    """The module of an imported name: `vcrd.loss.api` for `vcrd.loss.api.CalibratedLoss`."""
     while "." in name and not is_module(root, name):
         name = name.rpartition(".")[0]
     return name
@@ -277,7 +277,7 @@ def import_violations(root: Path) -> list[str]:
         relative = path.relative_to(root)
         layer = next((layer for layer in LAYERS if matches(relative, layer.files)), None)
         if layer is None:
-            found.append(f"{relative}:1: no layer; give it a line in LAYERS of tests/test_layers.py")
+            found.append(f"{relative}:1: no layer; add a line to LAYERS of tests/test_layers.py")
             continue
         module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
         for line, name in imports(path, module):
@@ -367,7 +367,7 @@ def matches(relative: Path, pattern: str) -> bool:
 @pytest.mark.parametrize(
     "check", [import_violations, startup_violations, include_violations, length_violations]
 )
-def test_the_repository_keeps_its_layers(check):
+def test_the_repository_follows_its_layers(check):
     found = check(ROOT)
     assert not found, "\n" + "\n".join(found)
 
@@ -405,8 +405,8 @@ PLANTED = [
     ("csrc/cpu/inner/loops.h", '//\n#  include "ATen/ATen.h"\n', "csrc/cpu/inner/loops.h:2:"),
     ("csrc/kernels.h", "#include <c10/util/Half.h>\n", "csrc/kernels.h:1:"),
     ("csrc/cpu/loops.h", "#include <cuda_runtime.h>\n", "do not know CUDA"),
-    ("csrc/bind.cpp", '#include "cpu/loops.h"\n', "through kernels.h only"),
-    ("csrc/elementwise.h", '#include "kernels.h"\n', "stands above"),
+    ("csrc/bind.cpp", '#include "cpu/loops.h"\n', "only through kernels.h"),
+    ("csrc/elementwise.h", '#include "kernels.h"\n', "is above"),
     ("tests/test_long.py", "\n" * (LONGEST + 1), "701 lines"),
 ]
 
@@ -427,7 +427,7 @@ ALLOWED = [
 
 
 def plant(root: Path, file: str, text: str) -> list[str]:
-    """What the checks say of a repository with these empty modules and this one file."""
+    """The errors of a repository with these empty modules and this one file."""
     exact = [layer.files for layer in LAYERS if "*" not in layer.files]
     for empty in [*exact, "vcrd/link/student.py", "vcrd/link/teacher.py", "vcrd/megatron/distillation.py"]:
         (root / empty).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Waiting in tests for what comes when it comes: a busy machine makes it late, and nothing else."""
+"""Waiting for events in tests. A busy machine delays an event, but does not fail the test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def wait_until(
     what: str,
     details: Callable[[], object] = lambda: "",
 ) -> None:
-    """AssertionError that says so, with the details of then, if it does not hold in time."""
+    """Waits until the condition holds. AssertionError with the details if it does not hold in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} seconds: {what}\n{details()}"

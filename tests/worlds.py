@@ -1,4 +1,4 @@
-"""Runs functions in several worlds of processes at once, as two torchrun jobs would be, and leaves none behind."""
+"""Runs functions in several worlds of processes at once, like two torchrun jobs, and ends all processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class World:
 
 
 class Started:
-    """A world under way."""
+    """A running world."""
 
     def __init__(self, world: World, folder: Path, number: int, context: Any) -> None:
         self._folder = folder
@@ -42,7 +42,7 @@ class Started:
             process.start()
 
     def kill(self, *ranks: int) -> None:
-        """kill -9 of these ranks, by default of all."""
+        """Sends SIGKILL to these ranks, by default to all."""
         for rank in ranks or range(len(self.processes)):
             self.processes[rank].kill()
             self.processes[rank].join()
@@ -53,7 +53,7 @@ class Started:
         assert not failed, _error(self._folder) or f"a process ended with {failed[0].exitcode}"
 
     def results(self) -> list[Any]:
-        """What each rank returned, once all have."""
+        """The return value of each rank, when all have ended."""
         return [
             torch.load(self._folder / f"{self._number}-{rank}.result", weights_only=False)
             for rank in range(len(self.processes))
@@ -61,7 +61,7 @@ class Started:
 
 
 class Worlds:
-    """Worlds that are started one after another; none outlives the block."""
+    """Starts worlds one after another, and ends them with the block."""
 
     def __init__(self) -> None:
         self._context = context()
@@ -83,7 +83,7 @@ class Worlds:
         return started
 
     def wait(self, *worlds: Started, seconds: float = 150) -> list[list[Any]]:
-        """What each rank of these worlds returned. AssertionError with the traceback of the first that failed."""
+        """The return value of each rank. AssertionError with the traceback of the first rank that failed."""
         deadline = time.monotonic() + seconds
         processes = [process for world in worlds for process in world.processes]
         while True:
@@ -97,13 +97,13 @@ class Worlds:
 
 
 def run_worlds(*worlds: World, seconds: float = 150) -> list[list[Any]]:
-    """What each rank of each world returned. AssertionError with the traceback of the first that failed."""
+    """The return value of each rank of each world. AssertionError with the traceback of the first failure."""
     with Worlds() as under_way:
         return under_way.wait(*[under_way.start(world) for world in worlds], seconds=seconds)
 
 
 def _error(folder: Path) -> str:
-    # The other ranks may fail because one did: the first to write is the cause.
+    # Other ranks may fail as a consequence, so the first error is the cause.
     errors = sorted(folder.glob("*.error"), key=lambda path: path.stat().st_mtime_ns)
     return errors[0].read_text() if errors else ""
 

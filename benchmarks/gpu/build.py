@@ -1,6 +1,6 @@
-"""Whether the extension vcrd._C that is here can be used for `make gpu-check`, and how it is built anew.
+"""Decides whether `make gpu-check` can use the existing extension vcrd._C, and builds it otherwise.
 
-A build that was carried to this machine counts: setup.py writes beside the built file what it was made of.
+A build from another machine may be used: setup.py records its sources beside the built file.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ SOURCES = ("setup.py", "csrc/**/*")
 
 
 def record_of_the_build(root: Path = ROOT) -> Path:
-    """Where setup.py writes it for this interpreter; the built file has the same name, but for its ending."""
+    """The path where setup.py writes the record for this interpreter. The built file differs only in its suffix."""
     return (root / "vcrd" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").with_suffix(".build.json")
 
 
 def changed(root: Path = ROOT) -> list[str] | None:
-    """Files that the extension is made of and that are not as it was built from; None where no record says so."""
+    """Sources that have changed since the build; None if there is no record of the build."""
     try:
         built_from = json.loads(record_of_the_build(root).read_text())["sources"]
     except (OSError, ValueError, KeyError):
@@ -36,13 +36,13 @@ def changed(root: Path = ROOT) -> list[str] | None:
 
 
 def reason_to_build(torch_version: str, root: Path = ROOT) -> str | None:
-    """Why the built file that is here is not even worth loading; None where it may be."""
+    """Why the built file cannot be used; None if it may be loaded."""
     record = record_of_the_build(root)
     if not record.with_name(record.name.replace(".build.json", ".so")).exists():
         return "vcrd._C is not built for this interpreter"
     differ = changed(root)
     if differ is None:
-        return "nothing says what vcrd._C was built from"
+        return "there is no record of the sources of vcrd._C"
     if differ:
         more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
         return f"{differ[0]}{more} changed since vcrd._C was built"
@@ -53,7 +53,7 @@ def reason_to_build(torch_version: str, root: Path = ROOT) -> str | None:
 
 
 def build(seconds: float) -> Outcome:
-    """Ninja compiles what is newer than its object file. A copy may have any times, so what changed is touched."""
+    """Touches the changed sources and builds. Ninja goes by file times, and a copy may have any times."""
     differ = changed()
     for path in files(SOURCES) if differ is None else [ROOT / name for name in differ]:
         if path.exists():

@@ -1,15 +1,15 @@
-"""Everything that needs a GPU, as a queue of short stages: each lease of one, however short, moves it forward.
+"""Runs everything that needs a GPU, as a queue of short stages. Each call continues where the last one ended.
 
     make gpu-check PYTHON=python3 [SECONDS=420] [ARGS="--list"]
 
-Runs, within that time, the stages of stages.py whose result is missing, older than the code that they test, or
-failed, and writes each result at once to docs/performance/gpu/<stage>.json. Those that failed with the code as it is
-come after those that have never run, so that one failure does not keep the rest from its turn. A built extension that
-is here already is used if it was built from these sources with this torch.
+Runs the stages of stages.py whose result is missing, failed, or older than the tested code, as many as fit into the
+time. Writes each result at once to docs/performance/gpu/<stage>.json. Stages that failed with the current code run
+last, so that they do not block the others. An existing extension is used if it was built from these sources with this
+torch.
 
-It runs with the interpreter it is started with and needs no network: torch with CUDA, pybind11, ninja, a CUDA toolkit
-and pytest must be there. What else a stage needs and does not find makes it unavailable, which is no failure. Exits
-with 0 when every stage that ran passed; speeds are reported and decide nothing. --list needs no GPU and no torch.
+Uses the interpreter that started it, and no network. torch with CUDA, pybind11, ninja, a CUDA toolkit and pytest must
+be installed. If a stage needs anything else that is missing, it is unavailable, which is no failure. The exit status is
+0 if every stage that ran passed; speeds do not matter for it. --list needs no GPU and no torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ORDER = {MISSING: 0, STALE: 0, FAILED: 1, UNAVAILABLE: 2}
 
 @dataclass(frozen=True)
 class Entry:
-    """A stage with its last result. state: what that result is worth now."""
+    """A stage with its last result. state: of the result, see `results.state`."""
 
     stage: Stage
     result: dict | None
@@ -50,14 +50,14 @@ class Entry:
 
     @property
     def expected(self) -> float:
-        """Seconds: as long as it took when it passed, or as the table guesses."""
+        """Expected seconds: those of the last run that passed, otherwise those of the table."""
         took = self.result.get("seconds") if self.result and self.result.get("passed") else None
-        # A build that was only found took 0 s; one that took a little more than its limit still fits into it.
+        # An existing build took 0 s. A stage that took slightly more than its limit still fits into the limit.
         return min(took or self.stage.expected, self.stage.limit)
 
 
 def due(folder: Path, stages: Stages) -> list[Entry]:
-    """What is to be run, in this order."""
+    """The stages to run, in this order."""
     entries = [Entry.of(stage, folder) for stage in stages]
     return sorted((e for e in entries if e.state != PASSED), key=lambda e: ORDER[e.state])
 
@@ -78,7 +78,7 @@ def listing(folder: Path, stages: Stages) -> str:
 
 
 class Queue:
-    """One run: its machine, its time, and what came of each stage."""
+    """One run of the queue: its machine, its time, and the result of each stage."""
 
     def __init__(self, folder: Path, machine: dict, seconds: float, started: float) -> None:
         self._folder, self._machine, self._end = folder, machine, started + seconds
@@ -90,7 +90,7 @@ class Queue:
         return self._end - time.monotonic() - MARGIN
 
     def attempt(self, entry: Entry) -> Finding | None:
-        """Runs the stage if it fits into what is left, and writes its result."""
+        """Runs the stage if it fits into the time that is left, and writes its result."""
         stage = entry.stage
         reason = stage.reason_to_skip()
         if reason is not None:
@@ -110,7 +110,7 @@ class Queue:
 
     def _keep(self, entry: Entry, finding: Finding, seconds: float) -> Finding:
         self.found[entry.stage.name] = finding
-        # That a stage cannot be tried here is no reason to forget what it gave elsewhere.
+        # "Unavailable on this machine" must not overwrite a result of another machine.
         measured = entry.result is not None and entry.result.get("passed") is not None
         if finding.passed is not None or not measured:
             results.write(self._folder, entry.stage.name, self.record(entry, finding, seconds))
@@ -121,7 +121,7 @@ class Queue:
 
     def record(self, entry: Entry, finding: Finding, seconds: float) -> dict:
         facts = dict(self._machine["facts"])
-        for known in ("packages", "date", "python", "cuda"):  # under other names here
+        for known in ("packages", "date", "python", "cuda"):  # the record has them under other names
             facts.pop(known, None)
         return {
             "stage": entry.stage.name,
@@ -140,14 +140,14 @@ class Queue:
         }
 
     def prepare(self, entry: Entry, anew: bool = False) -> bool:
-        """Whether the extension can be used now: takes the one that is here, or builds it where it must or `anew`."""
+        """Whether the extension can be used. Builds it if necessary, or if `anew`."""
         reason = self._machine["kernels"] or ("as asked for" if anew else None)
         if reason is None:
             if entry.state != PASSED:
-                carried = {"built": "before this run; vcrd._C is of these sources and this torch"}
-                self._keep(entry, Finding(True, "its CUDA kernels run here", carried), 0.0)
+                carried = {"built": "before this run, from these sources and with this torch"}
+                self._keep(entry, Finding(True, "its CUDA kernels run on this machine", carried), 0.0)
             return True
-        print(f"{reason}: it is built", flush=True)
+        print(f"building vcrd._C: {reason}", flush=True)
         finding = self.attempt(entry)
         if finding is None or not finding.passed:
             return False
@@ -160,11 +160,11 @@ class Queue:
 
     def summary(self) -> str:
         rows = [(name, word(finding), finding.how) for name, finding in self.found.items()]
-        rows += [(name, "left for another run", why) for name, why in self.left_out.items()]
+        rows += [(name, "not run", why) for name, why in self.left_out.items()]
         width, middle = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
         counts = [row[1] for row in rows]
         line = (
-            ", ".join(f"{counts.count(each)} {each}" for each in dict.fromkeys(counts)) or "nothing was due"
+            ", ".join(f"{counts.count(each)} {each}" for each in dict.fromkeys(counts)) or "no stage was due"
         )
         return "\n".join([*(f"{a:<{width}}  {b:<{middle}}  {shortened(c)}" for a, b, c in rows), line])
 
@@ -178,7 +178,7 @@ def shortened(text: str, longest: int = 160) -> str:
 
 
 def probe(seconds: float = 120) -> dict:
-    """What probe.py says of the machine and of the extension; `error`: why it says nothing."""
+    """The output of probe.py about the machine and the extension; `error`: why there is none."""
     outcome = run([sys.executable, "-m", "benchmarks.gpu.probe"], seconds)
     for line in reversed(outcome.output.splitlines()):
         if line.startswith('{"torch"'):
@@ -187,19 +187,19 @@ def probe(seconds: float = 120) -> dict:
 
 
 def usable_machine() -> dict | str:
-    """The probe's answer, or a sentence that says why there is nothing to run on."""
+    """The output of the probe, or the reason why no stage can run."""
     found = probe()
     if "error" in found:
         return f"{sys.executable} cannot be used: {found['error']}"
     if not found["gpu"]:
-        return f"torch {found['torch']} of {sys.executable} finds no GPU that it can use"
+        return f"torch {found['torch']} of {sys.executable} finds no usable GPU"
     return found
 
 
 def parse(arguments: list[str] | None, stages: Stages) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)"
+        "--seconds", type=float, default=SECONDS, help="time for all stages (default: %(default)s)"
     )
     parser.add_argument("--list", action="store_true", help="show the state of each stage and run nothing")
     parser.add_argument(
@@ -207,7 +207,7 @@ def parse(arguments: list[str] | None, stages: Stages) -> argparse.Namespace:
         action="append",
         choices=[stage.name for stage in stages],
         metavar="NAME",
-        help="run this one, whatever its state",
+        help="run this stage, whatever its state",
     )
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the results")
     return parser.parse_args(arguments)
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None, stages: Stages = STAGES) -> int:
     if options.list:
         print(listing(options.results, stages))
         return 0
-    # As an interrupt from the keyboard, so that the stage under way is ended with its processes.
+    # Raises SystemExit, so that the running stage ends with its processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     machine = usable_machine()
     if isinstance(machine, str):

@@ -1,12 +1,12 @@
-"""FP8 through Transformer Engine: a small teacher and student, the loss in FP8 and in bfloat16, on one GPU.
+"""Compares FP8 through Transformer Engine with bfloat16, for a small teacher and student on one GPU.
 
     python -m benchmarks.gpu.fp8 [--training] [--json fp8.json]
 
-Both models have the same bfloat16 parameters in all runs; in those in FP8 their linear layers multiply in FP8
-(`fp8="hybrid"`) by one recipe each, and the output layer and the loss as in bfloat16. Without --training the parameters
-stay as they are, so that the runs differ by FP8 alone; with it the student learns for 30 steps, in every run from the
-same micro-batches. Exits with 1 where a recipe does not run, a loss or a gradient is not finite, or training does not
-lower the loss; how far the losses are apart is reported and decides nothing.
+Both models have the same bfloat16 parameters in all runs. In an FP8 run their linear layers multiply in FP8
+(`fp8="hybrid"`) with one recipe; the output layer and the loss stay in bfloat16. Without --training the parameters do
+not change, so that the runs differ only by FP8. With it the student learns for 30 steps, from the same micro-batches in
+every run. The exit status is 1 if a recipe does not run, a loss or a gradient is not finite, or training does not
+lower the loss. The difference between the losses is reported and does not change the exit status.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import torch
 
 from benchmarks.gpu.models import Batch, Shape, build, forward_backward, forward_step, one_rank
 
-# FP8 products take multiples of 16 in each dimension, tokens included; blocks are of 128.
+# FP8 products need multiples of 16 in each dimension, tokens included; blocks have 128.
 VOCAB, SEQUENCE, BATCH = 4096, 128, 2
 STUDENT = Shape(2, 256, 512, 4, VOCAB, SEQUENCE, init_std=0.1)
 TEACHER = Shape(2, 512, 1024, 8, VOCAB, SEQUENCE, init_std=0.1)
-STEPS = 4  # delayed scaling knows nothing of its first step's maxima
+STEPS = 4  # delayed scaling has no maxima in its first step
 STEPS_OF_TRAINING, MICRO_BATCHES, LEARNING_RATE = 30, 4, 1e-3
 RECIPES = ("tensorwise", "blockwise", "delayed")  # of the student
 
 
 def reason_to_skip() -> str | None:
-    """Why FP8 cannot be tried here, in a sentence; None where it can."""
+    """Why FP8 cannot run on this machine; None if it can."""
     for module, name in (
         ("transformer_engine", "Transformer Engine"),
         ("megatron", "megatron-core"),
@@ -41,7 +41,7 @@ def reason_to_skip() -> str | None:
         if importlib.util.find_spec(module) is None:
             return f"{name} is not installed"
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no GPU that it can use"
+        return f"torch {torch.__version__} finds no usable GPU"
     capability = torch.cuda.get_device_capability()
     if capability < (8, 9):
         return f"FP8 needs compute capability 8.9, this GPU has {capability[0]}.{capability[1]}"
@@ -49,12 +49,12 @@ def reason_to_skip() -> str | None:
 
 
 def of_teacher(recipe: str | None) -> str | None:
-    """The student's, but for delayed scaling, which no teacher may have."""
+    """The student's recipe, except for delayed scaling, which no teacher may have."""
     return "tensorwise" if recipe == "delayed" else recipe
 
 
 class Masters:
-    """Adam on float32 copies of the parameters: what a step adds is often less than bfloat16 can tell."""
+    """Adam on float32 copies of the parameters: the change in one step is often too small for bfloat16."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -71,9 +71,9 @@ class Masters:
 
 
 def measure(recipe: str | None, engine: bool = True, steps: int = STEPS, learn: bool = False) -> dict:
-    """The loss per token of each step and the norm of the last gradient; the weights change only to `learn`.
+    """The loss per token of each step and the norm of the last gradient; the weights change only if `learn`.
 
-    One process's parallel state must exist. The teacher is in the same rank: `distill(forward_step, teacher=...)`.
+    The parallel state of one process must exist. The teacher is in the same rank: `distill(forward_step, teacher=...)`.
     """
     from vcrd.megatron import DistillSettings, distill
 
@@ -104,13 +104,13 @@ def train(recipe: str | None, engine: bool = True, steps: int = STEPS_OF_TRAININ
 
 
 def lowered(run: dict) -> bool:
-    """Whether the loss is lower at the end; each micro-batch's first and last loss count."""
+    """Whether the loss fell: compares the first and last loss of each micro-batch."""
     losses = run["losses"]
     return sum(losses[-MICRO_BATCHES:]) < sum(losses[:MICRO_BATCHES])
 
 
 def summary(bf16: dict, fp8: dict[str, dict | str]) -> dict:
-    """The runs, what lies between them, and whether all of it is finite. fp8: of each recipe, or why it did not run."""
+    """The runs, their differences, and whether all values are finite. fp8: by recipe, a run or the error."""
     numbers, found = [*bf16["losses"], bf16["gradient_norm"]], {}
     for recipe, run in fp8.items():
         if isinstance(run, str):
@@ -125,7 +125,7 @@ def summary(bf16: dict, fp8: dict[str, dict | str]) -> dict:
 
 
 def lines(result: dict) -> str:
-    """What is printed."""
+    """The printed lines."""
     if result["passed"] is None:
         return result["how"]
 
@@ -140,12 +140,12 @@ def lines(result: dict) -> str:
 
     rows = [line("bf16", result["bf16"]), *(line(f"fp8 {name}", run) for name, run in result["fp8"].items())]
     if not result["passed"]:
-        rows.append("not every recipe ran, to finite numbers, and learned where it was to")
+        rows.append("a recipe did not run, gave a number that is not finite, or did not learn")
     return "\n".join(rows)
 
 
 def tried(work: Callable[[str], dict], recipe: str) -> dict | str:
-    """What it finds, or the error in a line: one recipe that a GPU does not have must not hide the others."""
+    """The result of `step`, or its error in one line: an unsupported recipe must not hide the others."""
     try:
         return work(recipe)
     except Exception as error:
@@ -153,7 +153,7 @@ def tried(work: Callable[[str], dict], recipe: str) -> dict | str:
 
 
 def run(training: bool = False) -> dict:
-    """All runs on this GPU, or the reason why not."""
+    """All runs on this GPU, or the reason why there are none."""
     reason = reason_to_skip()
     if reason is not None:
         return {"passed": None, "how": reason}
@@ -169,7 +169,7 @@ def run(training: bool = False) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--training", action="store_true", help=f"{STEPS_OF_TRAINING} steps that learn")
-    parser.add_argument("--json", type=Path, help="where the figures are written")
+    parser.add_argument("--json", type=Path, help="file for the results")
     options = parser.parse_args()
     result = run(options.training)
     if options.json is not None:

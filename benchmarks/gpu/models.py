@@ -1,4 +1,4 @@
-"""Megatron GPT models for what `make gpu-check` trains, most of them of one rank with bfloat16 parameters."""
+"""Megatron GPT models for the training stages of `make gpu-check`, most of them for one rank in bfloat16."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 
 @dataclass(frozen=True)
 class Shape:
-    """groups: of keys and values, None for as many as heads. gated: SwiGLU. tied: one matrix embeds and unembeds."""
+    """Sizes of a model. groups: key-value groups, None for one per head. gated: SwiGLU. tied: tied embeddings."""
 
     layers: int
     hidden: int
@@ -40,9 +40,8 @@ def build(
     layers: Any = None,
     **settings: Any,
 ) -> torch.nn.Module:
-    """recipe: of FP8. engine: of Transformer Engine's layers. dtype: of the parameters, bfloat16 or float32.
-    layers: a layer specification of Megatron's; None for the one that it would choose. settings: further fields of its
-    configuration."""
+    """recipe: FP8 recipe. engine: use Transformer Engine's layers. dtype: of the parameters, bfloat16 or float32.
+    layers: a Megatron layer specification, None for the default. settings: further fields of the configuration."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_layer_local_spec,
@@ -73,7 +72,7 @@ def build(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         init_method_std=shape.init_std,
-        # The local layers' norm is torch's, which refuses it.
+        # The norm of the local layers is a torch norm, which does not support it.
         **({} if engine else {"persist_layer_norm": False}),
         **activation,
         **quantised,
@@ -101,16 +100,16 @@ def build(
 
 @contextlib.contextmanager
 def one_rank() -> Iterator[None]:
-    """Megatron's parallel state of this process alone, on the first GPU."""
+    """A parallel state of this process alone, on the first GPU."""
     from megatron.core import parallel_state
 
-    # What Megatron asks for with tensor parallelism, and does not mind without.
+    # Megatron requires this with tensor parallelism and allows it without.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(0)
     with TemporaryDirectory() as folder:
         dist.init_process_group("nccl", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
-            # Groups of gloo would look for a network, which a machine that is lent need not have.
+            # gloo groups would need a network, which the machine may not have.
             parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
             yield
         finally:
@@ -120,7 +119,7 @@ def one_rank() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Random tokens and labels [b, s] on the device; positions as Megatron wants them."""
+    """Random tokens and labels [b, s] on the device, with positions for Megatron."""
 
     tokens: Tensor
     labels: Tensor
@@ -135,7 +134,7 @@ class Batch:
 
 
 def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Callable]:
-    """As in any Megatron script: draw a batch, call the model, say how its losses become one."""
+    """The forward step of a Megatron script: draw a batch, call the model, return loss_func."""
     batch = next(data_iterator)
     every = torch.ones_like(batch.labels)
     losses = model(batch.tokens, batch.positions, None, labels=batch.labels, loss_mask=every)
@@ -143,7 +142,7 @@ def forward_step(data_iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Ca
 
 
 def forward_backward(step: Callable, model: torch.nn.Module, batch: Batch) -> Any:
-    """One micro-batch through Megatron's own schedule; what loss_func reports."""
+    """Runs one micro-batch through Megatron's schedule and returns the report of loss_func."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     return get_forward_backward_func()(

@@ -1,16 +1,17 @@
-"""NCCL between processes that share one GPU: does it work here, and how fast is the link over it?
+"""Tests NCCL between processes that share one GPU, and measures the speed of the link over it.
 
     python -m benchmarks.gpu.nccl ranks [--json ranks.json]
     python -m benchmarks.gpu.nccl speed [--megabytes 8 64 256] [--json speed.json]
 
-They talk over sockets of the loopback interface (ranks.py). That is the path between nodes without GPUDirect, so
-its speed says what the link costs beside NCCL, not what NVLink or InfiniBand reach.
+The processes use sockets of the loopback interface (ranks.py). This is the path between nodes without GPUDirect. So
+the figures show the overhead of the link over NCCL, not the speed of NVLink or InfiniBand.
 
-ranks: torch's own all-reduce, send and receive between two processes; exits with 1 where a value is wrong.
-speed: a teacher process and a student process, in turns: bare ncclSend and ncclRecv of one tensor, the link over NCCL
-and the link over TCP, of as many bytes; and how much slower matrix products of the student run beside each of them.
+ranks: torch's all-reduce, send and receive between two processes; the exit status is 1 if a value is wrong.
+speed: alternates between plain ncclSend and ncclRecv of one tensor, the link over NCCL and the link over TCP, with the
+same number of bytes, from a teacher process to a student process. Also measures how much each of them slows matrix
+products of the student.
 
-`--transport fake --device cpu` tries the script where there is no GPU; its figures then mean nothing.
+`--transport fake --device cpu` runs the script without a GPU; its figures then have no meaning.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from benchmarks.gpu.ranks import run_together
 
 VOCAB = 32768
 ROUNDS, WARMUPS = 5, 2
-SECONDS = 80  # that both processes may take
+SECONDS = 80  # limit for both processes
 
 
 def main() -> int:
@@ -45,7 +46,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank", type=int, help="this is one of the two processes")
-    parser.add_argument("--folder", type=Path, help="where the two processes meet")
+    parser.add_argument("--folder", type=Path, help="folder through which the two processes connect")
     given = parser.parse_args()
     if given.rank is not None:
         figures = {"ranks": ranks, "speed": speed}[given.what](given)
@@ -62,7 +63,7 @@ def main() -> int:
 
 
 def both(folder: str) -> dict | None:
-    """What rank 0 found, once both processes have ended well."""
+    """The result of rank 0, or None if a process failed."""
     given = ["-m", "benchmarks.gpu.nccl", *sys.argv[1:], "--folder", folder]
     error = run_together({f"rank{rank}": [*given, "--rank", str(rank)] for rank in range(2)}, SECONDS)
     if error:
@@ -96,7 +97,7 @@ def ranks(given: argparse.Namespace) -> dict:
 
 
 def speed(given: argparse.Namespace) -> dict:
-    """Rank 0 is the student, rank 1 the teacher; what they do in turns is agreed by files."""
+    """Rank 0 is the student, rank 1 the teacher; files synchronise their phases."""
     import torch
 
     device = torch.device(given.device)
@@ -116,7 +117,7 @@ def speed(given: argparse.Namespace) -> dict:
 
 
 class Products:
-    """Matrix products that stand for training: how many a second, and beside what."""
+    """Matrix products in place of training, and their number per second."""
 
     def __init__(self, device) -> None:
         import torch
@@ -137,7 +138,7 @@ class Products:
 
 
 def measured(given, ends: Bare | Linked, rows: int, products: Products, alone: float) -> dict:
-    """GB/s, the median of the rounds; and the share of the products' speed that is left beside the transfers."""
+    """GB/s, the median over the rounds, and the share of the speed of the products during the transfers."""
     size, times = 2 * rows * VOCAB, max(4, min(40, (256 << 20) // (2 * rows * VOCAB)))
     speeds, left = [], []
     try:
@@ -160,7 +161,7 @@ def measured(given, ends: Bare | Linked, rows: int, products: Products, alone: f
 
 
 class Bare:
-    """ncclSend and ncclRecv of one tensor again and again, on a communicator that the link's own code has made."""
+    """Repeated ncclSend and ncclRecv of one tensor, on a communicator from the code of the link."""
 
     def __init__(self, given, device, rows: int) -> None:
         import torch
@@ -199,14 +200,14 @@ class Bare:
         transport._wait(transport._stream.record().done)
 
     def close(self) -> None:
-        if self._sends:  # what was sent may still be on its way
+        if self._sends:  # the transfer may still be running
             self._end.connection.readable(SECONDS)
         self._owner.submit(self._end.close).result()
         self._owner.shutdown()
 
 
 class Linked:
-    """The link of one rank with one rank, payload float16."""
+    """The link between one rank and one rank, payload float16."""
 
     def __init__(self, given, device, rows: int, transport: str) -> None:
         import torch

@@ -1,15 +1,15 @@
-"""Megatron with sequence and with context parallelism: the plug's losses and gradients beside those of one rank.
+"""Compares Megatron with sequence and context parallelism with one rank: losses and gradients of the plug.
 
     python -m benchmarks.gpu.parallel [--json parallel.json]
     python -m benchmarks.gpu.parallel --device cpu
 
-Four ranks of NCCL on one GPU (ranks.py) train a student through Transformer Engine's layers, three steps from the
-same weights in each layout of CASES. The teacher is either in the student's ranks, or a separate job of one rank that
-is connected by the link. Another process trains the same student alone. The four ranks must have its losses, figures,
-gradient norms and gradients, with the differences that LIMITS allows; otherwise the exit status is 1.
+Four NCCL ranks on one GPU (ranks.py) train a student with Transformer Engine's layers, three steps from the same
+weights in each layout of CASES. The teacher is either in the student's ranks, or a separate job of one rank that is
+connected by the link. Another process trains the same student alone. The losses, metrics, gradient norms and gradients
+of the four ranks must equal those of this process within LIMITS. Otherwise the exit status is 1.
 
-On the CPU the ranks talk over gloo, the parameters are float32, and Megatron's local layers are used with a norm and an
-attention that stand in for Transformer Engine's (cpu_layers.py); one rank has Megatron's own there, too.
+On the CPU the ranks use gloo and float32 parameters. Megatron's local layers are used, with a norm and an attention
+that replace those of Transformer Engine (cpu_layers.py). The single rank uses Megatron's own norm and attention.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from torch import Tensor, nn
 from benchmarks.gpu.models import Shape, build
 from benchmarks.gpu.ranks import run_together
 
-SECONDS = 85  # that all processes may take
-RANKS, STEPS, MICRO_BATCHES, ROWS = 4, 3, 4, 2  # micro-batches of a step, over all data ranks
+SECONDS = 85  # limit for all processes
+RANKS, STEPS, MICRO_BATCHES, ROWS = 4, 3, 4, 2  # MICRO_BATCHES: of a step, over all data ranks
 LEARNING_RATE = 0.1
 
 
 @dataclass(frozen=True)
 class Case:
-    """A layout of the student. Tensor parallelism brings sequence parallelism; what is left of the ranks is data."""
+    """A layout of the student. Tensor implies sequence parallelism; data parallelism takes the other ranks."""
 
     name: str
     tensor: int = 1
@@ -63,7 +63,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Trial:
-    """What all processes agree on. true_vocab: columns that are no padding. folder: where they meet."""
+    """Settings of all processes. true_vocab: columns that are no padding. folder: for their files."""
 
     folder: Path
     student: Shape
@@ -77,29 +77,29 @@ def trial(device: str, folder: Path) -> Trial:
     if device == "cpu":
         student = Shape(2, 32, 64, 4, vocab=96, sequence=16, groups=2)
         return Trial(folder, student, Shape(2, 48, 96, 6, 96, 16), 91, torch.float32, False)
-    # Transformer Engine splits attention over context ranks in 16 bits alone, and in pieces of whole tiles.
+    # Transformer Engine splits attention over context ranks only in 16 bits, in pieces of whole tiles.
     student = Shape(2, 256, 512, 4, vocab=4096, sequence=512, groups=2)
     return Trial(folder, student, Shape(2, 512, 1024, 8, 4096, 512), 4000, torch.bfloat16, True)
 
 
-# Relative differences: of each step's loss, figure in the log and gradient norm; of a gradient, by its tensor's norm.
+# Relative differences: of loss, metrics and gradient norm of each step; and of a gradient, relative to its norm.
 # Measured on the CPU: 4e-7 and 2.6e-6; in bfloat16, with the shapes of a GPU, 7e-4 and 0.034, which is rounding.
 LIMITS = {torch.float32: (5e-6, 3e-5), torch.bfloat16: (3e-3, 0.1)}
 
 
 def part_of(whole: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
-    """What a tensor rank holds of a parameter that is cut along this dimension, or along none."""
+    """The part of a tensor rank, if the parameter is sharded along this dimension or not at all."""
     return whole if dim is None else whole.chunk(size, dim)[rank]
 
 
 def cut_of(parameter: nn.Parameter) -> int | None:
-    """The dimension along which Megatron and Transformer Engine say that tensor ranks share a parameter."""
+    """The dimension along which Megatron and Transformer Engine shard a parameter over tensor ranks."""
     return parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
 
 
 @torch.no_grad()
 def fill(model: nn.Module, seed: int, rank: int, size: int) -> None:
-    """Weights that depend on their names and on the seed alone, of which each tensor rank takes its part."""
+    """Sets weights that depend only on their names and the seed; each tensor rank takes its part."""
     for name, parameter in model.named_parameters():
         dim, shape = cut_of(parameter), list(parameter.shape)
         if dim is not None:
@@ -111,14 +111,14 @@ def fill(model: nn.Module, seed: int, rank: int, size: int) -> None:
 
 
 def model_of(shape: Shape, seed: int, case: Case, trial: Trial) -> nn.Module:
-    """This rank's part. Megatron's parallel state must have the layout of the case."""
+    """The part of the model on this rank. Megatron's parallel state must have the layout of the case."""
     from megatron.core import parallel_state
 
     settings: dict[str, Any] = dict(
         tensor_model_parallel_size=case.tensor,
         sequence_parallel=case.tensor > 1,
         context_parallel_size=case.context,
-        calculate_per_token_loss=True,  # without it Megatron's mean over context ranks is one of means
+        calculate_per_token_loss=True,  # without it Megatron takes a mean of means over the context ranks
     )
     if not trial.engine:
         settings["use_cpu_initialization"] = True
@@ -132,7 +132,7 @@ def model_of(shape: Shape, seed: int, case: Case, trial: Trial) -> nn.Module:
 
 
 def micro_batches(trial: Trial, step: int) -> list[dict[str, Tensor]]:
-    """Of all data ranks, tensors [b, s]; they differ in how many tokens count."""
+    """The micro-batches of all data ranks, tensors [b, s], with different numbers of tokens that count."""
     generator = torch.Generator().manual_seed(step)
     size = (ROWS, trial.student.sequence)
     return [
@@ -146,13 +146,13 @@ def micro_batches(trial: Trial, step: int) -> list[dict[str, Tensor]]:
 
 
 def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple:
-    """As in Megatron's script: draw whole sequences, and keep this context rank's part of them."""
+    """As in Megatron's script: draws whole sequences and keeps the part of this context rank."""
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     known = inspect.signature(get_batch_on_this_cp_rank).parameters
     given: dict[str, Any] = {"cp_group": parallel_state.get_context_parallel_group()}
-    if "is_hybrid_cp" in known:  # megatron-core 0.19 wants to be told
+    if "is_hybrid_cp" in known:  # megatron-core 0.19 requires this argument
         given["is_hybrid_cp"] = False
     batch = dict(next(data_iterator))
     batch["positions"] = torch.arange(batch["tokens"].shape[1]).cuda().expand_as(batch["tokens"])
@@ -180,7 +180,7 @@ def settings_of(case: Case, trial: Trial) -> Any:
 
 
 def train(case: Case, trial: Trial) -> None:
-    """Three steps of this rank, which writes what it found to the folder. The default group must exist."""
+    """Trains three steps and writes the results to the folder. The default group must exist."""
     from megatron.core import parallel_state
 
     from vcrd.megatron import distill
@@ -200,7 +200,7 @@ def train(case: Case, trial: Trial) -> None:
     found = {"steps": steps, "cuts": student.cuts, "tensor_rank": rank}
     path = trial.folder / f"{case.name}.{dist.get_rank()}.found"
     torch.save(found, path.with_suffix(".draft"))
-    path.with_suffix(".draft").rename(path)  # all of it or nothing, for the process may be killed
+    path.with_suffix(".draft").rename(path)  # an atomic rename, because the process may be killed
 
 
 class Student:
@@ -224,7 +224,7 @@ class Student:
         self._model = DistributedDataParallel(
             inner.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model
         )
-        # Not Adam, which makes a step of any size from a gradient of nothing but rounding.
+        # Not Adam: it turns a gradient of only rounding errors into a step of full size.
         options = OptimizerConfig(
             optimizer="sgd",
             lr=LEARNING_RATE,
@@ -239,7 +239,7 @@ class Student:
         self._model.train()
 
     def step(self, plug: Any, number: int) -> dict:
-        """The loss as the script's loss_func gives it, the plug's figure, the norm, and all gradients."""
+        """The loss of the script's loss_func, the metrics of the plug, the norm, and all gradients."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         rank, size = self._data
@@ -280,7 +280,7 @@ def alone(trial: Trial) -> None:
 
 
 def serve_all(trial: Trial) -> None:
-    """The linked teacher: one rank, which serves the student of each layout in turn."""
+    """The teacher job: one rank that serves the student of each layout, one after the other."""
     from megatron.core import parallel_state
 
     from vcrd.megatron import serve
@@ -294,7 +294,7 @@ def serve_all(trial: Trial) -> None:
 
 
 def differences(case: Case, trial: Trial) -> dict:
-    """The largest relative ones of any rank and step; "error" where the case did not end."""
+    """The largest relative differences of any rank and step; "error" if the case did not end."""
     paths = [trial.folder / f"{case.name}.{rank}.found" for rank in range(RANKS)]
     if not all(path.exists() for path in paths):
         return {"passed": False, "error": "did not end"}
@@ -325,7 +325,7 @@ def differences(case: Case, trial: Trial) -> dict:
 
 
 def compared(trial: Trial) -> dict:
-    """Each case beside one rank, as far as they came."""
+    """Compares each case with one rank."""
     path = trial.folder / f"{ALONE.name}.0.found"
     if not path.exists():
         return {"passed": False, "error": "one rank did not end"}
@@ -343,8 +343,8 @@ JOBS = {"alone": (alone, 1), "teacher": (serve_all, 1), "student": (students, RA
 
 
 def be(job: str, rank: int, trial: Trial, device: str) -> None:
-    """What the process of this rank of a job does."""
-    # What Megatron asks for with tensor parallelism.
+    """Runs this rank of a job."""
+    # Megatron requires this with tensor parallelism.
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     work, size = JOBS[job]
     with contextlib.ExitStack() as stack:
@@ -367,10 +367,10 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--json", type=Path, help="where the figures are written")
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--job", choices=list(JOBS), help="this is one of the processes")
     parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where the processes meet")
+    parser.add_argument("--folder", type=Path, help="folder for the files of all processes")
     given = parser.parse_args()
     if given.job is not None:
         be(given.job, given.rank, trial(given.device, given.folder), given.device)

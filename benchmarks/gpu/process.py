@@ -1,4 +1,4 @@
-"""Runs one command of `make gpu-check` under a time limit and leaves none of its processes behind."""
+"""Runs one command of `make gpu-check` with a time limit, and ends all of its processes."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Outcome:
 
 
 def run(command: list[str], seconds: float, show: bool = False, **environment: str) -> Outcome:
-    """Runs it in the checkout and prints its lines as they come if `show`.
+    """Runs the command in the checkout. show: print its lines as they come.
 
-    Its whole process group is killed at the limit, after its own end, and where this process is interrupted.
+    Kills the whole process group at the limit, after the command ends, and if this process is interrupted.
     """
-    # torch looks for ninja on the PATH, also where the environment is not activated.
+    # torch looks for ninja on the PATH, and the environment may not be activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
     ours = {"PATH": path, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
@@ -69,7 +69,7 @@ def run(command: list[str], seconds: float, show: bool = False, **environment: s
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            # A process that hangs in the driver does not die; the other stages still get their turn.
+            # A process that hangs in the driver does not die. The other stages must still run.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
         text = (Path(folder) / "output").read_text(errors="replace")

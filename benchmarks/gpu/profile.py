@@ -1,11 +1,11 @@
-"""Nsight Compute on the loss of vcrd that is furthest from the copy's bandwidth: what its kernels are held up by.
+"""Profiles the loss of vcrd that is furthest from the bandwidth of a copy, with Nsight Compute.
 
     python -m benchmarks.gpu.profile [--case 1024x32768 --method vcrd] [--json profile.json]
 
-Without --case it looks into the results of the benchmark's stages, and takes a small shape where there are none. It
-says of each kernel how long it takes, which share of the peak of memory and of arithmetic it reaches, how many warps
-were active and what a warp waited for longest, and keeps all that was collected. A machine that gives no access to the
-counters makes the stage unavailable.
+Without --case the shape comes from the results of the benchmark stages; without results it is a small shape. The output
+has for each kernel its time, its share of the peak of memory and of arithmetic, the number of active warps and the
+longest stall of a warp. All collected metrics are kept. The stage is unavailable if the machine gives no access to the
+counters.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tempfile import TemporaryDirectory
 from benchmarks.gpu.results import FOLDER, read
 from benchmarks.gpu.stages import STAGES, tool
 
-FALLBACK = ("1024x32768", "vcrd")  # the shape that was furthest away when the page was measured
+FALLBACK = ("1024x32768", "vcrd")  # the slowest shape in the figures of docs/performance.md
 SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "LaunchStats")
-# By figure: names that versions of Nsight Compute have for it, and the factor to our unit.
+# For each metric: its names in versions of Nsight Compute, and the factor to our unit.
 METRICS = {
     "microseconds": (("gpu__time_duration.sum",), 1e-3),
     "memory_percent": (
@@ -55,7 +55,7 @@ def furthest(results: list[dict | None]) -> tuple[str, str, str] | None:
 
 
 def parse(text: str) -> list[dict]:
-    """From ncu's --csv --page raw: of each kernel its name and all metrics that are numbers, in base units."""
+    """Parses ncu's --csv --page raw: for each kernel its name and all numeric metrics, in base units."""
     lines = text.splitlines()
     start = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
@@ -77,7 +77,7 @@ def parse(text: str) -> list[dict]:
 
 
 def figures(kernel: dict) -> dict:
-    """What the page says of a kernel; None for what this version of Nsight Compute did not collect."""
+    """The metrics of a kernel for the page; None for those that this Nsight Compute did not collect."""
     metrics = kernel["metrics"]
     found: dict = {"kernel": kernel["kernel"], "grid": kernel["grid"], "block": kernel["block"]}
     for figure, (names, factor) in METRICS.items():
@@ -94,7 +94,7 @@ def figures(kernel: dict) -> dict:
 
 
 def profile(shape: str, dtype: str, method: str, folder: Path) -> tuple[str, str]:
-    """What ncu wrote to its log, and what it and the child printed."""
+    """The log of ncu, and the output of ncu and the child."""
     log = folder / "log"
     child = [
         sys.executable,
@@ -110,7 +110,7 @@ def profile(shape: str, dtype: str, method: str, folder: Path) -> tuple[str, str
     ]
     command = [
         *(str(tool("ncu")), "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(log)),
-        # Kernels of vcrd alone, each once: the child asks for one call's. Clocks stay as training finds them.
+        # Only kernels of vcrd, of one call in the child. The clocks stay as in training.
         *("--profile-from-start", "off", "--kernel-name-base", "demangled", "--kernel-name", "regex:vcrd"),
         *("--clock-control", "none", "--launch-count", "8"),
         *(argument for section in SECTIONS for argument in ("--section", section)),
@@ -184,7 +184,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--method", default=FALLBACK[1], help="a loss of vcrd, as device_methods.py names it")
     parser.add_argument("--results", type=Path, default=FOLDER, help="of the benchmark's stages")
-    parser.add_argument("--json", type=Path, help="where the figures are written")
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -197,8 +197,11 @@ def main() -> int:
         if options.case is None:
             names = [stage.name for stage in STAGES if stage.name.startswith("benchmark")]
             found = furthest([read(options.results, name) for name in names])
-            case, chosen = found or (FALLBACK[0], "bfloat16", FALLBACK[1]), "no benchmark has a result"
-            chosen = "the furthest from the copy's bandwidth" if found else chosen
+            case, chosen = (
+                found or (FALLBACK[0], "bfloat16", FALLBACK[1]),
+                "there are no results of a benchmark",
+            )
+            chosen = "the furthest from the bandwidth of a copy" if found else chosen
         result = measure(case, chosen)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1))

@@ -1,7 +1,7 @@
-"""Starts NCCL ranks as processes that share one GPU. NCCL takes each of them for a separate host.
+"""Starts NCCL ranks as processes that share one GPU. NCCL treats each of them as a separate host.
 
-NCCL refuses two ranks on one device where host and bus are equal. With another NCCL_HOSTID in each process (from NCCL
-2.30 on with NCCL_MULTI_RANK_GPU_ENABLE) they count as two hosts and talk over sockets of the loopback interface.
+NCCL refuses two ranks on one device of one host. With a different NCCL_HOSTID in each process (from NCCL 2.30 on with
+NCCL_MULTI_RANK_GPU_ENABLE) they count as two hosts and use sockets of the loopback interface.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ ONE_GPU = {
 
 
 def run_together(arguments: Mapping[str, list[str]], seconds: float) -> str | None:
-    """Runs a Python process for each name, with these arguments; why they did not all end well, None where they did.
+    """Runs a Python process with these arguments for each name. Returns None, or why a process failed.
 
-    The first that fails ends the others, which may wait for it in a collective; so does the end of the time.
+    The first failure ends all processes, because the others may wait in a collective. So does the time limit.
     """
-    # With a thread for each core in each process they would hold each other up.
+    # One thread per process, because the processes share the cores.
     environment = {**os.environ, **ONE_GPU, "OMP_NUM_THREADS": "1"}
     processes = {
         name: subprocess.Popen([sys.executable, *given], env={**environment, "NCCL_HOSTID": f"host-{name}"})

@@ -1,7 +1,7 @@
-"""Results of `make gpu-check`: one JSON file per stage, what it holds, and whether it still says something.
+"""Results of `make gpu-check`: one JSON file per stage, its content, and whether it is up to date.
 
-A result is stale when the files that its stage tests have changed since. It keeps a digest of their contents for that:
-times of modification mean nothing in a copy, and a copy on a machine with a GPU may have no git.
+A result is stale if a file that its stage tests has changed. The result has a digest of these files, because a copy on
+a machine with a GPU may have wrong file times and no git.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MISSING, STALE, FAILED, UNAVAILABLE, PASSED = "missing", "stale", "failed", "una
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of a stage. passed: None where it cannot be tried on this machine; `how` then says why."""
+    """The result of a stage. passed: None if it cannot run on this machine; `how` then says why."""
 
     passed: bool | None
     how: str
@@ -34,7 +34,7 @@ class Finding:
 
 
 def files(patterns: Sequence[str], root: Path = ROOT) -> list[Path]:
-    """Files below `root` that match any of these globs, sorted. A glob after "!" takes its files out again."""
+    """Files below `root` that match any of these globs, sorted. A glob after "!" removes its files."""
     found: set[Path] = set()
     for pattern in patterns:
         matched = {path for path in root.glob(pattern.removeprefix("!")) if path.is_file()}
@@ -43,7 +43,7 @@ def files(patterns: Sequence[str], root: Path = ROOT) -> list[Path]:
 
 
 def digest(patterns: Sequence[str], root: Path = ROOT) -> str:
-    """SHA-256 over the names and contents of these files."""
+    """SHA-256 of the names and contents of these files."""
     whole = hashlib.sha256()
     for path in files(patterns, root):
         contents = path.read_bytes()
@@ -53,7 +53,7 @@ def digest(patterns: Sequence[str], root: Path = ROOT) -> str:
 
 
 def read(folder: Path, name: str) -> dict | None:
-    """The result of a stage; None where there is none that can be read."""
+    """The result of a stage; None if no result can be read."""
     try:
         result = json.loads((folder / f"{name}.json").read_text())
     except (OSError, ValueError):
@@ -62,13 +62,13 @@ def read(folder: Path, name: str) -> dict | None:
 
 
 def write(folder: Path, name: str, result: dict) -> None:
-    """All of it or nothing: a run that is killed here leaves the result of before."""
+    """Writes atomically: if the run is killed here, the previous result stays."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
     try:
         with os.fdopen(descriptor, "w") as file:
             file.write(json.dumps(result, indent=1) + "\n")
-        os.chmod(temporary, 0o644)  # mkstemp's files are their owner's alone
+        os.chmod(temporary, 0o644)  # mkstemp creates files that only the owner can read
         os.replace(temporary, folder / f"{name}.json")
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -76,7 +76,7 @@ def write(folder: Path, name: str, result: dict) -> None:
 
 
 def state(result: dict | None, sources: str) -> str:
-    """sources: the digest of what the stage tests, now."""
+    """The state of a result. sources: the current digest of the tested files."""
     if result is None:
         return MISSING
     if result.get("sources") != sources:
@@ -89,7 +89,7 @@ def now() -> str:
 
 
 def commit(root: Path = ROOT) -> dict:
-    """commit: git's, else VCRD_COMMIT, else "unknown". dirty: whether the tree differs from it; None: not known."""
+    """commit: from git, else VCRD_COMMIT, else "unknown". dirty: whether the tree differs; None: unknown."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -100,17 +100,17 @@ def commit(root: Path = ROOT) -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # Only of this checkout: git would also answer for a repository that a copy happens to lie in.
+    # Only this checkout: git would also answer for a repository around a copy.
     head = git("rev-parse", "HEAD") if (root / ".git").exists() else None
     if head is None:
         return {"commit": os.environ.get("VCRD_COMMIT") or "unknown", "dirty": None}
-    # Results do not count: each stage writes one.
+    # Results do not count, because each stage writes one.
     changed = git("status", "--porcelain", "--", ".", f":(exclude){FOLDER.relative_to(ROOT).as_posix()}")
     return {"commit": head, "dirty": None if changed is None else bool(changed)}
 
 
 def without_paths(text: str) -> str:
-    """Without the folders of this machine, which mean nothing on another."""
+    """The text without the folders of this machine."""
     for folder, name in (
         (f"{ROOT}/", ""),
         (f"{sys.prefix}/", "PREFIX/"),
@@ -118,6 +118,6 @@ def without_paths(text: str) -> str:
         (f"{tempfile.gettempdir()}/", "TMP/"),
         (f"{Path.home()}/", "~/"),
     ):
-        if len(folder) > 2:  # a home of "/" is no folder to look for
+        if len(folder) > 2:  # the home may be "/"
             text = text.replace(folder, name)
     return text

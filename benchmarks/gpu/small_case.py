@@ -1,6 +1,6 @@
-"""What compute-sanitizer watches in `make gpu-check`: the kernels of each divergence, on a few rows.
+"""The program that `make gpu-check` runs under compute-sanitizer: each divergence on a few rows.
 
-The rows begin and end within a 16-byte vector, and one of them is masked. No kernel of torch is judged.
+The rows begin and end within a 16-byte vector, and one of them is masked. Kernels of torch do not count.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The stages of `make gpu-check`, in order of worth: what each proves, how it is run, and which files it tests.
+"""The stages of `make gpu-check`, the most important first: what each shows, how it runs, and which files it tests.
 
-Each is short and needs nothing of another but the build, so that any lease of a GPU, however short, gets some of them
-done. What a stage tests decides when its result is stale: a new file of the loss belongs to every stage by its glob.
+Each stage is short and needs only the build, so that a few minutes of GPU time complete some of them. A change of a
+tested file makes the result stale. Globs name these files, so a new file of the loss belongs to every stage.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from benchmarks.gpu.process import run
 from benchmarks.gpu.results import Finding
 from benchmarks.gpu.tests import run_tests, workers
 
-LIMIT = 90  # seconds of any stage but these two
-# The whole extension, torch's headers among it, on however many cores there are. Nothing can run before it.
+LIMIT = 90  # seconds for each stage except the next two
+# The whole extension with torch's headers, on any number of cores. No stage can run before it.
 LIMIT_OF_THE_BUILD = 300
-# A minute in which a student trains on, and two runs of five processes each before it.
+# The student trains for a minute, after two runs of five processes each.
 LIMIT_OF_THE_LOOK = 180
 
 Work = Callable[[float], Finding]
@@ -32,7 +32,7 @@ Work = Callable[[float], Finding]
 
 @dataclass(frozen=True)
 class Stage:
-    """expected: seconds below which it is not worth a start, until a run that passed has shown how long it takes."""
+    """expected: seconds that must be left for a start, until a run that passed has measured them."""
 
     name: str
     proves: str
@@ -40,11 +40,11 @@ class Stage:
     sources: tuple[str, ...]
     expected: int = 30
     limit: int = LIMIT
-    modules: tuple[str, ...] = ()  # that must be importable
-    tool: str | None = None  # that must be on the PATH or in the CUDA toolkit
+    modules: tuple[str, ...] = ()  # must be importable
+    tool: str | None = None  # must be on the PATH or in the CUDA toolkit
 
     def reason_to_skip(self) -> str | None:
-        """Why it cannot be tried with this interpreter, as far as that is known without a process."""
+        """Why the stage cannot run with this interpreter. Starts no process to find out."""
         for module in self.modules:
             try:
                 found = importlib.util.find_spec(module)
@@ -73,7 +73,7 @@ def tool(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Script:
-    """A script and its arguments: it writes figures where --json says, and exits with 1 where something is wrong."""
+    """A script and its arguments. It writes its results to the file of --json, and exits with 1 on an error."""
 
     command: tuple[str, ...]
 
@@ -83,9 +83,9 @@ class Script:
             outcome = run([sys.executable, *self.command, "--json", str(path)], seconds, show=True)
             try:
                 figures = json.loads(path.read_text())
-            except (OSError, ValueError):  # not written, or cut off while it was
+            except (OSError, ValueError):  # not written, or cut off while writing
                 figures = {}
-        figures.pop("machine", None)  # is in every result
+        figures.pop("machine", None)  # every result has it
         passed, how = figures.pop("passed", True), figures.pop("how", outcome.how)
         if outcome.ended_well and passed is None:
             return Finding(None, how, figures)
@@ -98,11 +98,11 @@ class Script:
 
 @dataclass(frozen=True)
 class Tests:
-    """Those of these files that are on CUDA tensors, in at most so many processes."""
+    """The tests of these files on CUDA tensors, in at most `most_workers` processes."""
 
     paths: tuple[str, ...]
     most_workers: int = 8
-    keyword: str = "cuda"  # in the names of those tests
+    keyword: str = "cuda"  # in the names of these tests
 
     def __call__(self, seconds: float) -> Finding:
         return run_tests(self.paths, seconds, workers(self.most_workers), self.keyword)
@@ -117,7 +117,7 @@ def build(seconds: float) -> Finding:
 
 def sanitizer(seconds: float) -> Finding:
     command = [tool("compute-sanitizer"), "--tool", "memcheck", "--error-exitcode", "9"]
-    # Without torch's pool, so that reading past a tensor is reading past an allocation.
+    # Without torch's memory pool, so that a read past a tensor is a read past an allocation.
     outcome = run(
         [*command, sys.executable, "-m", "benchmarks.gpu.small_case"],
         seconds,
@@ -140,14 +140,14 @@ BENCHMARK = (
 
 
 MODULES_OF_TESTS = ("pytest", "hypothesis")
-# What every test is run by.
+# Every test uses these.
 HARNESS = tuple(f"tests/{name}.py" for name in ("conftest", "fork_server", "kernels_under_test", "preloaded"))
 
 
 def of_loss(*names: str) -> dict:
-    """A shard of the tests of the loss: its work, and its sources, helpers of the tests among them."""
+    """A part of the tests of the loss: its work, and its sources with the helpers of the tests."""
     paths = tuple(f"tests/loss/test_{name}.py" for name in names)
-    # Each of these tests starts several processes, each of which needs memory of the GPU and a core.
+    # Each of these tests starts several processes, and each process needs GPU memory and a core.
     most = 5 if any("sharded" in path for path in paths) else 8
     return {
         "work": Tests(paths, most),
@@ -160,7 +160,7 @@ def of_loss(*names: str) -> dict:
 def of_link(*names: str, keyword: str = "cuda", expected: int = 30) -> dict:
     paths = tuple(f"tests/link/test_{name}.py" for name in names)
     return {
-        # They time what the host waits for, so they run one after another.
+        # They measure how long the host waits, so they run one after another.
         "work": Tests(paths, 1, keyword),
         "sources": (
             *(*LINK, *HARNESS, "tests/ports.py", "tests/waiting.py"),
@@ -172,7 +172,7 @@ def of_link(*names: str, keyword: str = "cuda", expected: int = 30) -> dict:
 
 
 def benchmark(*shapes: str) -> dict:
-    """Peers are left out after 50 s: one that is slow, or compiles for long, must not cost the shapes after it."""
+    """Leaves out peers after 50 s: a slow peer must not take the time of the following shapes."""
     return {
         "work": Script(("benchmarks/loss.py", "--device", "cuda", "--limit", "50", "--shapes", *shapes)),
         "sources": BENCHMARK,
@@ -183,7 +183,7 @@ def benchmark(*shapes: str) -> dict:
 def head(shape: str, *hidden: str) -> dict:
     command = ("benchmarks/loss.py", "--head", "--device", "cuda", "--shapes", shape, "--hidden", *hidden)
     return {
-        # Each run is tens to hundreds of milliseconds long, so five of them say enough.
+        # Each run takes tens to hundreds of milliseconds, so five of them are enough.
         "work": Script((*command, "--repeats", "5")),
         "sources": (*LOSS, "benchmarks/head.py", "benchmarks/head_device.py", "benchmarks/device_measure.py"),
         "expected": 45,
@@ -212,7 +212,7 @@ STAGES = (
     ),
     Stage(
         "kernels-divergence",
-        "Every divergence and pair of types, logits of -inf and the codes of 8 bits agree with the float64 reference.",
+        "Every divergence and pair of dtypes, logits of -inf and 8-bit codes agree with the float64 reference.",
         **of_loss("divergence", "minus_infinity", "encode", "every_form"),
     ),
     Stage(
@@ -222,7 +222,7 @@ STAGES = (
     ),
     Stage(
         "kernels-hidden",
-        "The loss from a teacher's hidden states agrees with the float64 reference; torch.compile takes the loss.",
+        "The loss from a teacher's hidden states agrees with the float64 reference; torch.compile works with the loss.",
         **of_loss("hidden", "form_arguments", "compile"),
     ),
     Stage(
@@ -232,7 +232,7 @@ STAGES = (
     ),
     Stage(
         "kernels-sharded",
-        "With the vocabulary and the context over ranks that share the GPU, values and gradients are the same.",
+        "With vocabulary and context split over ranks that share the GPU, values and gradients are the same.",
         **of_loss("sharded", "forms_sharded", "context_split"),
     ),
     Stage(
@@ -242,12 +242,12 @@ STAGES = (
     ),
     Stage(
         "benchmark-headline",
-        "Time, bandwidth, memory and error of the loss beside its peers, at the shapes of the page's table.",
+        "Time, bandwidth, memory and error of the loss and its peers, at the shapes of the page's table.",
         **benchmark("4096x131072", "4096x16384of131072", "1024x32768"),
     ),
     Stage(
         "head-4096x131072",
-        "Time, memory and error of the fused head beside stored logits, hidden sizes 2048 and 4096.",
+        "Time, memory and error of the fused head and of stored logits, hidden sizes 2048 and 4096.",
         **head("4096x131072", "2048", "4096"),
     ),
     Stage(
@@ -262,7 +262,7 @@ STAGES = (
     ),
     Stage(
         "training",
-        "How much longer a Megatron training step takes with the plug than with plain cross-entropy, answers ready.",
+        "How much longer a Megatron training step takes with the plug than with cross-entropy, with answers in memory.",
         Script(("-m", "benchmarks.gpu.training")),
         (*MEGATRON, "benchmarks/gpu/training.py", "benchmarks/device_measure.py"),
         expected=60,
@@ -270,35 +270,35 @@ STAGES = (
     ),
     Stage(
         "link-tcp",
-        "Answers that cross TCP arrive whole on the device, without a wait of the host or growing memory.",
+        "Answers over TCP arrive complete on the device; the host does not wait, and memory does not grow.",
         **of_link("cuda_link"),
     ),
     Stage(
         "nccl-ranks",
-        "Two processes on one GPU are two ranks for NCCL: what the next stages rest on.",
+        "Two processes on one GPU are two ranks for NCCL, which the next stages need.",
         Script(("-m", "benchmarks.gpu.nccl", "ranks")),
         ("benchmarks/gpu/nccl.py", "benchmarks/gpu/ranks.py"),
         expected=20,
     ),
     Stage(
         "nccl-link",
-        "Two jobs over NCCL: every payload and layout arrives exactly, also large pieces and at ranks of padding.",
+        "Two jobs over NCCL: every payload and layout arrives exactly, also large pieces and padding.",
         **of_link("transport", "link", "layouts", keyword="nccl"),
     ),
     Stage(
         "nccl-kill",
-        "A teacher rank dies or stops in the middle of a transfer: the student lives, and its weights stay equal.",
+        "A teacher rank dies or stops during a transfer: the student continues, and its weights stay equal.",
         **of_link("rejoin", keyword="nccl and (any_single or stopped or twenty)"),
     ),
     Stage(
         "nccl-alive",
-        "A minute after a teacher rank died while it sent, the student trains on, with torch's monitors set tight.",
+        "A minute after a teacher rank died while sending, the student still trains, with short timeouts in torch.",
         **of_link("long_after", keyword="nccl", expected=120),
         limit=LIMIT_OF_THE_LOOK,
     ),
     Stage(
         "nccl-speed",
-        "GB/s of the link beside bare ncclSend and ncclRecv and beside TCP, and what is left of products beside it.",
+        "GB/s of the link compared with plain ncclSend and ncclRecv and with TCP, and the speed of products beside it.",
         Script(("-m", "benchmarks.gpu.nccl", "speed")),
         (*LINK, "benchmarks/gpu/nccl.py", "benchmarks/gpu/ranks.py"),
         expected=60,
@@ -306,7 +306,7 @@ STAGES = (
     ),
     Stage(
         "megatron-sp-cp",
-        "Four ranks with sequence parallelism, with context parallelism and with both train as one rank does.",
+        "Four ranks with sequence parallelism, context parallelism or both have the losses and gradients of one rank.",
         Script(("-m", "benchmarks.gpu.parallel")),
         (*MEGATRON, "benchmarks/gpu/parallel.py", "benchmarks/gpu/ranks.py"),
         expected=85,
@@ -314,26 +314,26 @@ STAGES = (
     ),
     Stage(
         "fp8-micro-batch",
-        "A micro-batch through a student and a teacher in FP8, by each recipe, beside bfloat16.",
+        "A micro-batch through a student and a teacher in FP8, with each recipe, compared with bfloat16.",
         Script(("-m", "benchmarks.gpu.fp8")),
         **FP8,
     ),
     Stage(
         "fp8-training",
-        "30 steps of training in FP8, by each recipe, beside the same steps in bfloat16.",
+        "30 steps of training in FP8, with each recipe, compared with the same steps in bfloat16.",
         Script(("-m", "benchmarks.gpu.fp8", "--training")),
         **FP8,
     ),
     Stage(
         "sanitizer",
-        "compute-sanitizer finds no access of the kernels outside their tensors.",
+        "compute-sanitizer finds no access outside the tensors in the kernels.",
         sanitizer,
         (*LOSS, "benchmarks/gpu/small_case.py"),
         tool="compute-sanitizer",
     ),
     Stage(
         "profile",
-        "What holds up the kernels of the shape that is furthest from the copy's bandwidth, by Nsight Compute.",
+        "What limits the kernels of the shape that is furthest from the bandwidth of a copy, by Nsight Compute.",
         Script(("-m", "benchmarks.gpu.profile")),
         (*BENCHMARK, "benchmarks/gpu/profile.py"),
         tool="ncu",

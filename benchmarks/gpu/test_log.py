@@ -1,7 +1,7 @@
 """A pytest plugin that writes a line of JSON to the file VCRD_TEST_LOG when a test starts and when it ends.
 
-Lines are appended at once, by the process that runs the test, so that they tell what was running when the run was
-killed. With pytest-xdist these are the workers; the controller adds only what no worker can: that one has died.
+The process that runs the test appends each line at once. So the file shows which tests were running if the run is
+killed. With pytest-xdist the workers do this; the controller only adds that a worker has died.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import os
 import time
 from typing import Any
 
-LONGEST = 2000  # characters kept of a failure
+LONGEST = 2000  # characters of a failure that are kept
 
 
 class TestLog:
-    __test__ = False  # no test class, whatever its name begins with
+    __test__ = False  # no test class, although its name begins with "Test"
 
     def __init__(self, path: str, only_crashes: bool) -> None:
         self._path, self._only_crashes = path, only_crashes
@@ -39,7 +39,7 @@ class TestLog:
 
     def _add(self, **entry: Any) -> None:
         line = json.dumps({**entry, "time": time.time()}) + "\n"
-        # One write of a file opened for appending: lines of several workers do not mix.
+        # One write to a file opened for appending, so that lines of several workers do not mix.
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, line.encode())

@@ -1,4 +1,4 @@
-"""Runs tests for `make gpu-check` and says of each how it ended, also where the run itself was cut off."""
+"""Runs tests for `make gpu-check` and reports how each ended, also if the run was cut off."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tempfile import TemporaryDirectory
 from benchmarks.gpu.process import Outcome, run
 from benchmarks.gpu.results import Finding, without_paths
 
-# Of one test. Shorter than a stage, so that one that hangs is named by pytest and not only cut off with the rest.
+# For one test. Shorter than a stage, so that pytest names a test that hangs before the stage is cut off.
 SECONDS_OF_A_TEST = 60
 
 
 def summary(lines: Sequence[str]) -> dict:
-    """From the lines of test_log: names of tests by how they ended, and of those that had not ended."""
+    """From the lines of test_log: names of tests by outcome, and of those that had not ended."""
     tests: dict[str, dict] = {}
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:  # the last one, where the process was killed while it wrote
+        except ValueError:  # the last line, if the process was killed while writing
             continue
         test = tests.setdefault(entry["test"], {"outcomes": [], "seconds": 0.0, "why": "", "ended": False})
         if entry["event"] == "end":
@@ -32,7 +32,7 @@ def summary(lines: Sequence[str]) -> dict:
             test["outcomes"].append(entry["outcome"])
             test["seconds"] += entry["seconds"]
             test["why"] = test["why"] or entry["why"]
-            # Nobody is left to say that the test of a worker that died has ended.
+            # After a worker died, no process writes that its test has ended.
             test["ended"] |= entry["event"] not in ("setup", "call", "teardown")
 
     def ended(test: dict) -> str | None:
@@ -56,7 +56,7 @@ def summary(lines: Sequence[str]) -> dict:
 
 
 def sentence(outcome: Outcome, found: dict) -> str:
-    """How the run ended, with the names of what did not pass."""
+    """How the run ended, with the names of tests that did not pass."""
     parts = [f"{len(found['passed'])} passed"]
     for key, what in (("failed", "failed"), ("timed_out", "timed out"), ("running_at_the_end", "not ended")):
         if found[key]:
@@ -67,7 +67,7 @@ def sentence(outcome: Outcome, found: dict) -> str:
 
 
 def run_tests(paths: Sequence[str], seconds: float, workers: int, keyword: str | None = "cuda") -> Finding:
-    """keyword: of pytest's -k; the names of tests on CUDA tensors, and of no others, have "cuda" in them."""
+    """keyword: for pytest -k. Exactly the tests on CUDA tensors have "cuda" in their names."""
     command = ["-m", "pytest", *paths, "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.test_log"]
     command += ["-k", keyword] if keyword else []
     if workers > 1 and importlib.util.find_spec("xdist") is not None:

@@ -1,19 +1,19 @@
-"""What distillation costs a Megatron training step on one GPU, beside plain cross-entropy, when the answers are ready.
+"""Measures how distillation slows a Megatron training step on one GPU, if the answers are in memory.
 
     python -m benchmarks.gpu.training [--layers 16] [--hidden 2048] [--vocab 131072] [--json training.json]
 
-A GPT model with the layer sizes of a model of 1 B parameters, bfloat16, Megatron's data-parallel wrapper, schedule and
-Adam with float32 masters. Transformer Engine's layers where it is installed, Megatron's local ones otherwise, whose
-attention is slower, so that the same loss costs less of the step. One micro-batch a step. The teacher's answers lie on
-the GPU in the form in which the link brings them: nothing of a teacher or of the link is in the step.
+The model is a GPT in bfloat16 with the layer sizes of a model of 1 B parameters, with Megatron's data-parallel wrapper,
+schedule and Adam with float32 masters. It uses Transformer Engine's layers if they are installed, otherwise Megatron's
+local layers. Their attention is slower, so the same loss is a smaller part of the step. A step has one micro-batch. The
+teacher's answers are on the GPU in the form that the link delivers. The step contains neither a teacher nor the link.
 
-The losses take turns in blocks of steps, on one model:
+The losses alternate in blocks of steps, on one model:
 
-- cross-entropy: Megatron's with its loss fusion, what the others are compared with; and without it,
-- plug: `vcrd.megatron.distill`, in place, and once more with the fused head.
+- cross-entropy: Megatron's, with its loss fusion (the baseline) and without it,
+- plug: `vcrd.megatron.distill`, in place, and with the fused head.
 
-Exits with 1 where a loss or a gradient is not finite, or the fused head's differ from those of the plug; how long a
-step takes decides nothing.
+The exit status is 1 if a loss or a gradient is not finite, or if those of the fused head differ from those of the plug.
+The time of a step does not change the exit status.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from device_measure import CudaClock, HostClock
 
 SHAPE = Shape(16, 2048, 8192, 32, vocab=131072, sequence=4096, groups=8, gated=True, tied=True)
 ROUNDS, STEPS = 3, 5
-SECONDS = 50  # after which no round begins, so that slow layers cost rounds and not the result
-WARMUPS = 3  # a plug looks at the model in its first step, and trusts what it saw from the second on
-# Of the fused head's mean loss and gradient norm from the plug's, whose logits are rounded to bfloat16.
+SECONDS = 50  # no round begins after this, so that slow layers only reduce the number of rounds
+WARMUPS = 3  # the plug checks the model in its first step
+# Relative difference of the fused head from the plug, whose logits are rounded to bfloat16.
 LARGEST_DIFFERENCE = 0.02
 PLAIN, UNFUSED, PLUG, HEAD = "cross-entropy", "cross-entropy, unfused", "plug", "plug, fused head"
 
 
 class ReadyTeacher(nn.Module):
-    """Stands for a teacher's model: its answers [s, b, v] are given, and take turns, as none is read twice in reality.
+    """Replaces a teacher model. It alternates between given answers [s, b, v], because a run reads no answer twice.
 
-    `distill(forward_step, teacher=...)` takes it for a model in the student's rank.
+    `distill(forward_step, teacher=...)` treats it as a model in the student's rank.
     """
 
     def __init__(self, student: nn.Module, answers: list[Tensor]) -> None:
@@ -59,11 +59,11 @@ class ReadyTeacher(nn.Module):
         self._answers, self._given = answers, 0
 
     def restart(self) -> None:
-        """The first answer is next, so that every loss ends with the same one."""
+        """Starts again with the first answer, so that every loss ends with the same one."""
         self._given = 0
 
     def set_input_tensor(self, tensor: Any) -> None:
-        """There is no stage before."""
+        """Does nothing, because there is no previous stage."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """[b, s, v], as a model returns its logits."""
@@ -73,14 +73,16 @@ class ReadyTeacher(nn.Module):
 
 
 def answers_of(shape: Shape, micro_batch: int, count: int = 2) -> list[Tensor]:
-    """What the link's default payload brings: in float16 how far each logit is below the largest of its row."""
+    """The form of the default payload: the distance of each logit from the largest of its row, in float16."""
     found = []
     for number in range(count):
         torch.manual_seed(100 + number)
         answer = torch.empty(
             shape.sequence, micro_batch, shape.vocab, dtype=torch.float16, device=torch.device("cuda")
         )
-        for rows in answer.split(256):  # float32 of the whole would be twice the answer once more
+        for rows in answer.split(
+            256
+        ):  # in blocks: float32 of the whole would need twice the memory of the answer
             logits = 3 * torch.randn(rows.shape, device=torch.device("cuda"))
             rows.copy_(logits - logits.amax(-1, keepdim=True))
         found.append(answer)
@@ -89,7 +91,7 @@ def answers_of(shape: Shape, micro_batch: int, count: int = 2) -> list[Tensor]:
 
 @dataclass
 class Times:
-    """Of one loss: seconds of each step, the growth of the device's memory in a step, and the last loss and norm."""
+    """Results of one loss: seconds of each step, growth of device memory in a step, last loss and norm."""
 
     seconds: list[float] = field(default_factory=list)
     step_bytes: int = 0
@@ -98,7 +100,7 @@ class Times:
 
 
 class Training:
-    """The model, its optimizer, and one micro-batch that every step takes."""
+    """The model, its optimizer, and the micro-batch of every step."""
 
     def __init__(self, shape: Shape, micro_batch: int, engine: bool, **settings: Any) -> None:
         from megatron.core.distributed import (
@@ -116,7 +118,7 @@ class Training:
         )
         self.parameters = sum(parameter.numel() for parameter in inner.parameters())
         self._optimizer = get_megatron_optimizer(
-            # Steps so small that all losses meet the same model.
+            # The steps are so small that all losses see the same model.
             OptimizerConfig(
                 optimizer="adam", lr=1e-7, min_lr=1e-7, clip_grad=1.0, bf16=True, params_dtype=torch.bfloat16
             ),
@@ -129,7 +131,7 @@ class Training:
         self.model.train()
 
     def step(self, forward: Callable) -> float:
-        """One whole step; the norm of its gradient."""
+        """Runs one whole step and returns the norm of its gradient."""
         self.model.zero_grad_buffer()
         self._optimizer.zero_grad()
         forward_backward(forward, self.model, self._batch)
@@ -146,7 +148,7 @@ def measure(
     steps: int = STEPS,
     **settings: Any,
 ) -> dict:
-    """The figures of each loss. One process's parallel state must exist; settings: of Megatron's configuration."""
+    """Measures each loss. The parallel state of one process must exist. settings: for Megatron's configuration."""
     from vcrd.megatron import DistillSettings, distill
 
     training = Training(shape, micro_batch, engine, **settings)
@@ -214,7 +216,7 @@ def summary(shape: Shape, micro_batch: int, engine: bool, parameters: int, found
 
 
 def lines(result: dict) -> str:
-    """What is printed."""
+    """The printed lines."""
     title = f"{result['parameters'] / 1e9:.2f} B parameters, layers of {result['layers_of']}"
     rows = [f"{title} {'median ms':>10} {'longer':>8} {'step MiB':>9} {'loss':>8}"]
     for name, times in result["losses"].items():
@@ -232,13 +234,13 @@ def main() -> int:
     for name in ("layers", "hidden", "feed_forward", "heads", "groups", "vocab", "sequence"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(SHAPE, name))
     parser.add_argument("--micro-batch", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="where the figures are written")
+    parser.add_argument("--json", type=Path, help="file for the results")
     options = vars(parser.parse_args())
     path, micro_batch = options.pop("json"), options.pop("micro_batch")
     if importlib.util.find_spec("megatron") is None:
         result: dict = {"passed": None, "how": "megatron-core is not installed"}
     elif not torch.cuda.is_available():
-        result = {"passed": None, "how": f"torch {torch.__version__} finds no GPU that it can use"}
+        result = {"passed": None, "how": f"torch {torch.__version__} finds no usable GPU"}
     else:
         engine = importlib.util.find_spec("transformer_engine") is not None
         shape = Shape(**options, gated=True, tied=True)

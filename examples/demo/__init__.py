@@ -1,1 +1,1 @@
-"""The demo: distil a shallower SmolLM2 from the real one on mathematical reasoning, with two Megatron jobs."""
+"""The demo: distils SmolLM2 into a shallower model on mathematical reasoning, with two Megatron jobs."""

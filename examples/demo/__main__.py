@@ -1,4 +1,4 @@
-"""`python -m examples.demo`: prepares, runs both jobs, shows the results, or says in one sentence what failed."""
+"""`python -m examples.demo`: prepares, runs both jobs, and shows the results or one error message."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .settings import CACHE, KEPT_LAYERS, DemoSettings
 _FILES = {
     "page.html": "held-out solutions, every token coloured by relative validity",
     "curves.png": "curves of the run and the histogram of weights",
-    "report.html": "the run itself: curves, weights, where the time went",
+    "report.html": "the report of the run: curves, weights, time of each part of a step",
     "results.json": "all figures",
-    "records/": "what python -m vcrd report reads",
+    "records/": "the records for python -m vcrd report",
     "logs/": "what both jobs said",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Runs the demo and returns the exit code."""
     console = Console(highlight=False)
     try:
         with launch.signals_raised():
@@ -53,8 +53,8 @@ def run(console: Console, settings: DemoSettings) -> None:
     settings_file = folder / "logs" / "settings.json"
     settings.save(settings_file)
     console.print(
-        "[bold]vcrd demo[/]  SmolLM2-135M-Instruct teaches a student of "
-        f"{len(KEPT_LAYERS)} of its 30 layers to solve mathematical problems step by step\n"
+        "[bold]vcrd demo[/]  SmolLM2-135M-Instruct is the teacher of a student with "
+        f"{len(KEPT_LAYERS)} of its 30 layers, on mathematical problems with step-by-step solutions\n"
         "  teacher job  2 pipeline stages   student job  3 tensor ranks   Megatron-Core on CPU and gloo",
         soft_wrap=True,
     )
@@ -91,7 +91,10 @@ def _settings(arguments: list[str] | None) -> DemoSettings:
         "--steps", type=int, default=default.steps, help="optimizer steps (default: %(default)s)"
     )
     parser.add_argument(
-        "--port", type=int, default=default.port, help="where the jobs meet (default: %(default)s)"
+        "--port",
+        type=int,
+        default=default.port,
+        help="port of the link between the jobs (default: %(default)s)",
     )
     parser.add_argument(
         "--output", default=default.output, help="folder for the results (default: %(default)s)"
@@ -100,7 +103,7 @@ def _settings(arguments: list[str] | None) -> DemoSettings:
         "--cache", default=str(CACHE), help="folder for the converted model (default: %(default)s)"
     )
     parser.add_argument(
-        "--fast", action="store_true", help="few, short sequences: a check that all of it works"
+        "--fast", action="store_true", help="a few short sequences, to check that everything works"
     )
     given = parser.parse_args(arguments)
     settings = replace(
@@ -118,7 +121,7 @@ def _settings(arguments: list[str] | None) -> DemoSettings:
 
 
 def _fresh_folder(settings: DemoSettings) -> Path:
-    """The output folder without what an earlier run left; git ignores what is in it."""
+    """The output folder, without the files of an earlier run. git ignores its content."""
     folder = settings.folder
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)

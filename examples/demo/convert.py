@@ -1,10 +1,10 @@
-"""Weights: Hugging Face Llama names and layouts <-> Megatron shards by tensor and pipeline parallelism.
+"""Converts weights between Hugging Face Llama and Megatron shards with tensor and pipeline parallelism.
 
-What differs between the two, besides names:
-- Megatron keeps query, key and value of an attention group together, group after group, in one matrix;
-- gate and up projection are one matrix, in each tensor shard its part of the gate above its part of the up;
+The differences, besides names:
+- Megatron has query, key and value in one matrix, group after group, each group with its query, key and value;
+- gate and up projection are one matrix; each tensor shard has its part of the gate above its part of the up;
 - rows of linear_qkv, linear_fc1 and the embedding are split over tensor ranks, columns of linear_proj and linear_fc2;
-- with tied embeddings a last stage that is not also the first holds its own copy of the embedding.
+- with tied embeddings, a last stage that is not the first stage has its own copy of the embedding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EMBEDDING, _NORM = "model.embed_tokens.weight", "model.norm.weight"
 
 @dataclass(frozen=True)
 class Place:
-    """Which shard: tensor rank of tensor size, pipeline stage of stages."""
+    """The place of a shard: tensor rank of tensor size, pipeline stage of stages."""
 
     tensor_rank: int = 0
     tensor_size: int = 1
@@ -32,7 +32,7 @@ class Place:
     stages: int = 1
 
     def check(self, shape: Shape, layers: int) -> None:
-        """ValueError when the model cannot be divided like this."""
+        """ValueError if the model cannot be split in this way."""
         for name, value in (
             ("heads", shape.heads),
             ("groups", shape.groups),
@@ -49,7 +49,7 @@ class Place:
 
 
 def to_megatron(fetch: Fetch, shape: Shape, kept: Sequence[int], place: Place) -> dict[str, Tensor]:
-    """The state of one Megatron shard, each tensor a copy of its own.
+    """The state of one Megatron shard; each tensor is a separate copy.
 
     fetch: a Hugging Face tensor by its name. kept: the layers that become Megatron's layers 0, 1, 2 ..
     """
@@ -108,7 +108,7 @@ def to_hugging_face(
 
 
 def load(model: torch.nn.Module, fetch: Fetch, shape: Shape, kept: Sequence[int]) -> None:
-    """Fills this rank's part of a Megatron model; Megatron's parallel state says which part that is."""
+    """Loads this rank's part of a Megatron model, according to Megatron's parallel state."""
     from megatron.core import parallel_state
 
     place = Place(
@@ -119,7 +119,7 @@ def load(model: torch.nn.Module, fetch: Fetch, shape: Shape, kept: Sequence[int]
     )
     state = to_megatron(fetch, shape, kept, place)
     missing, unexpected = model.load_state_dict(state, strict=False)
-    # Extra states hold no weights: they belong to Transformer Engine's scaling factors.
+    # Extra states hold scaling factors of Transformer Engine, no weights.
     left = [name for name in (*missing, *unexpected) if not name.endswith("_extra_state")]
     if left:
         raise ValueError(f"model: expected exactly the converted weights, but {left} do not match")

@@ -1,4 +1,4 @@
-"""CHAMP problems with human-written solutions as token sequences: the chat template around them, steps marked."""
+"""CHAMP problems with human-written solutions as token sequences in the chat template, with marked steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _ROUND = 32  # sequence lengths are rounded up to a multiple of this, so that mi
 
 @dataclass(frozen=True)
 class Problem:
-    """tokens: problem and solution in the chat template. steps: for each token the number of the solution's step it
-    belongs to, -1 in the prompt."""
+    """tokens: problem and solution in the chat template. steps: for each token the number of its step in the solution,
+    -1 in the prompt."""
 
     name: str
     tokens: list[int]
@@ -24,7 +24,7 @@ class Problem:
 
 
 def tokenize(tokenizer, name: str, text: str, steps: Sequence[str]) -> Problem:
-    """A problem and its written steps, one per line, as user's question and assistant's answer."""
+    """A problem as the question of the user, and its steps, one per line, as the answer of the assistant."""
     question = {"role": "user", "content": text}
     prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
     answer = {"role": "assistant", "content": "\n".join(steps)}
@@ -34,13 +34,13 @@ def tokenize(tokenizer, name: str, text: str, steps: Sequence[str]) -> Problem:
     encoded = tokenizer(whole, return_offsets_mapping=True, add_special_tokens=False)
     ends, end = [], len(prompt)
     for step in steps:
-        end += len(step) + 1  # with the line break after it
+        end += len(step) + 1  # with the following line break
         ends.append(end)
     ids = []
     for start, _ in encoded["offset_mapping"]:
         step = next((number for number, end in enumerate(ends) if start < end), len(steps) - 1)
         ids.append(-1 if start < len(prompt) else step)
-    # What the template writes after the answer's end mark is nobody's reasoning.
+    # The template's text after the end mark of the answer belongs to no step.
     while whole[encoded["offset_mapping"][len(ids) - 1][0] :].isspace():
         ids.pop()
     return Problem(name, list(encoded["input_ids"])[: len(ids)], ids)
@@ -73,13 +73,13 @@ def micro_batch(problems: Sequence[Problem], longest: int) -> dict[str, Tensor]:
 def training_steps(
     problems: Sequence[Problem], steps: int, micro_batches: int, size: int, longest: int, seed: int = 0
 ) -> Iterator[list[dict[str, Tensor]]]:
-    """For each step its micro-batches of `size` problems of about the same length: little padding, equal shapes."""
+    """For each step, micro-batches of `size` problems with similar lengths, for little padding."""
     shuffle = random.Random(seed)
     per_step = micro_batches * size
     groups: list[list[Problem]] = []
     for _ in range(steps):
         if not groups:
-            # Neighbours in length make a step; a little noise in the order gives other neighbours in each epoch.
+            # A step has problems with neighbouring lengths. Noise in the order changes the neighbours in each epoch.
             order = sorted(problems, key=lambda p: min(len(p.tokens), longest) + shuffle.uniform(0, 24))
             groups = [order[i : i + per_step] for i in range(0, len(order) - per_step + 1, per_step)]
             shuffle.shuffle(groups)

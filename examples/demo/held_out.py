@@ -1,4 +1,4 @@
-"""Held-out problems under both models: figures over all of them, and every token for the page and the histogram."""
+"""Evaluates held-out problems with both models: means over all problems, and values per token for the page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vcrd.megatron import Figures
 
 from .data import Problem
 
-# Per token, in this order: what follows it is judged.
+# Values per token, in this order, for the prediction of the next token.
 FIELDS = (
     "label",
     "step",
@@ -33,7 +33,7 @@ FIELDS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """figures: means over all tokens. solutions: by problem, a list of rows with FIELDS, one per judged token."""
+    """figures: means over all tokens. solutions: by problem, a list of rows with FIELDS, one per token."""
 
     figures: Figures
     solutions: dict[str, list[list[float]]]
@@ -42,7 +42,7 @@ class Measured:
 def measure(
     plug: Any, model: Any, batches: Sequence[tuple[list[Problem], dict]], run_schedule: Callable
 ) -> Measured:
-    """Evaluates through the plug, with the teacher asked; nothing is trained. Called by every rank."""
+    """Evaluates through the plug with the teacher, without training. Every rank must call it."""
     observations: list = []
     model.eval()
     with torch.no_grad(), plug.measure(observations.append) as report:

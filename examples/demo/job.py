@@ -1,6 +1,6 @@
 """One process of a job, started by torchrun as `-m examples.demo.job student|teacher SETTINGS`.
 
-Opens Megatron on CPU and gloo before anything of Megatron is imported, and leaves one clear sentence when it fails.
+Switches Megatron to CPU and gloo before any import of Megatron, and writes one clear message if it fails.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _PARALLEL = {"student": (STUDENT_TENSOR_SIZE, 1), "teacher": (1, TEACHER_STAGES)
 
 
 def main(name: str, settings: DemoSettings) -> None:
-    """Runs this rank of the job; a failure's sentence goes to logs/NAME-RANK.failed, where the launcher finds it."""
+    """Runs this rank of the job. Writes an error message to logs/NAME-RANK.failed, for the launcher."""
     threading.Thread(target=_end_with_the_launcher, daemon=True).start()
     try:
         _run(name, settings)
     except Exception as error:
-        # What gloo says of a lost connection is no sentence for the person who runs the demo.
+        # gloo's message about a lost connection does not help a user of the demo.
         reason = re.sub(
             r":? ?\[[^\]]*gloo.*", "", (str(error).strip() or type(error).__name__).splitlines()[0]
         )
@@ -36,7 +36,7 @@ def main(name: str, settings: DemoSettings) -> None:
 
 
 def _kind(error: Exception) -> str:
-    """Whose failure it is: "own", "link" for one of the other job, "peer" for one of another rank of this job."""
+    """The origin of the error: "own", "link" for the other job, "peer" for another rank of this job."""
     if any(kind.__name__ == "LinkError" for kind in type(error).__mro__):
         return "link"
     of_peer = isinstance(error, RuntimeError) and ("gloo" in str(error) or "Connection" in str(error))
@@ -63,7 +63,7 @@ def _run(name: str, settings: DemoSettings) -> None:
 
 
 def _end_with_the_launcher() -> None:
-    """Ends this process when torchrun or the launcher is gone, however that came about: nobody would wait for it."""
+    """Ends this process when torchrun or the launcher has ended for any reason."""
     launcher, parent = int(os.environ.get(LAUNCHER, os.getppid())), os.getppid()
     while os.getppid() == parent and _is_alive(launcher):
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Starts the two torchrun jobs, watches them, and leaves no process behind whatever happens."""
+"""Starts and monitors the two torchrun jobs, and always ends all of their processes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pathlib import Path
 from .job import LAUNCHER
 from .settings import STUDENT_TENSOR_SIZE, TEACHER_STAGES, DemoSettings
 
-# glibc would map and unmap every large tensor anew, and each of its pages would fault again: a sixth of the time.
+# Without these, glibc maps and unmaps every large tensor, and the page faults take a sixth of the time.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 _ROOT = Path(__file__).parents[2]
-_GRACE = 10.0  # seconds for a job that was asked to end
-_LAST_WORDS = 3.0  # seconds in which the processes of a failing run may still say why
+_GRACE = 10.0  # seconds for a job to end after a signal
+_LAST_WORDS = 3.0  # seconds for the processes of a failing run to write their errors
 
 
 class DemoFailed(Exception):
-    """One sentence for the person who started the demo."""
+    """An error with a message for the user."""
 
 
 class Interrupted(Exception):
@@ -35,7 +35,7 @@ class Interrupted(Exception):
 
 
 def check_port(port: int) -> None:
-    """DemoFailed when nothing could listen there."""
+    """DemoFailed if the port cannot be used."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -48,7 +48,7 @@ def check_port(port: int) -> None:
 
 @contextmanager
 def signals_raised() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise Interrupted here, so that both jobs are ended on the way out."""
+    """Makes SIGINT, SIGTERM and SIGHUP raise Interrupted, so that both jobs end."""
 
     def stop(number: int, frame: object) -> None:
         raise Interrupted(number)
@@ -64,7 +64,7 @@ def signals_raised() -> Iterator[None]:
 
 
 def run_jobs(settings: DemoSettings, settings_file: Path, watch: Callable[[], None]) -> None:
-    """Runs both jobs to their end, calling `watch` meanwhile. DemoFailed when one fails; none is left running."""
+    """Runs both jobs to their end and calls `watch` meanwhile. DemoFailed if one fails; then both are ended."""
     jobs: dict[str, subprocess.Popen] = {}
     try:
         for name, processes in (("student", STUDENT_TENSOR_SIZE), ("teacher", TEACHER_STAGES)):
@@ -85,9 +85,9 @@ def run_jobs(settings: DemoSettings, settings_file: Path, watch: Callable[[], No
 
 
 def run_prepare(settings: DemoSettings) -> None:
-    """Fills the cache in a process of its own, which gives its memory back."""
+    """Fills the cache in a separate process, so that its memory is returned."""
     command = [sys.executable, "-m", "examples.demo.source", settings.cache]
-    # OMP_NUM_THREADS stays the user's: nothing else runs now.
+    # Keeps the user's OMP_NUM_THREADS, because nothing else runs now.
     with open(settings.folder / "logs" / "prepare.log", "w") as log:
         process = subprocess.Popen(
             command, cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -115,14 +115,14 @@ def _start(name: str, processes: int, settings: DemoSettings, settings_file: Pat
     if "lo" in {interface for _, interface in socket.if_nameindex()}:
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with open(settings.folder / "logs" / f"{name}.log", "w") as log:
-        # A session of its own: Ctrl-C reaches the launcher alone, which then ends both jobs in order.
+        # A separate session, so that Ctrl-C reaches only the launcher, which then ends both jobs in order.
         return subprocess.Popen(
             command, cwd=_ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
 
 
 def _end(jobs: dict[str, subprocess.Popen]) -> None:
-    """Asks torchrun to end its workers, then insists; workers whose torchrun is gone end by themselves."""
+    """Sends SIGTERM to torchrun, then SIGKILL. Workers end by themselves when their torchrun has ended."""
     for job in jobs.values():
         if job.poll() is None:
             job.terminate()
@@ -136,13 +136,13 @@ def _end(jobs: dict[str, subprocess.Popen]) -> None:
 
 
 def _reasons(settings: DemoSettings) -> list[tuple[str, str, str]]:
-    """(rank's name, whose failure as `job._kind` says, sentence) of each failed rank, the first to fail first."""
+    """(name of the rank, origin as in `job._kind`, message) of each failed rank, in order of failure."""
     found = sorted((settings.folder / "logs").glob("*.failed"), key=lambda path: path.stat().st_mtime_ns)
     return [(path.stem, *path.read_text().split("\n", 1)) for path in found]
 
 
 def _sentence(settings: DemoSettings, jobs: dict[str, subprocess.Popen], failed: list[str]) -> str:
-    """Which job failed and why: a rank's own failure if there is one, for what others saw of it follows from it."""
+    """Which job failed and why. Prefers an own error of a rank, because it causes the errors of the others."""
     deadline = time.monotonic() + _LAST_WORDS
     while time.monotonic() < deadline and all(kind != "own" for _, kind, _ in _reasons(settings)):
         time.sleep(0.1)

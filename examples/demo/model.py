@@ -1,4 +1,4 @@
-"""SmolLM2 as a Megatron-Core GPT model: its shape, its configuration, its parallel construction."""
+"""SmolLM2 as a Megatron-Core GPT model: shape, configuration and parallel construction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a Hugging Face Llama configuration says about the model, in this project's words."""
+    """The shape of a model, from a Hugging Face Llama configuration."""
 
     layers: int
     hidden: int
@@ -31,7 +31,7 @@ class Shape:
 
     @classmethod
     def of(cls, config) -> Shape:
-        """From a transformers LlamaConfig with tied embeddings and no biases; ValueError for another one."""
+        """The shape of a transformers LlamaConfig with tied embeddings and no biases; otherwise ValueError."""
         if not config.tie_word_embeddings or config.attention_bias or config.mlp_bias:
             raise ValueError("config: expected tied embeddings and no biases, as SmolLM2 has them")
         return cls(
@@ -55,7 +55,7 @@ class Shape:
 
 
 def configure(shape: Shape, layers: int) -> TransformerConfig:
-    """Megatron's float32 configuration of `layers` such layers; Megatron's parallel state must exist."""
+    """Megatron's float32 configuration for `layers` layers. Megatron's parallel state must exist."""
     from megatron.core import parallel_state
     from megatron.core.transformer import TransformerConfig
 
@@ -78,7 +78,7 @@ def configure(shape: Shape, layers: int) -> TransformerConfig:
         pipeline_dtype=torch.float32,
         use_cpu_initialization=True,
         perform_initialization=False,
-        # What needs a GPU or its compiler.
+        # These need a GPU or its compiler.
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -89,7 +89,7 @@ def configure(shape: Shape, layers: int) -> TransformerConfig:
 
 
 def build(shape: Shape, config: TransformerConfig, sequence_length: int, **stage: Any) -> GPTModel:
-    """This rank's part of a GPT model. stage: pre_process, post_process and so on, where not the rank's own."""
+    """This rank's part of a GPT model. stage: pre_process, post_process and so on; default: from the rank."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

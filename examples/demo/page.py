@@ -12,11 +12,11 @@ from . import source
 from .show import figure_rows
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-_FIRST_LENGTH = range(110, 220)  # tokens of the solution that is shown first: it should fill a screen
+_FIRST_LENGTH = range(110, 220)  # tokens of the first solution, which should fill a screen
 
 
 def write(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache: Path, picture: Path) -> None:
-    """results: as in results.json. solutions: as in logs/held_out.json. cache: the demo's, for text and tokenizer."""
+    """results: as in results.json. solutions: as in logs/held_out.json. cache: of the demo, with text and tokenizer."""
     tokenizer, fields = source.tokenizer(cache), solutions["fields"]
     problems = _problems(tokenizer, solutions, cache)
     used = {
@@ -35,14 +35,14 @@ def write(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache:
         "floor": results["method"]["floor"],
         "ceiling": results["method"]["ceiling"],
     }
-    # In a script element only "</" could end the data.
+    # Inside a script element only "</" could end the data.
     text = _TEMPLATE.read_text().replace("@DATA@", json.dumps(data).replace("</", "<\\/"))
     text = text.replace("@PICTURE@", base64.b64encode(picture.read_bytes()).decode())
     path.write_text(text.replace("@FOOTER@", _footer(results)))
 
 
 def write_tokens(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache: Path) -> None:
-    """Solutions with the weight of every token, for the page of `python -m vcrd report`: what shows most first."""
+    """Solutions with the weight of every token for `python -m vcrd report`, the most instructive first."""
     tokenizer, fields = source.tokenizer(cache), solutions["fields"]
     problems = _problems(tokenizer, solutions, cache)
     first = problems.pop(_first(problems, fields.index("relative_validity")))
@@ -69,7 +69,7 @@ def _shown(text: str) -> str:
 
 
 def _problems(tokenizer: Any, solutions: dict[str, Any], cache: Path) -> list[dict[str, Any]]:
-    """By name: the question, the solution's tokens as they were written, and their rows before and after training."""
+    """By name: the question, the tokens of the solution as text, and their rows before and after training."""
     known = {problem["name"]: problem for problem in json.loads((cache / "problems.json").read_text())}
     fields = solutions["fields"]
     return [
@@ -86,14 +86,14 @@ def _problems(tokenizer: Any, solutions: dict[str, Any], cache: Path) -> list[di
 
 
 def _question(tokenizer: Any, problem: dict[str, Any]) -> str:
-    """The problem as it was put to the models, without the chat template around it."""
+    """The problem as the models see it, without the chat template."""
     prompt = [token for token, step in zip(problem["tokens"], problem["steps"], strict=True) if step < 0]
     text = tokenizer.decode(prompt, skip_special_tokens=False)
     return text.split("<|im_start|>user\n", 1)[-1].split("<|im_end|>", 1)[0]
 
 
 def _as_written(tokenizer: Any, tokens: list[int]) -> list[str]:
-    """The text of each token where it stands; of a character's several tokens the last one has it."""
+    """The text of each token in its place. If a character has several tokens, the last one has its text."""
     texts, waiting = [], []
     for token in tokens:
         waiting.append(token)
@@ -105,7 +105,7 @@ def _as_written(tokenizer: Any, tokens: list[int]) -> list[str]:
 
 
 def _first(problems: list[dict[str, Any]], column: int) -> int:
-    """The problem that shows most: of those that fit on a screen the one with the widest spread of validity."""
+    """The problem to show first: of those that fit on a screen, the one with the largest range of validity."""
 
     def spread(problem: dict[str, Any]) -> tuple[bool, float]:
         values = [row[column] for row in problem["after"]]

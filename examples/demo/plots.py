@@ -1,4 +1,4 @@
-"""The picture of a run: its curves, and the histogram of the weights that tokens got."""
+"""The picture of a run: its curves and the histogram of the weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BINS = 24
 
 def draw(path: Path, results: dict[str, Any], solutions: dict[str, Any]) -> None:
     """Writes a PNG. results: as in results.json. solutions: as in logs/held_out.json."""
-    # Not pyplot: it would look for a screen.
+    # Not pyplot, which needs a screen.
     style = {
         "font.size": 10,
         "axes.spines.top": False,
@@ -68,7 +68,7 @@ def _draw_losses(axes: Any, results: dict[str, Any]) -> None:
             )
     axes.plot([], [], "o", color=INK, markersize=6, label="on held-out problems")
     axes.set(
-        title="The student closes in on the teacher", xlabel="step", ylabel="nats per token", ylim=(0, None)
+        title="The student approaches the teacher", xlabel="step", ylabel="nats per token", ylim=(0, None)
     )
     axes.set_xlim(-0.03 * steps[-1], None)
     axes.legend(loc="upper right")
@@ -78,13 +78,13 @@ def _draw_judgement(axes: Any, results: dict[str, Any]) -> None:
     steps = [step["number"] + 1 for step in results["training"]]
     for name, label, colour in (
         ("student_more_valid", "student the more valid", STUDENT),
-        ("agreement", "both favour the same token", TEACHER),
+        ("agreement", "both prefer the same token", TEACHER),
     ):
         values = [100 * step["figures"][name] for step in results["training"]]
         axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
         ends = [100 * results["held_out"][stage][name] for stage in ("before", "after")]
         axes.plot([0, steps[-1]], ends, "o", color=colour, markersize=7, clip_on=False)
-    axes.set(title="... and more often is the better judge", xlabel="step", ylabel="% of tokens")
+    axes.set(title="... and is more valid more often", xlabel="step", ylabel="% of tokens")
     axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
     axes.legend(loc="upper left")
 
@@ -112,7 +112,7 @@ def _draw_weights(axes: Any, results: dict[str, Any], solutions: dict[str, Any])
     )
     axes.axvline((low + high) / 2, ymax=0.85, color=INK, linewidth=1, linestyle=":")
     axes.set(
-        title="How strongly each held-out token pulls",
+        title="Weights of the held-out tokens",
         xlabel="weight of the token",
         ylabel="% of tokens (log)",
     )

@@ -1,4 +1,4 @@
-"""What the demo does, in numbers: one dataclass, filled by the command line and handed to both jobs."""
+"""The settings of the demo: one dataclass from the command line, for both jobs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 CACHE = Path(__file__).parents[2] / "build" / "demo"
 
-# Ten of the teacher's thirty layers. Found by leaving out, one after the other, the layer without which the
-# divergence on CHAMP problems grew least: every third layer at even distances starts at twice the divergence.
+# Ten of the teacher's thirty layers. A greedy search removed one layer after the other, each time the one whose removal
+# increased the divergence on CHAMP problems the least. Every third layer at even distances has twice the divergence.
 KEPT_LAYERS = (0, 1, 2, 8, 19, 20, 24, 27, 28, 29)
 
 TEACHER_STAGES = 2
@@ -18,8 +18,8 @@ STUDENT_TENSOR_SIZE = 3
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """steps: optimizer steps. micro_batches x micro_batch_size problems make a step. held_out: problems to measure
-    on. learning_rate: the highest, after a short warm-up. sequence_length: longer solutions are cut."""
+    """steps: optimizer steps. A step has micro_batches x micro_batch_size problems. held_out: problems for evaluation.
+    learning_rate: the maximum, after a short warm-up. sequence_length: longer solutions are cut."""
 
     output: str
     cache: str = str(CACHE)
@@ -40,7 +40,7 @@ class DemoSettings:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     def distill(self):
-        """The method's own defaults; only the link's address, its time-outs and where records go are the demo's."""
+        """The defaults of vcrd, except the address and timeouts of the link and the folder of the records."""
         from vcrd.megatron import DistillSettings
 
         return DistillSettings().replaced(

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: the progress while it runs, the table at its end."""
+"""The output at the terminal: progress during the run, and a table at its end."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _ROWS = (
     ("cross-entropy of the written solution", "cross_entropy", "{:.3f} nats"),
     ("agreement of the most probable token", "agreement", "{:.1%}"),
     ("mean weight of a token", "weight", "{:.3f}"),
-    ("share of tokens with the student the more valid", "student_more_valid", "{:.1%}"),
+    ("share of tokens where the student is more valid", "student_more_valid", "{:.1%}"),
 )
 
 
 class Follower:
-    """Reads the student's events as they come and draws them; keeps them for the results."""
+    """Reads the student's events as they come, draws them, and keeps them for the results."""
 
     def __init__(self, console: Console, settings: DemoSettings) -> None:
         self.history: list[dict[str, Any]] = []
@@ -52,14 +52,14 @@ class Follower:
             yield self
 
     def watch(self) -> None:
-        """Takes in what the student has told since the last call."""
+        """Reads the new events of the student."""
         if not self._path.exists():
             return
         with open(self._path) as file:
             file.seek(self._read)
             for line in iter(file.readline, ""):
                 if not line.endswith("\n"):
-                    break  # half written
+                    break  # incomplete
                 self._read += len(line.encode())
                 self._take(json.loads(line))
 
@@ -79,13 +79,13 @@ class Follower:
                 self._say(f"step {event['number'] + 1}/{self._settings.steps}  {numbers}")
 
     def _say(self, line: str) -> None:
-        # Without a terminal nothing is redrawn: now and then a line.
+        # Without a terminal, prints a line from time to time.
         if not self._console.is_terminal:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _numbers(history: list[dict[str, Any]]) -> str:
-    """The latest step in one line; rates over the last few steps."""
+    """The latest step in one line, with rates over the last few steps."""
     latest, recent = history[-1]["figures"], history[-5:]
     seconds = sum(step["seconds"] for step in recent)
     rate = sum(step["fed"] for step in recent) / seconds
@@ -97,7 +97,7 @@ def _numbers(history: list[dict[str, Any]]) -> str:
 
 
 def table(measured: dict[str, dict[str, Any]]) -> Table:
-    """Held-out figures before and after."""
+    """The table of held-out results before and after training."""
     title = f"Held-out problems, {measured['after']['tokens']} tokens of written solutions"
     found = Table(title=title, title_justify="left")
     found.add_column("")
@@ -109,7 +109,7 @@ def table(measured: dict[str, dict[str, Any]]) -> Table:
 
 
 def figure_rows(measured: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """[what, before, after] as text."""
+    """[name, before, after] as text."""
     return [
         [label, *(form.format(measured[stage][name]) for stage in ("before", "after"))]
         for label, name, form in _ROWS
@@ -117,7 +117,7 @@ def figure_rows(measured: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 def where(console: Console, folder: Path, files: dict[str, str]) -> None:
-    """Says where the results are."""
+    """Prints where the results are."""
     console.print(f"\nResults are in [bold]{folder}[/]")
     for name, what in files.items():
         console.print(f"  {name:<16} {what}", highlight=False)

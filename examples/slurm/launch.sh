@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Functions of the batch scripts, which run on the first node of a job, outside any container.
+# Functions for the batch scripts, which run on the first node of a job, outside any container.
 
 fail() {
     echo "vcrd: $*" >&2
     exit 1
 }
 
-# The words of arguments, NUL after each: on any number of lines, quoted and escaped as in a shell.
+# Splits arguments as a shell does, on any number of lines, and prints each one with a NUL after it.
 split() { xargs -r printf '%s\0' <<<"$1"; }
 
-# What is wrong already here ends the job with a sentence, before its nodes are busy.
+# Ends the job with a message if a setting is wrong, before its nodes are busy.
 check_settings() {
     local name
     for name in STUDENT_ARGS TEACHER_ARGS DOCTOR_ARGS; do
@@ -19,19 +19,19 @@ check_settings() {
         fail "RUN_DIR and STUDENTS_DIR must be folders that can be made, got $RUN_DIR and $STUDENTS_DIR"
 }
 
-# Of jobs with a student.
+# For jobs with a student.
 check_student() {
     [[ -n $STUDENT_ARGS ]] || fail "STUDENT_ARGS must hold Megatron's arguments of the student, got none"
 }
 
-# Of jobs with a teacher. A container may see the checkpoint under another path.
+# For jobs with a teacher. A container may see the checkpoint under another path.
 check_teacher() {
     [[ -n $CONTAINER || -e $TEACHER_CHECKPOINT/latest_checkpointed_iteration.txt ]] ||
         fail "TEACHER_CHECKPOINT must be the folder of a Megatron checkpoint, got $TEACHER_CHECKPOINT"
 }
 
-# Whether this job goes on: not where it is cancelled or put back into the queue. A controller that does not answer
-# says nothing against it.
+# Whether this job continues: not if it is cancelled or requeued. Assumes that it continues if the controller does not
+# answer.
 running() {
     local states
     states=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID" 2>/dev/null) || return 0
@@ -45,17 +45,17 @@ address_of() {
     scontrol show node --oneliner "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
 }
 
-# Ports that no other job of this cluster uses at once: four to each job.
+# Four ports for each job, which no other running job of this cluster uses.
 port() { echo $((10000 + SLURM_JOB_ID % 5000 * 4 + $1)); }
 
-# Exit status of examples/serve_teacher.py (EX_CONFIG of sysexits.h), with which another start would end, too.
+# Exit status of examples/serve_teacher.py for wrong arguments (EX_CONFIG of sysexits.h). A restart would not help.
 WRONG_ARGUMENTS=78
 
-# There when the job was told to stop and its student saves.
+# Exists when the job was told to stop and its student saves.
 export STOP_FILE=$RUN_DIR/.stopped-$SLURM_JOB_ID
 trap 'rm -f "$STOP_FILE"' EXIT
 
-# What a container sees of the host.
+# The mounts of a container.
 mounts() {
     local path found=()
     if [[ -n $CONTAINER_MOUNTS ]]; then
@@ -72,8 +72,8 @@ mounts() {
 # Runs a command on every process of COMPONENT: 0, 1 or "0,1" of a heterogeneous job, "" in a job of one.
 #   launch COMPONENT COMMAND...
 launch() {
-    # Each process may use all of its node's cores: where a site binds tasks, one core would be shared by a rank and its
-    # data loaders. torch.distributed brings its own way to meet, so no MPI is set up.
+    # Each process may use all cores of its node. If the cluster binds tasks, a rank and its data loaders would share one
+    # core. torch.distributed has its own rendezvous, so no MPI is set up.
     local component=$1 options=(--kill-on-bad-exit=1 --wait=60 --export=ALL --cpu-bind=none --mpi=none)
     shift
     if [[ -n $component ]]; then options+=(--het-group="$component"); fi
@@ -81,7 +81,7 @@ launch() {
     if [[ -n $CONTAINER ]]; then
         options+=(--container-image="$CONTAINER" --container-mounts="$(mounts)")
         options+=(--container-workdir="$CONTAINER_WORKDIR")
-        # Of these the job's own, whatever the image sets.
+        # For these, the values of the job have priority over those of the image.
         options+=("--container-env=MASTER_ADDR,MASTER_PORT,OMP_NUM_THREADS,CUDA_DEVICE_MAX_CONNECTIONS")
     fi
     srun "${options[@]}" "$@"
@@ -95,7 +95,8 @@ start() {
     MASTER_ADDR=$(address_of "$nodes") MASTER_PORT=$port launch "$component" examples/slurm/rank.sh "$PYTHON" "$@"
 }
 
-# The doctor's table of all nodes of COMPONENT, at the head of the log; ends the job where DOCTOR says so.
+# Prints the doctor's table of all nodes of COMPONENT at the start of the log. With DOCTOR=stop, a failed check ends the
+# job.
 #   look_first COMPONENT NODES
 look_first() {
     local arguments component=$1 nodes=$2
@@ -106,7 +107,7 @@ look_first() {
         [[ $DOCTOR == look ]] || exit 1
 }
 
-# The student, until it has finished, or has saved after a signal; its exit status.
+# Runs the student until it has finished, or has saved after a signal. Returns its exit status.
 run_student() {
     local arguments component=$1 nodes=$2
     mapfile -d '' -t arguments < <(split "$STUDENT_ARGS")
@@ -115,19 +116,19 @@ run_student() {
         --save "$RUN_DIR/student" --load "$RUN_DIR/student" --exit-signal-handler
 }
 
-# The teacher, again and again until it ends by itself, because its student has; 1 when it dies too often.
+# Runs the teacher, and restarts it after failures, until it ends with its student. Returns 1 after too many failures.
 run_teacher() {
     local arguments began status component=$1 nodes=$2 deaths=0
     shift 2
     mapfile -d '' -t arguments < <(split "$TEACHER_ARGS")
-    # Before its time is over a job's steps get SIGTERM. The student saves then, and needs the teacher for it.
+    # Before the time limit of a job its steps get SIGTERM. The student then saves, and needs the teacher for this.
     export IGNORE_TERM=1
     while true; do
         began=$SECONDS
         start "$component" "$nodes" "$(port 1)" "$TEACHER_SCRIPT" --load "$TEACHER_CHECKPOINT" \
             --use-checkpoint-args "${arguments[@]}" "$@" && return
         status=$?
-        running || return 1 # the job ends, or runs again with a teacher of its own
+        running || return 1 # the job ends, or runs again with a new teacher
         if ((status == WRONG_ARGUMENTS)); then
             echo "the teacher's arguments are wrong, see above; it is not started again" >&2
             return 1
@@ -142,23 +143,23 @@ run_teacher() {
     done
 }
 
-# Waits for the student's process of this shell. A job that is told to stop, near the end of its time or for another
-# one's sake, lets the student save and then runs again; any other ends with the student's status. That counts, for srun
-# signals the other processes of a step in which one has failed, too.
+# Waits for the student's process of this shell. If the job is told to stop, near its time limit or for another job, the
+# student saves and the job runs again. Otherwise the job ends with the status of the student. The status is necessary,
+# because srun also signals the other processes of a step after one has failed.
 finish_or_run_again() {
     local student=$1 status=1 late
-    trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM # passes it on to the steps
+    trap 'scancel --signal=TERM "$SLURM_JOB_ID"' TERM # forwards it to the steps
     while true; do
         wait "$student" # ends at a signal too
         status=$?
         if ((status <= 128)) || ! kill -0 "$student" 2>/dev/null; then break; fi
     done
-    # Where it ended while a signal was looked at, its status is still to be had; 127: it was had above.
+    # If the student ended during the handling of a signal, its status is available here. 127: it was read above.
     wait "$student" 2>/dev/null
     late=$?
     if ((late != 127)); then status=$late; fi
     trap '' TERM
-    # Not where the job is cancelled: then it has another state already.
+    # Not if the job is cancelled; then it is no longer running.
     if ((status == 0)) && [[ -e $STOP_FILE ]] && running; then
         echo "the student has stopped and saved with status $status; the job runs again" >&2
         scontrol requeue "$SLURM_JOB_ID" && exit 0

@@ -1,8 +1,8 @@
 """`python -m examples.verified`: a small student samples worked arithmetic, the verifier scores it, the student learns.
 
-The student is a GRU, trained for a moment on right solutions; the teacher knows which tokens are right, and is made to
-err at some places. Samples and scores go through a JSONL file, as those of any sampler would. One process, no Megatron,
-on the CPU; docs/validity.md says what is different inside Megatron.
+The student is a GRU, trained briefly on right solutions. The teacher knows the right tokens, and makes errors at some
+places on purpose. Samples and scores go through a JSONL file, as from any sampler. It runs in one process on the CPU,
+without Megatron. docs/validity.md describes the differences inside Megatron.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Student(nn.Module):
 
 
 def teacher_logits(tokens: Tensor, generator: torch.Generator, errs: float = 0.1) -> Tensor:
-    """[b, s, vocab]: high for the right tokens, and at a share `errs` of the places for some other one."""
+    """Logits [b, s, vocab]: high for the right tokens, and for a wrong token at a share `errs` of the places."""
     logits = torch.randn(*tokens.shape, len(SYMBOLS), generator=generator)
     for row, text in enumerate(map(decode, tokens.tolist())):
         prompt = text.find("?") + 1
@@ -60,7 +60,7 @@ def teacher_logits(tokens: Tensor, generator: torch.Generator, errs: float = 0.1
 
 
 def solution(chain: Chain, generator: torch.Generator) -> str:
-    """One of the right responses, by chance."""
+    """A random right response."""
     text = ""
     while steps := chain.steps():
         step = list(steps)[int(torch.randint(len(steps), (), generator=generator))]
@@ -69,7 +69,7 @@ def solution(chain: Chain, generator: torch.Generator) -> str:
 
 
 def solved(count: int, generator: torch.Generator) -> Tensor:
-    """int64 [count, LENGTH + 1]: prompts with a right response each."""
+    """int64 [count, LENGTH + 1]: prompts, each with a right response."""
     rows = torch.full((count, LENGTH + 1), PADDING)
     for row in rows:
         chain = Chain.draw(generator, OPERATIONS, LARGEST)
@@ -80,7 +80,7 @@ def solved(count: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def valid_share(student: Student, rows: Tensor) -> float:
-    """Share of the prefixes of these right responses at which the student's most probable token is right."""
+    """Share of the prefixes of these right responses where the student's most probable token is right."""
     tokens, labels = rows[:, :-1], rows[:, 1:]
     spoken = (tokens == SYMBOLS.index("?")).cumsum(1).bool() & (labels != PADDING)
     judged, _ = verifier(tokens, *[student(tokens).argmax(-1).where(spoken, -1)] * 2)
@@ -89,7 +89,7 @@ def valid_share(student: Student, rows: Tensor) -> float:
 
 @torch.no_grad()
 def respond(student: Student, prompt: str, generator: torch.Generator) -> list[int]:
-    """The student's response, up to its first wrong token: what follows that, nobody can complete rightly."""
+    """The student's response up to its first wrong token. After it no correct continuation exists."""
     tokens = encode(prompt)
     while len(tokens) < LENGTH and correct_next(prompt, decode(tokens[len(prompt) :])):
         chances = student(torch.tensor([tokens]))[0, -1].softmax(-1)
@@ -99,7 +99,7 @@ def respond(student: Student, prompt: str, generator: torch.Generator) -> list[i
 
 @torch.no_grad()
 def scored(student: Student, prompt: str, response: list[int], generator: torch.Generator) -> dict:
-    """The line of one sample: what both models propose at each prefix of it, judged."""
+    """The line of one sample, with the validity of both proposals at each prefix."""
     tokens = torch.tensor([(encode(prompt) + response)[:-1]])
     teacher = teacher_logits(tokens, generator)
     judged = verifier(tokens, student(tokens).argmax(-1), teacher.argmax(-1))
@@ -115,15 +115,15 @@ def scored(student: Student, prompt: str, response: list[int], generator: torch.
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.verified", description=__doc__)
-    parser.add_argument("--samples", type=int, default=400, help="responses that the student samples")
-    parser.add_argument("--warm-up", type=int, default=400, help="steps of training on right solutions first")
+    parser.add_argument("--samples", type=int, default=400, help="number of sampled responses")
+    parser.add_argument("--warm-up", type=int, default=400, help="first training steps, on right solutions")
     parser.add_argument("--steps", type=int, default=100, help="steps of distillation")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="where to leave the JSONL file; default: nowhere")
+    parser.add_argument("--out", type=Path, help="folder for the JSONL file; default: it is deleted")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    torch.set_num_threads(1)  # so small a model gains nothing from more
+    torch.set_num_threads(1)  # more threads do not help such a small model
     generator = torch.Generator().manual_seed(options.seed)
     student = Student()
     optimizer = torch.optim.AdamW(student.parameters(), 5e-3)
@@ -135,7 +135,7 @@ def main() -> None:
         optimizer.step()
     optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
     held_out = solved(100, generator)
-    print(f"before: right at {100 * valid_share(student, held_out):.1f} % of the prefixes held out")
+    print(f"before: right at {100 * valid_share(student, held_out):.1f} % of the held-out prefixes")
 
     with tempfile.TemporaryDirectory() as folder:
         path = options.out or Path(folder, "samples.jsonl")
@@ -155,7 +155,7 @@ def main() -> None:
                 batch["labels"],
                 mask=batch["loss_mask"],
                 validity="scores",
-                # Steps of different samples are different steps.
+                # Each sample has its own steps.
                 steps=torch.where(ids >= 0, ids + LENGTH * rows, -1),
                 student_validity=batch["vcrd_student_validity"].clamp(min=0.05),
                 teacher_validity=batch["vcrd_teacher_validity"].clamp(min=0.05),
@@ -168,7 +168,7 @@ def main() -> None:
             if step % 10 == 0 or step == options.steps - 1:
                 weight = float(out.weight[kept].mean())
                 print(f"step {step:3d}: loss {loss.item():.3f}, mean weight {weight:.3f}")
-    print(f"after:  right at {100 * valid_share(student, held_out):.1f} % of the prefixes held out")
+    print(f"after:  right at {100 * valid_share(student, held_out):.1f} % of the held-out prefixes")
 
 
 if __name__ == "__main__":

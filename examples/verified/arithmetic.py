@@ -1,9 +1,9 @@
-"""Worked arithmetic, and an exact verifier of it: is there a correct continuation that begins with this token?
+"""Worked arithmetic, with an exact verifier: does a correct continuation begin with this token?
 
-A prompt is a chain of operations, worked from left to right: `7+5-3*2?` asks for ((7+5)-3)*2. A response works it off
-in steps, each of which takes the next one or more operations off the chain's front and writes what is then left there,
-and ends with a full stop: `7+5=12;12-3=9;9*2=18;.` or `7+5-3=9;9*2=18;.`. A step of one sum or product may also name
-its operands the other way round: `5+7=12;`. So many prefixes have several correct next tokens, which no label can say.
+A prompt is a chain of operations, evaluated from left to right: `7+5-3*2?` asks for ((7+5)-3)*2. A response has steps
+and ends with a full stop: `7+5=12;12-3=9;9*2=18;.` or `7+5-3=9;9*2=18;.`. Each step evaluates one or more operations
+at the front of the chain and writes the result. A step with one sum or product may swap its operands: `5+7=12;`. So
+many prefixes have several correct next tokens, and one label cannot express them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def decode(tokens: list[int]) -> str:
 
 @dataclass(frozen=True)
 class Chain:
-    """A number and the operations on it, each a sign and an operand of at least 0."""
+    """A number and operations on it. Each operation is a sign and an operand of at least 0."""
 
     start: int
     operations: tuple[tuple[str, int], ...]
@@ -62,7 +62,7 @@ class Chain:
         return f"{self.start}{''.join(sign + str(number) for sign, number in self.operations)}?"
 
     def steps(self) -> dict[str, Chain]:
-        """Every correct next step, and the chain that it leaves."""
+        """Every correct next step, with the remaining chain."""
         found, value, text = {}, self.start, str(self.start)
         for done, (sign, number) in enumerate(self.operations, 1):
             value, text = _OPERATIONS[sign](value, number), f"{text}{sign}{number}"
@@ -74,7 +74,7 @@ class Chain:
 
 
 def correct_next(prompt: str, response: str) -> frozenset[str]:
-    """The symbols with which a correct continuation of `response` begins; none if that has erred or ended."""
+    """The symbols with which a correct continuation of `response` begins; none if it is wrong or has ended."""
     chain = Chain.parse(prompt)
     *finished, begun = response.split(";")
     for step in finished:
@@ -86,15 +86,15 @@ def correct_next(prompt: str, response: str) -> frozenset[str]:
 
 
 def step_ids(response: str) -> list[int]:
-    """The step of each symbol of a response; the full stop is a step of its own."""
+    """The step of each symbol of a response. The full stop is a separate step."""
     return [response[:position].count(";") for position in range(len(response))]
 
 
 def verifier(tokens: Tensor, student_action: Tensor, teacher_action: Tensor) -> tuple[Tensor, Tensor]:
     """Student's and teacher's validity, float32 [b, s]: 1 if a correct continuation begins with the action, else 0.
 
-    All int64 [b, s]; an action of -1 is not judged, nor is one inside the prompt. Where the row itself has erred
-    nothing is correct: both are 0, which says that none is better, and the weight is that of equal validity.
+    All arguments are int64 [b, s]. Actions of -1 and actions inside the prompt are not judged. After an error in the
+    row itself no action is correct: both validities are 0, and the weight is that of equal validity.
     """
     validities = torch.ones(2, *tokens.shape)
     actions = torch.stack([student_action, teacher_action])

@@ -1,12 +1,11 @@
-"""The student's own samples, one JSON object a line, as a data set for Megatron.
+"""The student's own samples, one JSON object per line, as a data set for Megatron.
 
     {"prompt": [3, 11, 4, 16], "tokens": [3, 11, 4, 14, 7, 15, 17], "steps": [0, 0, 0, 0, 0, 0, 1],
      "student_validity": [1, 1, 0.5, ...], "teacher_validity": [1, 1, 1, ...]}
 
-prompt and tokens are token ids: what the sampler was given and what it made of it. The other lists are as long as
-`tokens`; their entry i speaks of the prefix prompt + tokens[:i], where tokens[i] was sampled: the reasoning step that
-it belongs to (-1 for none), and the validity in [0, 1] of what the student and the teacher propose there. More keys may
-stand in a line.
+prompt and tokens are token ids: the input and the output of the sampler. The other lists have the length of `tokens`.
+Their entry i is for the prefix prompt + tokens[:i], after which tokens[i] was sampled: the reasoning step of that token
+(-1 for none), and the validity in [0, 1] of the proposals of student and teacher. A line may have more keys.
 """
 
 from __future__ import annotations
@@ -23,30 +22,30 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-_MAGIC = 0x76637264_0001  # of the index, with its version
-_HEADER = 7  # magic, size and time of the file, what was checked (steps, scores, vocabulary), number of lines
+_MAGIC = 0x76637264_0001  # identifies the index and its version
+_HEADER = 7  # magic, size and time of the file, checked fields (steps, scores, vocabulary), number of lines
 
 
 def write_samples(path: str | Path, samples: Iterable[dict[str, Any]]) -> None:
-    """Writes the samples, one a line."""
+    """Writes the samples, one per line."""
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(sample) + "\n" for sample in samples)
 
 
 class Samples(Dataset):
-    """Samples of a file as Megatron's data sets give them; only their place in the file is in memory, mapped.
+    """Samples of a file in the form of Megatron's data sets. Only a memory-mapped index of the file is in memory.
 
-    An item: tokens, labels, position_ids int64 [s], loss_mask float32 [s], 1 where the label is a sampled token; with
-    `steps`, vcrd_steps int64 [s]; with `scores`, vcrd_student_validity and vcrd_teacher_validity float32 [s]; with
-    `attention_mask`, that, bool [1, s, s], true where a position may not look. Samples longer than s + 1 tokens lose
-    their end.
+    An item has tokens, labels, position_ids int64 [s] and loss_mask float32 [s], which is 1 if the label is a sampled
+    token; with `steps`, vcrd_steps int64 [s]; with `scores`, vcrd_student_validity and vcrd_teacher_validity
+    float32 [s]; with `attention_mask`, a mask bool [1, s, s] that is true where a position may not attend. Longer
+    samples are cut to s + 1 tokens.
 
-    path: the file. Its index is written beside it, `<path>.index`, by the first who opens it, which reads and checks
-        every line; many may do so at once. A changed file is read anew.
-    sequence_length: s. padding: the token that fills it up.
-    samples: length of the data set: the file is gone through again and again, shuffled each time with `seed`. None:
-        once, in its own order.
-    steps: whether every line has steps; None: as the first line has them or not.
+    path: the file. The first process that opens it reads and checks every line, and writes the index `<path>.index`.
+        Several processes may do this at once. A changed file is read again.
+    sequence_length: s. padding: the token for padding.
+    samples: length of the data set. The file is repeated, and shuffled each time with `seed`. None: once, in the order
+        of the file.
+    steps: whether every line has steps. None: whether the first line has them.
     vocab_size: token ids must be below it; None: any.
 
     ValueError for a bad line names the file, the line and what was expected.
@@ -96,7 +95,7 @@ class Samples(Dataset):
         sequence = torch.full((length + 1,), self._padding)
         whole = torch.tensor((sample["prompt"] + response)[: length + 1])
         sequence[: len(whole)] = whole
-        # Position j predicts token j + 1: the first sampled token is the label of the prompt's last position.
+        # Position j predicts token j + 1, so the first sampled token is the label of the last position of the prompt.
         spoken = slice(prompt - 1, len(whole) - 1)
         count = len(whole) - prompt
 
@@ -124,7 +123,7 @@ class Samples(Dataset):
         with open(self.path, "rb") as file:
             try:
                 first = json.loads(file.readline())
-            except ValueError:  # the index says what is wrong with it
+            except ValueError:  # the index reports the error
                 return False
         return isinstance(first, dict) and "steps" in first
 
@@ -139,7 +138,7 @@ class Samples(Dataset):
 
     def _read(self, line: int) -> dict[str, Any]:
         start, stop = self._offsets[line].tolist(), self._offsets[line + 1].tolist()
-        # Opened anew: a loader's processes would share the position of one that was open before they were made.
+        # Opened again in each process, because forked loader processes share the position of an open file.
         with open(self.path, "rb") as file:
             file.seek(start)
             return self._parse(file.read(stop - start), line + 1)
@@ -149,7 +148,7 @@ class Samples(Dataset):
             sample = json.loads(text)
         except ValueError as error:
             raise ValueError(
-                f"{self.path}, line {line}: expected a JSON object, got a text that is none ({error})"
+                f"{self.path}, line {line}: expected a JSON object, got another text ({error})"
             ) from None
         wrong = _wrong(sample, self._length, **self._check)
         if wrong:
@@ -157,7 +156,7 @@ class Samples(Dataset):
         return sample
 
     def _index(self) -> Tensor:
-        """Where each line begins, and the end of the last, int64."""
+        """The start of each line and the end of the last one, int64."""
         index = self.path.with_name(self.path.name + ".index")
         about = self.path.stat()
         check = self._check
@@ -174,7 +173,7 @@ class Samples(Dataset):
             for line, text in enumerate(file, 1):
                 self._parse(text, line)
                 offsets.append(offsets[-1] + len(text))
-        # Under another name first: whoever opens the index finds a whole one, or none.
+        # Renamed when complete, so that a process finds a complete index or none.
         with tempfile.NamedTemporaryFile(dir=self.path.parent, delete=False) as file:
             array("q", [*header, len(offsets) - 1]).tofile(file)
             offsets.tofile(file)
@@ -183,10 +182,9 @@ class Samples(Dataset):
 
 
 def provider(path: str | Path, **options: Any) -> Callable[..., tuple[Samples, None, None]]:
-    """A `train_valid_test_datasets_provider` for Megatron's `pretrain`: the samples to train on, none to evaluate.
+    """A `train_valid_test_datasets_provider` for Megatron's `pretrain`, with samples for training only.
 
-    options: those of `Samples`; sequence length, seed, number of samples and attention mask are those of Megatron's
-    arguments.
+    options: of `Samples`. Sequence length, seed, number of samples and attention mask come from Megatron's arguments.
     """
 
     def train_valid_test_datasets(counts: tuple, vp_stage: int | None = None) -> tuple[Samples, None, None]:
@@ -208,7 +206,7 @@ def _mapped(path: Path) -> Tensor:
 
 
 def _wrong(sample: Any, length: int, steps: bool, scores: bool, vocab_size: int | None) -> str | None:
-    """What is wrong with a line, or None."""
+    """The error of a line, or None."""
     if not isinstance(sample, dict):
         return f"expected a JSON object, got {type(sample).__name__}"
     for name in ("prompt", "tokens"):

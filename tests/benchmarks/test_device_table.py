@@ -1,4 +1,4 @@
-"""The benchmark's CUDA side without a GPU: the same code times small shapes on CPU, and its arithmetic is checked."""
+"""The CUDA part of the benchmark without a GPU: small shapes on CPU, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def eager_kl(student, teacher, labels):
 
 
 def mean_jsd(student, teacher, labels):
-    """As Liger's: one number, divided by the tokens."""
+    """A mean over the tokens, as in Liger."""
     log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
     log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0).log()
     terms = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
@@ -75,7 +75,7 @@ def test_a_wrong_gradient_fails_the_run(tmp_path):
     assert "halved [24, 515] bfloat16: gradient error 5" in json.loads(path.read_text())["wrong"][0]
 
 
-def test_a_loss_of_ours_that_does_not_run_fails_the_run(tmp_path):
+def test_a_loss_of_vcrd_that_does_not_run_fails_the_run(tmp_path):
     path = tmp_path / "results.json"
     assert (
         table.run(
@@ -85,12 +85,12 @@ def test_a_loss_of_ours_that_does_not_run_fails_the_run(tmp_path):
     )
 
 
-def test_past_the_limit_only_ours_are_measured(capsys):
+def test_after_the_time_limit_only_vcrd_is_measured(capsys):
     assert table.run([SMALL], "cpu", {}, None, 0, [OURS[0], PEERS[0]]) == 0
     assert "eager was not measured: the time limit of 0 s was reached" in capsys.readouterr().out
 
 
-def test_the_logits_survive_every_job():
+def test_every_job_keeps_the_logits():
     bench = device_measure.DeviceBench(SMALL, "cpu", device_measure.HostClock())
     for job in OURS:
         assert isinstance(bench.measure(job), Figures)
@@ -114,33 +114,33 @@ def results_of(copied: float, **seconds: tuple[float, float]) -> table.Results:
     return {names[key]: Figures([f] * 3, [b] * 3, 0, 1e-3) for key, (f, b) in seconds.items()}
 
 
-def bar(verdicts: list[dict], text: str) -> dict:
-    return next(v for v in verdicts if v["bar"].startswith(text))
+def limit(verdicts: list[dict], text: str) -> dict:
+    return next(v for v in verdicts if v["limit"].startswith(text))
 
 
-def test_bars_of_the_headline():
-    # The copy moves 4 bytes a pair in 2 ms, each read and written: 8 bytes. Forward moves 4, both 10.
+def test_limits_of_the_headline():
+    # The copy takes 2 ms for 4 bytes per pair, each read and written: 8 bytes. Forward moves 4, both passes 10.
     results = results_of(2e-3, kl=(1.1e-3, 2.9e-3), inplace=(1.1e-3, 3.0e-3), modelopt=(0.02, 0.0289))
     verdicts = table.verdicts(HEADLINE, [2e-3] * 3, results)
-    forward = bar(verdicts, "vcrd, forward >= 90%")
+    forward = limit(verdicts, "vcrd, forward >= 90%")
     assert forward["reached"] == pytest.approx(1 / 1.1) and forward["passed"]
-    both = bar(verdicts, "vcrd, forward + backward >= 85%")
+    both = limit(verdicts, "vcrd, forward + backward >= 85%")
     assert both["reached"] == pytest.approx(2.5 / 2.9) and both["passed"]
-    both = bar(verdicts, "vcrd in place, forward + backward >= 85%")
+    both = limit(verdicts, "vcrd in place, forward + backward >= 85%")
     assert both["reached"] == pytest.approx(2.5 / 3.0) and not both["passed"]
-    modelopt = bar(verdicts, "ModelOpt / vcrd >= 10")
+    modelopt = limit(verdicts, "ModelOpt / vcrd >= 10")
     assert modelopt["reached"] == pytest.approx(9.966, abs=1e-2) and not modelopt["passed"]
-    assert bar(verdicts, "Liger KL / vcrd > 1")["passed"] is None
+    assert limit(verdicts, "Liger KL / vcrd > 1")["passed"] is None
 
 
-def test_bars_of_other_shapes():
+def test_limits_of_other_shapes():
     case = replace(HEADLINE, columns=16384)
     results = results_of(2e-3, kl=(1e-3, 2e-3), inplace=(1e-3, 2e-3), compiled=(1e-3, 2e-3))
     results[methods.INPLACE] = replace(results[methods.INPLACE], extra_bytes=4096 * 16384 * 2 // 5)
     verdicts = table.verdicts(case, [2e-3] * 3, results)
-    assert not any("of the copy" in v["bar"] for v in verdicts)
-    assert bar(verdicts, "compiled KL / vcrd > 1")["passed"] is False  # equal is not faster
-    extra = bar(verdicts, "extra memory of vcrd in place <= 0.1")
+    assert not any("of a copy" in v["limit"] for v in verdicts)
+    assert limit(verdicts, "compiled KL / vcrd > 1")["passed"] is False  # equal is not faster
+    extra = limit(verdicts, "extra memory of vcrd in place <= 0.1")
     assert extra["reached"] == pytest.approx(0.2) and not extra["passed"]
 
 

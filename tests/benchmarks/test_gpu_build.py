@@ -1,4 +1,4 @@
-"""Which built extension `make gpu-check` takes as it is: one of the same sources and torch, whatever the times say."""
+"""`make gpu-check` uses an existing extension of the same sources and torch, whatever the file times are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.gpu.results import ROOT
 
 
 def built_from(root: Path) -> dict[str, str]:
-    """As setup.py computes it, which cannot be imported without building something."""
+    """The record of setup.py, computed again, because importing setup.py starts a build."""
     tree = ast.parse((ROOT / "setup.py").read_text())
     tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "built_from"]
     names = {"ROOT": root, "hashlib": hashlib}
@@ -38,10 +38,10 @@ def write(checkout: Path, **changes) -> None:
     build.record_of_the_build(checkout).write_text(json.dumps(record))
 
 
-def test_a_carried_build_is_used_while_its_sources_and_torch_are_these(checkout):
+def test_a_build_from_another_machine_is_used_with_the_same_sources_and_torch(checkout):
     assert build.reason_to_build("2.11", checkout) is None
     (checkout / "csrc/bind.cpp").touch()
-    (checkout / "vcrd/__init__.py").write_text("no part of the extension")
+    (checkout / "vcrd/__init__.py").write_text("not part of the extension")
     assert build.reason_to_build("2.11", checkout) is None
     assert "with torch 2.11, here is 2.13" in build.reason_to_build("2.13", checkout)
 
@@ -56,18 +56,18 @@ def test_a_change_is_found_and_named(checkout):
     assert "and 2 more changed" in build.reason_to_build("2.11", checkout)
 
 
-def test_what_nobody_vouches_for_is_built_anew(checkout):
+def test_an_extension_without_a_valid_record_is_built_again(checkout):
     write(checkout, with_cuda=False)
     assert build.reason_to_build("2.11", checkout) == "vcrd._C was built without its CUDA kernels"
     record = build.record_of_the_build(checkout)
     record.unlink()
     assert build.changed(checkout) is None
-    assert build.reason_to_build("2.11", checkout).startswith("nothing says")
+    assert build.reason_to_build("2.11", checkout).startswith("there is no record")
     record.with_name(record.name.replace(".build.json", ".so")).unlink()
     assert build.reason_to_build("2.11", checkout).startswith("vcrd._C is not built")
 
 
-def test_ninja_is_made_to_see_what_changed(monkeypatch, tmp_path):
+def test_changed_files_are_touched_for_ninja(monkeypatch, tmp_path):
     touched, commands = [], []
     monkeypatch.setattr(Path, "touch", lambda path, *_: touched.append(path.name))
     monkeypatch.setattr(build, "run", lambda command, seconds: commands.append(command))

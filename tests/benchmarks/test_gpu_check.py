@@ -1,4 +1,4 @@
-"""The queue of `make gpu-check`, where there is no GPU: what is due, in which order, in what time, and what is kept."""
+"""The queue of `make gpu-check` without a GPU: the due stages, their order, their time limits, their results."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FAILS = Finding(False, "exit status 1")
 
 
 class Bench:
-    """A queue of stages that take no time, and a clock that they advance."""
+    """A queue of stages that take no time and advance a clock."""
 
     def __init__(self, folder: Path, monkeypatch) -> None:
         self.folder, self.now, self.ran, self.limits = folder, 0.0, [], {}
@@ -84,7 +84,7 @@ def without_a_gpu() -> dict:
     return {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def test_says_in_one_sentence_that_there_is_no_gpu(tmp_path):
+def test_one_line_says_that_there_is_no_gpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu.check", "--results", str(tmp_path / "gpu")]
     done = subprocess.run(command, capture_output=True, text=True, env=without_a_gpu(), timeout=200)
     assert (done.returncode, done.stdout) == (1, "")
@@ -92,17 +92,17 @@ def test_says_in_one_sentence_that_there_is_no_gpu(tmp_path):
     assert not (tmp_path / "gpu").exists()
 
 
-def test_says_why_its_interpreter_cannot_be_used(monkeypatch, tmp_path, capsys):
+def test_it_says_why_its_interpreter_cannot_be_used(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(check, "run", lambda *_: Outcome(1, 5.0, "Traceback\nImportError: no torch\n"))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert check.main(["--results", str(tmp_path)]) == 1
     assert capsys.readouterr().err.endswith("cannot be used: ImportError: no torch\n")
 
 
-def test_an_extension_that_cannot_be_loaded_is_built_anew(monkeypatch):
-    first = json.dumps({**MACHINE, "kernels": "vcrd._C ends the process that loads it"})
+def test_an_extension_that_cannot_be_loaded_is_built_again(monkeypatch):
+    first = json.dumps({**MACHINE, "kernels": "vcrd._C crashes the process that loads it"})
     for output, kernels in (
-        (f"a warning\n{first}\nSegmentation fault", "vcrd._C ends the process that loads it"),
+        (f"a warning\n{first}\nSegmentation fault", "vcrd._C crashes the process that loads it"),
         (f"{first}\n{json.dumps(MACHINE)}\n", None),
     ):
         monkeypatch.setattr(check, "run", lambda *_, output=output: Outcome(-11, 5.0, output))
@@ -135,7 +135,7 @@ def test_the_list_shows_the_state_of_each_stage(bench, capsys):
     assert rows[2][3:5] == ["a", "GPU"] and rows[4][2:4] == ["-", "-"]
 
 
-def test_a_result_says_what_was_measured_on_what_and_when(bench):
+def test_a_result_has_the_machine_the_versions_and_the_date(bench):
     assert bench.run(bench.stage("fast")) == 0
     found = bench.result("fast")
     assert found.pop("date").endswith("+00:00")
@@ -156,7 +156,7 @@ def test_a_result_says_what_was_measured_on_what_and_when(bench):
     }
 
 
-def test_no_folder_of_the_machine_gets_into_a_result(bench):
+def test_a_result_has_no_folder_of_the_machine(bench):
     where = f"{results.ROOT}/csrc/bind.cpp of {sys.prefix}/bin/python and {Path.home()}/x"
     bench.run(bench.stage("wrong", Finding(False, where, {"output": [where]})))
     found = bench.result("wrong")
@@ -165,7 +165,7 @@ def test_no_folder_of_the_machine_gets_into_a_result(bench):
     assert found["how"].startswith("csrc/bind.cpp of ")
 
 
-def test_what_passed_is_not_run_again_until_its_code_changes(bench, monkeypatch):
+def test_a_passed_stage_runs_again_only_after_its_code_changes(bench, monkeypatch):
     stages = [bench.stage("fast"), bench.stage("wrong", FAILS)]
     assert bench.run(*stages) == 1 and bench.ran == ["fast", "wrong"]
     assert bench.run(*stages) == 1 and bench.ran == ["wrong"]
@@ -192,20 +192,20 @@ def test_one_changed_byte_or_a_new_file_makes_a_result_stale(tmp_path):
     assert results.digest(patterns, tmp_path) != changed
 
 
-def test_what_cannot_be_read_is_missing(tmp_path):
+def test_a_result_that_cannot_be_read_is_missing(tmp_path):
     (tmp_path / "fast.json").write_text('{"passed": tr')
     assert results.read(tmp_path, "fast") is None
     assert results.state(None, "any") == "missing"
 
 
-def test_failures_of_the_same_code_come_after_what_never_ran(bench):
+def test_stages_that_failed_with_the_same_code_run_last(bench):
     wrong, absent = bench.stage("wrong", FAILS), bench.stage("absent", Finding(None, "no such tool"))
     assert bench.run(wrong, absent) == 1
     bench.run(absent, wrong, bench.stage("new"), bench.stage("other"))
     assert bench.ran == ["new", "other", "wrong", "absent"]
 
 
-def test_a_stage_that_does_not_fit_is_left_and_a_shorter_one_gets_its_turn(bench, capsys):
+def test_a_stage_that_does_not_fit_is_left_out_and_a_shorter_one_runs(bench, capsys):
     stages = [
         bench.stage("first", takes=60),
         bench.stage("long", expected=50),
@@ -217,10 +217,10 @@ def test_a_stage_that_does_not_fit_is_left_and_a_shorter_one_gets_its_turn(bench
     assert not (bench.folder / "long.json").exists()
     printed = capsys.readouterr().out
     assert "takes about 50 s, 38 s were left" in printed
-    assert "3 passed, 1 left for another run in 90 s" in printed
+    assert "3 passed, 1 not run in 90 s" in printed
 
 
-def test_how_long_a_stage_took_when_it_passed_decides_whether_it_fits(bench, monkeypatch):
+def test_the_time_of_the_last_pass_decides_whether_a_stage_fits(bench, monkeypatch):
     stage = bench.stage("slow", takes=70)
     bench.run(stage)
     monkeypatch.setattr(results, "digest", lambda sources: "another")
@@ -228,14 +228,14 @@ def test_how_long_a_stage_took_when_it_passed_decides_whether_it_fits(bench, mon
     assert bench.run(stage, seconds=75) == 0 and bench.ran == ["slow"]
 
 
-def test_a_stage_that_took_all_of_its_time_still_fits(bench, monkeypatch):
+def test_a_stage_that_took_its_whole_limit_still_fits(bench, monkeypatch):
     stage = bench.stage("slow", takes=90.4)
     bench.run(stage)
     monkeypatch.setattr(results, "digest", lambda sources: "another")
     assert bench.run(stage) == 0 and bench.ran == ["slow"]
 
 
-def test_a_stage_is_run_by_its_name_whatever_its_state(bench):
+def test_a_named_stage_runs_whatever_its_state(bench):
     stages = [bench.stage("fast"), bench.stage("other")]
     bench.run(*stages)
     assert bench.run(*stages, arguments=("--stage", "fast")) == 0
@@ -244,7 +244,7 @@ def test_a_stage_is_run_by_its_name_whatever_its_state(bench):
         bench.run(*stages, arguments=("--stage", "unknown"))
 
 
-def test_what_cannot_be_tried_here_is_no_failure_and_hides_no_measurement(bench):
+def test_an_unavailable_stage_is_no_failure_and_keeps_an_earlier_result(bench):
     stage = bench.stage("tool", tool="a-tool-that-nobody-has")
     assert bench.run(stage) == 0 and bench.ran == []
     assert bench.state(stage) == "unavailable"
@@ -259,13 +259,13 @@ def test_what_cannot_be_tried_here_is_no_failure_and_hides_no_measurement(bench)
     assert bench.result("profile")["figures"] == {"milliseconds": 1.5}
 
 
-def test_an_error_of_a_stage_itself_fails_that_stage_alone(bench):
+def test_an_exception_in_a_stage_fails_only_that_stage(bench):
     broken = Stage("broken", "Nothing.", lambda seconds: 1 / 0, SOURCES)
     assert bench.run(broken, bench.stage("fast")) == 1
     assert bench.ran == ["fast"] and bench.result("broken")["how"].startswith("ZeroDivisionError")
 
 
-def test_a_build_that_is_here_is_used(bench):
+def test_an_existing_build_is_used(bench):
     build = bench.stage("build")
     assert bench.run(build, bench.stage("fast")) == 0
     assert bench.ran == ["fast"]
@@ -273,7 +273,7 @@ def test_a_build_that_is_here_is_used(bench):
     assert bench.run(build, arguments=("--stage", "build")) == 0 and bench.ran == ["build"]
 
 
-def test_a_build_that_cannot_be_used_is_made_anew(bench, monkeypatch):
+def test_a_build_that_cannot_be_used_is_built_again(bench, monkeypatch):
     monkeypatch.setattr(check, "probe", lambda *_: MACHINE)
     bench.machine["kernels"] = "csrc/merge.h changed since vcrd._C was built"
     assert bench.run(bench.stage("build", limit=300), bench.stage("fast")) == 0
@@ -290,7 +290,7 @@ def test_nothing_runs_without_a_build(bench, monkeypatch):
     assert bench.ran == [], "there is no time for it"
 
 
-def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_result_is_written_atomically(tmp_path, monkeypatch):
     results.write(tmp_path, "fast", {"passed": True})
     monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -299,7 +299,7 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert results.read(tmp_path, "fast") == {"passed": True}
 
 
-def test_the_commit_is_gits_or_the_environments(tmp_path, monkeypatch):
+def test_the_commit_comes_from_git_or_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("VCRD_COMMIT", "given")
     assert results.commit(tmp_path) == {"commit": "given", "dirty": None}
     monkeypatch.delenv("VCRD_COMMIT")
@@ -344,7 +344,7 @@ def test_no_process_of_a_stage_outlives_it(tmp_path, monkeypatch, ended_by):
     else:
         from benchmarks.gpu import process
 
-        # The clock reaches the limit when the stage has begun, however slow this machine is.
+        # The clock reaches the limit when the stage has begun, so that a slow machine does not matter.
         clock = SimpleNamespace(monotonic=lambda: 1000.0 if path.exists() else 0.0)
         end = "exit 3" if ended_by == "its own end" else "wait"
         if end == "wait":
@@ -357,7 +357,7 @@ def test_no_process_of_a_stage_outlives_it(tmp_path, monkeypatch, ended_by):
 
 
 def runs(process: int) -> bool:
-    """False too for what has ended and waits to be collected by whoever inherited it."""
+    """Whether the process runs. A zombie does not."""
     try:
         stat = (Path("/proc") / str(process) / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

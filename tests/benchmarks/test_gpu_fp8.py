@@ -1,4 +1,4 @@
-"""The FP8 check where there is no FP8: what it says then, what it reports, and its own run with bfloat16 on the CPU."""
+"""The FP8 check without FP8: its messages, its report, and its run with bfloat16 on the CPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_it_says_why_it_does_not_run(monkeypatch):
     assert fp8.reason_to_skip() == "megatron-core is not installed"
     found(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert fp8.reason_to_skip().endswith("finds no GPU that it can use")
+    assert fp8.reason_to_skip().endswith("finds no usable GPU")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert fp8.reason_to_skip() == "FP8 needs compute capability 8.9, this GPU has 8.0"
@@ -45,7 +45,7 @@ def test_it_says_why_it_does_not_run(monkeypatch):
     assert fp8.reason_to_skip() is None
 
 
-def test_it_reports_the_difference_and_fails_on_what_is_not_finite():
+def test_it_reports_the_difference_and_fails_on_values_that_are_not_finite():
     bf16 = {"losses": [3.0, 2.0], "gradient_norm": 1.0}
     result = fp8.summary(bf16, {"tensorwise": {"losses": [3.0, 2.1], "gradient_norm": 1.5}})
     assert result["passed"] is True
@@ -62,24 +62,24 @@ def test_it_reports_the_difference_and_fails_on_what_is_not_finite():
         result = fp8.summary(bf16, {"tensorwise": broken})
         assert result["passed"] is False
         assert fp8.lines(result).endswith(
-            "not every recipe ran, to finite numbers, and learned where it was to"
+            "a recipe did not run, gave a number that is not finite, or did not learn"
         )
     assert "fp8 tensorwise: RuntimeError: no such recipe" in fp8.lines(result)
 
 
-def test_a_recipe_that_fails_is_a_line():
+def test_a_recipe_that_fails_is_one_line_of_the_report():
     def fails(recipe):
         raise RuntimeError("not on this GPU\nand more")
 
     assert fp8.tried(fails, "blockwise") == "RuntimeError: not on this GPU"
 
 
-def test_no_recipe_is_one_that_a_teacher_may_not_have():
+def test_a_teacher_may_have_every_recipe_of_a_teacher():
     for recipe in fp8.RECIPES:
         refuse_delayed_scaling(SimpleNamespace(fp8="hybrid", fp8_recipe=fp8.of_teacher(recipe)))
 
 
-def test_its_reason_makes_the_stage_unavailable(monkeypatch):
+def test_a_reason_makes_the_stage_unavailable(monkeypatch):
     def run(command, seconds, show=False, **environment):
         path = Path(command[command.index("--json") + 1])
         path.write_text(json.dumps({"passed": None, "how": "FP8 needs compute capability 8.9"}))
@@ -110,14 +110,14 @@ def test_training_must_lower_the_loss(monkeypatch):
 @pytest.mark.skipif(
     importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is installed"
 )
-def test_the_script_ends_well_where_transformer_engine_is_not_installed():
+def test_the_script_exits_with_0_without_transformer_engine():
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.fp8"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout) == (0, "Transformer Engine is not installed\n"), done.stderr
 
 
-def test_its_models_and_its_steps_run_on_the_cpu_with_local_layers():
+def test_its_models_and_steps_run_on_the_cpu_with_local_layers():
     (result,), (trained,) = run_worlds(
         World(fp8.measure, arguments=(None, False)), World(fp8.train, arguments=(None, False, 8))
     )

@@ -1,4 +1,4 @@
-"""Sequence and context parallelism beside one rank, on the CPU, and that a layout that is wrong is found."""
+"""Sequence and context parallelism compared with one rank, on the CPU; an error in a layout is found."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.gpu.results import ROOT
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
-    """All jobs have run, as the processes of the script do."""
+    """A trial after all jobs have run, as in the script."""
     trial = parallel.trial("cpu", tmp_path_factory.mktemp("trial"))
     run_worlds(*(World(work, size, arguments=(trial,)) for work, size in parallel.JOBS.values()))
     return trial
@@ -35,7 +35,7 @@ def test_every_layout_has_the_losses_and_gradients_of_one_rank(trial):
 
 @pytest.mark.parametrize("key", ["loss", "figure", "norm", "gradients"])
 @pytest.mark.parametrize("value", [1.001, math.nan])
-def test_what_differs_on_one_rank_in_one_step_fails_the_case(trial, key, value):
+def test_a_difference_on_one_rank_in_one_step_fails_the_case(trial, key, value):
     path = trial.folder / f"{CASES[1].name}.{RANKS - 1}.found"
     before = path.read_bytes()
     found = torch.load(path)
@@ -54,7 +54,7 @@ def test_what_differs_on_one_rank_in_one_step_fails_the_case(trial, key, value):
 
 
 def unmarked_norms(trial) -> None:
-    """Megatron sums no gradient of a norm's weight over the tensor ranks then."""
+    """Removes the mark, so that Megatron does not sum the gradient of a norm over the tensor ranks."""
     import cpu_layers
 
     class Norm(cpu_layers.Norm):
@@ -77,11 +77,11 @@ def test_a_gradient_that_no_rank_sums_is_found(trial):
             path.write_bytes(content)
     assert found["passed"] is False and found["gradient"] > 0.3
     assert "norm" in found["of the gradient of"]
-    # Not by rounding: the limit for bfloat16 finds it, too.
+    # The error is larger than rounding: the limit for bfloat16 finds it too.
     assert found["gradient"] > parallel.LIMITS[torch.bfloat16][1]
 
 
-def test_what_did_not_end_is_said(tmp_path, trial):
+def test_a_case_that_did_not_end_is_reported(tmp_path, trial):
     empty = parallel.trial("cpu", tmp_path)
     assert parallel.compared(empty) == {"passed": False, "error": "one rank did not end"}
     (tmp_path / f"{ALONE.name}.0.found").write_bytes((trial.folder / f"{ALONE.name}.0.found").read_bytes())
@@ -98,7 +98,7 @@ def test_the_first_process_that_fails_ends_the_others():
     assert ranks.run_together({"first": ["-c", "pass"]}, 60) is None
 
 
-def test_each_process_is_a_host_of_its_own_for_nccl(tmp_path):
+def test_each_process_is_a_separate_host_for_nccl(tmp_path):
     names = ("student0", "student1")
     write = "import os, sys; open(sys.argv[1], 'w').write(os.environ['NCCL_HOSTID'] + os.environ['NCCL_RAS_ENABLE'])"
     paths = [tmp_path / name for name in names]

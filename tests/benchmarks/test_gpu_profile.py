@@ -1,4 +1,4 @@
-"""The profile of `make gpu-check` without a profiler: which shape it takes, and what it reads from a written report."""
+"""The profile of `make gpu-check` without a profiler: its choice of a shape, and reading a given report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from benchmarks.gpu import profile
 from benchmarks.gpu.results import write
 
-# Written by hand after ncu's documentation of --csv --page raw, units in the second row; not the output of a run.
+# Written by hand from ncu's documentation of --csv --page raw (units in the second row), not the output of a run.
 HEADER = (
     '"ID","Process ID","Kernel Name","Block Size","Grid Size","gpu__time_duration.sum",'
     '"gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed","sm__throughput.avg.pct_of_peak_sustained_elapsed",'
@@ -88,5 +88,5 @@ def test_it_passes_fails_or_is_unavailable(monkeypatch, tmp_path, capsys, log, p
     assert capsys.readouterr().out
 
 
-def test_what_is_profiled_is_one_call_of_that_method():
+def test_the_profile_has_one_call_of_the_method():
     profile.run_child("24x515", "bfloat16", profile.FALLBACK[1], "cpu")

@@ -1,4 +1,4 @@
-"""The table of stages of `make gpu-check`: short, unique, of files that exist, complete, and the same on the page."""
+"""The stages of `make gpu-check`: short, unique, complete, with existing files, and the same as on the page."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ NAMES = [stage.name for stage in STAGES]
 
 
 def shards() -> list[str]:
-    """The files of the stages that run tests on CUDA tensors; tests over NCCL are chosen by its name."""
+    """The files of the stages that run tests on CUDA tensors. Tests over NCCL have another keyword."""
     tests = [stage.work for stage in STAGES if isinstance(stage.work, stages.Tests)]
     return [path for work in tests if work.keyword == "cuda" for path in work.paths]
 
 
 def on_cuda(path: Path) -> bool:
-    """Whether it has tests on CUDA tensors: they take the fixture `device`, or the file is about CUDA alone."""
+    """Whether the file has tests on CUDA tensors: they use the fixture `device`, or the file is only about CUDA."""
     tree = ast.parse(path.read_text())
     taken = {
         argument.arg for node in ast.walk(tree) if isinstance(node, ast.arguments) for argument in node.args
@@ -35,13 +35,13 @@ def on_cuda(path: Path) -> bool:
     return path.name.startswith("test_cuda") or "device" in taken or "on_device" in taken | marked
 
 
-def test_names_are_files_and_unique():
+def test_names_are_unique_and_valid_file_names():
     assert NAMES[0] == "build" and len(set(NAMES)) == len(NAMES)
     assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) for name in NAMES)
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_a_stage_is_short_and_says_what_it_proves_of_which_files(stage):
+def test_a_stage_is_short_and_names_its_claim_and_its_files(stage):
     assert stage.proves.endswith(".") and "\n" not in stage.proves
     longer = {"build": stages.LIMIT_OF_THE_BUILD, "nccl-alive": stages.LIMIT_OF_THE_LOOK}
     assert stage.limit == longer.get(stage.name, LIMIT) and LIMIT <= 90
@@ -55,7 +55,7 @@ def test_a_stage_is_short_and_says_what_it_proves_of_which_files(stage):
         assert ROOT / script in files(stage.sources) or script.endswith("loss.py")
     if isinstance(stage.work, stages.Tests):
         assert {ROOT / path for path in stage.work.paths} <= set(files(stage.sources))
-        # tests/conftest.py imports hypothesis for all.
+        # tests/conftest.py imports hypothesis for every test.
         assert set(stage.modules) - {"nccl"} == {"pytest", "hypothesis"}
         assert ("nccl" in stage.modules) == ("nccl" in stage.work.keyword)
 
@@ -67,7 +67,7 @@ def test_every_test_of_the_loss_on_cuda_tensors_belongs_to_one_stage():
     assert "tests/loss/test_cuda.py" in wanted and "tests/loss/test_lanes.py" not in wanted
 
 
-def test_a_shard_is_stale_by_its_own_tests_and_not_by_those_of_others():
+def test_a_stage_is_stale_by_its_own_tests_only():
     rows, topk = (
         next(stage for stage in STAGES if stage.name == f"kernels-{name}") for name in ("rows", "topk")
     )
@@ -106,7 +106,7 @@ def script(tmp_path: Path, text: str) -> Script:
     return Script((str(path),))
 
 
-def test_what_a_script_writes_is_its_result(tmp_path, capsys):
+def test_the_file_of_a_script_is_its_result(tmp_path, capsys):
     good = script(tmp_path, "print('a line')\njson.dump({'machine': 1, 'ms': 2}, open(path, 'w'))")
     found = good(60)
     assert found.passed is True and found.figures.pop("command").startswith("python ")
@@ -119,7 +119,7 @@ def test_what_a_script_writes_is_its_result(tmp_path, capsys):
     assert silent.passed is False and silent.figures["output"] == "nothing measured"
 
 
-def test_figures_that_a_script_wrote_before_it_was_cut_off_are_kept(tmp_path, monkeypatch):
+def test_results_from_before_a_script_was_cut_off_are_kept(tmp_path, monkeypatch):
     written = {"cases": [1]}
 
     def run(command, seconds, show=False, **environment):
@@ -132,17 +132,17 @@ def test_figures_that_a_script_wrote_before_it_was_cut_off_are_kept(tmp_path, mo
     assert found.figures["cases"] == [1] and found.figures["output"] == "the second case began"
 
 
-def test_a_look_that_takes_minutes_fits_into_its_stage():
-    """Its own limit, not the 60 seconds that pytest gives any other test of a stage."""
+def test_a_test_that_takes_minutes_fits_into_its_stage():
+    """It has its own limit instead of the 60 seconds of every other test of a stage."""
     import test_long_after as look
 
     (stage,) = (stage for stage in STAGES if stage.name == "nccl-alive")
     (limit,) = (mark.args[0] for mark in look.pytestmark if mark.name == "timeout")
-    assert 120 <= (look.STEPS - look.DIES_SENDING) * look.PAUSE["nccl"] < limit < stage.limit
+    assert 60 <= (look.STEPS - look.DIES_SENDING) * look.PAUSE["nccl"] < limit < stage.limit
     assert look.STEPS * look.PAUSE["nccl"] < stage.expected
 
 
-def test_the_sanitizers_errors_fail_it(monkeypatch):
+def test_an_error_of_the_sanitizer_fails_the_stage(monkeypatch):
     commands = []
 
     def run(command, seconds, **environment):

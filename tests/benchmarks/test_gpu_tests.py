@@ -1,4 +1,4 @@
-"""How `make gpu-check` runs tests: each by its name and how it ended, also where the run was cut off or died."""
+"""`make gpu-check` reports the name and outcome of each test, also if the run was cut off or crashed."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def names(tests) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_what_failed_and_what_timed_out_are_told_apart_by_name(tmp_path, workers):
+def test_failed_and_timed_out_tests_are_named_separately(tmp_path, workers):
     found = run_tests([path_of(tmp_path, TESTS, TIMES_OUT)], 300, workers)
     assert found.passed is False
-    assert names(found.figures["failed"]) == ["test_bad[cuda]"], "that on the CPU is not run"
+    assert names(found.figures["failed"]) == ["test_bad[cuda]"], "the one on the CPU does not run"
     assert names(found.figures["timed_out"]) == ["test_slow_cuda"]
     assert names(found.figures["passed"]) == ["test_good_cuda"]
     assert names(found.figures["skipped"]) == ["test_left_out_cuda"]
@@ -68,8 +68,8 @@ def test_what_failed_and_what_timed_out_are_told_apart_by_name(tmp_path, workers
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_run_that_is_cut_off_names_what_was_running(tmp_path, monkeypatch, workers):
-    # The clock reaches the limit when the last test hangs and the others have ended, however slow this machine is.
+def test_a_run_that_is_cut_off_names_the_running_test(tmp_path, monkeypatch, workers):
+    # The clock reaches the limit when only the last test still runs, so that a slow machine does not matter.
     hangs = tmp_path / "hangs"
     clock = SimpleNamespace(monotonic=lambda: 1000.0 if hangs.exists() else 0.0)
     monkeypatch.setattr(process, "time", clock)
@@ -81,14 +81,14 @@ def test_a_run_that_is_cut_off_names_what_was_running(tmp_path, monkeypatch, wor
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_process_that_dies_takes_no_name_along(tmp_path, workers):
+def test_the_names_are_kept_if_the_process_dies(tmp_path, workers):
     found = run_tests([path_of(tmp_path, TESTS, DIES)], 300, workers)
     assert found.passed is False
     died = found.figures["failed" if workers > 1 else "running_at_the_end"]
     assert "test_dies_cuda" in names(died)
 
 
-def test_passed_means_that_something_ran(tmp_path):
+def test_a_run_without_tests_does_not_pass(tmp_path):
     good = "def test_good_cuda(): pass\n"
     assert run_tests([path_of(tmp_path, good)], 300, 1).passed is True
     none = run_tests([path_of(tmp_path, "def test_of_the_cpu(): pass\n")], 300, 1)
@@ -96,6 +96,6 @@ def test_passed_means_that_something_ran(tmp_path):
     assert "deselected" in none.figures["output"]
 
 
-def test_a_line_that_was_cut_off_is_no_line():
+def test_an_incomplete_line_is_ignored():
     lines = ['{"event": "start", "test": "a"}', '{"event": "call", "test": "a", "outc']
     assert summary(lines)["running_at_the_end"] == ["a"]

@@ -1,4 +1,4 @@
-"""The fused head's benchmark on a small size: what loss.py --head measures, and what it compares with."""
+"""The benchmark of the fused head (loss.py --head) with small sizes: its measurements and comparisons."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import loss
 TOKENS, VOCAB = 1024, 8192
 
 
-def test_bars_compare_the_fused_head_with_stored_logits():
+def test_limits_compare_the_fused_head_with_stored_logits():
     stored = {"seconds": [1.0, 2.0, 9.0], "extra_bytes": 800, "error": 0.0}
     fused = {"seconds": [2.2, 0.1, 3.0], "extra_bytes": 100, "error": 2e-5}
     found = list(head.verdicts({head.STORED: stored, head.FUSED: fused}).values())
@@ -22,11 +22,11 @@ def test_bars_compare_the_fused_head_with_stored_logits():
 
 
 @pytest.mark.parametrize("teacher", ["dense", "hidden"])
-def test_memory_is_read_from_outside_and_results_are_those_of_stored_logits(teacher, tmp_path):
+def test_the_parent_reads_the_memory_and_results_equal_those_of_stored_logits(teacher, tmp_path):
     record = tmp_path / "folder" / "head.json"
     command = ["--head", "--shapes", f"{TOKENS}x{VOCAB}", "--hidden", "16", "--chunk-mib", "1"]
     command += ["--teacher", teacher, "--repeats", "1", "--threads", "1", "--json", str(record)]
-    assert head.run(loss.parse(command)) in (0, 1)  # by time as well, of which a test says nothing
+    assert head.run(loss.parse(command)) in (0, 1)  # depends on time, which a test does not check
     (case,) = json.loads(record.read_text())["cases"]
     assert case["case"]["teacher"] == teacher
     logits = 4 * TOKENS * VOCAB
@@ -46,7 +46,7 @@ def one_thread():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_device_side_compares_with_float64(tmp_path, capsys, one_thread, dtype):
+def test_the_device_part_compares_with_float64(tmp_path, capsys, one_thread, dtype):
     path = tmp_path / "folder" / "head.json"
     command = ["--head", "--device", "cuda", "--shapes", "64x515", "--hidden", "16", "--repeats", "2"]
     cases = head.cases(loss.parse([*command, "--chunk-mib", "0.05"]))
@@ -89,6 +89,6 @@ def test_a_wrong_gradient_of_the_fused_head_fails_on_the_device(tmp_path, capsys
     assert "stored out of memory" in printed.out and "fused / stored" not in printed.out
 
 
-def test_a_measurement_that_dies_is_an_error():
+def test_a_measurement_that_crashes_is_an_error():
     with pytest.raises(RuntimeError, match="the measurement of HeadCase.* failed"):
         head.in_a_process(head.HeadCase(4, 8, -1, "dense", 1, 1, None))

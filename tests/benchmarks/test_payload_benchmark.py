@@ -1,4 +1,4 @@
-"""The payload benchmark without its model: codes on synthetic rows, and its arithmetic."""
+"""The benchmark of payloads without its model: codes on synthetic rows, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TABLES = {
 
 
 def rows(number: int, seed: int) -> torch.Tensor:
-    """As large as real logits are, so that bf16 costs what it does there."""
+    """Logits as large as real ones, so that bf16 has the same error."""
     return torch.randn(number, 700, generator=torch.Generator().manual_seed(seed)) * 3 + 30
 
 
@@ -32,7 +32,7 @@ def test_a_table_rises_from_zero_to_its_top(name):
     assert (table.diff() > 0).all()
 
 
-def test_steps_at_no_distance_are_those_that_the_formulas_say():
+def test_steps_at_distance_zero_follow_the_formulas():
     assert codes.rational(4, 24)[1] == pytest.approx(4 / 255, rel=0.01)
     assert codes.polynomial(5, 5, 24)[1] == pytest.approx(5 / 255, rel=0.01)
     assert codes.root_of_probability(5, 24)[1] == pytest.approx(
@@ -40,7 +40,7 @@ def test_steps_at_no_distance_are_those_that_the_formulas_say():
     )
 
 
-def test_companding_puts_codes_where_the_probability_is():
+def test_companding_has_more_codes_where_the_probability_is():
     table = codes.companded(rows(200, 0))
     assert table.shape == (256,) and table[0] == 0 and (table.diff() > 0).all()
     steps = table.diff()
@@ -50,7 +50,7 @@ def test_companding_puts_codes_where_the_probability_is():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_logit_takes_the_nearest_of_the_table(name):
+def test_a_logit_takes_the_nearest_entry_of_the_table(name):
     table, logits = TABLES[name], rows(5, 1)
     evaluate = codes.by_table(name, table).prepare(logits)
     nearest = (codes.distance(logits).double()[..., None] - table).abs().argmin(-1)
@@ -64,7 +64,7 @@ def test_a_logit_takes_the_nearest_of_the_table(name):
         torch.testing.assert_close(got, wanted)
 
 
-def test_errors_of_every_code_are_in_their_known_order(monkeypatch):
+def test_the_errors_of_the_codes_have_the_known_order(monkeypatch):
     monkeypatch.setattr(codes, "BLOCK_ROWS", 9)  # several blocks, the last one shorter
     teacher, students = rows(20, 3), {"far": rows(20, 4), "near": rows(20, 3) + 0.1 * rows(20, 4)}
     exact = codes.decoded("none", 4, lambda logits: logits)
@@ -81,29 +81,29 @@ def test_errors_of_every_code_are_in_their_known_order(monkeypatch):
         assert all(of[student].largest >= of[student].mean for of in errors.values())
 
 
-def test_bars_compare_with_raw_bf16_at_each_student():
+def test_limits_compare_with_raw_bf16_at_each_student():
     good, raw = Errors(0.01, 0.02, 0.9999), Errors(1.0, 2.0, 0.999)
     errors = {payload.RAW: {"far": raw, "near": raw}}
     for name in payload.LARGEST_SHARE:
         errors[name] = errors[f"{name}, vcrd's loss"] = {"far": good, "near": good}
-    assert len(payload.error_bars(errors)) == 16
-    assert all(bar["passed"] for bar in payload.error_bars(errors))
+    assert len(payload.error_limits(errors)) == 16
+    assert all(limit["passed"] for limit in payload.error_limits(errors))
     errors["logits_8bit"] = {"far": Errors(0.26, 0.3, 0.9999), "near": Errors(0.25, 0.3, 0.9989)}
-    failed = [bar for bar in payload.error_bars(errors) if not bar["passed"]]
-    assert [bar["bar"].split(":")[0] for bar in failed] == ["logits_8bit, far", "logits_8bit, near"]
+    failed = [limit for limit in payload.error_limits(errors) if not limit["passed"]]
+    assert [limit["limit"].split(":")[0] for limit in failed] == ["logits_8bit, far", "logits_8bit, near"]
     assert failed[0]["reached"] == 0.26 and failed[1]["reached"] == pytest.approx(-1e-4)
 
 
-def test_times_are_taken_for_every_payload_and_judged_against_the_copy():
+def test_every_payload_is_timed_and_compared_with_the_copy():
     times = payload.encoding_seconds(rows(4, 5), repeats=2)
     assert set(times) == {"float32", "bfloat16"}
     assert all(seconds > 0 for of in times.values() for seconds in of.values())
-    bars = payload.time_bars({"float32": {"copy": 2.0, "float16": 2.0, "logits_8bit": 3.0}})
-    assert [(bar["reached"], bar["passed"]) for bar in bars] == [(1.0, True), (1.5, False)]
+    limits = payload.time_limits({"float32": {"copy": 2.0, "float16": 2.0, "logits_8bit": 3.0}})
+    assert [(limit["reached"], limit["passed"]) for limit in limits] == [(1.0, True), (1.5, False)]
     assert payload.time_table(times).count("\n") == 3
 
 
-def test_text_is_cut_to_the_positions_asked_for():
+def test_text_is_cut_to_the_requested_positions():
     sequences = [[1, 2, 3], [4, 5], [6, 7, 8]]
     assert payload_logits.cut(iter(sequences), 4) == [[1, 2, 3], [4]]
     assert payload_logits.cut(iter(sequences), 5) == [[1, 2, 3], [4, 5]]

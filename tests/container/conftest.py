@@ -10,7 +10,7 @@ from fake_packages import ROOT, Base
 
 
 def load(name: str):
-    """A file of docker/, which is no package."""
+    """Imports a file of docker/, which is no package."""
     spec = importlib.util.spec_from_file_location(f"docker_{name}", ROOT / f"docker/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

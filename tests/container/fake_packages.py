@@ -1,4 +1,4 @@
-"""Wheels with nothing in them but what the steps of docker/install.sh look at, and environments made of such."""
+"""Nearly empty wheels for the steps of docker/install.sh, and environments of such wheels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def torch_wheel(folder: Path, version: str) -> Path:
 
 
 def offer_all(base: Base, pins, *megatron_needs: str) -> dict[str, str]:
-    """Fills the index with everything that docker/pins.py wants, as empty wheels. Its versions by name."""
+    """Fills the index with empty wheels of all packages of docker/pins.py. Returns versions by name."""
     offered = {}
     for name, requirement in pins.wanted().items():
         (pin,) = requirement.specifier
@@ -58,7 +58,7 @@ def offer_all(base: Base, pins, *megatron_needs: str) -> dict[str, str]:
 
 
 class Base:
-    """An environment that stands for a base image, and an index that pip takes wheels from instead of PyPI."""
+    """An environment in place of a base image, and an index of wheels for pip in place of PyPI."""
 
     def __init__(self, empty: Path, folder: Path) -> None:
         self.folder = folder / "environment"
@@ -87,7 +87,7 @@ class Base:
         subprocess.run(command, env=self.environment(), check=True)
 
     def unpacked(self, file: Path) -> Path:
-        """A folder with a package that PYTHONPATH may name."""
+        """A folder with a package, for PYTHONPATH."""
         folder = self.folder.parent / "elsewhere"
         with zipfile.ZipFile(file) as archive:
             archive.extractall(folder)
@@ -107,7 +107,7 @@ class Base:
 
 
 def run(*steps: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """On this process's own environment."""
+    """Runs with the environment of this process."""
     return _run(INSTALL, steps, {**os.environ, **variables})
 
 

@@ -1,4 +1,4 @@
-"""docker/Dockerfile, docker/install.sh and the checkout agree: no engine runs where this is tested."""
+"""docker/Dockerfile, docker/install.sh and the checkout agree. The tests have no container engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGE = (ROOT / "docker/README.md").read_text()
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(instruction, its arguments) in order, continued lines joined."""
+    """(instruction, arguments) in order, with continued lines joined."""
     lines = [line for line in TEXT.splitlines() if line.strip() and not line.startswith("#")]
     joined = "\n".join(lines).replace("\\\n", " ")
     return [tuple(line.split(maxsplit=1)) for line in joined.splitlines()]
@@ -34,7 +34,7 @@ def arguments(instruction: str) -> list[str]:
 STEPS = re.search(r"^ +([a-z |]+)\) \"\$step\" ;;$", SCRIPT, re.M)[1].split(" | ")
 
 
-def test_every_step_runs_and_nothing_else_does():
+def test_exactly_the_steps_of_the_script_run():
     ran = [shlex.split(line) for line in arguments("RUN")]
     assert all(len(words) == 2 and words[0].endswith("docker/install.sh") for words in ran), ran
     assert sorted(words[1] for words in ran) == sorted(STEPS)
@@ -49,10 +49,10 @@ def test_the_arguments_are_the_variables_of_the_script():
         "REVISION",
         "PIP_NO_CACHE_DIR",
         "PIP_ROOT_USER_ACTION",
-    ):  # the image's, a label's, pip's
+    ):  # of the image, of a label, of pip
         del given[name]
     assert given == {name: declared[name] for name in ("USER_ID", "GROUP_ID", "CUDA_ARCHITECTURES")}
-    # An argument is a variable of the steps below it only.
+    # A build argument is a variable only of the steps below it.
     for name, step in [("USER_ID", "user"), ("GROUP_ID", "user"), ("CUDA_ARCHITECTURES", "extension")]:
         assert TEXT.index(f"ARG {name}=") < TEXT.index(f"docker/install.sh {step}")
 
@@ -67,24 +67,24 @@ def copied() -> list[str]:
     return [source for line in arguments("COPY") for source in line.split()[:-1]]
 
 
-def test_what_is_copied_exists_and_nothing_else_is_sent_to_the_engine():
+def test_copied_files_exist_and_only_they_are_sent_to_the_engine():
     sources = {source.rstrip("/") for source in copied()}
     assert all((ROOT / source).exists() for source in sources)
     ignore = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
     assert ignore[0] == "*"
     sent = {str(path.relative_to(ROOT)) for line in ignore if line[0] == "!" for path in ROOT.glob(line[1:])}
     assert sent == sources
-    # Built for other environments: it must not get into the image's package.
+    # Built files of other environments must not get into the package of the image.
     assert {"**/*.so", "**/__pycache__"} <= set(ignore)
 
 
-def test_the_package_is_made_of_what_is_copied_before_it():
+def test_the_files_of_the_package_are_copied_before_it_is_built():
     (listed,) = re.findall(r'^ +cp -r "\$root"/\{(.*)\} ', SCRIPT, re.M)
     assert set(listed.split(",")) <= set(before("extension"))
 
 
 def before(step: str) -> list[str]:
-    """What is copied to where a step runs, of all that stands above it."""
+    """The files that are copied before a step, in its folder."""
     above = TEXT[: TEXT.index(f"RUN docker/install.sh {step}\n")]
     return [
         source.rstrip("/") for line in re.findall(r"^COPY (.*)$", above, re.M) for source in line.split()[:-1]
@@ -92,7 +92,7 @@ def before(step: str) -> list[str]:
 
 
 @pytest.mark.parametrize("step", ["user", "dependencies", "extension"])
-def test_a_step_needs_only_what_is_copied_before_it(step, base, pins, tmp_path):
+def test_a_step_needs_only_files_that_are_copied_before_it(step, base, pins, tmp_path):
     layer = tmp_path / "layer"
     for source in before(step):
         target = layer / source
@@ -102,7 +102,7 @@ def test_a_step_needs_only_what_is_copied_before_it(step, base, pins, tmp_path):
     base.has(torch_wheel(tmp_path, NVIDIA_TORCH))
     offer_all(base, pins)
     done = base.run(step, script=layer / "docker/install.sh", USER_ID="0", CUDA_ARCHITECTURES="9.0a")
-    # Each as far as it gets on a torch without CUDA and as a user that is refused.
+    # The last message of each step with a torch without CUDA and a refused user.
     expected = {
         "user": (1, "vcrd: USER_ID must be a positive integer"),
         "dependencies": (0, ""),
@@ -113,12 +113,12 @@ def test_a_step_needs_only_what_is_copied_before_it(step, base, pins, tmp_path):
     assert done.stderr.startswith(sentence)
 
 
-def test_a_change_of_the_code_installs_no_dependency_anew():
+def test_a_change_of_the_code_does_not_reinstall_dependencies():
     assert not {"vcrd", "csrc", "examples", "setup.py", "README.md"} & set(before("dependencies"))
 
 
 def test_setup_installs_the_whole_package():
-    """Modules of packages, the extension, and what setup.py names; any other file would be missing from the image."""
+    """Modules of packages, the extension, and files that setup.py names. The image would lack any other file."""
     files = [
         path for path in (ROOT / "vcrd").rglob("*") if path.is_file() and "__pycache__" not in path.parts
     ]
@@ -134,7 +134,7 @@ def test_it_does_not_run_as_root():
     assert arguments("USER")[-1] == "${USER_ID}:${GROUP_ID}"
 
 
-def test_the_health_check_asks_the_installed_package():
+def test_the_health_check_uses_the_installed_package():
     (line,) = arguments("HEALTHCHECK")
     options, command = line.split(" CMD ")
     python, safe, *rest = json.loads(command)
@@ -149,14 +149,14 @@ def test_labels():
     labels = dict(re.findall(r'org\.opencontainers\.image\.(\S+?)="(.*?)"', " ".join(arguments("LABEL"))))
     assert labels["version"] == vcrd.__version__
     assert labels["base.name"] == "${BASE}" and labels["revision"] == "${REVISION}"
-    # What is used in a label must be declared below FROM.
+    # A variable of a label must be declared below FROM.
     below = TEXT[TEXT.index("\nFROM") :]
     assert "\nARG BASE\n" in below and "\nARG REVISION" in below
 
 
 @pytest.mark.parametrize("path", ["rank.sh", "pretrain_vcrd.py", "serve_teacher.py"])
-def test_the_batch_scripts_find_what_they_start_in_the_image(path):
-    """They start examples/... relative to where the container starts, which is where the image has them."""
+def test_the_batch_scripts_find_the_examples_of_the_image(path):
+    """They start examples/... relative to the working directory of the container, where the image has them."""
     (found,) = (ROOT / "examples").rglob(path)
     scripts = [(ROOT / "examples/slurm" / name).read_text() for name in ("launch.sh", "env.sh")]
     assert any(str(found.relative_to(ROOT)) in script for script in scripts)

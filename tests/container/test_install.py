@@ -1,4 +1,4 @@
-"""The steps of docker/install.sh on environments of empty packages: what is installed, what stays, what is refused."""
+"""The steps of docker/install.sh with empty packages: installed, kept and refused packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fake_packages import INSTALL, NVIDIA_TORCH, Base, offer_all, run, torch_whe
 
 
 def nvidia_base(base: Base, folder: Path) -> dict[str, str]:
-    """What an NVIDIA image has that matters here: its own torch, and other versions than ours of what we pin."""
+    """The relevant packages of an NVIDIA image: its own torch, and other versions of pinned packages."""
     has = {
         "numpy": "2.1.0",
         "packaging": "25.0",
@@ -23,17 +23,15 @@ def nvidia_base(base: Base, folder: Path) -> dict[str, str]:
     return {**has, "torch": NVIDIA_TORCH}
 
 
-def test_an_nvidia_image_keeps_what_it_has_and_gets_what_it_lacks(base, pins, tmp_path):
+def test_an_nvidia_image_keeps_its_packages_and_gets_the_missing_ones(base, pins, tmp_path):
     has = nvidia_base(base, tmp_path / "wheels")
     offered = offer_all(base, pins, "torch>=2.6.0", "numpy", "packaging>=24.2")
-    # What would tempt pip: a release is newer than its pre-release, and numpy's newest fits as well.
+    # pip could prefer these: a release is newer than its pre-release, and the newest numpy fits as well.
     torch_wheel(base.index, "2.11.0")
     wheel(base.index, "numpy", "2.5.5")
     constraint = tmp_path / "constraint.txt"
-    constraint.write_text(
-        "numpy==1.26.4\nmegatron-core==0.12.0\n"
-    )  # as the image's own, which pip would read
-    # What pip would take for installed, in a folder that is not the environment's.
+    constraint.write_text("numpy==1.26.4\nmegatron-core==0.12.0\n")  # as in the image, where pip reads it
+    # pip would treat it as installed, although its folder is not in the environment.
     elsewhere = base.unpacked(wheel(tmp_path, "megatron-core", offered["megatron-core"], ["numpy<2"]))
     done = base.run("dependencies", PIP_CONSTRAINT=str(constraint), PYTHONPATH=str(elsewhere))
     assert done.returncode == 0, done.stderr
@@ -74,7 +72,7 @@ def test_a_pre_release_of_a_tool_is_as_good_as_a_release(pins):
     ]
 
 
-def test_a_megatron_core_that_wants_another_torch_is_refused(base, pins, tmp_path):
+def test_a_megatron_core_that_needs_another_torch_is_refused(base, pins, tmp_path):
     has = nvidia_base(base, tmp_path)
     offer_all(base, pins, "torch>=2.12")
     torch_wheel(base.index, "2.13.0")
@@ -85,7 +83,7 @@ def test_a_megatron_core_that_wants_another_torch_is_refused(base, pins, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_package_that_brings_files_of_torch_is_noticed(base, pins, tmp_path):
+def test_a_package_that_changes_files_of_torch_is_an_error(base, pins, tmp_path):
     nvidia_base(base, tmp_path)
     offer_all(base, pins)
     (ninja,) = base.index.glob("ninja-*.whl")
@@ -102,7 +100,7 @@ def test_without_torch_nothing_is_installed(base, step):
     assert "torch is not installed here" in done.stderr
 
 
-def test_cuda_kernels_are_not_left_out_in_silence(base, tmp_path):
+def test_missing_cuda_kernels_are_an_error(base, tmp_path):
     nvidia_base(base, tmp_path)
     done = base.run("extension", CUDA_ARCHITECTURES="9.0a")
     assert done.returncode == 1
@@ -120,14 +118,14 @@ def test_a_file_that_no_longer_names_a_package_is_an_error(pins, tmp_path):
 @pytest.mark.parametrize(
     ("steps", "sentence"), [((), "name a step"), (("instal",), "there is no step instal")]
 )
-def test_a_wrong_step_is_one_sentence(steps, sentence):
+def test_a_wrong_step_is_one_message(steps, sentence):
     done = run(*steps)
     assert done.returncode == 1
     assert done.stderr.startswith(f"vcrd: {sentence}") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("architectures", ["hopper", "90", "9.0a;", "", "9.0a,none", "sm_90a"])
-def test_architectures_that_are_none_are_refused(check, architectures):
+def test_invalid_architectures_are_an_error(check, architectures):
     with pytest.raises(SystemExit, match="CUDA_ARCHITECTURES must list"):
         check.asked(architectures)
 
@@ -153,7 +151,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes users
 
 @pytest.fixture
 def prefix(tmp_path) -> Path:
-    """The files of a root file system that know users, with Ubuntu's own user 1000."""
+    """The files of a root file system with users, and Ubuntu's user 1000."""
     etc = tmp_path / "etc"
     etc.mkdir()
     (etc / "passwd").write_text(
@@ -172,7 +170,7 @@ def users(prefix: Path) -> dict[str, list[str]]:
 
 @needs_root
 @pytest.mark.parametrize(("uid", "gid"), [(1000, 1000), (1000, 100), (2000123456, 2000123456)])
-def test_the_user_has_the_ids_that_were_asked_for(prefix, uid, gid):
+def test_the_user_has_the_given_ids(prefix, uid, gid):
     done = run("user", PREFIX=str(prefix), USER_ID=str(uid), GROUP_ID=str(gid))
     assert done.returncode == 0, done.stderr
     found = users(prefix)
@@ -184,13 +182,13 @@ def test_the_user_has_the_ids_that_were_asked_for(prefix, uid, gid):
         line for line in (prefix / "etc/group").read_text().splitlines() if line.split(":")[2] == str(gid)
     ]
     assert len(group) == 1
-    # Without it the log of logins grows to the id, but only in the real root.
+    # Without it the log of logins grows with the id, but only in the real root.
     assert "--no-log-init" in INSTALL.read_text()
 
 
 @pytest.mark.parametrize("variable", ["USER_ID", "GROUP_ID"])
 @pytest.mark.parametrize("value", ["0", "root", "-1", "1e3"])
-def test_root_is_no_user_of_the_image(prefix, variable, value):
+def test_the_user_may_not_be_root(prefix, variable, value):
     done = run("user", PREFIX=str(prefix), **{variable: value})
     assert done.returncode == 1
     assert done.stderr == (
@@ -199,7 +197,7 @@ def test_root_is_no_user_of_the_image(prefix, variable, value):
     assert "vcrd" not in users(prefix)
 
 
-def test_a_home_that_cannot_be_written_to_is_a_fault():
+def test_a_home_without_write_access_is_an_error():
     done = run("check", HOME="/nonexistent")
     assert done.returncode == 1
     assert "vcrd: HOME is /nonexistent" in done.stderr

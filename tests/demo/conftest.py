@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def demo_cache() -> Path:
-    """The demo's cache of real weights and text: the one that `make demo` uses, filled if need be."""
+    """The cache of real weights and text of `make demo`, filled if necessary."""
     from examples.demo import source
     from examples.demo.settings import CACHE
 

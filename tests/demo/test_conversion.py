@@ -1,4 +1,4 @@
-"""The demo's Megatron models are the real model: same logits as transformers gives, and no weight lost on the way."""
+"""The demo's Megatron models equal the real model: the same logits as transformers, and no lost weights."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_shards_go_back_to_the_same_weights(tensor_size, stages):
         assert torch.equal(back[name], weight), name
 
 
-def test_a_division_that_cannot_be_is_one_sentence():
+def test_an_impossible_split_is_an_error():
     with pytest.raises(ValueError, match="heads: expected a multiple of the tensor size 4, got 6"):
         to_megatron(small_weights().__getitem__, SMALL, range(4), Place(0, 4, 0, 1))
     with pytest.raises(ValueError, match="layers: expected a multiple of the 3 pipeline stages, got 4"):
@@ -80,7 +80,7 @@ def real(demo_cache: Path):
 
 
 def megatron_logits(cache: Path, kept: tuple[int, ...], tokens: torch.Tensor) -> torch.Tensor | None:
-    """Whole logits [b, s, v] on the ranks of the last stage, through Megatron's own schedule."""
+    """All logits [b, s, v] on the ranks of the last stage, through Megatron's schedule."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region

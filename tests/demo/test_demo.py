@@ -16,7 +16,7 @@ STEPS = 6
 
 
 def test_demo_distils_and_shows_it(demo_cache, tmp_path):
-    """With what `make demo` installs."""
+    """With the packages that `make demo` installs."""
     python = page_environment.create(tmp_path / "venv", page_environment.installed_by_make("demo"))
     output = tmp_path / "results"
     command = [
@@ -51,14 +51,12 @@ def test_demo_distils_and_shows_it(demo_cache, tmp_path):
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
     check_page((output / "page.html").read_text(), before["tokens"])
     report = (output / "report.html").read_text()
-    assert (
-        f"1 to {STEPS}" in report and "2 ranks: pipeline 2" in report and "Where the teacher pulls" in report
-    )
+    assert f"1 to {STEPS}" in report and "2 ranks: pipeline 2" in report and "Weights in a text" in report
     assert (output / ".gitignore").read_text() == "*\n"
 
 
 def check_page(page: str, tokens: int) -> None:
-    assert not re.search(r"""(src|href)=["']?(http|//|file)""", page), "the page must stand alone"
+    assert not re.search(r"""(src|href)=["']?(http|//|file)""", page), "the page must be self-contained"
     assert "@DATA@" not in page and "@PICTURE@" not in page
     data = json.loads(re.search(r"const page = (\{.*\});\n", page).group(1).replace("<\\/", "</"))
     for stage in ("before", "after"):

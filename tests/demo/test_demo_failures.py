@@ -1,4 +1,4 @@
-"""A failing demo says one clear sentence, exits with a code above 0, and leaves no process behind."""
+"""A failing demo prints one clear message, exits with a code above 0, and ends all its processes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def processes_of(output: Path) -> Iterator[tuple[int, str]]:
         try:
             line = path.read_text().replace("\0", " ")
         except OSError:
-            continue  # it ended meanwhile
+            continue  # it has ended
         if str(output) in line and int(path.parent.name) != os.getpid():
             yield int(path.parent.name), line
 
 
 @pytest.fixture
 def running(demo_cache, tmp_path):
-    """A demo that has trained its first step: (process, its output folder)."""
+    """A demo after its first training step: (process, its output folder)."""
     if not Path("/proc/self/cmdline").exists():
         pytest.skip("processes are found through /proc")
     output = tmp_path / "results"
@@ -63,7 +63,7 @@ def last_line(demo: subprocess.Popen, seconds: float) -> str:
 
 
 @pytest.mark.slow
-def test_a_killed_teacher_ends_the_demo_with_one_sentence(running):
+def test_a_killed_teacher_ends_the_demo_with_one_message(running):
     demo, output = running
     teachers = [
         pid for pid, line in processes_of(output) if "demo.job teacher" in line and "torch.d" not in line
@@ -78,7 +78,7 @@ def test_a_killed_teacher_ends_the_demo_with_one_sentence(running):
 
 
 @pytest.mark.slow
-def test_a_killed_launcher_takes_everything_with_it(running):
+def test_all_processes_end_with_a_killed_launcher(running):
     demo, output = running
     demo.kill()
     demo.wait()
@@ -105,13 +105,13 @@ def test_a_signal_is_passed_on(running):
         ),
     ],
 )
-def test_a_wrong_argument_is_one_sentence(demo_cache, tmp_path, arguments, sentence):
+def test_a_wrong_argument_is_one_message(demo_cache, tmp_path, arguments, sentence):
     arguments = command(tmp_path, demo_cache, *arguments)
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stdout.strip() == sentence
 
 
-def test_a_port_in_use_is_one_sentence_before_anything_starts(demo_cache, tmp_path):
+def test_a_port_in_use_is_one_message_before_any_job_starts(demo_cache, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         arguments = command(tmp_path, demo_cache, "--port", str(port))

@@ -1,6 +1,6 @@
-"""The commands of the pages: run as they stand, or marked with what they need. The first page is typed as a whole.
+"""The commands of the pages: a test runs each one, or it says what it needs. The first page runs as a whole.
 
-What a page has its reader install is all that its commands find here (`page_environment`).
+The commands find only the packages that their page installs (`page_environment`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docker/README.md", *sorted((ROOT / "docs").glob("*.md")))
-# By page and place, the test that runs it.
+# By page and position of the command, the test that runs it.
 RUN = {
     ("README.md", 0): "tests/demo/test_demo.py::test_demo_distils_and_shows_it",
     ("docs/cluster.md", 1): "tests/slurm/test_slurm.py::test_the_example_of_the_page_runs",
@@ -58,7 +58,7 @@ def test_every_page_is_in_the_index_and_every_link_leads_somewhere():
 
 
 def typed(python: Path, *command: str, seconds: float = 120) -> subprocess.CompletedProcess:
-    """A command in the shell of somebody who activated that environment, from the checkout."""
+    """Runs a command in a shell with that environment, from the checkout."""
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -70,18 +70,18 @@ def typed(python: Path, *command: str, seconds: float = 120) -> subprocess.Compl
 
 
 def needed(block: str) -> list[str]:
-    """The packages of a block's first line, "# needs one, two and three; and so on"."""
+    """The packages in the first line of a block, "# needs one, two and three; and so on"."""
     return re.split(r", | and ", re.match(r"# needs ([\w, -]+)", block)[1])
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """The interpreter of an environment as `make build` makes it."""
+    """The interpreter of an environment with the packages of `make build`."""
     packages = page_environment.installed_by_make("build")
     return page_environment.create(tmp_path_factory.mktemp("built") / "venv", packages)
 
 
-def test_an_environment_has_what_its_page_installs_and_nothing_else(built):
+def test_an_environment_has_exactly_the_packages_of_its_page(built):
     has = (
         "from importlib.util import find_spec as has; import sys; print([bool(has(n)) for n in sys.argv[1:]])"
     )
@@ -91,8 +91,8 @@ def test_an_environment_has_what_its_page_installs_and_nothing_else(built):
     assert typed(built, "which", "torchrun").stdout == f"{built.parent}/torchrun\n"
 
 
-def test_a_page_of_a_run_is_drawn_with_what_make_build_installs(built, tmp_path):
-    """The last command of the first page; that it finds no records is what it says here."""
+def test_make_build_installs_the_packages_of_the_report(built, tmp_path):
+    """The last command of the first page; without records it prints an error about them."""
     done = typed(built, "python", "-m", "vcrd", "report", str(tmp_path))
     assert "RUN_DIR: " in done.stderr and "needed" not in done.stderr, done.stderr
     drawn = typed(built, "python", "-c", "from vcrd.report import charts, page")
@@ -113,7 +113,7 @@ def test_a_page_of_a_run_is_drawn_with_what_make_build_installs(built, tmp_path)
         ("build", "tests/megatron/parallelisms.py"),
     ],
 )
-def test_what_a_page_starts_finds_its_packages_after_that_make(target, script, tmp_path):
+def test_the_commands_of_a_page_find_their_packages_after_its_make(target, script, tmp_path):
     python = page_environment.create(tmp_path / "venv", page_environment.installed_by_make(target))
     done = typed(python, "python", *script.split(), "--help")
     assert done.returncode == 0, done.stderr
@@ -121,7 +121,7 @@ def test_what_a_page_starts_finds_its_packages_after_that_make(target, script, t
 
 @pytest.fixture(scope="module")
 def with_readme(tmp_path_factory) -> Path:
-    """What the README's install line and the example for those without Megatron name."""
+    """An environment with the packages of the README's install line and of its example without Megatron."""
     shell = blocks(ROOT / "README.md")
     (install,) = [block for block in shell if "pip install" in block]
     (example,) = [block for block in shell if "transformers_distill.py" in block]
@@ -129,14 +129,14 @@ def with_readme(tmp_path_factory) -> Path:
     return page_environment.create(tmp_path_factory.mktemp("readme") / "venv", packages)
 
 
-def test_the_example_of_the_readme_runs_with_the_packages_that_it_names(with_readme):
+def test_the_example_of_the_readme_runs_with_its_packages(with_readme):
     done = typed(with_readme, "python", "examples/transformers_distill.py")
     assert done.returncode == 0, done.stderr
     assert len(re.findall("loss [0-9.]+", done.stdout)) == 30
 
 
 def test_the_call_of_the_readme_runs(tmp_path):
-    """With the packages of its install line alone."""
+    """With only the packages of its install line."""
     (text,) = [block for block in blocks(ROOT / "README.md", "python") if "validity_calibrated_kl" in block]
     (install,) = [block for block in blocks(ROOT / "README.md") if "pip install" in block]
     python = page_environment.create(tmp_path / "venv", page_environment.with_needs(needed(install)))
@@ -151,7 +151,7 @@ def test_the_call_of_the_readme_runs(tmp_path):
 )
 @pytest.mark.slow
 def test_the_first_page_does_what_it_says(built, tmp_path):
-    """From top to end in one shell, but for the download, the folder and the ports."""
+    """All of it in one shell, with other ports and another folder, and without the download."""
     text = "".join(blocks(ROOT / "docs/getting-started.md"))
     for word, ours in (
         (
@@ -177,9 +177,9 @@ def test_the_first_page_does_what_it_says(built, tmp_path):
         out, _ = shell.communicate(timeout=250)
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(shell.pid, signal.SIGKILL)  # with its jobs
+            os.killpg(shell.pid, signal.SIGKILL)  # and its jobs
     assert shell.returncode == 0, out[-4000:]
-    assert "0 faults" in out and "[vcrd] iteration       30/" in out
+    assert "0 problems" in out and "[vcrd] iteration       30/" in out
     assert re.search(r"served \d+ micro-batches", (tmp_path / "teacher.log").read_text())
     page = (tmp_path / "records/report.html").read_text(encoding="utf-8")
     assert "1 to 30" in page and "waiting for teacher replica 0" in page and "% forward" in page

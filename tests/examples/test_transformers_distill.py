@@ -1,4 +1,4 @@
-"""The loop for those without Megatron: its first loss and gradients are the reference's, and the loss falls."""
+"""The loop without Megatron: its first loss and gradients equal the reference, and the loss falls."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "transformers_distill.py"
 
 
-def test_the_first_batch_is_that_of_the_reference():
+def test_the_first_batch_equals_the_reference():
     torch.manual_seed(1)
     student, teacher = example.load(None, 16).train(), example.load(None, 32).eval()
     generator = torch.Generator().manual_seed(3)
@@ -51,7 +51,7 @@ def losses_of(done: subprocess.CompletedProcess) -> list[float]:
     return [float(value) for value in re.findall(r"loss ([0-9.]+)", done.stdout)]
 
 
-def test_it_runs_as_a_new_user_types_it_and_the_loss_falls():
+def test_it_runs_without_options_and_the_loss_falls():
     losses = losses_of(run())
     assert len(losses) == 30
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), losses
@@ -71,4 +71,4 @@ def test_models_from_folders_learn_from_a_text(tmp_path):
     text.write_text(" ".join(words * 3))
     losses = losses_of(run("--student", str(tmp_path), "--teacher", str(tmp_path), "--text", str(text)))
     assert len(losses) == 3
-    assert all(loss < 1e-3 for loss in losses), "the same model on both sides has nothing to learn"
+    assert all(loss < 1e-3 for loss in losses), "a student that equals its teacher has nothing to learn"

@@ -1,4 +1,4 @@
-"""The arithmetic verifier against brute force, and the samples' way from a JSONL file to Megatron's keys."""
+"""The arithmetic verifier compared with brute force, and samples from a JSONL file to Megatron's keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def all_responses(value: int, operations: list[tuple[str, int]]) -> list[str]:
-    """Every correct response, written out by Python's own arithmetic."""
+    """Every correct response, from Python's arithmetic."""
     if not operations:
         return ["."]
     found = []
@@ -51,7 +51,7 @@ def test_the_verifier_finds_every_correct_next_token_and_no_other(operations):
             assert correct_next(chain.prompt, prefix) == expected, (chain.prompt, prefix)
 
 
-def test_verdicts_of_rows_are_those_of_each_prefix_and_only_where_there_is_an_action():
+def test_verdicts_of_rows_equal_those_of_each_prefix_where_there_is_an_action():
     generator = torch.Generator().manual_seed(3)
     texts = ["7+5-3*2?7+5=12;12-3=9;", "1-4?1-4=-2;.", "9+9?9+9=18;."]
     length = max(map(len, texts))
@@ -125,7 +125,7 @@ def test_samples_become_megatrons_keys(tmp_path):
     assert int(Samples(path, 4)[5]["loss_mask"].sum()) == 3, "two tokens of prompt, five of which three fit"
 
 
-def test_a_longer_data_set_goes_through_the_file_again_in_another_order(tmp_path):
+def test_a_longer_data_set_repeats_the_file_in_another_order(tmp_path):
     path = tmp_path / "samples.jsonl"
     write_samples(path, map(sample, range(7)))
     data = Samples(path, 12, samples=20, seed=5)
@@ -138,14 +138,14 @@ def test_a_longer_data_set_goes_through_the_file_again_in_another_order(tmp_path
     assert [tuple(again[i]["tokens"].tolist()) for i in (19, 0, 8)] == [tokens[i] for i in (19, 0, 8)]
 
 
-def test_the_index_is_used_again_and_made_anew_when_the_file_changes(tmp_path, monkeypatch):
+def test_the_index_is_used_again_and_rebuilt_after_the_file_changes(tmp_path, monkeypatch):
     path = tmp_path / "samples.jsonl"
     write_samples(path, map(sample, range(5)))
     first = Samples(path, 12)
     read = []
     monkeypatch.setattr(Samples, "_parse", lambda self, text, line: read.append(line) or json.loads(text))
     assert torch.equal(Samples(path, 12)[4]["tokens"], first[4]["tokens"])
-    assert set(read) == {5}, "only the line that is asked for"
+    assert set(read) == {5}, "only the requested line"
     write_samples(path, map(sample, range(6)))
     assert len(Samples(path, 12)) == 6
     index = tmp_path / "samples.jsonl.index"
@@ -158,7 +158,7 @@ def test_the_index_is_used_again_and_made_anew_when_the_file_changes(tmp_path, m
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("{", "line 3: expected a JSON object, got a text that is none"),
+        ("{", "line 3: expected a JSON object, got another text"),
         ("[1]", "line 3: expected a JSON object, got list"),
         ({"prompt": []}, r"line 3: prompt: expected a list of at least one token id, got \[\]"),
         ({"tokens": ["a"]}, r"line 3: tokens: expected a list of at least one token id, got \['a'\]"),
@@ -172,7 +172,7 @@ def test_the_index_is_used_again_and_made_anew_when_the_file_changes(tmp_path, m
         ({"teacher_validity": [0, 1, float("nan")]}, "line 3: teacher_validity: .* got nan"),
     ],
 )
-def test_a_bad_line_is_one_sentence_with_file_and_line(tmp_path, change, sentence):
+def test_a_bad_line_is_an_error_with_file_and_line(tmp_path, change, sentence):
     path = tmp_path / "samples.jsonl"
     lines = [json.dumps(sample(2)) for _ in range(4)]
     lines[2] = change if isinstance(change, str) else json.dumps({**sample(2), **change})
@@ -185,7 +185,7 @@ def test_a_bad_line_is_one_sentence_with_file_and_line(tmp_path, change, sentenc
         Samples(path, 12)
 
 
-def test_megatrons_own_loader_takes_the_samples(tmp_path):
+def test_megatrons_loader_reads_the_samples(tmp_path):
     pytest.importorskip("megatron.training", reason="megatron.training is not in this wheel of megatron-core")
     from types import SimpleNamespace
 

@@ -30,7 +30,7 @@ MONITORS = {
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000",
 }
 
-pytestmark = [pytest.mark.timeout(190)]
+pytestmark = [pytest.mark.timeout(170)]
 
 
 def run_watched_student(rank: int, port: int, settings: LinkSettings, pause: float) -> None:

@@ -1,4 +1,4 @@
-"""Records as the ranks of a run would write them, of any length and number of ranks, for the tests of the page."""
+"""Records as from the ranks of a run, with any length and number of ranks, for the tests of the page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(
     records: int = 120,
     gpus: bool = True,
 ) -> Path:
-    """A run of intervals x every iterations of 0.8 s: a student of `ranks`, a teacher of two replicas, a restart."""
+    """A run of intervals x every iterations of 0.8 s: `ranks` student ranks, two teacher replicas, a restart."""
     folder.mkdir(parents=True, exist_ok=True)
     length = 0.8 * intervals * every
     for role, size in (("student", ranks), ("teacher", teachers)):

@@ -1,4 +1,4 @@
-"""What is said of waiting, from what a real link counted: a slow teacher, a slow network, a teacher that is lost."""
+"""The message about waiting, from counters of a real link: a slow teacher, a slow network, a lost teacher."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def serve(teacher: TeacherLink, before_each: Callable[[], None] = lambda: None) 
 
 
 def waits(student: StudentLink, before_each: Callable[[int], None] = lambda number: None) -> Waits:
-    """What a student waited for its answers. before_each: what it does between a request and the wait for that."""
+    """The waits of a student. before_each: called between a request and the wait for its answer."""
     for number in range(ANSWERS):
         student.request(torch.zeros(4, 16, dtype=torch.long))
         before_each(number)
@@ -56,7 +56,7 @@ def waits(student: StudentLink, before_each: Callable[[int], None] = lambda numb
     return student.waits
 
 
-def test_a_slow_teacher_is_not_taken_for_a_slow_network():
+def test_a_slow_teacher_is_not_reported_as_a_slow_network():
     asked = threading.Semaphore(0)
 
     def think() -> None:
@@ -73,8 +73,8 @@ def test_a_slow_teacher_is_not_taken_for_a_slow_network():
     assert found.seconds == student.waited
 
 
-def test_a_slow_network_is_not_taken_for_a_slow_teacher(monkeypatch):
-    """The bytes of an answer trickle: the sender's side stops between two pieces of it."""
+def test_a_slow_network_is_not_reported_as_a_slow_teacher(monkeypatch):
+    """The bytes of an answer arrive slowly: the sender stops between two pieces."""
     whole, asked = Connection._send_all, threading.Semaphore(0)
 
     def trickling(self, view, seconds):
@@ -94,7 +94,7 @@ def test_a_slow_network_is_not_taken_for_a_slow_teacher(monkeypatch):
     assert 0.5 * found.seconds < found.arriving <= found.seconds
 
 
-def test_answers_that_are_there_are_not_late():
+def test_answers_that_have_arrived_are_not_late():
     with link() as (_, student, teacher), ThreadPoolExecutor(1) as pool:
         serving = pool.submit(serve, teacher)
         found = waits(
@@ -108,7 +108,7 @@ def test_answers_that_are_there_are_not_late():
     assert found.answers == ANSWERS and found.late == 0
 
 
-def test_a_lost_teacher_is_told_from_a_slow_one():
+def test_a_lost_teacher_is_not_reported_as_a_slow_one():
     asked = threading.Event()
     with link(connect_timeout=30.0) as (chosen, student, teacher):
         places = {**Layout().teacher(0, 0), "group": None, "tensor_group": None}
@@ -183,7 +183,7 @@ def test_the_advice_follows_from_the_cause(wait, setup, end):
     assert said.endswith(end)
 
 
-def test_little_is_not_worth_saying():
+def test_a_short_wait_gives_no_message():
     assert sentence(replace(SLOW, share=0.049), SETUP) is None
     assert idle_sentence(0, 0.4) is None
     assert idle_sentence(3, 0.6) == (
@@ -191,7 +191,7 @@ def test_little_is_not_worth_saying():
     )
 
 
-def test_of_each_replica_the_rank_that_waited_longest_counts():
+def test_the_rank_that_waited_longest_counts_for_each_replica():
     nan = float("nan")
     rows = [
         Row(1.0, 0.5, 0.0, 10, 5, 1e6, 0.0, 2),

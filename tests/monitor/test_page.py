@@ -1,4 +1,4 @@
-"""The page of a run: what it says, what it refuses, how a real browser shows it."""
+"""The page of a run: its content, its errors, and its display in a real browser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vcrd.__main__ import main
 numpy = pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
 BROWSER = pytest.mark.skipif(
-    chromium() is None, reason="there is no Chromium here (on Debian: apt-get install chromium)"
+    chromium() is None, reason="there is no Chromium (on Debian: apt-get install chromium)"
 )
 
 
@@ -38,7 +38,7 @@ def refusal(capsys, *arguments: str) -> str:
     return said.err.removeprefix("python -m vcrd report: ").strip()
 
 
-def test_every_section_is_there(page):
+def test_the_page_has_every_section(page):
     text = page.read_text()
     for part in (
         *("Warnings", "Training", "Time", "Machines", "Teacher", "Weights in a text"),
@@ -53,12 +53,12 @@ def test_every_section_is_there(page):
     )
     assert "Idle 60 % of the time in which a student" in text and "Idle 30 % of the time" in text
     assert "@" not in re.sub(r"base64,[^\"]*", "", text).split("</style>", 1)[1]
-    assert not re.search(r"""(src|href)=["']?(http|//|file)""", text), "the page must stand alone"
+    assert not re.search(r"""(src|href)=["']?(http|//|file)""", text), "the page must be self-contained"
 
 
 @BROWSER
 @pytest.mark.parametrize("width", [1400, 400])
-def test_a_browser_shows_it_whole(page, width):
+def test_a_browser_shows_the_whole_page(page, width):
     sizes = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     drawn = "[...document.querySelectorAll('figure')].map(f => [...f.querySelectorAll('svg')]"
     drawn += ".filter(s => s.getBoundingClientRect().width > 100).length)"
@@ -72,12 +72,12 @@ def test_a_browser_shows_it_whole(page, width):
     (scrolled, shown), charts, text = seen.values
     assert scrolled <= shown <= width, "no horizontal scrolling"
     assert len(charts) >= 13 and set(charts) == {1}, "each figure shows one chart"
-    assert text >= 9, "pixels; what is smaller cannot be read"
+    assert text >= 9, "pixels; smaller text cannot be read"
     assert_a_picture(seen.picture)
 
 
 def assert_a_picture(png: bytes) -> None:
-    """Not blank: light, with both jobs' colours and dark ink in it."""
+    """Checks that the picture is not blank: light, with the colours of both jobs and dark text."""
     from PIL import Image
 
     pixels = numpy.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=int).reshape(-1, 3)
@@ -88,7 +88,7 @@ def assert_a_picture(png: bytes) -> None:
 
 
 @BROWSER
-def test_a_complaint_and_a_request_would_be_seen(tmp_path):
+def test_an_error_and_a_request_are_found(tmp_path):
     path = tmp_path / "bad.html"
     path.write_text(
         '<img src="http://127.0.0.1:9/x.png"><script>console.error("oh"); throw Error("no")</script>'
@@ -109,7 +109,7 @@ def test_many_ranks_and_iterations_make_a_small_page(tmp_path, capsys):
 @pytest.mark.parametrize(
     "made", [{"intervals": 1, "records": 1}, {"intervals": 2, "gpus": False}, {"intervals": 0}]
 )
-def test_short_runs_have_a_page_too(tmp_path, made):
+def test_short_runs_have_a_page(tmp_path, made):
     folder = made_run.write(tmp_path / "short", **made)
     assert main(["report", str(folder)]) == 0
     text = (folder / "report.html").read_text()
@@ -124,7 +124,7 @@ def test_records_of_one_job_alone_are_enough(tmp_path):
     assert main(["report", str(folder)]) == 0
 
 
-def test_an_iteration_that_was_trained_again_counts_once(tmp_path):
+def test_a_repeated_iteration_counts_once(tmp_path):
     from vcrd.report.run import load
 
     folder = made_run.write(tmp_path / "run", intervals=10)
@@ -143,14 +143,14 @@ def page_of(folder) -> str:
 
 
 def edited(folder, change):
-    """The last student rank's records, those that `change` has worked on; what it returns takes their place."""
+    """The page after `change` has replaced records of the last student rank."""
     path = folder / "student-00003.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(change(record)) + "\n" for record in records))
     return folder
 
 
-def test_a_loss_that_is_no_number_stands_out(tmp_path):
+def test_a_loss_that_is_no_number_is_marked(tmp_path):
     def change(record, last):
         iteration = record["iteration"]
         return {**record, "loss": None} if record["kind"] == "figures" and 50 <= iteration <= last else record
@@ -163,7 +163,7 @@ def test_a_loss_that_is_no_number_stands_out(tmp_path):
     assert "twice, iterations 10 and 20" in text and "all values are NaN" in text
 
 
-def test_a_run_without_parts_of_its_steps_has_its_waits(tmp_path):
+def test_a_run_without_parts_of_its_steps_shows_its_waits(tmp_path):
     def change(record):
         return {
             name: value for name, value in record.items() if name not in ("forward", "backward", "gradients")
@@ -173,7 +173,7 @@ def test_a_run_without_parts_of_its_steps_has_its_waits(tmp_path):
     assert re.search(r"\d+ % computing and other", text) and "% forward" not in text
 
 
-def test_records_of_another_shape_are_passed_over(tmp_path):
+def test_records_of_another_form_are_ignored(tmp_path):
     folder = made_run.write(tmp_path / "run", intervals=3, records=10)
     for content in ('{"samples": [{"name": "x"}]}', "[1]", '{"samples": [{"stages": {"a": [["b"]]}}]}', "{"):
         (folder / "tokens.json").write_text(content)
@@ -191,7 +191,7 @@ def test_records_of_another_shape_are_passed_over(tmp_path):
     assert "10 to 30" in page_of(folder) or "1 to 30" in page_of(folder)
 
 
-def test_a_folder_above_the_records_names_theirs(tmp_path, capsys):
+def test_a_folder_above_the_records_names_their_folder(tmp_path, capsys):
     folder = made_run.write(tmp_path / "records", intervals=1)
     assert refusal(capsys, str(tmp_path)).endswith(f"got none; {folder} has some")
 
@@ -208,7 +208,7 @@ def test_a_page_is_utf_8_whatever_the_locale(tmp_path):
     assert "≥" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_what_cannot_be_drawn_is_one_sentence(tmp_path, capsys):
+def test_a_run_that_cannot_be_drawn_is_one_message(tmp_path, capsys):
     assert "RUN_DIR: expected the folder of a run (telemetry_dir), got " in refusal(
         capsys, str(tmp_path / "no")
     )
@@ -222,7 +222,7 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path, capsys):
     assert "RUN_DIR" in refusal(capsys)
 
 
-def test_without_matplotlib_it_is_one_sentence(tmp_path):
+def test_a_missing_matplotlib_is_one_message(tmp_path):
     script = (
         "import sys; sys.modules['matplotlib'] = None; from vcrd.__main__ import main; main(['report', '.'])"
     )

@@ -1,4 +1,4 @@
-"""The thread that reads the GPU and writes the records: what it writes, that it ends, that it never stops a run."""
+"""The thread that reads the GPU and writes the records: its records, its end, and that it never stops a run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vcrd.monitor.nvml import Gpu, NoGpu
 from vcrd.monitor.records import RecordFile, read_records
 from vcrd.monitor.telemetry import Telemetry
 
-LONG = 60.0  # seconds that nothing here takes
+LONG = 60.0  # seconds, longer than any step of these tests
 UUID = "5c0f0fb1-0000-0000-0000-000000000001"
 
 
 class FakeNvml:
-    """As pynvml has it, of one GPU; each reading is what the last was and a little more."""
+    """A fake pynvml with one GPU. Each reading is larger than the last one."""
 
     NVML_SUCCESS = 0
     NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX = 138
@@ -90,7 +90,7 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "vcrd-telemetry"]
 
 
-def test_records_join_the_gpu_and_what_was_counted(tmp_path):
+def test_records_have_the_gpu_and_the_counters(tmp_path):
     nvml = FakeNvml()
     telemetry = recording(tmp_path, nvml)
     telemetry.at(7)
@@ -105,17 +105,19 @@ def test_records_join_the_gpu_and_what_was_counted(tmp_path):
     telemetry.close()
     telemetry.close()
     rows = lines(tmp_path, "rank")
-    assert len(rows) >= 3 and nvml.open == 0 and not threads()  # the last one when it is closed
+    assert len(rows) >= 3 and nvml.open == 0 and not threads()  # the last one at closing
     assert (
         sum(row.get("steps", 0) for row in rows) == 3
         and sum(row.get("teacher_wait", 0) for row in rows) == 1.5
     )
     memory = [row["gpu_memory_bytes"] for row in rows]
-    assert memory == sorted(memory) and memory[-1] == 1000 * nvml.readings, "each the largest of its interval"
+    assert memory == sorted(memory) and memory[-1] == 1000 * nvml.readings, (
+        "each is the largest of its interval"
+    )
     assert all(0.5 <= row["gpu_utilization"] <= 1.0 for row in rows)
     sent = sum(row["nvlink_sent_bytes_per_second"] * row["seconds"] for row in rows)
     received = sum(row["nvlink_received_bytes_per_second"] * row["seconds"] for row in rows)
-    # From the first reading that counted on: the one before was to see what this GPU tells.
+    # From the first counted reading on. The one before it only finds out what this GPU supports.
     assert sent == pytest.approx(1024 * (nvml.readings - 2)) and received == pytest.approx(2 * sent)
     assert all(row["gpu_power_watts"] > 300 and row["host_memory_bytes"] > 1e6 for row in rows)
     (figures,) = lines(tmp_path, "figures")
@@ -124,7 +126,7 @@ def test_records_join_the_gpu_and_what_was_counted(tmp_path):
     assert abs(figures["time"] - time.time()) < 60 and figures["host"]
 
 
-def test_a_state_that_lasts_and_a_counter_are_in_every_interval(tmp_path):
+def test_a_lasting_state_and_a_counter_are_in_every_interval(tmp_path):
     telemetry, counter = recording(tmp_path, None, interval=0.1), [0.0]
     telemetry.follow("bytes", lambda: counter[0])
     before = time.monotonic()
@@ -136,7 +138,7 @@ def test_a_state_that_lasts_and_a_counter_are_in_every_interval(tmp_path):
             lambda least=written: len(lines(tmp_path, "rank")) >= least, LONG, "an interval is written"
         )
     lasted = time.monotonic() - inside
-    counter[0] = 30  # its owner began anew
+    counter[0] = 30  # its owner started again
     telemetry.enter(None)
     longest = time.monotonic() - before
     telemetry.close()
@@ -146,7 +148,7 @@ def test_a_state_that_lasts_and_a_counter_are_in_every_interval(tmp_path):
     assert 1 < sum(row["bytes"] > 0 for row in rows) and 330 <= sum(row["bytes"] for row in rows) <= 430
 
 
-def test_what_a_gpu_does_not_tell_is_said_once_and_left_out(tmp_path, caplog):
+def test_unsupported_values_are_logged_once_and_left_out(tmp_path, caplog):
     caplog.set_level(logging.INFO, "vcrd")
     nvml = FakeNvml(uuid=f"MIG-{UUID}", refused=("utilization", "power", "nvlink"))
     telemetry = recording(tmp_path, nvml, interval=0.1)
@@ -171,7 +173,7 @@ def test_what_a_gpu_does_not_tell_is_said_once_and_left_out(tmp_path, caplog):
         (UUID, FakeNvml(uuid="GPU-other"), f"NVML does not know the GPU {UUID}: Not Found"),
     ],
 )
-def test_without_a_gpu_the_rest_is_recorded(tmp_path, caplog, uuid, nvml, reason):
+def test_without_a_gpu_the_other_values_are_recorded(tmp_path, caplog, uuid, nvml, reason):
     caplog.set_level(logging.INFO, "vcrd")
     telemetry = Telemetry(tmp_path, "student", 3, 0.1, uuid, open_gpu=lambda name: Gpu(name, nvml))
     telemetry.add(steps=2)
@@ -182,13 +184,13 @@ def test_without_a_gpu_the_rest_is_recorded(tmp_path, caplog, uuid, nvml, reason
     assert nvml is None or nvml.open == 0
 
 
-def test_without_the_package_it_is_a_reason(monkeypatch):
+def test_a_missing_package_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(NoGpu, match="the package nvidia-ml-py is not installed"):
         Gpu(UUID)
 
 
-def test_the_installed_package_has_what_is_called():
+def test_the_installed_package_has_the_called_functions():
     nvml = pytest.importorskip("pynvml")
     names = [name for name in dir(FakeNvml) if name.startswith(("nvml", "NVML"))]
     assert len(names) >= 10 and all(hasattr(nvml, name) for name in names)
@@ -198,7 +200,7 @@ def test_the_installed_package_has_what_is_called():
     )
 
 
-def test_a_run_that_resumes_appends_after_a_torn_line(tmp_path):
+def test_a_resumed_run_appends_after_an_incomplete_line(tmp_path):
     path = tmp_path / "deep" / "student-00000.jsonl"
     for part in range(2):
         writer = RecordFile(path)
@@ -215,8 +217,8 @@ def test_a_run_that_resumes_appends_after_a_torn_line(tmp_path):
     ]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_logged_once_and_does_not_stop_the_run(tmp_path, caplog):
     (tmp_path / "student-00003.jsonl").symlink_to("/dev/full")
     telemetry = recording(tmp_path, None, interval=0.1)
 
@@ -232,14 +234,14 @@ def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog):
     assert warnings()[0].startswith("telemetry_dir: ") and "No space left on device" in warnings()[0]
 
 
-def test_a_disk_that_has_room_again_is_used_again(tmp_path, monkeypatch):
+def test_a_disk_with_space_again_is_used_again(tmp_path, monkeypatch):
     import os
 
     writer, write, full = RecordFile(tmp_path / "run.jsonl"), os.write, [False]
 
     def sometimes(file: int, data: bytes) -> int:
         if full[0]:
-            write(file, data[:5])  # what still went in
+            write(file, data[:5])  # the part that fits
             raise OSError(28, "No space left on device")
         return write(file, data)
 
@@ -251,21 +253,21 @@ def test_a_disk_that_has_room_again_is_used_again(tmp_path, monkeypatch):
     assert [record["number"] for record in read_records(tmp_path / "run.jsonl")] == [0, 1, 4, 5]
 
 
-def test_a_file_system_that_stops_holds_nobody_up(tmp_path, monkeypatch):
+def test_a_file_system_that_hangs_does_not_stop_the_run(tmp_path, monkeypatch):
     goes_on = threading.Event()
     monkeypatch.setattr(RecordFile, "write", lambda self, record: goes_on.wait())
     monkeypatch.setattr("vcrd.monitor.telemetry._LAST_WRITES", 0.2)
     telemetry = recording(tmp_path, None, interval=0.1)
     for _ in range(20_000):
         telemetry.write("figures", loss=1.0)
-    telemetry.close()  # whatever waits for a write would wait until this test's own limit
+    telemetry.close()  # waiting for the write would take until the limit of this test
     assert threads()
     goes_on.set()
     for thread in threads():
         thread.join(LONG)
 
 
-def test_a_forgotten_one_ends_and_so_does_the_interpreter(tmp_path):
+def test_an_unclosed_telemetry_ends_with_the_interpreter(tmp_path):
     telemetry = recording(tmp_path, None, interval=30)
     del telemetry
     assert not threads() and len(lines(tmp_path, "rank")) == 1
@@ -280,7 +282,7 @@ def test_a_forgotten_one_ends_and_so_does_the_interpreter(tmp_path):
     assert kinds == ["start", "rank"]
 
 
-def test_importing_vcrd_imports_none_of_it():
+def test_importing_vcrd_does_not_import_it():
     script = "import sys, vcrd, vcrd.monitor.telemetry, json; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     loaded = set(json.loads(done.stdout))

@@ -1,4 +1,4 @@
-"""The parts of a step, with a clock that is set by hand."""
+"""The parts of a step, with a fake clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vcrd.megatron import metrics
 
 @pytest.fixture
 def clock(monkeypatch):
-    """(the clock, a function that lets so many seconds pass)."""
+    """(the clock, a function that advances it by seconds)."""
     now = [100.0]
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
 

@@ -1,4 +1,4 @@
-"""A short real training, student and teacher, that leaves records behind, and the page that is made of them."""
+"""A short real training of student and teacher that writes records, and their page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 5
 
 
 def records(folder, name: str) -> dict[str, list[dict]]:
-    """Of one rank, by kind."""
+    """The records of one rank, by kind."""
     found: dict[str, list[dict]] = {}
     for record in read_records(folder / f"{name}.jsonl"):
         found.setdefault(record["kind"], []).append(record)
@@ -27,7 +27,7 @@ def records(folder, name: str) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(folder, tokens of each step): two tensor ranks that wait for a teacher which sleeps."""
+    """(folder, tokens of each step) for two tensor ranks that wait for a sleeping teacher."""
     folder = tmp_path_factory.mktemp("run")
     chosen = settings(credits=2, telemetry_dir=str(folder))
     (tokens, _), _ = run_worlds(
@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
     return folder, tokens
 
 
-def test_every_rank_leaves_its_records(trained):
+def test_every_rank_writes_its_records(trained):
     folder, tokens = trained
     names = {path.stem for path in folder.glob("*.jsonl")}
     assert names == {"student-00000", "student-00001", "teacher-00000"}
@@ -61,13 +61,13 @@ def test_every_rank_leaves_its_records(trained):
         assert sum(counts) == record["tokens"] == sum(record["validity_histogram"]) and 0 < first < 256
         parts = [record[name] for name in ("forward", "backward", "gradients", "between")]
         assert all(part >= 0 for part in parts) and record["forward"] > 0 and record["backward"] > 0
-        # The first step's begins with its first forward step.
+        # The first step starts with its first forward step.
         assert sum(parts) <= record["seconds"] + 0.05 and sum(parts) > 0.5 * record["seconds"]
         assert record["forward"] >= record["teacher_wait_by_replica"]["0"]
         assert record["steps"] == 1 and 0 < record["teacher_wait_by_replica"]["0"] <= record["seconds"]
 
 
-def test_what_the_student_waited_and_the_teacher_computed_agree(trained):
+def test_the_waits_of_the_student_agree_with_the_work_of_the_teacher(trained):
     folder, _ = trained
     student, teacher = records(folder, "student-00000"), records(folder, "teacher-00000")
     busy = sum(record.get("answering", 0) for record in teacher["rank"])
@@ -82,7 +82,7 @@ def test_what_the_student_waited_and_the_teacher_computed_agree(trained):
     )
 
 
-def test_a_page_is_made_of_it(trained, capsys):
+def test_the_records_give_a_page(trained, capsys):
     folder, _ = trained
     assert main(["report", str(folder)]) == 0
     assert str(folder / "report.html") in capsys.readouterr().out
@@ -103,9 +103,9 @@ def test_a_page_is_made_of_it(trained, capsys):
     reason="megatron.training comes with megatron-core 0.19, which needs Python 3.12",
 )
 @pytest.mark.slow
-def test_with_megatrons_own_training_loop(tmp_path):
-    """The last rank writes the figures of both data ranks and each rank's machine to TensorBoard; a run that resumes
-    goes on in the same files."""
+def test_with_megatrons_training_loop(tmp_path):
+    """The last rank writes the metrics of both data ranks and the machine of each rank to TensorBoard; a resumed run
+    appends to the same files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""What the processes of a short training with telemetry do: Megatron's schedules, without megatron.training."""
+"""The processes of a short training with telemetry: Megatron's schedules, without megatron.training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 def student(settings, steps: int) -> list[int]:
-    """Trains; every rank records the figures of each step. Returns the tokens of each."""
+    """Trains. Every rank records the metrics of each step. Returns the tokens of each step."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from vcrd.megatron import distill
@@ -37,7 +37,7 @@ def student(settings, steps: int) -> list[int]:
 
 
 def slow_teacher(settings, seconds: float) -> int:
-    """A teacher whose model takes so long for each micro-batch."""
+    """A teacher whose model takes a given time for each micro-batch."""
     from vcrd.megatron import serve
 
     model = jobs.model(jobs.TEACHER, seed=2)

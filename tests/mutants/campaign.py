@@ -1,10 +1,10 @@
-"""Plants the faults of `faults.py` one at a time in a copy of the checkout, and sees which test notices each.
+"""Tests the mutants of `faults.py` one at a time in a copy of the checkout, and reports which test kills each.
 
     make mutants ARGS='--area loss --resume'
 
-A fault meets the tests that its line in the table names; if it survives these, the whole fast tier (pytest -m "not
-slow"), and then the rest. The same selection must pass without the fault, so that a failure is due to it. Results are
-kept in build/mutants, and the table is written there as Markdown. Exit status 1 if a fault survived everything.
+Each mutant names its tests. If it survives them, all fast tests run (pytest -m "not slow"), and then the others. The
+same tests must pass without the mutant, so that a failure is due to it. build/mutants has the results, and the table
+as Markdown. The exit status is 1 if a mutant survived all tests.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pathlib import Path
 from faults import AREAS, Fault, all_faults
 from tree import FOLDER, Broken, Ended, Tree
 
-FAST, SLOW = "not slow", "slow"  # the tiers, as pytest -m takes them
-# Seconds for whatever passes, for one test of a selection at least, and for what pytest itself needs.
+FAST, SLOW = "not slow", "slow"  # the tiers, for pytest -m
+# Seconds for tests that pass, the minimum for one test, and the overhead of pytest.
 _LONGEST, _TEST, _START = 4 * 3600, 60, 60
 _PASSED, _FAILED, _INTERRUPTED, _NO_TESTS = 0, 1, 2, 5  # exit codes of pytest
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Tests that a fault meets. tier: which of the two they belong to. arguments: of pytest. emulated: whether they run
-    on the emulated kernels. whole: whether they are all of the tier."""
+    """Tests for a mutant. tier: one of the two tiers. arguments: of pytest. emulated: whether they run on the emulated
+    kernels. whole: whether they are the whole tier."""
 
     tier: str
     arguments: tuple[str, ...]
@@ -40,8 +40,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one fault. tier: that noticed it, "" for none. test: that failed. build, seconds: of the build
-    with the fault, and of the tests up to the failure."""
+    """The result of one mutant. tier: the one that killed it, "" for none. test: the one that failed. build, seconds:
+    time of the build with the mutant, and of the tests up to the failure."""
 
     name: str
     tier: str
@@ -51,7 +51,7 @@ class Result:
 
 
 class Campaign:
-    """The faults against the tests of one copy. relevant_only: survivors of a fault's own selection are left at that.
+    """Runs the tests of one copy on the mutants. relevant_only: run only the named tests of each mutant.
 
     save: called with each result.
     """
@@ -60,10 +60,10 @@ class Campaign:
         self._tree = tree
         self._relevant_only = relevant_only
         self._save = save
-        self._passed: dict[Stage, float] = {}  # those that pass without a fault, and their seconds
+        self._passed: dict[Stage, float] = {}  # stages that pass without a mutant, and their seconds
 
     def prepare(self, faults: list[Fault]) -> None:
-        """Copies, builds, and proves that the copy is what will be tested."""
+        """Copies, builds, and checks that the tests use the copy."""
         self._tree.mirror()
         emulated = any(fault.emulated for fault in faults)
         _say("building the extension" + (" and the emulated kernels" if emulated else "") + " in the copy")
@@ -79,29 +79,29 @@ class Campaign:
         return found
 
     def _stages(self, fault: Fault) -> Iterator[Stage]:
-        """What it meets, one after another, until something notices it."""
+        """The tests for a mutant, one stage after another, until one kills it."""
         yield Stage(FAST, ("-m", FAST, *fault.tests), fault.emulated)
         if not (self._relevant_only or fault.harmless):
-            _say(f"{fault.name}: survived its own tests; now all")
+            _say(f"{fault.name}: survived its own tests; running all tests")
             for tier in (FAST, SLOW):
                 yield Stage(tier, ("-m", tier), whole=True)
 
     def _usual(self, stage: Stage) -> float:
-        """How long these tests take without a fault, all of which must pass."""
+        """Seconds of these tests without a mutant. All of them must pass."""
         if stage not in self._passed:
             ended = self._tree.pytest(stage.arguments, _LONGEST, stage.emulated)
             if ended.code == _NO_TESTS and not stage.whole:
                 raise Broken(f"no test is selected by {' '.join(stage.arguments)}")
             if ended.code not in (_PASSED, _NO_TESTS):
                 said = ended.output[-4000:]
-                raise Broken(f"these must pass without a fault: {' '.join(stage.arguments)}\n{said}")
+                raise Broken(f"these must pass without a mutant: {' '.join(stage.arguments)}\n{said}")
             self._passed[stage] = ended.seconds
         return self._passed[stage]
 
     def _try(self, fault: Fault) -> Result:
         for stage in self._stages(fault):
             limit = max(_TEST, 3 * self._usual(stage))
-            # So that a hang has the name of a test.
+            # So that pytest names a test that hangs.
             timeout = () if stage.whole else ("-o", f"timeout={limit:.0f}")
             with self._tree.planted(fault.file, fault.old, fault.new, fault.emulated) as build:
                 if stage.whole and fault.file.startswith("csrc/"):
@@ -113,7 +113,7 @@ class Campaign:
 
 
 def _noticed(ended: Ended) -> str | None:
-    """The test that failed, or what else showed the fault; None if all passed."""
+    """The test that failed, or another sign of the mutant; None if all passed."""
     if ended.code in (_PASSED, _NO_TESTS):
         return None
     if ended.code is None:
@@ -132,9 +132,9 @@ def _noticed(ended: Ended) -> str | None:
 
 
 def table(faults: list[Fault], results: dict[str, Result]) -> str:
-    """Markdown: a row per fault, and how many of each area were noticed by which tier."""
+    """Markdown: a row per mutant, and for each area the number of mutants that each tier killed."""
     tiers = {FAST: "fast", SLOW: "all"}
-    rows = ["| fault | file | noticed by | tier | seconds |", "|---|---|---|---|---:|"]
+    rows = ["| mutant | file | killed by | tier | seconds |", "|---|---|---|---|---:|"]
     for fault in faults:
         result = results[fault.name]
         test = re.sub(r"^tests/(.+)::(\w+)", r"`\1` `\2`", result.test)
@@ -143,7 +143,7 @@ def table(faults: list[Fault], results: dict[str, Result]) -> str:
         rows.append(
             f"| {fault.name} | `{fault.file}` | {noticed} | {tiers.get(result.tier, '')} | {seconds} |"
         )
-    rows += ["", "| area | faults | fast tier | all tests | minutes |", "|---|---:|---:|---:|---:|"]
+    rows += ["", "| area | mutants | fast tier | all tests | minutes |", "|---|---:|---:|---:|---:|"]
     for area in AREAS:
         mine = [results[fault.name] for fault in faults if fault.area == area]
         if mine:
@@ -169,12 +169,12 @@ def _read(path: Path) -> dict[str, Result]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--list", action="store_true", help="show the faults and plant none")
-    parser.add_argument("--only", action="append", help="faults whose name has this text; may be repeated")
-    parser.add_argument("--area", choices=AREAS, help="the faults of one area")
-    parser.add_argument("--resume", action="store_true", help="pass over faults that have a result")
+    parser.add_argument("--list", action="store_true", help="list the mutants and run nothing")
+    parser.add_argument("--only", action="append", help="mutants whose name has this text; may be repeated")
+    parser.add_argument("--area", choices=AREAS, help="the mutants of one area")
+    parser.add_argument("--resume", action="store_true", help="skip mutants that have a result")
     parser.add_argument(
-        "--relevant-only", action="store_true", help="give survivors up after their own tests"
+        "--relevant-only", action="store_true", help="run only the named tests of each mutant"
     )
     parser.add_argument("--json", type=Path, default=FOLDER / "results.json", help="where results are kept")
     return parser.parse_args()
@@ -197,7 +197,7 @@ def main() -> int:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps([vars(each) for each in results.values()], indent=1))
 
-    # So that what is planted is taken back, and what runs is ended, however this ends.
+    # Restores the copy and ends all processes, however this ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     todo = [f for f in chosen if not (arguments.resume and f.name in results)]
     try:
@@ -209,13 +209,13 @@ def main() -> int:
         print(f"vcrd: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from here", file=sys.stderr)
+        print("interrupted; --resume continues from here", file=sys.stderr)
         return 130
     done = [f for f in everything if f.name in results]
     path = FOLDER / "table.md"
     path.write_text(table(done, results))
     survivors = [f.name for f in done if not (results[f.name].tier or f.harmless)]
-    _say(f"{len(done) - len(survivors)} of {len(done)} noticed; the table is in {path}")
+    _say(f"{len(done) - len(survivors)} of {len(done)} killed; the table is in {path}")
     return 1 if survivors else 0
 
 

@@ -1,7 +1,7 @@
-"""The faults that `campaign.py` plants, one at a time, to see whether the tests notice.
+"""The mutants for `campaign.py`, which checks that the tests kill each of them.
 
-Each is what a person could write by mistake in that line: a wrong rank, a bound that is off by one, a sum over the
-wrong tokens. It compiles, changes what is computed, and breaks no rule of style.
+Each mutant is a mistake that a person could make in one line: a wrong rank, a bound that is off by one, a sum over the
+wrong tokens. It compiles, changes the result, and breaks no rule of style.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KERNELS, LOSS, LINK = "kernels", "loss", "link and plug"
-AREAS = {KERNELS: 20, LOSS: 15, LINK: 20}  # how many there are of each
+AREAS = {KERNELS: 20, LOSS: 15, LINK: 20}  # number of mutants in each area
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One text of one file, and what stands there instead.
+    """Replaces one text of one file by another.
 
-    name: what is wrong with it, in words. old: occurs exactly once in `file`. tests: arguments of pytest that select
-    the tests most likely to notice, few enough to be quick; files come first. emulated: only a GPU runs this code, so
-    the selection is of tests/loss, run on the emulated CUDA kernels, as tests/cuda_emulation does: files, or functions
-    as `file::function`. harmless: why nobody can notice it, if so.
+    name: describes the error. old: occurs exactly once in `file`. tests: arguments of pytest for a few tests that
+    should fail; files come first. emulated: only a GPU runs this code, so `tests` are of tests/loss, run on the
+    emulated CUDA kernels as in tests/cuda_emulation: files, or functions as `file::function`. harmless: why no test can
+    kill it, if so.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The table of faults fits the sources: each can be planted, and its tests are there. Planting them: `make mutants`."""
+"""Each mutant fits the sources, and its tests exist. `make mutants` runs them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ ROOT = Path(__file__).resolve().parents[2]
 FAULTS = all_faults()
 
 
-def test_there_are_as_many_as_were_meant_and_each_has_its_own_name():
+def test_the_number_of_mutants_is_right_and_their_names_are_unique():
     assert Counter(fault.area for fault in FAULTS) == AREAS
     assert len({fault.name for fault in FAULTS}) == len(FAULTS)
     assert len({(fault.file, fault.old) for fault in FAULTS}) == len(FAULTS)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_it_can_be_planted_and_its_tests_exist(fault: Fault):
+def test_a_mutant_fits_its_file_and_its_tests_exist(fault: Fault):
     text = (ROOT / fault.file).read_text()
     assert text.count(fault.old) == 1, f"{fault.file} must have this text once: {fault.old}"
     assert fault.new != fault.old
     files = [argument.partition("::")[0] for argument in fault.tests if ".py" in argument]
     assert files and all((ROOT / file).is_file() for file in files), files
-    # Those run on emulated kernels, which the fast tier does with these.
+    # These run on emulated kernels, which the fast tier does with these files.
     assert not fault.emulated or {Path(file).name for file in files} <= set(FIRST)

@@ -1,6 +1,6 @@
-"""A copy of the checkout in which faults are planted. It has separate builds, and ends every process that it starts.
+"""A copy of the checkout for mutants. It has separate builds, and ends every process that it starts.
 
-The copy lies in build/mutants/tree and stays there, so that ninja compiles again only what changed since the last run.
+The copy stays in build/mutants/tree, so that ninja compiles only files that changed since the last run.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build/mutants"
-_MARK = "VCRD_MUTANTS_RUN"  # in the environment of all that is started from here
+_MARK = "VCRD_MUTANTS_RUN"  # in the environment of all processes that this module starts
 _BUILD_SECONDS = 1800  # the first build of the emulation takes minutes
 
 
 class Broken(Exception):
-    """The campaign cannot go on; the sentence says why."""
+    """The campaign cannot continue; the message says why."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended. code: None where it was killed at its limit."""
+    """The end of a command. code: None if it was killed at its limit."""
 
     code: int | None
     output: str
@@ -40,17 +40,17 @@ class Ended:
 
 
 class Tree:
-    """The copy. Nobody else may use it at the same time."""
+    """The copy. Only one process may use it at a time."""
 
     def __init__(self) -> None:
         self.root = FOLDER / "tree"
-        self._saved = FOLDER / "built"  # the builds of the copy without a fault
-        self._planted = FOLDER / "planted"  # while a fault is planted: the file that has it
+        self._saved = FOLDER / "built"  # the builds of the copy without a mutant
+        self._planted = FOLDER / "planted"  # while a mutant is active: the changed file
         self._mark = uuid.uuid4().hex
         self._environment = {
             **os.environ,
             "PYTHONPATH": str(self.root),
-            # A cached module is known by its size and the second in which it was written: a fault may share both.
+            # Python identifies a cached module by size and second of writing, and a mutant may have the same.
             "PYTHONDONTWRITEBYTECODE": "1",
             _MARK: self._mark,
         }
@@ -65,20 +65,20 @@ class Tree:
             source, target = ROOT / name, self.root / name
             if not (target.is_file() and filecmp.cmp(source, target, shallow=False)):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(source, target)  # with the time of now, by which ninja sees that it changed
+                shutil.copy(source, target)  # with the current time, so that ninja sees the change
         for path in sorted(self.root.rglob("*")):
             name = path.relative_to(self.root).as_posix()
             ours = name.startswith("build/") or path.suffix == ".so"
             if path.is_file() and not ours and name not in names:
                 path.unlink()
-        if self._planted.exists():  # the last run was killed: what it built may have the fault
+        if self._planted.exists():  # the last run was killed, and its build may have the mutant
             path = self.root / self._planted.read_text()
             if path.exists():
                 path.touch()
             self._planted.unlink()
 
     def build(self, emulated: bool) -> None:
-        """The extension, and the emulated CUDA kernels where they are needed. Broken with the compiler's last lines."""
+        """Builds the extension, and the emulated CUDA kernels if needed. Broken with the last lines of the compiler."""
         done = self.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], _BUILD_SECONDS)
         if done.code != 0:
             raise Broken(f"the extension did not build:\n{done.output[-3000:]}")
@@ -95,22 +95,22 @@ class Tree:
         if done.code != 0:
             raise Broken(f"the emulated kernels did not build:\n{done.output[-3000:]}")
         module, environment = json.loads(done.output.splitlines()[-1])
-        # With a signal the interpreter says in which test it died; what a sanitizer says, pytest has captured.
+        # On a signal the interpreter prints its test. pytest has captured the output of a sanitizer.
         for name in ("ASAN_OPTIONS", "UBSAN_OPTIONS"):
             environment[name] += ":abort_on_error=1"
         return {**environment, "VCRD_TEST_MODULE": module, "PYTHONPATH": str(self.root)}
 
     def check_imports(self) -> None:
-        """Proves that tests in the copy see the copy's own package."""
+        """Checks that tests in the copy import the package of the copy."""
         done = self.run([sys.executable, "-c", "import vcrd; print(vcrd.__file__)"], 120)
         if done.code != 0 or str(self.root) not in done.output:
             raise Broken(f"the copy does not import its own vcrd: {done.output[-500:]}")
 
     @contextlib.contextmanager
     def planted(self, file: str, old: str, new: str, emulated: bool) -> Iterator[float]:
-        """While open, the copy has the fault, and is built with it. Yields the seconds that the build took.
+        """While open, the copy has the mutant and is built with it. Yields the seconds of the build.
 
-        What was built before is put back as it was, with its times, so that ninja takes it for up to date.
+        Afterwards the earlier build is restored with its times, so that ninja treats it as up to date.
         """
         path = self.root / file
         before, times = path.read_text(), path.stat()
@@ -128,7 +128,7 @@ class Tree:
                 kept = _digest(built)
                 self._emulated() if emulated else self.build(False)
                 if _digest(built) == kept:
-                    raise Broken(f"{file}: what was built with the fault equals what was built without it")
+                    raise Broken(f"{file}: the build with the mutant equals the build without it")
             yield time.monotonic() - begun
         finally:
             path.write_text(before)
@@ -144,7 +144,7 @@ class Tree:
         return module
 
     def _pairs(self) -> list[tuple[Path, Path]]:
-        """Each file that a build writes, and where its copy is kept."""
+        """Each file that a build writes, and the place of its copy."""
         places = [self.root / "build", *(self.root / "vcrd").glob("_C*.so")]
         files = [f for p in places for f in ([p] if p.is_file() else p.rglob("*")) if f.is_file()]
         return [(file, self._saved / file.relative_to(self.root)) for file in files]
@@ -163,12 +163,12 @@ class Tree:
                 shutil.copy2(copy, file)
 
     def pytest(self, arguments: Sequence[str], seconds: float, emulated: bool = False) -> Ended:
-        """A run of pytest in the copy, stopped at the first failure."""
+        """Runs pytest in the copy, up to the first failure."""
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
         return self.run(command, seconds, self._emulation if emulated else None)
 
     def run(self, command: list[str], seconds: float, environment: dict[str, str] | None = None) -> Ended:
-        """Runs a command in the copy, in a new process session. All processes that it started are ended afterwards."""
+        """Runs a command in the copy, in a new session. Ends all of its processes afterwards."""
         begun = time.monotonic()
         log = FOLDER / "output.txt"
         FOLDER.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ class Tree:
         return Ended(code, log.read_text(errors="replace"), time.monotonic() - begun)
 
     def _kill_the_rest(self) -> None:
-        """Processes that left the session, as torchrun's workers do: known by the mark in their environment."""
+        """Processes that left the session, as torchrun workers do, found by the mark in their environment."""
         mark = f"{_MARK}={self._mark}".encode()
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):

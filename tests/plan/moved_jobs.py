@@ -1,4 +1,4 @@
-"""A student's and a teacher's world that move a few micro-batches with every payload, and compare with the plan."""
+"""A student and a teacher world that transfer a few micro-batches with every payload, compared with the plan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vcrd.link import header as headers
 from vcrd.link.payload import payload_named
 from vcrd.plan.traffic import Traffic
 
-SHAPES = [(24, 2), (12, 1), (24, 2)]  # sequence, batch; the context sizes here divide a sequence's half
+SHAPES = [(24, 2), (12, 1), (24, 2)]  # sequence, batch; the context sizes divide half of a sequence
 CREDITS = 2
 TOP_K = 3
 PAYLOADS = ("float32", "float16", "logits_8bit", "topk", "hidden")
@@ -141,7 +141,7 @@ def run_teacher(rank: int, replica: int, case: Case, port: int) -> None:
 def compare(link: TeacherLink, case: Case, payload: str, tensor: int, replica: int) -> None:
     planned = case.traffic(payload).sent_by(tensor, replica, case.replicas, SHAPES)
     session = link._sessions[0]
-    # Every student has said goodbye to the teacher's first rank. This rank says goodbye to each receiver about now.
+    # Every student has left the first rank of the teacher. This rank closes its receivers about now.
     goodbyes = headers.BYTES * len(session.receivers)
     link.close()
     assert session.responses.bytes_sent == planned + goodbyes, (

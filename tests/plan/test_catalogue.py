@@ -1,4 +1,4 @@
-"""The known models, worked out once more from their architecture."""
+"""The known models, computed again from their architecture."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_dense_models(name):
     assert (model.params, model.active) == (params, params)
     assert (model.layers, model.hidden, model.vocab, model.tied) == (layers, hidden, vocab, tied)
     assert model.attention == heads * width
-    # All but norms and a lookup: the output layer and the layers' matrices.
+    # All parameters except norms and a look-up: the output layer and the matrices of the layers.
     matrices = layers * (attention + 3 * hidden * inner) + vocab * hidden
     assert model.multiplied == pytest.approx(matrices, rel=1e-3)
 
@@ -69,7 +69,7 @@ def test_deepseek_r1():
     assert 2 * model.attention == 128 * (192 + 128)
 
 
-def test_every_model_is_worked_out_here():
+def test_this_file_has_every_model():
     assert set(MODELS) == {*DENSE, *EXPERTS, "DeepSeek-R1"}
 
 

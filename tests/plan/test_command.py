@@ -1,4 +1,4 @@
-"""`python -m vcrd plan` as a user sees it: what it says, what it refuses, and which payload it names."""
+"""`python -m vcrd plan`: its output, its errors, and the payload that it chooses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def refusal(capsys, *options: str) -> str:
     return said.err
 
 
-def test_text_and_json_say_the_same(capsys):
+def test_text_and_json_have_the_same_values(capsys):
     text, values = plan(capsys), json.loads(plan(capsys, "--json"))
     assert set(values["payloads"]) == {"float16", "float32", "logits_8bit", "topk", "hidden"}
     moved, taken = (text.split("\npayload ")[part].splitlines() for part in (1, 2))
@@ -63,7 +63,7 @@ def test_the_vocabulary_is_padded_as_megatron_does(capsys):
     assert (values["teacher_padded"], values["student_padded"]) == (151_936, 151_936)
 
 
-def test_a_described_model_and_gpu_count_as_the_named_ones(capsys):
+def test_a_described_model_and_gpu_equal_the_named_ones(capsys):
     named = json.loads(plan(capsys, "--json"))
     described = "params=32762123264,hidden=5120,layers=64,vocab=151936,attention=8192,tp=8,pp=2,replicas=4"
     gpu = "bf16=989,fp8=1979,memory=80,bandwidth=3350,host=64"
@@ -141,13 +141,13 @@ def test_numbers_may_be_written_with_an_exponent(capsys):
         ({"--make-vocab-size-divisible-by": "x"}, "--make-vocab-size-divisible-by: expected an integer of"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(capsys, options, sentence):
+def test_a_wrong_option_is_one_message(capsys, options, sentence):
     options = {"--teacher": "Qwen3-32B", "--student": "Qwen3-4B,dp=2"} | options
     said = refusal(capsys, *(part for option in options.items() for part in option))
     assert re.match(rf"python -m vcrd plan: {sentence}", said), said
 
 
-def test_switches_and_missing_options_are_refused_in_the_same_way(capsys):
+def test_switches_and_missing_options_have_the_same_style_of_error(capsys):
     models = ["--teacher", TEACHER, "--student", STUDENT]
     assert "--student-fp8: expected a GPU with a known FP8 peak, got a100" in refusal(
         capsys, *models, "--gpu", "a100", "--student-fp8"
@@ -156,8 +156,8 @@ def test_switches_and_missing_options_are_refused_in_the_same_way(capsys):
     assert "--nonsense" in refusal(capsys, *models, "--nonsense")
 
 
-def test_a_wrong_option_does_not_wait_for_torch():
-    """Neither does help; and the command works as it is documented to be called."""
+def test_a_wrong_option_does_not_import_torch():
+    """Nor does help. The command works as documented."""
     code = (
         "import sys\nfrom vcrd.__main__ import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)\n"
@@ -174,24 +174,24 @@ def best(memory: float = 80e9, **changes) -> str:
     return choose(costs(scenario(**changes)), memory).payload
 
 
-def test_with_a_fast_network_the_exact_payload_that_costs_the_student_least_is_the_best():
+def test_with_a_fast_network_the_cheapest_exact_payload_is_the_best():
     assert best(network=1e13) == "float16"
 
 
-def test_a_slower_network_takes_fewer_bytes():
+def test_a_slower_network_needs_fewer_bytes():
     """float16 takes 0.4 MB, 8 bits 0.2 MB, hidden states 0.205 MB; a student's micro-batch 10 microseconds."""
     found = {network: best(network=network) for network in (1e11, 5e10, 2e10, 2e9)}
     assert found == {1e11: "float16", 5e10: "logits_8bit", 2e10: "topk", 2e9: "topk"}
 
 
-def test_what_takes_too_much_memory_is_passed_over():
+def test_a_payload_with_too_much_memory_is_ignored():
     assert best(network=1e13, memory=1.2e7) == "float16"
     assert best(network=1e13, memory=1.1e7) == "logits_8bit"
-    assert best(network=1e13, memory=1.0) == "float16"  # nothing fits: passed over
+    assert best(network=1e13, memory=1.0) == "float16"  # nothing fits, so the condition is ignored
 
 
-def test_an_error_has_its_price():
-    """Steps are made equal but for one payload: 8 bits win by more than 5 %, top-k by more than 25 %."""
+def test_a_payload_with_an_error_has_a_penalty():
+    """All steps but one are equal: 8 bits must be more than 5 % shorter, top-k more than 25 %."""
     equal = [replace(cost, step_seconds=1.0, network_seconds=0.0) for cost in costs(scenario(network=1e13))]
 
     def with_step(payload: str, seconds: float) -> str:

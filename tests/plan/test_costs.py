@@ -1,4 +1,4 @@
-"""Seconds, memory and GPUs against figures worked out by hand, and what must hold for any run."""
+"""Seconds, memory and GPUs compared with values by hand, and properties of any run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_one_rank_each_by_hand():
     assert half.loss_seconds == pytest.approx(2 * 400_000 / 4e12)
     assert half.student_seconds == pytest.approx(compute + half.loss_seconds)
     assert half.teacher_seconds == pytest.approx(20_614_400 * 200 / 0.5e15)
-    # The network, 40 times slower than either, sets the pace.
+    # The network is 40 times slower than both models, so it determines the step.
     assert half.round_seconds == half.network_seconds and half.network_share == 1
     assert half.waiting == pytest.approx(1 - half.student_seconds / half.network_seconds)
     assert half.step_seconds == pytest.approx(3 * half.network_seconds)
@@ -58,7 +58,7 @@ def test_one_rank_each_by_hand():
     assert hidden.student_gpu_bytes == 3 * 204_800 + 4 * 200_000 + 1000 * 1024
     assert hidden.student_host_bytes == 2 * 204_800 + 1000 * 1024
     assert (half.teacher_gpu_bytes, half.teacher_host_bytes) == (400_080, 4 * 400_080)
-    assert hidden.teacher_host_bytes == 4 * 204_880 + 1024 * 1024  # with the padding of its output layer
+    assert hidden.teacher_host_bytes == 4 * 204_880 + 1024 * 1024  # with the padding of the output layer
 
 
 def test_many_ranks_by_hand():
@@ -82,15 +82,15 @@ def test_many_ranks_by_hand():
     assert half.student_seconds == pytest.approx(
         3 * 4_204_800 * 200 / (4 * 0.25e15) + 2 * 100 * 512 * 2 / 4e12
     )
-    # One replica serves three data ranks, two serve two at most: both too slow. Three: groups of 2 through 2 stages.
+    # One replica serves three data ranks, two replicas at most two: both are too slow. Three: groups of 2 in 2 stages.
     each = 20_614_400 * 200 / (8 * 0.5e15)
     assert 2 * each * 5 / 4 > half.student_seconds > each * 3 / 2
     assert (half.replicas_needed, half.gpus_needed, half.replicas) == (3, 24, 3)
     assert half.teacher_seconds == pytest.approx(each * 3 / 2)
     assert half.waiting == 0 and half.round_seconds == half.student_seconds
-    assert half.student_host_bytes == 2 * 102_400 + 2 * 100 * 256 * 2  # two pieces are put together
+    assert half.student_host_bytes == 2 * 102_400 + 2 * 100 * 256 * 2  # two pieces are assembled
     assert top.student_gpu_bytes == 3 * 8_400 + 4 * 512 * 100 + 12 * 10 * 100
-    # With one replica the student waits for the teacher: groups of 4 through 2 stages, three data ranks.
+    # With one replica the student waits for the teacher: groups of 4 in 2 stages, three data ranks.
     slow = by_name(
         teacher_tensor=4,
         teacher_pipeline=2,
@@ -105,7 +105,7 @@ def test_many_ranks_by_hand():
     assert (slow.replicas_needed, slow.replicas) == (3, 1)
 
 
-def test_over_nccl_answers_lie_on_the_gpus():
+def test_over_nccl_answers_are_on_the_gpus():
     layout = dict(teacher_tensor=4, student_tensor=2, student_context=2, student_data=3)
     tcp, nccl = by_name(**layout, over_nccl=False), by_name(**layout)
     half = nccl["float16"]
@@ -115,11 +115,11 @@ def test_over_nccl_answers_lie_on_the_gpus():
     )  # and two buffers, each for a whole piece
     assert half.teacher_gpu_bytes == 4 * half.sent
     assert half.student_host_bytes == half.teacher_host_bytes == 0
-    assert nccl["topk"].student_gpu_bytes == tcp["topk"].student_gpu_bytes  # it comes in one piece
+    assert nccl["topk"].student_gpu_bytes == tcp["topk"].student_gpu_bytes  # it arrives in one piece
     # The output layer comes over the connection.
     assert nccl["hidden"].student_host_bytes == 512 * 1024
     assert nccl["hidden"].teacher_host_bytes == 256 * 1024
-    # PCIe of 1 MB/s holds only TCP up.
+    # PCIe of 1 MB/s slows only TCP.
     slow = replace(GPU, host=1e6)
     assert by_name(student_gpu=slow, network=1e15)["float16"].waiting == 0
     assert by_name(student_gpu=slow, network=1e15, over_nccl=False)["float16"].waiting > 0.9
@@ -136,7 +136,7 @@ def test_recompute_fp8_and_mfu_scale_the_compute():
     assert by_name(teacher_mfu=0.25)["float16"].teacher_seconds == pytest.approx(2 * plain.teacher_seconds)
 
 
-def test_a_small_block_of_the_product_is_bound_by_memory():
+def test_memory_limits_a_small_block_of_the_product():
     """151936 columns of 4096: 53 rows a block, each of which reads 1.24 GB: 77 blocks and one of 15 rows for 4096."""
     hidden = by_name(teacher=MODELS["Qwen3-8B"], student=MODELS["Qwen3-8B"], sequence=4096, batch=1)["hidden"]
     assert module.block_rows(151_936) == 53
@@ -161,7 +161,7 @@ runs = st.fixed_dictionaries(
 
 
 @given(runs)
-def test_the_replicas_needed_are_the_fewest_that_never_wait(changes):
+def test_the_needed_replicas_are_the_fewest_without_waiting(changes):
     for cost in costs(scenario(**changes)):
         waits = [
             by_name(**changes, replicas=replicas)[cost.payload].waiting > 1e-12
@@ -173,13 +173,13 @@ def test_the_replicas_needed_are_the_fewest_that_never_wait(changes):
 
 
 @given(runs)
-def test_shares_are_shares(changes):
+def test_shares_are_between_0_and_1(changes):
     for cost in costs(scenario(**changes)):
         assert 0 <= cost.waiting < 1 and 0 < cost.network_share <= 1
         assert cost.received <= cost.step_bytes and cost.student_seconds <= cost.round_seconds
 
 
-def test_the_sizes_of_other_modules_are_theirs():
+def test_sizes_equal_those_of_other_modules():
     assert module.RESPONSES_UNDER_WAY == respond._UNDER_WAY
     assert module.BLOCK_BYTES == teacher_blocks.BLOCK_BYTES
     assert module.ASSEMBLY_BYTES == tcp._AT_ONCE

@@ -1,4 +1,4 @@
-"""The examples of docs/planning.md are what the command prints."""
+"""The examples of docs/planning.md equal the output of the command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXAMPLES = re.findall(r"```console\n\$ python -m vcrd (.*?[^\\])\n(.*?)```", PAG
 
 
 @pytest.mark.parametrize(("command", "output"), EXAMPLES, ids=range(len(EXAMPLES)))
-def test_an_example_is_what_the_command_prints(capsys, command, output):
+def test_an_example_equals_the_output_of_the_command(capsys, command, output):
     assert main(shlex.split(command.replace("\\\n", ""))) == 0
     assert capsys.readouterr().out == output
 

@@ -1,4 +1,4 @@
-"""The plan's figures against what real processes move, to the byte: every rank, every payload."""
+"""The bytes of the plan equal those of real processes, for every rank and payload."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_rank_moves_what_is_planned(name, tmp_path):
+def test_every_rank_transfers_the_planned_bytes(name, tmp_path):
     case, port = CASES[name], free_port()
     with Jobs(tmp_path) as jobs:
         jobs.world("student", case.students, run_student, case, port)

@@ -1,4 +1,4 @@
-"""Who sends how much to whom, against brute force over positions and columns, over layouts drawn at random."""
+"""The bytes between ranks compared with brute force over positions and columns, for random layouts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOP_K, STATE = 3, 5
 
 @st.composite
 def traffics(draw) -> tuple[Traffic, tuple[int, int], int]:
-    """Traffic, the shape of a micro-batch, and a number of replicas."""
+    """Traffic, a shape of a micro-batch, and a number of replicas."""
     vocab, context = draw(st.integers(3, 60)), draw(st.integers(1, 3))
     sizes = [draw(st.integers(1, 4)) for _ in range(2)]
     padded = [-(-(vocab + draw(st.integers(0, 30))) // size) * size for size in sizes]
@@ -59,7 +59,7 @@ def test_each_rank_gets_its_positions_and_columns(drawn):
             senders = 1
         else:
             expected = BYTES_PER_COLUMN[traffic.payload.name] * len(mine) * positions
-            senders = sum(map(bool, theirs)) or 1  # an empty piece says that there is nothing
+            senders = sum(map(bool, theirs)) or 1  # an empty piece means that there is no data
         expected += headers.BYTES * senders
         flows = traffic.response(shape, place.data)
         assert sum(flow.bytes for flow in flows if flow.receiver == place) == expected
@@ -71,7 +71,7 @@ def test_each_rank_gets_its_positions_and_columns(drawn):
 
 
 @given(traffics())
-def test_what_is_sent_is_what_is_received(drawn):
+def test_the_sent_bytes_equal_the_received_bytes(drawn):
     traffic, shape, replicas = drawn
     shapes = [shape, (2 * traffic.context_size, 1), shape]
     sent = sum(
@@ -81,7 +81,7 @@ def test_what_is_sent_is_what_is_received(drawn):
     )
     ranks = places(range(traffic.data_size), traffic.context_size, traffic.student_tensor)
     received = sum(traffic.received_by(place, shapes) for place in ranks)
-    assert received == sent + headers.BYTES * traffic.data_size  # the word that a replica is ready
+    assert received == sent + headers.BYTES * traffic.data_size  # the header that a replica is ready
 
 
 @given(traffics())

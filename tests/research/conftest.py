@@ -1,4 +1,4 @@
-"""The fast tier checks the verifiers and the loss; the rest is for `make test-all`. Tests of a GPU need one."""
+"""The fast tests check the verifiers and the loss; `make test-all` runs the rest. Tests of a GPU need one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 FAST = (
     "test_the_verifier_knows_every_correct_continuation_and_no_other",
-    "test_ours_is_the_loss_of_the_package",
+    "test_methods_of_vcrd_equal_the_loss_of_the_package",
 )
 collect_ignore = [] if torch.cuda.is_available() else ["test_device.py"]
 

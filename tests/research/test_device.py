@@ -1,4 +1,4 @@
-"""Students on a GPU. Collected where there is one."""
+"""Students on a GPU. Collected only with a GPU."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SIZES, RATE = CONFIGS["tiny"], 1e-3
 
 
 @pytest.mark.parametrize("regime", [TRACES, OWN])
-def test_students_on_the_gpu_are_those_on_the_cpu(regime, tmp_path):
-    """After a few steps of every method, with a verifier that errs."""
+def test_students_on_the_gpu_equal_those_on_the_cpu(regime, tmp_path):
+    """After a few steps of every method, with wrong verdicts."""
     family, found, solved = family_of("arithmetic"), {}, {}
     for device in ("cpu", "cuda"):
-        # Made on the CPU, and read on the GPU.
+        # Written on the CPU, and read on the GPU.
         teacher = teacher_of(family, SIZES, tmp_path / "teacher.pt", print, device)
         student = student_of(family, SIZES, 0, tmp_path / "student.pt", print, device)
         chosen = [method for method in named("usual") if regime in method.regimes]
@@ -30,7 +30,7 @@ def test_students_on_the_gpu_are_those_on_the_cpu(regime, tmp_path):
         assert students.device.type == device
         found[device] = torch.cat([each.detach().cpu().flatten() for each in students.parameters()])
         solved[device] = correct(students, draw(family, random.Random(3), 4, held=True))
-    # Where a gradient is next to nothing, rounding decides where AdamW goes; nearly all are far from that.
+    # If a gradient is close to zero, rounding decides the step of AdamW. Nearly all gradients are larger.
     apart = (found["cuda"] - found["cpu"]).abs()
     assert apart.quantile(0.95) < RATE / 10, apart.quantile(torch.tensor([0.5, 0.9, 0.95, 0.99]))
     assert [len(row) for row in solved["cuda"]] == [len(row) for row in solved["cpu"]]

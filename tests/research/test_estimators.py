@@ -1,4 +1,4 @@
-"""The measurement of the estimators, on text and models that are made up."""
+"""The measurement of the estimators, on synthetic text and models."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def test_pieces_are_sentences_of_lines():
     assert found == ["First we add.", "Then (see above)", "we have x = 1.5 and y.", "So 2 is it!", "The end"]
 
 
-def test_what_comes_after_the_first_wrong_step_has_no_verdict():
+def test_steps_after_the_first_wrong_one_have_no_verdict():
     wrong = (TEXT.index("we have"), TEXT.index("and y."))
     assert [verdict(piece, wrong) for piece in pieces(TEXT)] == [True, True, False, None, None]
     assert [verdict(piece, None) for piece in pieces(TEXT)] == [True] * 5
 
 
 class Letters:
-    """A tokenizer with one token a symbol."""
+    """A tokenizer with one token per symbol."""
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         assert not tokenize and add_generation_prompt
@@ -90,7 +90,7 @@ def test_auroc_is_the_share_of_pairs_in_order():
     assert auroc(np.array([1.0, 2.0, 3.0]), np.array([False, False, True])) == 1.0
 
 
-def test_an_interval_is_wider_where_problems_decide():
+def test_an_interval_is_wider_if_problems_differ():
     rng = np.random.default_rng(1)
     problem = np.repeat(np.arange(20), 30)
     correct = rng.random(600) < 0.6

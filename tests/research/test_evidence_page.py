@@ -1,4 +1,4 @@
-"""The page of the evidence: where its numbers come from."""
+"""The numbers of docs/evidence.md are those of the committed results."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_every_result_is_on_the_page_and_drawn():
         assert f"images/evidence/{name}/" in text, name
 
 
-def test_the_readme_says_what_the_page_says():
-    """Its intervals, and what they are of, in the map of the page."""
+def test_the_readme_has_the_numbers_of_the_page():
+    """Its intervals are those of the map."""
     section = (page.DOCS.parent / "README.md").read_text().split("## Does it help?")[1].split("\n## ")[0]
     rows = {
         "default weights over the same weights shuffled": ("label", "label, shuffled"),
@@ -54,7 +54,7 @@ def test_the_readme_says_what_the_page_says():
             assert cell == tables.shown(gain).strip("*"), title
 
 
-def test_a_table_stands_where_its_name_does(tmp_path):
+def test_a_table_replaces_the_text_between_its_marks(tmp_path):
     results = {
         "small": _content("small", a="11110000", b="11000000"),
         "other": _content("other", a="10000000"),
@@ -81,7 +81,7 @@ def test_the_map_takes_each_gain_from_the_first_results_that_have_it(monkeypatch
 
 
 def _content(config: str, **solved: str) -> dict:
-    """Results of one task and seed on the teacher's prefixes."""
+    """Results of one task and seed on the teacher's solutions."""
     run = {"task": "t", "seed": 0, "regime": "traces", "wrong": 0.0}
     run |= {"before": {"usual": 0.3, "longer": 0.0}, "teacher": {"usual": 0.9, "longer": 0.0}}
     packed = {
@@ -96,7 +96,7 @@ def _content(config: str, **solved: str) -> dict:
 
 
 class _Table(torch.nn.Module):
-    """Logits that depend on the last symbol alone. knows: pairs of a symbol and the one that it finds likely next."""
+    """Logits that depend only on the last symbol. knows: pairs of a symbol and its likely next one."""
 
     def __init__(self, seed: int, *knows: str) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def test_the_shares_of_tokens_and_of_divergence_by_hand(monkeypatch):
         assert found[f"{name}_wrong"] == pytest.approx(float(each[3] / each.sum()), rel=1e-4)
 
 
-def test_models_that_are_missing_are_a_sentence(capsys, tmp_path):
+def test_missing_models_are_an_error(capsys, tmp_path):
     for arguments, says in (
         (["--tasks", "arithmetic"], "--out: expected models that run.py has trained there"),
         (["--configs", "huge"], "--configs: expected names among"),

@@ -1,4 +1,4 @@
-"""The methods that are compared: their weights by hand, and vcrd's own loss where it has the same."""
+"""The methods: their weights compared with values by hand, and with the loss of vcrd."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def mean(values: torch.Tensor, where: Place) -> float:
     ],
 )
 @pytest.mark.parametrize("labels", [True, False])
-def test_plain_divergences_are_those_of_the_reference(name, divergence, labels):
+def test_plain_divergences_equal_the_reference(name, divergence, labels):
     where = place(labels)
     assert loss(name, where).item() == pytest.approx(
         mean(exact(where, divergence)["divergence"], where), rel=1e-5
@@ -82,7 +82,7 @@ def test_plain_divergences_are_those_of_the_reference(name, divergence, labels):
 
 
 @pytest.mark.parametrize("validity", ["label", "margin", "confidence"])
-def test_ours_is_the_loss_of_the_package(validity):
+def test_methods_of_vcrd_equal_the_loss_of_the_package(validity):
     where = place()
     student, teacher = logits()
     out = vcrd.validity_calibrated_kl(student, teacher, where.labels, validity=validity, mask=where.counts)
@@ -146,7 +146,7 @@ def test_cross_entropy_counts_where_there_is_a_label():
     assert loss("KL + CE", where).item() == pytest.approx(both, rel=1e-5)
 
 
-def test_on_own_prefixes_a_label_is_the_teachers_proposal_that_is_accepted():
+def test_on_own_prefixes_an_accepted_proposal_of_the_teacher_is_a_label():
     where = place(labels=False)
     student, teacher = (each.detach().double() for each in logits())
     action = teacher.argmax(-1)
@@ -170,7 +170,7 @@ def test_the_bounded_divergence_takes_the_other_weights():
         assert loss(name, where).item() == pytest.approx(mean(expected, where), rel=1e-4)
 
 
-def test_the_sets_are_of_methods_that_there_are():
+def test_the_sets_have_only_known_methods():
     groups = {name: method.group for name, method in METHODS.items()}
     for word, names in sets().items():
         assert {method.name for method in named(word)} == names <= METHODS.keys()
@@ -215,7 +215,7 @@ def test_weights_of_the_others_by_hand():
     )
 
 
-def test_shuffled_weights_are_the_same_at_other_tokens():
+def test_shuffled_weights_are_the_same_weights_at_other_tokens():
     where = place()
     student, teacher = logits()
     stats = vcrd.vocab_parallel_divergence(student, teacher, where.labels, mask=where.counts)
@@ -240,7 +240,7 @@ def test_shuffled_weights_are_the_same_at_other_tokens():
     assert torch.allclose(ratio, ratio[0])
 
 
-def test_the_first_students_weights_stay():
+def test_the_weights_of_the_first_student_do_not_change():
     where = place()
     student, teacher = logits()
     where.first_logits = student.detach().roll(1, -1)
@@ -260,7 +260,7 @@ def test_every_method_has_a_finite_gradient_in_its_regimes(name):
         assert not student.grad[~where.counts].any()
 
 
-def test_a_verifier_is_asked_only_by_who_says_so():
+def test_only_methods_that_declare_it_use_a_verifier():
     def refuses(*_):
         raise AssertionError("asked")
 
@@ -271,7 +271,7 @@ def test_a_verifier_is_asked_only_by_who_says_so():
                 loss(name, place(labels=False, judge=refuses))
 
 
-def test_what_is_written_is_unbroken_up_to_the_first_error():
+def test_tokens_are_unbroken_up_to_the_first_error():
     problems = [Problem("1a+2b-3?", tasks.Chain(1, (("a", "+", 2), ("b", "-", 3))))] * 2
     batch = data.batch_of(problems, ["a1+2=4;b4-3=1;=1$", "a2+1=3;b3-3=0;=0$"], (1, 2))
     marked = train._marked(batch.part(0))

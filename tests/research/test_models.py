@@ -1,4 +1,4 @@
-"""A stack of models is as many models alone."""
+"""A stack of models gives the results of single models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def spread(count: int) -> Stack:
     return stack
 
 
-def test_its_size_is_what_it_says():
+def test_its_number_of_parameters_is_right():
     assert sum(weight.numel() for weight in Stack(SHAPE, 3).parameters()) == 3 * SHAPE.parameters
 
 
@@ -43,7 +43,7 @@ def test_logits_and_gradients_are_those_of_each_model_alone():
             assert torch.allclose(mine.grad[0] / scale, theirs.grad[number] / scale, atol=1e-5)
 
 
-def test_no_model_sees_what_comes_later():
+def test_no_model_attends_to_later_tokens():
     stack = spread(1)
     tokens = torch.randint(2, 30, (1, 2, 8))
     changed = tokens.clone()
@@ -58,7 +58,7 @@ def padded(stack: Stack) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(torch.arange(6) < padding[..., None], 0, tokens), padding
 
 
-def test_generation_with_a_cache_and_padding_is_that_without():
+def test_generation_is_the_same_with_and_without_cache_and_padding():
     stack = spread(2)
     prompts, padding = padded(stack)
     found = generate(stack, prompts, padding, 8, end=-1)
@@ -72,7 +72,7 @@ def test_generation_with_a_cache_and_padding_is_that_without():
             assert torch.equal(found[model, row], tokens[0, 0, -8:])
 
 
-def test_rows_that_end_change_no_others():
+def test_rows_that_end_do_not_change_others():
     """They are dropped from the cache one after the other, and zeros follow."""
     stack = spread(2)
     prompts, padding = padded(stack)
@@ -86,7 +86,7 @@ def test_rows_that_end_change_no_others():
             assert torch.equal(mine[:last], whole[:last]) and not mine[last:].any()
 
 
-def test_sampling_draws_by_the_models_chances_and_for_each_model_alike():
+def test_sampling_follows_the_probabilities_with_the_same_numbers_for_each_model():
     stack = Stack(SHAPE, 2, seed=1)
     stack.take(spread(1), [0, 0])
     prompts = torch.full((2, 4000, 3), 7)
@@ -98,7 +98,7 @@ def test_sampling_draws_by_the_models_chances_and_for_each_model_alike():
     assert (shares - expected).abs().max() < 0.04
 
 
-def test_each_models_solutions_come_back_in_their_order():
+def test_the_solutions_of_each_model_keep_their_order():
     stack = spread(2)
     problems = [data.draw(tasks.arithmetic, random.Random(seed), 7) for seed in (1, 2)]
     together = data.solved(stack, problems, 12)

@@ -1,4 +1,4 @@
-"""The tasks and their verifier, against every correct solution that there is."""
+"""The tasks and their verifier, compared with all correct solutions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def problems(family, count: int, longer: bool = False) -> list[Problem]:
 
 
 @pytest.mark.parametrize("longer", [False, True])
-def test_what_is_drawn_is_correct_and_in_the_symbols(family, longer):
+def test_drawn_solutions_are_correct_and_use_known_symbols(family, longer):
     rng = random.Random(5)
     for problem in problems(family, 100, longer):
         solution = problem.solution(rng)
@@ -75,13 +75,13 @@ def test_the_verifier_knows_every_correct_continuation_and_no_other(family):
             {whole[length] for whole in every if whole.startswith(text[:length]) and len(whole) > length}
             for length in range(len(text))
         ]
-        # Nothing is allowed after the end, nor after what is wrong.
+        # No symbol is correct after the end, or after an error.
         assert [set(allowed) for allowed in problem.allowed(text)] == expected
         assert problem.is_correct(text) == (text in every)
         assert not problem.is_correct(text[:-1]) and not problem.is_correct("")
 
 
-def test_no_step_begins_another(family):
+def test_no_step_is_a_prefix_of_another(family):
     def check(state: State | None) -> None:
         while state is not None:
             steps = list(state.steps())
@@ -92,14 +92,14 @@ def test_no_step_begins_another(family):
         check(problem.start)
 
 
-def test_what_is_held_out_is_never_trained_on(family):
+def test_held_out_problems_are_never_trained_on(family):
     drawn = {held: data.draw(family, random.Random(4), 200, held) for held in (True, False)}
     texts = {held: {problem.prompt for problem in drawn[held]} for held in drawn}
     assert not texts[True] & texts[False] and len(texts[True]) > 100
     assert all(map(data.is_held_out, drawn[True])) and not any(map(data.is_held_out, drawn[False]))
 
 
-def test_a_family_of_too_few_problems_is_a_sentence():
+def test_a_family_with_too_few_problems_is_an_error():
     def always(draw, longer):
         return Problem("1?", Line(("1$",)))
 
@@ -110,7 +110,7 @@ def test_a_family_of_too_few_problems_is_a_sentence():
 
 
 def test_solutions_end_in_the_answer_of_reasoning_gym():
-    """As its own verifiers say."""
+    """Its own verifiers accept them."""
     import reasoning_gym
 
     rng = random.Random(3)
@@ -131,7 +131,7 @@ def test_solutions_end_in_the_answer_of_reasoning_gym():
         assert found == sorted(numbers, reverse=sign == "-")
 
 
-def test_verdicts_stand_where_the_next_symbol_is_judged(family):
+def test_verdicts_are_at_the_position_before_the_judged_symbol(family):
     rng = random.Random(5)
     drawn = problems(family, 6)
     texts = [problem.solution(rng) for problem in drawn]
@@ -145,7 +145,7 @@ def test_verdicts_stand_where_the_next_symbol_is_judged(family):
     assert not wrong.any()
 
 
-def test_steps_end_at_a_semicolon_and_are_numbered_apart():
+def test_steps_end_at_a_semicolon_and_have_different_numbers():
     drawn = [Problem("1a+2?", tasks.Chain(1, (("a", "+", 2),)))] * 2
     batch = data.batch_of(drawn, ["a1+2=3;=3$", "a2+1=3;=3$"])
     steps = data.steps_of(batch)

@@ -1,4 +1,4 @@
-"""The comparison from its command line to its tables, with models that learn nothing."""
+"""The comparison from its command line to its tables, with tiny models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from configs import CONFIGS
 from methods import OWN, TRACES
 
 SCRIPT = Path(run.__file__)
-# What is compared where no methods are named, and with whose prefixes.
+# The default methods and their prefixes.
 USUAL = {method.name: method.regimes for method in named("usual")}
 JUDGED = USUAL.keys() & set(runs.JUDGED)
 OWN_TASK = """
@@ -39,7 +39,7 @@ def copying(draw, longer):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> tuple[Path, str]:
-    """A folder of results of two tasks, one of them from outside, and what was printed."""
+    """A folder of results of two tasks, one of them from an outside module, and the output."""
     folder = tmp_path_factory.mktemp("evidence")
     (folder / "outside.py").write_text(OWN_TASK)
     command = [sys.executable, str(SCRIPT), "--config", "tiny", "--out", str(folder), "--jobs", "2"]
@@ -72,7 +72,7 @@ def test_every_method_trains_a_student_of_each_seed_on_each_task(results):
 
 @pytest.mark.slow
 def test_the_same_command_gives_the_same_results(results, tmp_path):
-    """Of some methods, which are then alone in their stacks."""
+    """For some methods, which then have the stack for themselves."""
     folder, _ = results
     arguments = ["--config", "tiny", "--out", str(tmp_path), "--jobs", "1", "--tasks", "arithmetic"]
     run.main([*arguments, "--methods", "forward KL;label, shuffled"])
@@ -92,7 +92,7 @@ def test_the_same_command_gives_the_same_results(results, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on_where_it_was_stopped(results, tmp_path):
+def test_the_same_command_continues_after_an_interruption(results, tmp_path):
     folder, _ = results
     whole = json.loads((folder / "tiny.json").read_text())
     shutil.copytree(folder, tmp_path / "again")
@@ -111,7 +111,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(results, tmp_path):
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
 
 
-def test_workers_end_with_a_command_that_is_killed(tmp_path):
+def test_workers_end_when_the_command_is_killed(tmp_path):
     command = [sys.executable, str(SCRIPT), "--config", "tiny", "--steps", "100000", "--out", str(tmp_path)]
     running = subprocess.Popen([*command, "--tasks", "arithmetic"], stdout=subprocess.PIPE, text=True)
     try:
@@ -125,7 +125,7 @@ def test_workers_end_with_a_command_that_is_killed(tmp_path):
     assert not alive
 
 
-def test_the_tables_say_what_the_results_say(results):
+def test_the_tables_have_the_numbers_of_the_results(results):
     folder, said = results
     command = [sys.executable, str(SCRIPT.with_name("tables.py")), str(folder / "tiny.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -147,7 +147,7 @@ def test_the_tables_say_what_the_results_say(results):
     assert all(f">{html.escape(name, quote=False)}<" in drawn for name in JUDGED)
 
 
-def test_what_is_packed_comes_back():
+def test_packed_results_are_unpacked():
     bits = "0110100110"
     record = runs.packed(
         {"solved": {"m": {length: bits for length in runs.LENGTHS}}, "regime": "own", "wrong": 0.0}
@@ -156,7 +156,7 @@ def test_what_is_packed_comes_back():
     assert "".join(str(int(bit)) for bit in tables.Results(content).solved("own", "m")[0, 0]) == bits
 
 
-def test_a_difference_has_an_interval_that_holds_it():
+def test_the_interval_of_a_difference_contains_it():
     rng = np.random.default_rng(1)
     base = (rng.random((3, 5, 400)) < 0.4).astype(float)
     better = np.maximum(base, rng.random((3, 5, 400)) < 0.1)
@@ -166,15 +166,15 @@ def test_a_difference_has_an_interval_that_holds_it():
     assert tables.shown((mean, low, high)).startswith("**+")
     same = tables.difference(base, base)
     assert same == (0.0, 0.0, 0.0) and tables.shown(same) == "+0.0 (+0.0 to +0.0)"
-    # Seeds that disagree widen it.
+    # Different seeds make it wider.
     unsure = base.copy()
     unsure[:, 0] = 1.0
     _, low, high = tables.difference(unsure, base)
     assert high - low > 0.1
 
 
-def test_the_interval_covers_what_is_true():
-    """Of a hundred samples of a known difference about ninety-five hold it."""
+def test_the_interval_covers_the_true_difference():
+    """About ninety-five of a hundred intervals contain a known difference."""
     rng = np.random.default_rng(2)
     held = 0
     for number in range(100):
@@ -201,14 +201,14 @@ def test_the_interval_covers_what_is_true():
         ),
     ],
 )
-def test_a_wrong_name_is_a_sentence(arguments, says, capsys, tmp_path):
+def test_a_wrong_name_is_an_error(arguments, says, capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         run.main([*arguments, "--out", str(tmp_path / "none")])
     assert stopped.value.code == 2 and says in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
-def test_the_best_rate_is_that_of_the_most_solved_and_of_equals_the_smallest():
+def test_the_best_rate_solves_the_most_and_is_the_smallest_of_equal_ones():
     def record(rate: float, **solved: float) -> dict:
         return {"task": "t", "regime": "own", "rate": rate, "solved": solved}
 
@@ -216,7 +216,7 @@ def test_the_best_rate_is_that_of_the_most_solved_and_of_equals_the_smallest():
     assert runs.best_rates(tuned) == {("t", "own"): {"a": 1.0, "b": 2.0}}
 
 
-def test_the_seeds_and_the_wrong_verdicts_are_those_that_are_asked_for():
+def test_the_requested_seeds_and_wrong_verdicts_are_used():
     tuned = [{"task": "t", "regime": "own", "rate": 1e-3, "solved": {"JSD": 0.5, "scores, gate": 0.5}}]
     found = runs.final_runs(tuned, replace(CONFIGS["tiny"], seeds=9), range(3, 5), [0.2])
     assert [(each.seed, each.wrong, each.methods) for each in found] == [

@@ -1,4 +1,4 @@
-"""A real Slurm of virtual nodes on this machine: its own daemons, ports and keys, gone with the block."""
+"""A real Slurm with virtual nodes on this machine, with its own daemons, ports and keys, for one block."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# A job that is requeued waits for as long as a credential lives: two minutes, unless told otherwise.
+# A requeued job waits for the lifetime of a credential, by default two minutes.
 AuthInfo=socket={folder}/munge.socket,cred_expire=20
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -48,21 +48,21 @@ PreemptMode=REQUEUE
 
 
 def why_not() -> str | None:
-    """Why no cluster can run here, if so."""
+    """Why no cluster can run on this machine, or None."""
     missing = [name for name in DAEMONS if not _path_of(name)]
     if missing:
-        return f"Slurm is not installed here: there is no {', '.join(missing)} (Debian: slurm-wlm, munge)"
+        return f"Slurm is not installed: there is no {', '.join(missing)} (Debian: slurm-wlm, munge)"
     return None
 
 
 class Cluster:
-    """`nodes` virtual nodes n1, n2 ...; partition "all", and "urgent", whose jobs pre-empt those of the other."""
+    """Virtual nodes n1, n2 ... with the partitions "all" and "urgent", whose jobs pre-empt those of "all"."""
 
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder = folder
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self._daemons: list[subprocess.Popen] = []
-        # Not VCRD_ADDRESS or SLURM_JOB_ID of whoever runs the tests.
+        # Without VCRD_ADDRESS or SLURM_JOB_ID of the user who runs the tests.
         self._environment = {
             name: value
             for name, value in os.environ.items()
@@ -111,7 +111,7 @@ class Cluster:
                     daemon.wait()
 
     def run(self, *command: str, cwd: Path | None = None, seconds: float = 60, **environment: str) -> str:
-        """What a command printed that succeeded, as typed by a user of the cluster."""
+        """Runs a command as a user of the cluster, and returns its output. The command must succeed."""
         done = subprocess.run(
             command,
             cwd=cwd,
@@ -125,12 +125,12 @@ class Cluster:
         return done.stdout.strip()
 
     def states(self) -> dict[str, str]:
-        """Of each node: "idle", "allocated", "down" ..."""
+        """The state of each node: "idle", "allocated", "down" ..."""
         lines = self.run("sinfo", "--noheader", "--Node", "--partition=all", "--format=%N %T").split("\n")
         return dict(line.split() for line in lines if line)
 
     def resume(self, node: str) -> None:
-        """One that is down. Its daemon may report at any moment, and Slurm refuses to resume what is not down."""
+        """Resumes a node that is down. Its daemon may report meanwhile, and then Slurm refuses to resume it."""
         try:
             self.run("scontrol", "update", f"nodename={node}", "state=resume")
         except AssertionError:
@@ -143,19 +143,19 @@ class Cluster:
         return text.split("JobState=")[1].split()[0]
 
     def nodes_of(self, number: str) -> list[str]:
-        """The nodes of a job that runs."""
+        """The nodes of a running job."""
         found = self.run("squeue", "--noheader", "--format=%N", f"--jobs={number}").split("\n")
         return self.run("scontrol", "show", "hostnames", ",".join(filter(None, found))).split()
 
     def boot(self, node: str) -> None:
-        """Starts a node's daemon."""
+        """Starts the daemon of a node."""
         self._start("slurmd", "-D", "-N", node)
 
     def _start(self, name: str, *arguments: str) -> None:
         with (self.folder / "daemons.log").open("a") as log:
             self._daemons.append(
                 subprocess.Popen(
-                    # Nor do they outlive this process, however it ends.
+                    # They also end if this process ends in any way.
                     ["setpriv", "--pdeathsig", "TERM", _path_of(name), *arguments],
                     env=self._environment,
                     stdin=subprocess.DEVNULL,

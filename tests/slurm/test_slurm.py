@@ -1,4 +1,4 @@
-"""The batch scripts of examples/slurm, submitted to a real Slurm as a user would."""
+"""The batch scripts of examples/slurm, submitted to a real Slurm."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ ROOT = Path(__file__).resolve().parents[2]
 MISSING = why_not() or (
     None
     if importlib.util.find_spec("megatron.training")
-    else "this megatron-core has no megatron.training, which the scripts are written with"
+    else "this megatron-core has no megatron.training, which the scripts need"
 )
 pytestmark = [pytest.mark.skipif(MISSING is not None, reason=MISSING or ""), pytest.mark.timeout(400)]
 ITERATIONS = 40
-# Losses are compared where the log shows them: seven digits.
+# Losses from the log, with seven digits.
 LOSS = re.compile(r" iteration +(\d+)/ +\d+ .*? lm loss: ([0-9.E+-]+)")
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    # Sockets have short paths.
+    # The path of a socket must be short.
     with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", nodes=4) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    """The folder of a teacher's checkpoint."""
+    """The folder of a teacher checkpoint."""
     folder = tmp_path_factory.mktemp("weights") / "teacher"
     pretrain.save_weights(folder, pretrain.TEACHER, 120)
     return folder
 
 
 class Submitted:
-    """A batch script of the repository with what a CPU needs, in a run directory of its own."""
+    """A batch script of the repository with settings for a CPU, in a separate run directory."""
 
     def __init__(self, cluster: Cluster, run_dir: Path, teacher: Path, **settings: str) -> None:
         self.cluster = cluster
@@ -53,7 +53,7 @@ class Submitted:
             "PYTHONPATH": str(ROOT),
             "RUN_DIR": str(run_dir),
             "TEACHER_CHECKPOINT": str(teacher),
-            # On several lines, and with a quote, as one writes them.
+            # On several lines and with a quote, as users write them.
             "STUDENT_ARGS": f"{pretrain.STUDENT}\n --tensor-model-parallel-size '2'\n --train-iters {ITERATIONS} "
             f"--eval-interval 1000 --save-interval 10",
             "TEACHER_ARGS": f"{pretrain.TEACHER} --global-batch-size 1 --pipeline-model-parallel-size 2",
@@ -66,7 +66,7 @@ class Submitted:
         self.number = ""
 
     def submit(self, *words: str) -> Submitted:
-        """sbatch with these words, from the checkout; the log lies in the run directory."""
+        """Runs sbatch with these arguments from the checkout; the log is in the run directory."""
         self.run_dir.mkdir(exist_ok=True)
         line = f"source examples/slurm/env.sh && sbatch --parsable --output={self.run_dir}/%j.log {' '.join(words)}"
         self.number = self.cluster.run("bash", "-c", line, cwd=ROOT, **self.settings)
@@ -78,7 +78,7 @@ class Submitted:
         return path.read_text() if path.exists() else ""
 
     def reach(self, iteration: int) -> None:
-        """Waits until the student's log shows this iteration."""
+        """Waits until the log of the student shows this iteration."""
         self.wait_for(rf" iteration +{iteration}/")
 
     def wait_for(self, words: str, seconds: float = 150) -> None:
@@ -104,7 +104,7 @@ class Submitted:
         )
 
     def finish(self) -> dict[int, str]:
-        """Waits for the end, which must be a good one; the loss of each iteration."""
+        """Waits for a successful end. Returns the loss of each iteration."""
         self.end()
         assert self.state == "COMPLETED", self.log[-5000:]
         return self.losses()
@@ -116,12 +116,12 @@ class Submitted:
 
     @property
     def resumed(self) -> int:
-        """The iteration that the last start went on from."""
+        """The iteration from which the last start continued."""
         found = re.findall(r"successfully loaded checkpoint from .* at iteration (\d+)", self.log)
         return int(found[-1])
 
     def losses(self) -> dict[int, str]:
-        """Of each iteration, the last time that it ran."""
+        """The loss of each iteration, from the last time that it ran."""
         return {int(iteration): loss for iteration, loss in LOSS.findall(self.log)}
 
 
@@ -131,7 +131,7 @@ DISTILL = ("--nodes=2", ":", "--nodes=2", "examples/slurm/distill.sbatch")
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, teacher, tmp_path_factory):
-    """A run that nothing happened to, and that the doctor had looked at."""
+    """An undisturbed run with the doctor."""
     doctor = {"DOCTOR": "look", "DOCTOR_ARGS": "--student tp=2 --teacher pp=2 --seconds 0.5"}
     job = Submitted(cluster, tmp_path_factory.mktemp("undisturbed") / "run", teacher, **doctor).submit(
         *DISTILL
@@ -144,30 +144,30 @@ def undisturbed(cluster, teacher, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(undisturbed):
-    """Its losses."""
+    """The losses of the undisturbed run."""
     return undisturbed.losses()
 
 
-def test_a_student_and_a_teacher_on_nodes_of_their_own(whole):
+def test_a_student_and_a_teacher_on_different_nodes(whole):
     assert list(whole) == list(range(1, ITERATIONS + 1))
     assert float(whole[ITERATIONS]) < float(whole[1])
 
 
-def test_the_doctor_looks_at_every_node_and_measures_the_link_between_the_jobs(undisturbed):
+def test_the_doctor_checks_every_node_and_measures_the_link(undisturbed):
     assert "all 4 came, from 4 nodes" in undisturbed.log
     assert re.search(r"link +[0-9.]+ GB/s from rank [23] .* to rank [01] ", undisturbed.log)
 
 
 @pytest.mark.slow
 def test_a_job_that_is_told_to_stop_saves_and_runs_again(cluster, teacher, whole, tmp_path):
-    """What `--signal=B:TERM@300` does near the end of a job's time."""
+    """As `--signal=B:TERM@300` does near the time limit of a job."""
     job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
     job.reach(13)
     cluster.run("scancel", "--batch", "--signal=TERM", job.number)
     job.wait_for("stopped and saved with status 0")
     saved = job.saved
     assert saved >= 13
-    assert max(job.losses()) == saved  # nothing is trained twice
+    assert max(job.losses()) == saved  # no iteration runs twice
     assert_same(job.finish(), whole, saved)
 
 
@@ -178,7 +178,7 @@ def test_a_killed_teacher_and_then_a_lost_node(cluster, teacher, whole, tmp_path
     subprocess.run(["pkill", "-KILL", "-f", f"serve_teacher.py --load {teacher}"], check=True)
     job.wait_for("it starts again in 1 seconds")
     job.reach(12)
-    lost = cluster.nodes_of(job.number)[-1]  # of the teacher
+    lost = cluster.nodes_of(job.number)[-1]  # a node of the teacher
     cluster.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
     wait_until(lambda: job.state != "RUNNING", 60, "the job has lost a node")
     assert job.state in ("PENDING", "COMPLETING", "REQUEUED")
@@ -188,7 +188,7 @@ def test_a_killed_teacher_and_then_a_lost_node(cluster, teacher, whole, tmp_path
 
 
 @pytest.mark.slow
-def test_a_job_makes_room_for_an_urgent_one(cluster, teacher, whole, tmp_path):
+def test_an_urgent_job_pre_empts_another_one(cluster, teacher, whole, tmp_path):
     job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
     job.reach(13)
     urgent = cluster.run(
@@ -219,15 +219,13 @@ def test_one_teacher_job_serves_student_jobs(cluster, teacher, whole, tmp_path):
     second.submit("--nodes=2", "examples/slurm/student.sbatch")
     assert second.finish() == whole
     assert not list((tmp_path / "students").iterdir())
-    serving.finish()  # as nobody came any more
+    serving.finish()  # because no further student came
     served = int(re.search(r"^served (\d+) micro-batches$", serving.log, re.MULTILINE)[1])
-    assert (
-        served >= 2 * 4 * ITERATIONS
-    )  # two students, four micro-batches a step, and some that were asked ahead
+    assert served >= 2 * 4 * ITERATIONS  # two students, four micro-batches per step, and some prefetched ones
 
 
 @pytest.mark.slow
-def test_a_cancelled_job_stays_cancelled_and_leaves_nothing(cluster, teacher, tmp_path):
+def test_a_cancelled_job_stays_cancelled_and_leaves_no_process(cluster, teacher, tmp_path):
     job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
     job.reach(2)
     cluster.run("scancel", job.number)
@@ -236,13 +234,13 @@ def test_a_cancelled_job_stays_cancelled_and_leaves_nothing(cluster, teacher, tm
     wait_until(
         lambda: not _processes(str(job.run_dir)),
         30,
-        "no process of it is left",
+        "all of its processes have ended",
         lambda: _processes(str(job.run_dir)),
     )
 
 
 @pytest.mark.slow
-def test_a_teacher_that_cannot_start_ends_the_job_with_its_own_words(cluster, teacher, tmp_path):
+def test_a_teacher_that_cannot_start_ends_the_job_with_its_error(cluster, teacher, tmp_path):
     settings = {"TEACHER_RESTARTS": "1", "VCRD_CONNECT_TIMEOUT": "3600", "TEACHER_ARGS": "--no-such-argument"}
     job = Submitted(cluster, tmp_path / "run", teacher, **settings).submit(*DISTILL)
     job.end()
@@ -252,7 +250,7 @@ def test_a_teacher_that_cannot_start_ends_the_job_with_its_own_words(cluster, te
 
 
 @pytest.mark.slow
-def test_a_teacher_of_wrong_arguments_is_not_started_again(cluster, teacher, tmp_path):
+def test_a_teacher_with_wrong_arguments_is_not_restarted(cluster, teacher, tmp_path):
     nowhere = tmp_path / "nowhere"
     settings = {"VCRD_CONNECT_TIMEOUT": "3600", "TEACHER_ARGS": f"{pretrain.TEACHER} --load {nowhere}"}
     job = Submitted(cluster, tmp_path / "run", teacher, **settings).submit(*DISTILL)
@@ -264,7 +262,7 @@ def test_a_teacher_of_wrong_arguments_is_not_started_again(cluster, teacher, tmp
 
 
 @pytest.mark.slow
-def test_a_student_that_crashes_ends_the_job_and_is_not_started_again(cluster, teacher, tmp_path):
+def test_a_student_that_crashes_ends_the_job(cluster, teacher, tmp_path):
     job = Submitted(cluster, tmp_path / "run", teacher).submit(*DISTILL)
     job.reach(3)
     rank = _processes(f"pretrain_vcrd.py .*--save {job.run_dir}/student").split()[0]
@@ -287,16 +285,14 @@ def test_a_student_that_crashes_ends_the_job_and_is_not_started_again(cluster, t
         ({"RUN_DIR": "/proc/nowhere"}, "RUN_DIR and STUDENTS_DIR must be folders that can be made"),
     ],
 )
-def test_a_setting_that_is_wrong_ends_the_job_at_once_with_a_sentence(
-    cluster, teacher, tmp_path, settings, says
-):
+def test_a_wrong_setting_ends_the_job_at_once_with_a_message(cluster, teacher, tmp_path, settings, says):
     job = Submitted(cluster, tmp_path / "run", teacher, **settings).submit(*DISTILL)
     job.end()
     assert job.state == "FAILED"
     assert job.log.splitlines()[-1].startswith(f"vcrd: {says}") and job.log.count("\n") <= 3
 
 
-def test_a_job_that_is_submitted_from_elsewhere_says_so(cluster, tmp_path):
+def test_a_job_submitted_from_another_folder_is_an_error(cluster, tmp_path):
     script = ROOT / "examples/slurm/distill.sbatch"
     number = cluster.run("sbatch", "--parsable", "--output=log", ":", str(script), cwd=tmp_path)
     wait_until(lambda: cluster.job(number) in ENDED, 60, "the job has ended")
@@ -308,7 +304,7 @@ def test_a_job_that_is_submitted_from_elsewhere_says_so(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_the_example_of_the_page_runs(cluster, tmp_path):
-    """Word by word, but for the build and the places, with what that build installs."""
+    """With other folders, and the packages of `make build` in place of the build."""
     python = page_environment.create(tmp_path / "venv", page_environment.installed_by_make("build"))
     page = (ROOT / "docs/cluster.md").read_text()
     (text,) = re.findall(r"## Without GPUs\n.*?```bash\n(.*?)```", page, re.DOTALL)
@@ -332,7 +328,7 @@ def test_the_example_of_the_page_runs(cluster, tmp_path):
 
 
 def assert_same(losses: dict[int, str], whole: dict[int, str], resumed: int) -> None:
-    """Digit by digit, but for the second step after a start, which Megatron logs as the mean of the first two."""
+    """Digit by digit, except the second step after a start, which Megatron logs as the mean of the first two."""
     different = {number for number in whole if losses.get(number) != whole[number]}
     assert different <= {resumed + 2}, (different, losses, whole)
 
