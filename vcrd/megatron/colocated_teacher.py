@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vcrd.link.handshake import Tokenizer
-from vcrd.link.waits import Waits
+from vcrd.link.student import Waits
 from vcrd.megatron.borders import Doubts, look_for_borders
 from vcrd.megatron.extra_heads import ExtraHeads
 from vcrd.megatron.fp8 import refuse_delayed_scaling, refuse_uneven_tokens

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from vcrd.link.waits import Waits
+from vcrd.link.student import Waits
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.ranks import Row, by_replica, gathered, over_ranks
 from vcrd.megatron.report import Figures, Report
