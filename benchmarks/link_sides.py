@@ -23,9 +23,8 @@ from torch.profiler import record_function
 import vcrd
 from vcrd.link import Head, Hidden, LinkSettings, StudentLink, TeacherLink, TopK, host_rendezvous
 from vcrd.link.connection import HEADER_BYTES
-from vcrd.link.payload import encode, payload_named, row_max
+from vcrd.link.payload import encode, payload_named, row_max, top_k_of
 from vcrd.link.plan import Shard
-from vcrd.link.topk import top_k_of
 from vcrd.link.tracing import trace
 
 SIDE = 1024  # of the matrices that stand for a model

@@ -157,7 +157,13 @@ LAYERS = (
     Layer("vcrd/loss/reference.py"),
     Layer("vcrd/link/errors.py", packages=()),
     Layer("vcrd/link/plan.py", ("vcrd.link.errors",), packages=()),
-    Layer("vcrd/link/payload.py", ("vcrd.loss.ops",)),
+    Layer(
+        "vcrd/link/payload.py",
+        (
+            "vcrd.link.plan",
+            "vcrd.loss.ops",
+        ),
+    ),
     Layer("vcrd/link/student*.py", ("vcrd.link", "vcrd.settings"), never=("vcrd.link.teacher",)),
     Layer("vcrd/link/teacher*.py", ("vcrd.link", "vcrd.settings"), never=("vcrd.link.student",)),
     Layer("vcrd/link/__init__.py", ("vcrd.link", "vcrd.settings")),

@@ -131,7 +131,7 @@ def test_facts_of_another_protocol_are_refused_for_that_alone():
         ({"vocab_size": 49}, "vocab_size is 50 for the student and 49 for the teacher"),
         ({"sequence_length": 8}, "sequence_length is 16 for the student and 8 for the teacher"),
         ({"payload": "float32"}, "payload is float16 for the student and float32 for the teacher"),
-        ({"payload": "none"}, "the teacher's payload must be one of float16, float32"),
+        ({"payload": "none"}, "the teacher's payload: expected one of float16, float32"),
         ({"max_tokens": 65}, "max_tokens is 64 for the student and 65 for the teacher"),
         ({"top_k": 3}, "top_k is 0 for the student and 3 for the teacher"),
         ({"copies": 3}, "one teacher replica counts 2 replicas, another 3; 3 teacher replicas are more than"),

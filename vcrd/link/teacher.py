@@ -19,12 +19,11 @@ from vcrd.settings import LinkSettings
 from .connection import Header, Kind
 from .errors import LinkError, StudentLost
 from .handshake import Handshake, Head, Tokenizer
-from .payload import STATE_DTYPES, encode, payload_named, row_max
+from .payload import STATE_DTYPES, encode, payload_named, row_max, top_k_of
 from .plan import Place, context_rows
 from .replica_group import KEEPALIVE, Outcome, ReplicaGroup, outcome_of
 from .requests import Request
 from .teacher_session import TeacherSession, join
-from .topk import top_k_of
 from .tracing import span
 from .transport.opening import Endpoint
 
