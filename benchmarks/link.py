@@ -178,7 +178,11 @@ def overlap_line(payload: str, size: int, of: dict) -> str:
     times = [f"{median(of[key]) * 1e3:.1f} ms" for key in ("ready", "linked")]
     costs = [f"{median(of[key]) * 1e3:.1f} ms" for key in ("waited", "student_cpu", "teacher_cpu")]
     cells = [
-        *(payload, f"{size:,}", *times, f"{median(each):.3f}", f"{min(each):.3f} to {max(each):.3f}"),
+        payload,
+        f"{size:,}",
+        *times,
+        f"{median(each):.3f}",
+        f"{min(each):.3f} to {max(each):.3f}",
         *costs,
     ]
     return f"| {' | '.join(cells)} |"

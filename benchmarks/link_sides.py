@@ -22,10 +22,9 @@ from torch.profiler import record_function
 
 import vcrd
 from vcrd.link import Head, Hidden, LinkSettings, StudentLink, TeacherLink, TopK, host_rendezvous
-from vcrd.link.header import BYTES
-from vcrd.link.payload import encode, payload_named, row_max
+from vcrd.link.connection import HEADER_BYTES
+from vcrd.link.payload import encode, payload_named, row_max, top_k_of
 from vcrd.link.plan import Shard
-from vcrd.link.topk import top_k_of
 from vcrd.link.tracing import trace
 
 SIDE = 1024  # of the matrices in place of a model
@@ -60,7 +59,7 @@ class Work:
         content = payload_named(payload).sized(
             top_k=self.top_k, state_size=self.state_size, state_dtype=torch.bfloat16
         )
-        return BYTES + content.bytes(self.tokens, self.vocab)
+        return HEADER_BYTES + content.bytes(self.tokens, self.vocab)
 
 
 class Answers:

@@ -173,7 +173,7 @@ class Bare:
 
     def _open(self, given, device, place: Path) -> None:
         from vcrd.link.connection import Connection
-        from vcrd.link.transport import Endpoint, Receiver, Sender
+        from vcrd.link.transport.opening import Endpoint, Receiver, Sender
 
         endpoint = Endpoint(given.transport, device)
         if self._sends:

@@ -185,7 +185,9 @@ def test_planned_ranks_of_real_processes_are_measured_and_one_that_cannot_listen
     got = Step(("b1", "b2", "b3"), *options, each={1: {"variables": {"VCRD_INTERFACE": "ib7"}}}).ended()[0]
     assert got.status == 1
     line = got.line("link")
-    assert line["found"].startswith("rank 2 (b3) does not reach rank 1 (b2): interface must be an IP address")
+    assert line["found"].startswith(
+        "rank 2 (b3) does not reach rank 1 (b2): interface: expected an IP address"
+    )
     (line,) = [finding for finding in got.problems if finding["name"] == "link interface"]
     assert line["where"] == "b2"
 

@@ -6,12 +6,12 @@ import torch
 from listening import forget_threads
 
 from vcrd.link import LinkSettings
-from vcrd.link.transport import cuda, fake
+from vcrd.link.transport import fake, nccl
 
 
 def has_nccl() -> bool:
     try:
-        return torch.cuda.is_available() and bool(cuda.version())
+        return torch.cuda.is_available() and bool(nccl.version())
     except ImportError:
         return False
 

@@ -29,7 +29,7 @@ from ports import free_port
 from torch import Tensor
 
 from vcrd.link import Head, Hidden, LinkSettings, StudentLink, TeacherLink, TopK, host_rendezvous
-from vcrd.link import header as headers
+from vcrd.link.connection import HEADER_BYTES
 from vcrd.link.payload import PAYLOADS, STATE_DTYPES
 from vcrd.link.plan import overlaps, pieces_of
 
@@ -115,8 +115,14 @@ def draw(dice: random.Random, payload: str | None = None) -> Drawn:
     batches = [_batch(dice, unit) for _ in range(dice.randint(4, 7))]
     layout.sequence = max(batch.sequence for batch in batches)
     return Drawn(
-        *(layout, payload, dice.randint(1, layout.vocab), dice.randint(1, 3), dice.randint(1, 4)),
-        *(dtype, head, batches),
+        layout,
+        payload,
+        dice.randint(1, layout.vocab),
+        dice.randint(1, 3),
+        dice.randint(1, 4),
+        dtype,
+        head,
+        batches,
     )
 
 
@@ -247,16 +253,16 @@ def bytes_wanted(link: StudentLink, drawn: Drawn, place: dict, layer: bool = Tru
     session = link._connections.session
     shards = session.teacher.shards(), link._handshake.shards()
     whole = session.payload.whole
-    total = headers.BYTES * link._place.asks  # READY
+    total = HEADER_BYTES * link._place.is_request_leader  # READY
     for batch in drawn.batches:
         tokens = batch.rows * batch.sequence // place["context_size"]
         for piece in pieces_of(link._place, *shards, whole):
-            total += headers.BYTES + session.payload.bytes(tokens, piece.width)
+            total += HEADER_BYTES + session.payload.bytes(tokens, piece.width)
     if drawn.head and layer:
         for piece in overlaps(*shards):
             if piece.receiver == link._place.tensor:
                 total += (
-                    headers.BYTES + piece.width * drawn.head.size * STATE_DTYPES[drawn.head.dtype].itemsize
+                    HEADER_BYTES + piece.width * drawn.head.size * STATE_DTYPES[drawn.head.dtype].itemsize
                 )
     return total
 
@@ -276,7 +282,9 @@ def run_student(rank: int, port: int, cases: Sequence[Drawn]) -> None:
 def study(drawn: Drawn, place: dict, settings: LinkSettings) -> None:
     link, asked = StudentLink.connect(settings, **place, device=device()), 0
     for number, _ in enumerate(drawn.batches):
-        while link._place.asks and asked < min(len(drawn.batches), number + settings.credits + 1):
+        while link._place.is_request_leader and asked < min(
+            len(drawn.batches), number + settings.credits + 1
+        ):
             edges = drawn.batches[asked].edges
             assert link.request(tokens_of(drawn, place["data_rank"], asked), edges) == asked
             asked += 1

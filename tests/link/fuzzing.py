@@ -18,12 +18,11 @@ from contextlib import contextmanager, suppress
 import torch
 from hypothesis import strategies as st
 
-from vcrd.link import LinkError, LinkSettings, wire
+from vcrd.link import LinkError, LinkSettings
+from vcrd.link import connection as wire
 from vcrd.link import handshake as stated
-from vcrd.link import header as headers
-from vcrd.link.connection import Connection
+from vcrd.link.connection import Connection, Header, Kind, Listener, dial
 from vcrd.link.handshake import Handshake, Head
-from vcrd.link.header import Header, Kind
 from vcrd.link.payload import payload_named
 from vcrd.link.plan import Piece, Place
 from vcrd.link.reassembly import Reassembly
@@ -31,8 +30,7 @@ from vcrd.link.rendezvous import Rendezvous, ask, listen
 from vcrd.link.requests import RequestReceiver
 from vcrd.link.respond import ResponseSender
 from vcrd.link.student_connections import StudentConnections
-from vcrd.link.transport import Endpoint
-from vcrd.link.wire import Listener, dial
+from vcrd.link.transport.opening import Endpoint
 
 LONG = 60.0  # seconds; whatever takes that long hangs
 MEMORY = 4 << 20  # bytes that Python may allocate for what one trial sends: far more than it sends
@@ -48,7 +46,8 @@ HIDDEN = Handshake(9, 16, "hidden", 64, 9, tensor_size=1, copies=1, head=Head(8,
 _NUMBERS = st.one_of(
     st.integers(-2, 40),
     st.sampled_from(
-        [1 << k for k in range(0, 63, 3)] + [-1 << 63, (1 << 63) - 1, headers.LARGEST, headers.LARGEST - 1]
+        [1 << k for k in range(0, 63, 3)]
+        + [-1 << 63, (1 << 63) - 1, wire.LARGEST_FIELD, wire.LARGEST_FIELD - 1]
     ),
     st.integers(-(1 << 63), (1 << 63) - 1),
 )
@@ -62,8 +61,8 @@ def header_bytes(draw) -> bytes:
         st.sampled_from([(0, 4, 2, 0, 0, 9, 1, 0), (1, 16, 1, 3, 0, 9, 1, 0), (8, 0, 0, 0, 0, 9, 0, 0)])
     )
     fields = [draw(_NUMBERS) if draw(st.integers(0, 4)) == 0 else field for field in good]
-    protocol = draw(st.sampled_from([headers.PROTOCOL] * 9 + [0, 1, (1 << 32) - 1]))
-    raw = headers._FORMAT.pack(headers.MAGIC, protocol, kind, *fields)
+    protocol = draw(st.sampled_from([wire.PROTOCOL] * 9 + [0, 1, (1 << 32) - 1]))
+    raw = wire._HEADER.pack(wire.MAGIC, protocol, kind, *fields)
     return draw(damaged(raw)) if draw(st.integers(0, 3)) == 0 else raw
 
 
@@ -90,7 +89,7 @@ _WORDS = [
     "teacher",
     "requests",
     "sender",
-    "sibling",
+    "peer",
     "place",
     "handshake",
     "address",
@@ -129,7 +128,7 @@ def hellos(draw) -> dict:
     handshake = draw(st.sampled_from([STUDENT, WIDE, TEACHER, HIDDEN])).plain()
     whole = {
         "run": "vcrd",
-        "role": draw(st.sampled_from(["student", "teacher", "requests", "sender", "sibling"])),
+        "role": draw(st.sampled_from(["student", "teacher", "requests", "sender", "peer"])),
         "place": [draw(st.integers(0, 1)), 0, draw(st.integers(0, 1))],
         "address": ["127.0.0.1", 9],
         "handshake": handshake,
@@ -144,7 +143,7 @@ def hellos(draw) -> dict:
 
 READY = {
     "state": "ready",
-    "asker": ["127.0.0.1", 9],
+    "leader": ["127.0.0.1", 9],
     "epoch": 1,
     "handshake": STUDENT.plain(),
     "addresses": [["x", 9]],
@@ -156,9 +155,9 @@ replies = mutated(READY)
 
 def parse_anything(raw: bytes) -> None:
     """`raw`, cut or filled to a header's size, is a header that comes back as it was, or is refused."""
-    raw = raw[: headers.BYTES].ljust(headers.BYTES, b"\0")
+    raw = raw[: wire.HEADER_BYTES].ljust(wire.HEADER_BYTES, b"\0")
     with within_memory(), suppress(LinkError):
-        assert headers.parse(raw).pack() == raw
+        assert wire.parse_header(raw).pack() == raw
 
 
 def read_facts(value) -> None:
@@ -237,9 +236,7 @@ def student_rank() -> Iterator[StudentConnections]:
     reassembly = Reassembly(STUDENT, Place(0, 0, 0), changed)
     reassembly.expect(0, (4, 2))
     sock = listen("127.0.0.1", 0)
-    members = StudentConnections(
-        SETTINGS, STUDENT, Place(0, 0, 0), sock, reassembly, changed, lambda: None, ENDPOINT
-    )
+    members = StudentConnections(SETTINGS, STUDENT, Place(0, 0, 0), sock, reassembly, changed, ENDPOINT)
     try:
         yield members
     finally:
@@ -324,7 +321,7 @@ def respond_anything(stream: bytes, asked: int) -> None:
         while True:
             header = connection.receive_header()
             connection.receive_text(header)
-            reassembly.place(1, 0, header, payload, ENDPOINT.tcp(connection))
+            reassembly.receive_piece(1, 0, header, payload, ENDPOINT.tcp(connection))
     assert reassembly.complete <= asked
 
 
@@ -373,7 +370,7 @@ good_stream = Header(Kind.REQUEST, 0, 4, 2).pack() + bytes(32)
 
 
 def fake_greeting() -> bytes:
-    return wire._GREETING.pack(headers.MAGIC, headers.PROTOCOL, os.urandom(32))
+    return wire._GREETING.pack(wire.MAGIC, wire.PROTOCOL, os.urandom(32))
 
 
 @st.composite
@@ -383,7 +380,7 @@ def greetings(draw) -> bytes:
     length = draw(st.sampled_from([len(text), len(text) - 1, 0, (1 << 32) - 1, wire._REPLY_BYTES + 1])) % (
         1 << 32
     )
-    whole = wire._GREETING.pack(headers.MAGIC, draw(st.sampled_from([headers.PROTOCOL, 1])), bytes(32))
+    whole = wire._GREETING.pack(wire.MAGIC, draw(st.sampled_from([wire.PROTOCOL, 1])), bytes(32))
     whole += wire._REPLY.pack(bytes(32), length) + text
     return draw(st.one_of(st.just(whole), damaged(whole), st.binary(max_size=300)))
 
@@ -395,5 +392,5 @@ def stranger_hellos(draw) -> bytes:
     length = draw(
         st.sampled_from([len(text), max(0, len(text) - 1), 0, (1 << 32) - 1, wire._HELLO_BYTES + 1])
     )
-    whole = wire._HELLO.pack(headers.MAGIC, headers.PROTOCOL, bytes(32), bytes(32), length) + text
+    whole = wire._HELLO.pack(wire.MAGIC, wire.PROTOCOL, bytes(32), bytes(32), length) + text
     return draw(st.one_of(st.just(whole), damaged(whole), st.binary(max_size=300)))

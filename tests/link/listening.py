@@ -7,8 +7,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from vcrd.link.connection import Listener
 from vcrd.link.rendezvous import listen
-from vcrd.link.wire import Listener
 
 _EARLIER: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 

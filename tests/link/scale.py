@@ -69,7 +69,7 @@ def run_students(ranks: list[int], layout: Layout, settings: LinkSettings, round
         say(rank, "joined", time.monotonic() - begun)
         for number in range(rounds):
             wait_for(number)
-            if link._place.asks:
+            if link._place.is_request_leader:
                 link.request(torch.zeros(1, ROWS, dtype=torch.int64))
             logits = link.receive(number)
             assert logits.shape == (ROWS, 1, link.columns.stop - link.columns.start) and (logits == 1.0).all()
@@ -141,7 +141,11 @@ class Simulation:
                 f"students{index}",
                 in_folder,
                 str(self.folder),
-                *(run_students, ranks, self.layout, self.settings, rounds),
+                run_students,
+                ranks,
+                self.layout,
+                self.settings,
+                rounds,
             )
 
     def start_teacher(self, replica: int) -> str:
@@ -150,7 +154,11 @@ class Simulation:
         self.jobs.world(
             name,
             self.layout.teachers,
-            *(run_teacher, replica, self.layout, self.settings, str(self.folder)),
+            run_teacher,
+            replica,
+            self.layout,
+            self.settings,
+            str(self.folder),
         )
         return name
 

@@ -10,8 +10,8 @@ import torch
 
 from vcrd.link import LinkSettings, Piece, Place
 from vcrd.link.buffers import Pool
+from vcrd.link.connection import Header, Kind
 from vcrd.link.handshake import Handshake
-from vcrd.link.header import Header, Kind
 from vcrd.link.payload import payload_named
 from vcrd.link.reassembly import Reassembly
 
@@ -108,8 +108,8 @@ class Uploads:
 
     empty = staticmethod(torch.empty)
 
-    def receive(self, destinations) -> None:
-        assert all(destination.columns.stop - destination.columns.start == 3 for destination in destinations)
+    def receive(self, tensors, columns) -> None:
+        assert columns.stop - columns.start == 3
 
     def arrived(self, tensors):
         number, self.number = self.number, self.number + 1
@@ -135,7 +135,7 @@ def test_an_answer_is_complete_when_it_is_on_its_way_to_the_device_and_all_befor
     def arrives(number: int, sender: int) -> bool:
         columns = dict(start=3 * sender, stop=3 * sender + 3)
         header = Header(Kind.RESPONSE, number=number, sequence=4, batch=1, payload=payload.code, **columns)
-        return reassembly.place(1, sender, header, payload, uploads)
+        return reassembly.receive_piece(1, sender, header, payload, uploads)
 
     with ThreadPoolExecutor(2) as threads:
         assert not arrives(0, 0)
@@ -170,13 +170,13 @@ def test_bytes_that_arrive_after_their_epoch_count_for_no_epoch():
         def __init__(self, value: float, then=lambda: None) -> None:
             self.value, self.then = value, then
 
-        def receive(self, destinations) -> None:
-            destinations[0].tensor.fill_(self.value)
+        def receive(self, tensors, columns) -> None:
+            tensors[0].fill_(self.value)
             self.then()
 
     with pytest.raises(ConnectionError, match="epoch 1 is over"):
-        reassembly.place(1, 0, header, payload, Late(1.0, lambda: reassembly.begin(2, whole)))
+        reassembly.receive_piece(1, 0, header, payload, Late(1.0, lambda: reassembly.begin(2, whole)))
     assert reassembly.complete == 0
-    assert reassembly.place(2, 0, header, payload, Late(2.0))
+    assert reassembly.receive_piece(2, 0, header, payload, Late(2.0))
     (logits,) = reassembly.take(0)
     assert (logits == 2.0).all()

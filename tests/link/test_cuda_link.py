@@ -16,9 +16,8 @@ from ports import free_port
 import vcrd
 from vcrd.link import Head, LinkSettings, StudentLink, TeacherLink, host_rendezvous
 from vcrd.link.buffers import Upload
-from vcrd.link.payload import encode, payload_named, row_max
+from vcrd.link.payload import encode, payload_named, row_max, top_k_of
 from vcrd.link.plan import Shard
-from vcrd.link.topk import top_k_of
 from vcrd.link.transport import tcp
 
 PAYLOADS = ["float32", "float16", "logits_8bit", "topk", "hidden"]

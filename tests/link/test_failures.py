@@ -31,9 +31,9 @@ from vcrd.link import (
     TeacherLost,
     host_rendezvous,
 )
-from vcrd.link import header as headers
+from vcrd.link import connection as wire
+from vcrd.link.connection import Listener
 from vcrd.link.rendezvous import listen
-from vcrd.link.wire import Listener
 
 LONG = 60.0  # a time-out that no test here may reach
 UNANSWERED = 2  # the tests' teacher answers the micro-batches before this one
@@ -47,13 +47,13 @@ def link_settings(port: int, **changes) -> LinkSettings:
 class Case(Layout):
     """A layout, and what its processes do. protocol: the version that they speak."""
 
-    def __init__(self, protocol: int = headers.PROTOCOL, **layout) -> None:
+    def __init__(self, protocol: int = wire.PROTOCOL, **layout) -> None:
         super().__init__(**({"student_tensor": 2, "teacher_tensor": 2, "pipeline": 1} | layout))
         self.protocol = protocol
 
 
 def run_student(rank: int, case: Case, settings: LinkSettings) -> None:
-    headers.PROTOCOL = case.protocol
+    wire.PROTOCOL = case.protocol
     rendezvous = host_rendezvous(settings) if rank == 0 else None
     link = None
     try:
@@ -67,7 +67,7 @@ def run_student(rank: int, case: Case, settings: LinkSettings) -> None:
 
 
 def run_teacher(rank: int, case: Case, settings: LinkSettings) -> None:
-    headers.PROTOCOL = case.protocol
+    wire.PROTOCOL = case.protocol
     last = list(range(case.pipeline, case.teachers))
     tensor_group = dist.new_group(last)
     link = None

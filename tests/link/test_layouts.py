@@ -25,7 +25,7 @@ from vcrd.link import (
     host_rendezvous,
     teacher_session,
 )
-from vcrd.link import header as headers
+from vcrd.link.connection import HEADER_BYTES
 
 SHAPES = [Batch(2, 12), Batch(1, 12, (0, 4, 4, 12)), Batch(3, 4), Batch(1, 8, (0, 8)), Batch(1, 4)]
 # Shards of padding only, on either side; a vocabulary of one token; more ranks than columns.
@@ -61,7 +61,13 @@ CORNERS = {
             replicas=2,
             vocab=50,
         ),
-        *("hidden", 1, 2, 3, "bfloat16", Head(16, "bfloat16", 0.5, 20.0), SHAPES),
+        "hidden",
+        1,
+        2,
+        3,
+        "bfloat16",
+        Head(16, "bfloat16", 0.5, 20.0),
+        SHAPES,
     ),
 }
 
@@ -98,7 +104,13 @@ HIDDEN = Drawn(
     Layout(
         student_tensor=2, student_context=2, teacher_tensor=2, vocab=51, student_padded=60, teacher_padded=64
     ),
-    *("hidden", 1, 1, 1, "bfloat16", Head(16, "bfloat16", 0.5), [Batch(2, 8), Batch(2, 8)]),
+    "hidden",
+    1,
+    1,
+    1,
+    "bfloat16",
+    Head(16, "bfloat16", 0.5),
+    [Batch(2, 8), Batch(2, 8)],
 )
 
 
@@ -114,7 +126,7 @@ def run_student(rank: int, port: int) -> None:
             time.sleep(0.02)  # the next teacher
         epoch = session.epoch
         dist.barrier()
-        if link._place.asks:
+        if link._place.is_request_leader:
             link.request(draw.tokens_of(HIDDEN, 0, number))
         draw.check(HIDDEN, place, number, draw.on_cpu(link.receive(number)))
         once = replace(HIDDEN, batches=HIDDEN.batches[number : number + 1])
@@ -210,10 +222,10 @@ def test_a_damaged_output_layer_is_refused_and_sent_again(monkeypatch, caplog):
     assert "a part of the output layer arrived damaged: its SHA-256 differs" in caplog.text
     assert len(digests) == 2
     assert torch.equal(got.weight, weight) and torch.equal(got.states, states)
-    answer = headers.BYTES + 4 * 8 * 4
-    at_least = 2 * (50 * 8 * 4 + headers.BYTES) + headers.BYTES + answer
+    answer = HEADER_BYTES + 4 * 8 * 4
+    at_least = 2 * (50 * 8 * 4 + HEADER_BYTES) + HEADER_BYTES + answer
     # Of the first epoch, the word that all connections stand and an answer may come before it ends, or not.
-    assert received - at_least in (0, headers.BYTES, answer, headers.BYTES + answer)
+    assert received - at_least in (0, HEADER_BYTES, answer, HEADER_BYTES + answer)
     rendezvous.close()
 
 
@@ -222,22 +234,22 @@ def test_what_the_head_is_must_fit_the_payload_and_the_weight():
     place = Layout().teacher(0, 0) | dict(group=None, tensor_group=None)
     head = Head(8, "float32")
     for given, message in [
-        ({}, "head and head_weight must be given on the last stage with the payload 'hidden', got None"),
-        ({"head": head, "head_weight": torch.zeros(50, 7)}, r"head_weight must be float32 \[50, 8\], got"),
+        ({}, "head, head_weight: expected both on the last stage with the payload 'hidden', got None"),
+        ({"head": head, "head_weight": torch.zeros(50, 7)}, r"head_weight: expected float32 \[50, 8\], got"),
         (
             {"head": head, "head_weight": torch.zeros(50, 8).bfloat16()},
-            r"head_weight must be float32 \[50, 8\], got",
+            r"head_weight: expected float32 \[50, 8\], got",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
             TeacherLink.connect(settings, **place, **given)
-    with pytest.raises(ValueError, match="head must be None with the payload 'float16', got Head"):
+    with pytest.raises(ValueError, match="head: expected None with the payload 'float16', got Head"):
         TeacherLink.connect(LinkSettings(), **place, head=head, head_weight=torch.zeros(50, 8))
 
 
 def test_k_beyond_the_vocabulary_is_refused_with_the_same_sentence_on_both_sides():
     settings, layout = LinkSettings(payload="topk", top_k=51), Layout(vocab=50)
-    message = "top_k must be at most vocab_size 50, got 51"
+    message = "top_k: expected at most vocab_size 50, got 51"
     with pytest.raises(ValueError, match=message):
         StudentLink.connect(settings, **layout.student(0))
     with pytest.raises(ValueError, match=message):
@@ -251,7 +263,8 @@ def test_unequal_k_is_named_on_both_sides():
     message = "top_k is 4 for the student and 8 for the teacher"
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(
-            *(TeacherLink.connect, replace(student, top_k=8)),
+            TeacherLink.connect,
+            replace(student, top_k=8),
             **layout.teacher(0, 0),
             **dict(group=None, tensor_group=None),
         )

@@ -11,8 +11,7 @@ from link_jobs import Jobs, Layout, connected, device, exchange, part, true_logi
 from ports import free_port
 
 from vcrd.link import LinkSettings, StudentLink, TeacherLink, handshake, host_rendezvous
-from vcrd.link import header as headers
-from vcrd.link.connection import Connection
+from vcrd.link.connection import HEADER_BYTES, Connection
 from vcrd.link.payload import payload_named
 
 # Different shapes in turn, so that batches of equal shape have to be sorted out; batch 3, 16 is the longest.
@@ -55,11 +54,11 @@ def run_student(rank: int, layout: Layout, port: int, runs: list[tuple[str, dict
 
 
 def receive_all(link: StudentLink, layout: Layout, settings: LinkSettings, data_rank: int) -> None:
-    count, ahead, asks, moved = 11, settings.credits + 2, link._place.asks, 0
+    count, ahead, asks, moved = 11, settings.credits + 2, link._place.is_request_leader, 0
     beside = torch.ones(1 << 18, device=device())
     for number in range(count):
-        while asks and link._asked < min(count, number + ahead):
-            link.request(micro_batch(layout, data_rank, link._asked))
+        while asks and link._connections.requested < min(count, number + ahead):
+            link.request(micro_batch(layout, data_rank, link._connections.requested))
         # As the collectives of a tensor-parallel student run while answers arrive.
         work = dist.all_reduce(beside, async_op=True)
         logits = link.receive(number).cpu()
@@ -68,7 +67,7 @@ def receive_all(link: StudentLink, layout: Layout, settings: LinkSettings, data_
         moved += logits.numel() * logits.element_size()
     senders = len(link._connections.session.expected)
     # A header a piece, and READY.
-    assert link.bytes_received == moved + headers.BYTES * (senders * count + asks)
+    assert link.bytes_received == moved + HEADER_BYTES * (senders * count + asks)
     assert 0 < link.waited
     assert (beside == float(layout.students) ** count).all()
     dist.barrier()
@@ -152,7 +151,7 @@ def test_credits_bound_what_is_asked_ahead():
         student.request(torch.zeros(1, 4, dtype=torch.long))
     for number in range(5):
         # Two are with the teacher or answered, besides those that have been received.
-        assert student._sent == min(number + 2, 5)
+        assert student._connections._sent == min(number + 2, 5)
         if number == 0:
             answer(teacher, 2)
         elif number < 4:
@@ -175,7 +174,7 @@ def test_an_answer_that_keeps_arriving_is_waited_for(monkeypatch):
 
     def trickle(self, view, seconds):
         for begin in range(0, len(view), 80):
-            time.sleep(0.5 if len(view) > headers.BYTES else 0.0)  # headers go out at once
+            time.sleep(0.5 if len(view) > HEADER_BYTES else 0.0)  # headers go out at once
             send_all(self, view[begin : begin + 80], seconds)
 
     settings = LinkSettings(address=f"127.0.0.1:{free_port()}", timeout=2.0)
@@ -196,39 +195,39 @@ def test_wrong_arguments_are_named_and_leave_the_link_usable(monkeypatch):
     rendezvous = host_rendezvous(settings)
     student, teacher = connected(settings)
     for tokens, reason in [
-        (torch.zeros(4, dtype=torch.long), "must be a non-empty integer tensor"),
-        (torch.zeros(1, 4), "must be a non-empty integer tensor"),
-        (torch.zeros(1, 17, dtype=torch.long), "must be at most 16 long and 32 in all"),
-        (torch.zeros(3, 16, dtype=torch.long), "must be at most 16 long and 32 in all"),
-        (torch.full((1, 4), 50), r"must be in \[0, 50\), got 50 to 50"),
-        (torch.full((1, 4), -1), r"must be in \[0, 50\), got -1 to -1"),
+        (torch.zeros(4, dtype=torch.long), "expected a non-empty integer tensor"),
+        (torch.zeros(1, 4), "expected a non-empty integer tensor"),
+        (torch.zeros(1, 17, dtype=torch.long), "expected rows of at most 16 and 32 in all"),
+        (torch.zeros(3, 16, dtype=torch.long), "expected rows of at most 16 and 32 in all"),
+        (torch.full((1, 4), 50), r"expected integers in \[0, 50\), got 50 to 50"),
+        (torch.full((1, 4), -1), r"expected integers in \[0, 50\), got -1 to -1"),
     ]:
-        with pytest.raises(ValueError, match=f"tokens {reason}"):
+        with pytest.raises(ValueError, match=f"tokens: {reason}"):
             student.request(tokens)
     for rows, edges, reason in [
-        (2, [0, 4], "must come with one row of packed sequences, got 2 rows"),
-        (1, [0, 5], r"must ascend from 0 to 4, got \[0, 5\]"),
-        (1, [0, 3, 2, 4], "must ascend from 0 to 4"),
-        (1, [0, 4 + (1 << 32)], "must ascend from 0 to 4"),
-        (1, [0.0, 4.0], "must be integers, got torch.float32"),
-        (1, [0, 0, 0, 0, 0, 4], "must be at most 5 edges for 4 tokens, got 6"),
+        (2, [0, 4], "expected one row of packed sequences, got 2 rows"),
+        (1, [0, 5], r"expected ascending edges from 0 to 4, got \[0, 5\]"),
+        (1, [0, 3, 2, 4], "expected ascending edges from 0 to 4"),
+        (1, [0, 4 + (1 << 32)], "expected ascending edges from 0 to 4"),
+        (1, [0.0, 4.0], "expected integers, got torch.float32"),
+        (1, [0, 0, 0, 0, 0, 4], "expected at most 5 edges for 4 tokens, got 6"),
     ]:
-        with pytest.raises(ValueError, match=f"boundaries {reason}"):
+        with pytest.raises(ValueError, match=f"boundaries: {reason}"):
             student.request(torch.zeros(rows, 4, dtype=torch.long), edges)
     with pytest.raises(
-        ValueError, match="boundaries must be of sequences of at most 16 tokens, got one of 17"
+        ValueError, match="boundaries: expected sequences of at most 16 tokens, got one of 17"
     ):
         student.request(torch.zeros(1, 20, dtype=torch.long), [0, 17, 20])
-    with pytest.raises(ValueError, match="number must have been asked for"):
+    with pytest.raises(ValueError, match="number: expected one that was requested"):
         student.receive(0)
-    with pytest.raises(ValueError, match="number must be the next one, 0, got 1"):
+    with pytest.raises(ValueError, match="number: expected the next one, 0, got 1"):
         student.receive(1)
-    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
         teacher.next_batch(0)
     student.request(torch.zeros(2, 4, dtype=torch.long))
     (request,) = teacher.next_batch(1)
     for logits in (torch.zeros(2, 4, 50), torch.zeros(4, 2, 50, dtype=torch.long)):
-        with pytest.raises(ValueError, match=r"logits must be a float tensor \[4, 2, 50\]"):
+        with pytest.raises(ValueError, match=r"logits: expected a float tensor \[4, 2, 50\]"):
             teacher.respond(request, logits)
     teacher.respond(request, torch.zeros(4, 2, 50))
     assert student.receive(0).shape == (4, 2, 50)
@@ -244,14 +243,14 @@ def test_wrong_arguments_are_named_and_leave_the_link_usable(monkeypatch):
 
 def test_wrong_places_are_named():
     places = Layout().student(0)
-    with pytest.raises(ValueError, match=r"tensor_rank must be in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"tensor_rank: expected an integer in \[0, 1\), got 1"):
         StudentLink.connect(LinkSettings(), **(places | {"tensor_rank": 1}))
-    with pytest.raises(ValueError, match=r"data_rank must be in \[0, 1\), got -1"):
+    with pytest.raises(ValueError, match=r"data_rank: expected an integer in \[0, 1\), got -1"):
         StudentLink.connect(LinkSettings(), **(places | {"data_rank": -1}))
     places = Layout().teacher(0, 0) | {"group": None, "tensor_group": None}
-    with pytest.raises(ValueError, match=r"replica must be in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"replica: expected an integer in \[0, 1\), got 1"):
         TeacherLink.connect(LinkSettings(), **(places | {"replica": 1}))
-    with pytest.raises(ValueError, match="tensor_group must be given for tensor_size 2"):
+    with pytest.raises(ValueError, match="tensor_group: expected a group for tensor_size 2"):
         TeacherLink.connect(LinkSettings(), **(places | {"tensor_size": 2}))
     with pytest.raises(ValueError, match=r"each tensor rank of the last stage once, got tensor ranks \[\]"):
         TeacherLink.connect(LinkSettings(), **(places | {"is_last_stage": False}))

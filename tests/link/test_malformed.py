@@ -23,16 +23,15 @@ from vcrd.link import (
     handshake,
     host_rendezvous,
 )
-from vcrd.link import header as headers
-from vcrd.link.connection import Connection
+from vcrd.link import connection as wire
+from vcrd.link.connection import Connection, Header, Kind, dial
 from vcrd.link.handshake import Handshake
-from vcrd.link.header import Header, Kind
 from vcrd.link.plan import Place
 from vcrd.link.rendezvous import ask_until
 from vcrd.link.requests import RequestReceiver
 from vcrd.link.respond import ResponseSender
-from vcrd.link.transport import Endpoint, Receiver
-from vcrd.link.wire import dial
+from vcrd.link.transport.opening import Endpoint, Receiver
+from vcrd.link.transport.tcp import TcpTransport
 
 LONG = 60.0  # a time-out that no test here may reach
 ENDPOINT = Endpoint("auto", torch.device("cpu"))
@@ -76,9 +75,9 @@ def changed(header: Header, **changes) -> bytes:
     return raw(*{**vars(header), **changes}.values())
 
 
-def raw(kind: int, *fields: int, magic: bytes = headers.MAGIC, protocol: int = headers.PROTOCOL) -> bytes:
+def raw(kind: int, *fields: int, magic: bytes = wire.MAGIC, protocol: int = wire.PROTOCOL) -> bytes:
     """A header without the checks of its making."""
-    return headers._FORMAT.pack(magic, protocol, kind, *fields)
+    return wire._HEADER.pack(magic, protocol, kind, *fields)
 
 
 def let_in(address: list, hello: dict) -> Connection:
@@ -130,8 +129,8 @@ class FalseTeacher:
 GOOD_RESPONSE = Header(Kind.RESPONSE, 0, sequence=4, batch=2, start=0, stop=50, payload=1)
 GOOD_REQUEST = Header(Kind.REQUEST, 0, sequence=4, batch=2)
 NO_HEADER = [
-    (bytes(headers.BYTES), "it does not begin with the link's mark"),
-    (raw(2, *[0] * 8, protocol=9), f"its protocol version is 9, not {headers.PROTOCOL}"),
+    (bytes(wire.HEADER_BYTES), "it does not begin with the link's mark"),
+    (raw(2, *[0] * 8, protocol=9), f"its protocol version is 9, not {wire.PROTOCOL}"),
     (raw(77, *[0] * 8), "its kind 77 does not exist"),
     (changed(GOOD_RESPONSE, batch=1 << 62), "one of its fields is out of range"),
     (changed(GOOD_RESPONSE, batch=-1), "one of its fields is out of range"),
@@ -150,7 +149,7 @@ NO_RESPONSE = [
     (changed(GOOD_RESPONSE, stop=51), "its columns 0:51 are not 0:50"),
     (changed(GOOD_RESPONSE, payload=2), "its payload code 2 is not 1"),
     (changed(GOOD_RESPONSE, number=1), "its number 1 is not the next one, 0"),
-    (changed(Header(Kind.TRANSPORT, 1)), "what it says of its connections cannot be read"),
+    (changed(Header(Kind.TRANSPORT, 1)), "its description of its connections cannot be read"),
     (changed(Header(Kind.TRANSPORT, 9)), "its transport code 9 is not expected"),
     (changed(Header(Kind.TRANSPORT, 2)), "its transport code 2 is not expected"),
     (changed(GOOD_RESPONSE, batch=1), r"its shape (4, 1) is not (4, 2), which was asked for"),
@@ -262,12 +261,12 @@ def test_a_part_of_the_output_layer_that_is_not_what_was_announced_is_refused(he
         (
             changed(GOOD_REQUEST, batch=1, boundaries=2),
             torch.tensor([0, 0, 0, 0, 2, 4]),
-            "its boundaries must ascend from 0 to 4, got [2, 4]",
+            "its boundaries: expected ascending edges from 0 to 4, got [2, 4]",
         ),
         (
             changed(GOOD_REQUEST, batch=1, sequence=20, boundaries=2),
             torch.tensor([0] * 20 + [0, 20]),
-            "its boundaries must be of sequences of at most 16 tokens, got one of 20",
+            "its boundaries: expected sequences of at most 16 tokens, got one of 20",
         ),
         (
             changed(GOOD_REQUEST, batch=1, sequence=65, boundaries=2),
@@ -326,14 +325,14 @@ def test_a_student_that_takes_nothing_is_lost_and_blocks_nobody():
     responses = opened({place: far}, 0.3, near)
     large = torch.zeros(1 << 24)
     for number in range(12):  # more than may be under way
-        responses.wait_for_room()
-        responses.post([(place, Header(Kind.RESPONSE, number), [responses.stage(place, large)])])
+        responses.room.acquire()
+        responses.post([(place, Header(Kind.RESPONSE, number), [large])])
     assert str(responses.failure) == f"{place} did not take what was sent within 0.3 seconds"
     responses.end(LONG)
     near.close()
 
 
-def test_an_answer_that_cannot_be_sent_is_an_error_and_blocks_nobody():
+def test_an_answer_that_cannot_be_sent_is_an_error_and_blocks_nobody(monkeypatch):
     """As a copy from a GPU can fail."""
 
     class Broken:
@@ -344,18 +343,19 @@ def test_an_answer_that_cannot_be_sent_is_an_error_and_blocks_nobody():
 
     near, far = pair()
     place = Place(0, 0, 0)
+    monkeypatch.setattr(TcpTransport, "stage", lambda self, tensor: Broken())
     responses = opened({place: far}, LONG, near)
     for number in range(12):
-        responses.wait_for_room()
-        responses.post([(place, Header(Kind.RESPONSE, number), [Broken()])])
+        responses.room.acquire()
+        responses.post([(place, Header(Kind.RESPONSE, number), [torch.zeros(4)])])
     assert "an answer to student data rank 0, tensor rank 0 could not be sent" in str(responses.failure)
     assert "device-side assert" in str(responses.failure)
     responses.end(LONG)
     near.close()
 
 
-@pytest.mark.parametrize("speaker", [0, 1], ids=["the rank that asks", "its sibling"])
-@pytest.mark.parametrize("sent", [bytes(headers.BYTES), changed(GOOD_RESPONSE), "not its to say"])
+@pytest.mark.parametrize("speaker", [0, 1], ids=["the request leader", "its peer"])
+@pytest.mark.parametrize("sent", [bytes(wire.HEADER_BYTES), changed(GOOD_RESPONSE), "not its to say"])
 def test_a_rank_of_the_student_that_talks_nonsense_ends_the_other(speaker, sent):
     settings = link_settings()
     rendezvous = host_rendezvous(settings)
@@ -370,7 +370,7 @@ def test_a_rank_of_the_student_that_talks_nonsense_ends_the_other(speaker, sent)
     students[speaker]._connections._peers.connections[0].send(Raw(sent), seconds=LONG)
     wait_until(lambda: other._connections.failure, LONG, "that is refused")
     if speaker == 1:
-        other._asked = 1  # request() would raise already
+        other._connections.requested = 1  # request() would raise already
     with pytest.raises(LinkError, match=f"student data rank 0, tensor rank {speaker} is gone: .*"):
         other.receive(0)
     for link in (*students, teacher):
@@ -386,13 +386,13 @@ def test_progress_in_the_wrong_order_is_no_step_back():
     with ThreadPoolExecutor(3) as pool:
         coming = [pool.submit(StudentLink.connect, settings, **layout.student(rank)) for rank in range(2)]
         teacher = TeacherLink.connect(settings, **layout.teacher(0, 0), group=None, tensor_group=None)
-        asker, sibling = (each.result() for each in coming)
+        leader, peer = (each.result() for each in coming)
     seen = []
-    asker._connections._on_advance = lambda: seen.append(asker._connections._peers.settled)
+    leader._connections.send_requests = lambda: seen.append([*leader._connections._peers.progress.values()])
     for number in (2, 1):
-        sibling._connections._peers.tell(Header(Kind.PROGRESS, number))
+        peer._connections._peers.tell(Header(Kind.PROGRESS, number))
     wait_until(lambda: len(seen) == 2, LONG, "both are seen", lambda: seen)
     assert seen == [[2], [2]]
-    for link in (teacher, asker, sibling):
+    for link in (teacher, leader, peer):
         link.close()
     rendezvous.close()

@@ -162,8 +162,7 @@ def test_a_teacher_that_comes_back_with_other_weights_is_refused_and_the_right_o
         with pytest.raises(HandshakeRefused, match=sentence):
             teacher_of(settings, layout, weights=6, checkpoint="/run/b", tokenizer=MINE)
         assert (
-            "teacher replica 0 is turned away: the link is refused: this teacher has the weights"
-            in caplog.text
+            "teacher replica 0 is refused: the link is refused: this teacher has the weights" in caplog.text
         )
         with pytest.raises(
             HandshakeRefused, match="^the link is refused: tokenizer is HuggingFaceTokenizer of 50"

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from link_jobs import Jobs
 
 import vcrd
-from vcrd.link.payload import PAYLOADS, encode, payload_named, row_max
+from vcrd.link.payload import PAYLOADS, encode, payload_named, row_max, top_k_of
 from vcrd.link.plan import Shard, vocab_shards
-from vcrd.link.topk import top_k_of
 
 HALF, EXACT, BYTE = (payload_named(name) for name in ("float16", "float32", "logits_8bit"))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -111,7 +110,9 @@ def test_a_row_without_a_column_is_of_the_maximum_of_its_other_shards():
 
 def test_a_relative_payload_needs_the_maximum():
     for payload in (HALF, BYTE):
-        with pytest.raises(ValueError, match=f"top must be given for the relative payload '{payload.name}'"):
+        with pytest.raises(
+            ValueError, match=f"top: expected the row maxima for the relative payload '{payload.name}'"
+        ):
             encode(payload, logits(2, 2, 4))
 
 
@@ -132,7 +133,7 @@ def test_bytes_are_those_of_the_tensors_that_travel(name):
 
 def test_an_unknown_payload_is_named_with_those_that_there_are():
     with pytest.raises(
-        ValueError, match="must be one of float16, float32, logits_8bit, topk, hidden, got 'bf16'"
+        ValueError, match="payload: expected one of float16, float32, logits_8bit, topk, hidden, got 'bf16'"
     ):
         payload_named("bf16")
 

@@ -134,7 +134,7 @@ def test_places_are_every_rank_once_and_one_of_each_data_rank_asks(data_ranks, c
         for data in data_ranks
         for rank in range(context_size * tensor_size)
     ]
-    assert [place.data for place in found if place.asks] == data_ranks
+    assert [place.data for place in found if place.is_request_leader] == data_ranks
     assert len({str(place) for place in found}) == len(found)
 
 
@@ -283,24 +283,30 @@ def test_a_shard_of_padding_only_is_empty():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: vocab_shards(0, 4, 2), "vocab_size must be at least 1, got 0"),
-        (lambda: vocab_shards(5, 4, 2), "padded_vocab_size must be at least vocab_size 5, got 4"),
-        (lambda: vocab_shards(5, 8, 3), "tensor_size must divide padded_vocab_size 8, got 3"),
-        (lambda: replica_of(2, 2, 1), r"data_rank must be in \[0, 2\), got 2"),
-        (lambda: replica_of(0, 2, 3), "replicas must be from 1 to the student's data-parallel size 2, got 3"),
-        (lambda: students_of(1, 2, 1), r"replica must be in \[0, 1\), got 1"),
-        (lambda: context_rows(8, 2, 2), r"context_rank must be in \[0, 2\), got 2"),
+        (lambda: vocab_shards(0, 4, 2), "vocab_size: expected at least 1, got 0"),
+        (lambda: vocab_shards(5, 4, 2), "padded_vocab_size: expected at least vocab_size 5, got 4"),
+        (lambda: vocab_shards(5, 8, 3), "tensor_size: expected a divisor of padded_vocab_size 8, got 3"),
+        (lambda: replica_of(2, 2, 1), r"data_rank: expected an integer in \[0, 2\), got 2"),
+        (
+            lambda: replica_of(0, 2, 3),
+            "replicas: expected an integer from 1 to the student's data-parallel size 2, got 3",
+        ),
+        (lambda: students_of(1, 2, 1), r"replica: expected an integer in \[0, 1\), got 1"),
+        (lambda: context_rows(8, 2, 2), r"context_rank: expected an integer in \[0, 2\), got 2"),
         (
             lambda: context_rows(6, 0, 2),
-            "every sequence must be a multiple of 4 long .* got one of 6 from position 0",
+            "sequences: expected lengths that are multiples of 4, .* got one of 6 from position 0",
         ),
         (
             lambda: context_rows(8, 0, 2, [0, 4, 6, 8]),
-            "every sequence must be a multiple of 4 long .* got one of 2 from position 4",
+            "sequences: expected lengths that are multiples of 4, .* got one of 2 from position 4",
         ),
-        (lambda: context_rows(8, 0, 1, [0, 9]), r"boundaries must ascend from 0 to 8, got \[0, 9\]"),
-        (lambda: context_rows(8, 0, 1, [0, 5, 4, 8]), "boundaries must ascend from 0 to 8"),
-        (lambda: context_rows(8, 0, 1, [4, 8]), "boundaries must ascend from 0 to 8"),
+        (
+            lambda: context_rows(8, 0, 1, [0, 9]),
+            r"boundaries: expected ascending edges from 0 to 8, got \[0, 9\]",
+        ),
+        (lambda: context_rows(8, 0, 1, [0, 5, 4, 8]), "boundaries: expected ascending edges from 0 to 8"),
+        (lambda: context_rows(8, 0, 1, [4, 8]), "boundaries: expected ascending edges from 0 to 8"),
     ],
 )
 def test_impossible_layouts_are_named(call, message):

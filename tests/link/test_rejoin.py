@@ -249,8 +249,8 @@ def count_what_is_held(settings: LinkSettings, deaths: int) -> None:
     link = StudentLink.connect(settings, **LARGE.student(0))
     sums = []
     for number in range(deaths + 1):
-        while link._asked < number + 2:
-            link.request(tokens_of(0, link._asked, LARGE.vocab))
+        while link._connections.requested < number + 2:
+            link.request(tokens_of(0, link._connections.requested, LARGE.vocab))
         logits = link.receive(number)
         sums.append(float(logits.sum()))
         del logits
@@ -258,7 +258,7 @@ def count_what_is_held(settings: LinkSettings, deaths: int) -> None:
         print("held", *held, flush=True)
     link.close()
     rendezvous.close()
-    print(f"finished, epoch {link._epoch}", flush=True)
+    print(f"finished, epoch {link._connections._sent_epoch}", flush=True)
 
 
 def resident() -> int:

@@ -206,7 +206,7 @@ def test_two_teachers_that_come_back_at_once_do_not_hold_each_other_up(monkeypat
     settings = settings_for(free_port(), payload="float16")
     rendezvous = host_rendezvous(settings)
     student, teacher = connected(settings)
-    keep = StudentConnections._keep_intake
+    keep = StudentConnections._keep_request_receiver
     arrived, go_on, said = threading.Event(), threading.Event(), []
 
     def slowly(self, *arguments) -> None:
@@ -214,13 +214,13 @@ def test_two_teachers_that_come_back_at_once_do_not_hold_each_other_up(monkeypat
         assert go_on.wait(60)
         keep(self, *arguments)
 
-    def requests(self, hello, answer=StudentConnections._requests):
+    def requests(self, hello, answer=StudentConnections._admit_teacher):
         reply = answer(self, hello)
         said.append((hello["epoch"], reply[0]["state"]))
         return reply
 
-    monkeypatch.setattr(StudentConnections, "_keep_intake", slowly)
-    monkeypatch.setattr(StudentConnections, "_requests", requests)
+    monkeypatch.setattr(StudentConnections, "_keep_request_receiver", slowly)
+    monkeypatch.setattr(StudentConnections, "_admit_teacher", requests)
     teacher.close()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(teacher_of, settings, Layout())

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcrd.link import HandshakeRefused, Head, LinkError, LinkSettings, addresses, handshake, header
+from vcrd.link import HandshakeRefused, Head, LinkError, LinkSettings, handshake
+from vcrd.link import connection as wire
+from vcrd.link.connection import Header, Kind
 from vcrd.link.handshake import Handshake
-from vcrd.link.header import Header, Kind
+from vcrd.link.rendezvous import candidates
 
 fields = st.integers(0, (1 << 48) - 1)
-texts = {Kind.LOST: st.integers(0, header.LONGEST_TEXT)}
+texts = {Kind.LOST: st.integers(0, wire.LONGEST_TEXT)}
 
 
 @st.composite
@@ -27,17 +29,20 @@ def good_headers(draw) -> Header:
 @given(good_headers())
 def test_headers_come_back_as_they_were(good):
     raw = good.pack()
-    assert len(raw) == header.BYTES and header.parse(raw) == good
+    assert len(raw) == wire.HEADER_BYTES and wire.parse_header(raw) == good
 
 
-@given(good_headers(), st.lists(st.tuples(st.integers(0, header.BYTES - 1), st.integers(0, 255)), max_size=4))
+@given(
+    good_headers(),
+    st.lists(st.tuples(st.integers(0, wire.HEADER_BYTES - 1), st.integers(0, 255)), max_size=4),
+)
 def test_any_other_bytes_are_a_header_or_are_refused(good, exchanged):
     # A good header with a few bytes exchanged: random ones never get past the mark.
     raw = bytearray(good.pack())
     for place, value in exchanged:
         raw[place] = value
     try:
-        parsed = header.parse(bytes(raw))
+        parsed = wire.parse_header(bytes(raw))
     except LinkError:
         return
     assert parsed.pack() == bytes(raw)
@@ -84,7 +89,7 @@ def test_facts_with_one_field_exchanged_are_read_or_refused(stated, data, value)
     except HandshakeRefused:
         return
     handshake.refusal(HANDSHAKE, read, replicas=2)  # may refuse, and does not fail
-    assert read.protocol != header.PROTOCOL or read.plain() == plain
+    assert read.protocol != wire.PROTOCOL or read.plain() == plain
 
 
 @pytest.mark.parametrize(
@@ -114,7 +119,7 @@ def test_facts_of_the_wrong_kind_are_refused(change):
 
 def test_facts_of_another_protocol_are_refused_for_that_alone():
     other = handshake.read({"protocol": 7}, "teacher")
-    sentence = f"protocol version is {header.PROTOCOL} for the student and 7 for the teacher"
+    sentence = f"protocol version is {wire.PROTOCOL} for the student and 7 for the teacher"
     assert handshake.refusal(HANDSHAKE, other, replicas=2) == f"the link is refused: {sentence}"
     with pytest.raises(HandshakeRefused, match="a student rank's protocol version is 7, not"):
         handshake.read({"protocol": 7}, "student")
@@ -126,13 +131,13 @@ def test_facts_of_another_protocol_are_refused_for_that_alone():
         ({"vocab_size": 49}, "vocab_size is 50 for the student and 49 for the teacher"),
         ({"sequence_length": 8}, "sequence_length is 16 for the student and 8 for the teacher"),
         ({"payload": "float32"}, "payload is float16 for the student and float32 for the teacher"),
-        ({"payload": "none"}, "for the teacher payload must be one of float16, float32"),
+        ({"payload": "none"}, "the teacher's payload: expected one of float16, float32"),
         ({"max_tokens": 65}, "max_tokens is 64 for the student and 65 for the teacher"),
         ({"top_k": 3}, "top_k is 0 for the student and 3 for the teacher"),
         ({"copies": 3}, "one teacher replica counts 2 replicas, another 3; 3 teacher replicas are more than"),
-        ({"copies": 0}, "for the teacher copies must be at least 1, got 0"),
-        ({"tensor_size": 3}, "for the teacher tensor_size must divide padded_vocab_size 64, got 3"),
-        ({"tensor_size": 0}, "for the teacher tensor_size must be at least 1, got 0"),
+        ({"copies": 0}, "the teacher's copies: expected at least 1, got 0"),
+        ({"tensor_size": 3}, "the teacher's tensor_size: expected a divisor of padded_vocab_size 64, got 3"),
+        ({"tensor_size": 0}, "the teacher's tensor_size: expected at least 1, got 0"),
         ({"head": HIDDEN.head}, "the teacher states an output layer with the payload 'float16'"),
         ({"payload": "hidden"}, "the teacher states no output layer with the payload 'hidden'"),
     ],
@@ -156,13 +161,13 @@ LAYOUT = dict(vocab_size=50, padded_vocab_size=64, sequence_length=16, tensor_si
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
-        ({"vocab_size": 50.0}, "vocab_size must be an integer of at least 0, got 50.0"),
-        ({"vocab_size": "50"}, "vocab_size must be an integer of at least 0, got '50'"),
-        ({"padded_vocab_size": 1 << 33}, "padded_vocab_size must be at most 2147483647, got 8589934592"),
-        ({"sequence_length": 0}, "sequence_length must be at least 1, got 0"),
-        ({"tensor_size": 3}, "tensor_size must divide padded_vocab_size 64, got 3"),
-        ({"copies": 1 << 20}, r"a side must have at most \d+ ranks, got 1048576 x 1 x 2"),
+        ({"vocab_size": 0}, "vocab_size: expected at least 1, got 0"),
+        ({"vocab_size": 50.0}, "vocab_size: expected an integer of at least 0, got 50.0"),
+        ({"vocab_size": "50"}, "vocab_size: expected an integer of at least 0, got '50'"),
+        ({"padded_vocab_size": 1 << 33}, "padded_vocab_size: expected at most 2147483647, got 8589934592"),
+        ({"sequence_length": 0}, "sequence_length: expected at least 1, got 0"),
+        ({"tensor_size": 3}, "tensor_size: expected a divisor of padded_vocab_size 64, got 3"),
+        ({"copies": 1 << 20}, r"ranks: expected at most \d+ in a job, got 1048576 x 1 x 2"),
     ],
 )
 def test_impossible_facts_are_named_to_their_own_side(change, message):
@@ -173,11 +178,11 @@ def test_impossible_facts_are_named_to_their_own_side(change, message):
 @pytest.mark.parametrize(
     ("head", "message"),
     [
-        ((0, "float32"), "size must be an integer from 1 to 65536, got 0"),
-        ((8, "float64"), "dtype must be one of float32, bfloat16, float16, got 'float64'"),
-        ((8, torch.float32), "dtype must be one of float32, bfloat16, float16, got torch.float32"),
-        ((8, "float32", float("inf")), "scale must be a finite number, got inf"),
-        ((8, "float32", 1.0, -1.0), "softcap must be at least 0, got -1.0"),
+        ((0, "float32"), "size: expected an integer from 1 to 65536, got 0"),
+        ((8, "float64"), "dtype: expected one of float32, bfloat16, float16, got 'float64'"),
+        ((8, torch.float32), "dtype: expected one of float32, bfloat16, float16, got torch.float32"),
+        ((8, "float32", float("inf")), "scale: expected a finite number, got inf"),
+        ((8, "float32", 1.0, -1.0), "softcap: expected at least 0, got -1.0"),
     ],
 )
 def test_a_wrong_output_layer_is_named(head, message):
@@ -225,5 +230,5 @@ def test_wrong_settings_are_named(change, message):
 
 
 def test_addresses_are_taken_apart():
-    assert addresses.candidates(LinkSettings().address) == [("127.0.0.1", 29600)]
-    assert addresses.candidates(LinkSettings(address="[::1]:80").address) == [("::1", 80)]
+    assert candidates(LinkSettings().address) == [("127.0.0.1", 29600)]
+    assert candidates(LinkSettings(address="[::1]:80").address) == [("::1", 80)]

@@ -10,23 +10,23 @@ import pytest
 from listening import link_threads, listening
 from waiting import wait_until
 
-from vcrd.link import HandshakeRefused, wire
-from vcrd.link import header as headers
-from vcrd.link.wire import dial
+from vcrd.link import HandshakeRefused
+from vcrd.link import connection as wire
+from vcrd.link.connection import dial
 
 LONG = 60.0  # seconds that no test here may reach
 
 
 # Strangers.
 
-HELLO = wire._HELLO.pack(headers.MAGIC, headers.PROTOCOL, bytes(32), bytes(32), 4)
+HELLO = wire._HELLO.pack(wire.MAGIC, wire.PROTOCOL, bytes(32), bytes(32), 4)
 STRANGERS = {
     "silent": b"",
     "garbage": bytes(range(256)) * 8,
     "half a hello": HELLO[:50],
     "half its text": HELLO + b"{}",
     "HTTP": b"GET / HTTP/1.1\r\nHost: student\r\n\r\n",
-    "too long": wire._HELLO.pack(headers.MAGIC, headers.PROTOCOL, bytes(32), bytes(32), (1 << 32) - 1)
+    "too long": wire._HELLO.pack(wire.MAGIC, wire.PROTOCOL, bytes(32), bytes(32), (1 << 32) - 1)
     + bytes(4096),
     "no seal": HELLO + b"null",
 }
@@ -115,23 +115,22 @@ def test_close_ends_greetings_that_are_under_way(monkeypatch):
             "what listens there is not vcrd",
         ),
         (
-            wire._GREETING.pack(headers.MAGIC, headers.PROTOCOL, bytes(32))[:30],
+            wire._GREETING.pack(wire.MAGIC, wire.PROTOCOL, bytes(32))[:30],
             ConnectionError,
             "closed during",
         ),
         (
-            wire._GREETING.pack(headers.MAGIC, 1, bytes(32)),
+            wire._GREETING.pack(wire.MAGIC, 1, bytes(32)),
             HandshakeRefused,
-            rf"protocol version is 1 for the student and {headers.PROTOCOL} for the teacher",
+            rf"protocol version is 1 for the student and {wire.PROTOCOL} for the teacher",
         ),
         (
-            wire._GREETING.pack(headers.MAGIC, headers.PROTOCOL, bytes(32))
-            + wire._REPLY.pack(bytes(32), 1 << 31),
+            wire._GREETING.pack(wire.MAGIC, wire.PROTOCOL, bytes(32)) + wire._REPLY.pack(bytes(32), 1 << 31),
             ConnectionError,
             f"a reply of {1 << 31} bytes is longer than",
         ),
         (
-            wire._GREETING.pack(headers.MAGIC, headers.PROTOCOL, bytes(32))
+            wire._GREETING.pack(wire.MAGIC, wire.PROTOCOL, bytes(32))
             + wire._REPLY.pack(bytes(32), 2)
             + b"{}",
             HandshakeRefused,

@@ -32,13 +32,12 @@ from vcrd.link import (
     host_rendezvous,
     teacher_session,
 )
-from vcrd.link import header as headers
-from vcrd.link.connection import Connection
+from vcrd.link.connection import HEADER_BYTES, Connection, Header, Kind
 from vcrd.link.handshake import Handshake, refusal, transport_of
-from vcrd.link.header import Header, Kind
-from vcrd.link.transport import Destination, Endpoint, Receiver, Sender, cuda, fake, opening
+from vcrd.link.transport import fake, nccl, opening
 from vcrd.link.transport.nccl import CommunicatorError
-from vcrd.link.transport.stripes import Stripes, stripes_to
+from vcrd.link.transport.opening import Endpoint, Receiver, Sender
+from vcrd.link.transport.tcp import Stripes, stripes_to
 
 LONG = 60.0
 DTYPES = (torch.float32, torch.float16, torch.uint8, torch.int32, torch.bfloat16)
@@ -77,10 +76,10 @@ class Pair:
         parts = [transport.stage(tensor) for tensor in tensors]
         self.sending = self.send_thread.submit(transport.send, header, parts, seconds=LONG)
 
-    def receive(self, destinations: list[Destination]) -> Header:
+    def receive(self, tensors: list[torch.Tensor], columns: slice | None = None) -> Header:
         def run() -> Header:
             header = self.receiver.connection.receive_header()
-            self.receiver.transport.receive(destinations)
+            self.receiver.transport.receive(tensors, columns)
             return header
 
         self.receiving = self.receive_thread.submit(run)
@@ -106,29 +105,29 @@ def test_what_is_sent_arrives_where_it_belongs_whatever_its_shape(name):
     dice, carried = random.Random(3), 0
     with pair(name) as both:
         for number in range(25):
-            shapes = [[dice.randint(1, 5), dice.randint(1, 3), dice.randint(0, 9)] for _ in range(3)]
-            sent, wanted, destinations = [], [], []
-            for shape in shapes:
-                dtype, spare = dice.choice(DTYPES), dice.choice([0, 0, 4])
+            width, spare = dice.randint(0, 9), dice.choice([0, 0, 4])
+            first = dice.randint(0, spare)
+            columns = slice(first, first + width) if spare else None
+            sent, wanted, received = [], [], []
+            for _ in range(3):
+                shape, dtype = [dice.randint(1, 5), dice.randint(1, 3), width], dice.choice(DTYPES)
                 tensor = (100 * torch.rand(shape)).to(dtype)
-                into = torch.zeros([*shape[:-1], shape[-1] + spare], dtype=dtype)
-                first = dice.randint(0, spare)
-                columns = slice(first, first + shape[-1]) if spare else None
+                into = torch.zeros([*shape[:-1], width + spare], dtype=dtype)
                 expected = into.clone()
-                expected[..., first : first + shape[-1]] = tensor
+                expected[..., first : first + width] = tensor
                 sent.append(tensor)
                 carried += tensor.nbytes
                 wanted.append(expected)
-                destinations.append(Destination(into, columns))
+                received.append(into)
             header = Header(Kind.RESPONSE, number)
-            both.receive(destinations)
+            both.receive(received, columns)
             both.send(header, sent)
             both.sending.result(LONG)
             assert both.receiving.result(LONG) == header
-            for destination, expected in zip(destinations, wanted, strict=True):
-                assert torch.equal(destination.tensor, expected)
+            for into, expected in zip(received, wanted, strict=True):
+                assert torch.equal(into, expected)
         sent, received = both.sender.connection.sent, both.receiver.connection.received
-        assert sent == received == 25 * headers.BYTES + carried
+        assert sent == received == 25 * HEADER_BYTES + carried
 
 
 def test_a_piece_larger_than_what_is_read_at_once_arrives_in_its_columns():
@@ -136,7 +135,7 @@ def test_a_piece_larger_than_what_is_read_at_once_arrives_in_its_columns():
     for name in ("tcp", "fake"):
         into = torch.zeros(6, 1, 2**20 + 7, dtype=torch.int32)
         with pair(name) as both:
-            both.receive([Destination(into, slice(5, 5 + tensor.shape[-1]))])
+            both.receive([into], slice(5, 5 + tensor.shape[-1]))
             both.send(Header(Kind.RESPONSE), [tensor])
             both.sending.result(LONG), both.receiving.result(LONG)
         assert torch.equal(into[..., 5 : 5 + tensor.shape[-1]], tensor)
@@ -154,7 +153,7 @@ def test_large_tensors_are_divided_among_several_connections(shape):
         assert len(used) == 2
         for number, target in enumerate(into):
             columns = slice(1, 1 + shape[-1]) if target.shape != tensor.shape else None
-            both.receive([Destination(target, columns)])
+            both.receive([target], columns)
             both.send(Header(Kind.RESPONSE, number), [tensor])
             both.sending.result(LONG), both.receiving.result(LONG)
             got = target if columns is None else target[..., columns]
@@ -162,7 +161,7 @@ def test_large_tensors_are_divided_among_several_connections(shape):
         large = tensor.nbytes >= 8 << 20 and (len(shape) == 1 or tensor.shape[:-1].numel() > 1)
         assert [stripe.sent > 0 for stripe in used] == [large, large and tensor.nbytes >= 12 << 20]
         counted = both.sender.connection.sent, both.receiver.connection.received
-        assert counted == (len(into) * (tensor.nbytes + headers.BYTES),) * 2
+        assert counted == (len(into) * (tensor.nbytes + HEADER_BYTES),) * 2
 
 
 def test_a_connection_that_breaks_ends_the_others():
@@ -171,7 +170,7 @@ def test_a_connection_that_breaks_ends_the_others():
         both.send(Header(Kind.RESPONSE), [tensor])
         (stripe,) = both.receiver.connection.stripes
         stripe.end()
-        both.receive([Destination(torch.zeros(1 << 24))])
+        both.receive([torch.zeros(1 << 24)])
         with pytest.raises(ConnectionError):
             both.receiving.result(LONG)
 
@@ -205,7 +204,7 @@ def test_where_no_more_connections_can_be_made_one_is_used(end, monkeypatch, cap
     with pair("tcp", sockets=4) as both:
         assert both.sender.connection.stripes == both.receiver.connection.stripes == ()
         into = torch.zeros(1 << 22)
-        both.receive([Destination(into)])
+        both.receive([into])
         both.send(Header(Kind.RESPONSE), [torch.ones(1 << 22)])
         both.sending.result(LONG), both.receiving.result(LONG)
         assert into.all()
@@ -220,7 +219,7 @@ def test_an_end_that_waits_for_a_transfer_sees_that_the_other_one_is_gone():
         with pytest.raises(ConnectionError):
             both.sending.result(LONG)
     with pair("fake") as both:
-        both.receive([Destination(torch.zeros(4))])
+        both.receive([torch.zeros(4)])
         both.sender.connection.send(Header(Kind.RESPONSE), seconds=LONG)
         both.sender.connection.end()
         with pytest.raises(ConnectionError, match="the other end closed"):
@@ -355,7 +354,9 @@ def sides(student: tuple[str, int], teacher: tuple[str, int]) -> tuple[Handshake
         (("tcp", 0), ("auto", 22809), "tcp", ""),
         (("fake", 1), ("fake", 1), "fake", ""),
         (
-            *(("auto", 22809), ("auto", 23005), "tcp"),
+            ("auto", 22809),
+            ("auto", 23005),
+            "tcp",
             "NCCL is 2.28.9 for the student and 2.30.5 for the teacher",
         ),
         (
@@ -379,7 +380,8 @@ def test_two_jobs_take_the_best_transport_that_both_can(student, teacher, transp
         (("nccl", 22809), ("tcp", 0), "transport is nccl for the student and tcp for the teacher"),
         (("fake", 1), ("auto", 0), "transport is fake for the student and auto for the teacher"),
         (
-            *(("nccl", 22809), ("auto", 0)),
+            ("nccl", 22809),
+            ("auto", 0),
             "transport is nccl, and NCCL is 2.28.9 for the student and not available for the teacher",
         ),
     ],
@@ -395,7 +397,7 @@ def test_nccl_needs_a_gpu():
     settings = LinkSettings(transport="nccl")
     refused = pytest.raises(
         ValueError,
-        match="transport must be 'auto' or 'tcp' where this rank computes on cpu, not on a GPU, got 'nccl'",
+        match="transport: expected 'auto' or 'tcp' where this rank computes on cpu, not on a GPU, got 'nccl'",
     )
     with refused:
         StudentLink.connect(settings, **PLACE, data_rank=0, data_size=1)
@@ -413,10 +415,10 @@ def test_the_binding_finds_the_nccl_that_torch_brings_or_says_what_is_missing():
         with pytest.raises(
             ImportError, match=r"the package nccl4py cannot be imported \(pip install 'vcrd\[nccl\]'\)"
         ):
-            cuda.version()
+            nccl.version()
         return
     major, minor, patch = torch.cuda.nccl.version()
-    assert cuda.version() == 10000 * major + 100 * minor + patch
+    assert nccl.version() == 10000 * major + 100 * minor + patch
 
 
 @contextmanager

@@ -21,13 +21,10 @@ from vcrd.link import (
     StudentLink,
     TeacherLink,
     host_rendezvous,
-    wire,
 )
-from vcrd.link import header as headers
-from vcrd.link.addresses import candidates
-from vcrd.link.connection import memory
-from vcrd.link.rendezvous import local_host
-from vcrd.link.wire import dial
+from vcrd.link import connection as wire
+from vcrd.link.connection import dial, memory
+from vcrd.link.rendezvous import candidates, local_host
 from vcrd.settings import DistillSettings
 
 LONG = 60.0  # seconds that no test here may reach
@@ -80,7 +77,7 @@ def test_who_does_not_is_turned_away_and_the_student_waits_on(student, teacher, 
         exchange(coming.result(), right, 0)
         part(coming.result(), right)
     rendezvous.close()
-    assert "was turned away: its shared secret differs" in caplog.text
+    assert "is refused: its shared secret differs" in caplog.text
     assert SECRET not in caplog.text and "wrong" not in caplog.text
 
 
@@ -90,7 +87,7 @@ def test_a_stranger_cannot_end_a_student_that_is_linked():
     rendezvous = host_rendezvous(settings)
     student, teacher = connected(settings)
     for address in (*candidates(settings.address), student._connections.address):
-        for role in ("student", "sibling", "teacher", "requests", "sender"):
+        for role in ("student", "peer", "teacher", "requests", "sender"):
             hello = {
                 "run": "vcrd",
                 "role": role,
@@ -200,7 +197,7 @@ def test_a_teacher_of_another_version_that_came_first_is_told_of_to_the_student(
     rendezvous = host_rendezvous(settings)
     hello = {"run": settings.name, "role": "teacher", "replica": 0, "handshake": {}, "protocol": 1}
     rendezvous._answer(hello)
-    reason = f"protocol version is {headers.PROTOCOL} for the student and 1 for the teacher"
+    reason = f"protocol version is {wire.PROTOCOL} for the student and 1 for the teacher"
     with pytest.raises(HandshakeRefused, match=f"^the link is refused: {reason}$"):
         StudentLink.connect(settings, **Layout().student(0))
     rendezvous.close()
@@ -227,7 +224,7 @@ def test_each_rank_listens_on_its_interface_only(interface, host):
 
 
 def test_an_interface_that_does_not_exist_is_named():
-    with pytest.raises(LinkError, match=r"interface must be an IP address or one of .*lo.*, got 'ib7'"):
+    with pytest.raises(LinkError, match=r"interface: expected an IP address or one of .*lo.*, got 'ib7'"):
         StudentLink.connect(settings_for(interface="ib7"), **Layout().student(0))
     with pytest.raises(LinkError, match=r"192.0.2.1:0 cannot be listened at"):  # reserved for documentation
         StudentLink.connect(settings_for(interface="192.0.2.1"), **Layout().student(0))

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import vcrd
-from vcrd.link.payload import encode, payload_named, row_max
+from vcrd.link.payload import encode, payload_named, row_max, top_k_of
 from vcrd.link.plan import Shard
-from vcrd.link.topk import top_k_of
 from vcrd.loss.checks import DIVERGENCES
 from vcrd.loss.invalid_rows import invalid_rows
 from vcrd.teacher_logits import HiddenStates, TopKLogits

@@ -11,9 +11,9 @@ from ports import free_port
 from worlds import World, run_worlds
 
 from examples.demo.convert import to_hugging_face
-from vcrd.link import addresses
-from vcrd.link import header as headers
+from vcrd.link.connection import HEADER_BYTES
 from vcrd.link.errors import LinkError
+from vcrd.link.rendezvous import candidates
 from vcrd.megatron.hooks import LossHook
 from vcrd.megatron.prefetch import Prefetcher
 from vcrd.megatron.report import Report
@@ -47,7 +47,7 @@ def check_against_direct(students: list[SimpleNamespace], truth: SimpleNamespace
         before, trained, after, measured = rank.received
         assert before == 0 and trained > 0, "evaluation must ask the teacher nothing"
         # As much again, but for the header with which the teacher said, once, that it was ready.
-        assert after == trained and 0 <= 2 * trained - measured <= headers.BYTES
+        assert after == trained and 0 <= 2 * trained - measured <= HEADER_BYTES
         assert rank.figures.link_bytes == trained and rank.measured.link_bytes == measured - trained
     shards = {
         place: part for rank in students if rank.data_rank == 0 for place, part in rank.gradients.items()
@@ -313,7 +313,7 @@ def refuse_what_cannot_be_distilled(settings: DistillSettings) -> list[str]:
     part = jobs.model(jobs.STUDENT, seed=1).train()
     batches = jobs.batches(8)
     step = jobs.plain_forward_step([])
-    (taken,) = addresses.candidates(settings.link.address)
+    (taken,) = candidates(settings.link.address)
     with socket.create_server(taken):
         expect(LinkError, distill(step, settings), iter(batches), part)
     plug = distill(lambda iterator, model: (next(iterator), None), settings)

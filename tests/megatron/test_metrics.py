@@ -11,7 +11,7 @@ import torch
 from test_distillation import settings
 from worlds import World, run_worlds
 
-from vcrd.link.waits import Waits
+from vcrd.link.student import Waits
 from vcrd.megatron.metrics import IntervalLog, scalars, with_step_sums
 from vcrd.megatron.report import Report
 

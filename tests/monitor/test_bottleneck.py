@@ -17,7 +17,7 @@ from waiting import wait_until
 
 from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_rendezvous
 from vcrd.link.connection import Connection
-from vcrd.link.waits import Waits
+from vcrd.link.student import Waits
 from vcrd.megatron.metrics import Row, by_replica
 from vcrd.monitor.bottleneck import Setup, Wait, cause, idle_sentence, sentence
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from vcrd.link import Head, LinkSettings, Place, StudentLink, TeacherLink, host_rendezvous
-from vcrd.link import header as headers
+from vcrd.link.connection import HEADER_BYTES
 from vcrd.link.payload import payload_named
 from vcrd.plan.traffic import Traffic
 
@@ -91,7 +91,7 @@ def run_student(rank: int, case: Case, port: int) -> None:
             context_rank=place.context,
             context_size=case.context,
         )
-        for sequence, batch in SHAPES if place.asks else ():
+        for sequence, batch in SHAPES if place.is_request_leader else ():
             link.request(torch.zeros(batch, sequence, dtype=torch.long))
         for number in range(len(SHAPES)):
             link.receive(number)
@@ -142,7 +142,7 @@ def compare(link: TeacherLink, case: Case, payload: str, tensor: int, replica: i
     planned = case.traffic(payload).sent_by(tensor, replica, case.replicas, SHAPES)
     session = link._sessions[0]
     # Every student has left the first rank of the teacher. This rank closes its receivers about now.
-    goodbyes = headers.BYTES * len(session.receivers)
+    goodbyes = HEADER_BYTES * len(session.receivers)
     link.close()
     assert session.responses.bytes_sent == planned + goodbyes, (
         f"{payload}: {session.responses.bytes_sent - goodbyes}, planned {planned}"

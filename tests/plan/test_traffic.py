@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vcrd.link import header as headers
+from vcrd.link.connection import HEADER_BYTES
 from vcrd.link.payload import PAYLOADS
 from vcrd.link.plan import context_rows, places, students_of
 from vcrd.plan.traffic import Traffic, request_bytes
@@ -60,12 +60,12 @@ def test_each_rank_gets_its_positions_and_columns(drawn):
         else:
             expected = BYTES_PER_COLUMN[traffic.payload.name] * len(mine) * positions
             senders = sum(map(bool, theirs)) or 1  # an empty piece means that there is no data
-        expected += headers.BYTES * senders
+        expected += HEADER_BYTES * senders
         flows = traffic.response(shape, place.data)
         assert sum(flow.bytes for flow in flows if flow.receiver == place) == expected
-        once = headers.BYTES if place.asks else 0
+        once = HEADER_BYTES if place.is_request_leader else 0
         if traffic.payload.name == "hidden":
-            once += 2 * STATE * len(mine) + headers.BYTES * sum(map(bool, theirs))
+            once += 2 * STATE * len(mine) + HEADER_BYTES * sum(map(bool, theirs))
         assert traffic.received_by(place, []) == once
         assert traffic.received_by(place, [shape, shape]) == once + 2 * expected
 
@@ -81,7 +81,7 @@ def test_the_sent_bytes_equal_the_received_bytes(drawn):
     )
     ranks = places(range(traffic.data_size), traffic.context_size, traffic.student_tensor)
     received = sum(traffic.received_by(place, shapes) for place in ranks)
-    assert received == sent + headers.BYTES * traffic.data_size  # the header that a replica is ready
+    assert received == sent + HEADER_BYTES * traffic.data_size  # the header that a replica is ready
 
 
 @given(traffics())
@@ -103,5 +103,5 @@ def test_the_busiest_ranks_are_the_busiest(drawn):
 
 
 def test_a_request_is_a_header_tokens_and_boundaries():
-    assert request_bytes((16, 2)) == headers.BYTES + 4 * 32
-    assert request_bytes((16, 1), boundaries=3) == headers.BYTES + 4 * 19
+    assert request_bytes((16, 2)) == HEADER_BYTES + 4 * 32
+    assert request_bytes((16, 1), boundaries=3) == HEADER_BYTES + 4 * 19

@@ -16,8 +16,7 @@ import torch
 
 from vcrd.doctor.checks import Job
 from vcrd.doctor.findings import Finding, first_line, info, ok, problem, unchecked
-from vcrd.link import addresses
-from vcrd.settings import NAMES, DistillSettings, LinkSettings, variable_of
+from vcrd.settings import FILE_SCHEME, NAMES, DistillSettings, LinkSettings, variable_of
 
 _INFINIBAND = Path("/sys/class/infiniband")
 _SHARED_MEMORY = Path("/dev/shm")
@@ -181,8 +180,8 @@ def folder_of(job: Job) -> str | None:
     """--run-dir, or else the folder of the file in VCRD_ADDRESS."""
     if job.options.run_dir is not None:
         return os.path.abspath(job.options.run_dir)
-    if job.link.address.startswith(addresses.FILE_SCHEME):
-        return os.path.dirname(job.link.address.removeprefix(addresses.FILE_SCHEME))
+    if job.link.address.startswith(FILE_SCHEME):
+        return os.path.dirname(job.link.address.removeprefix(FILE_SCHEME))
     return None
 
 

@@ -20,13 +20,11 @@ import torch
 from vcrd.doctor.checks import Job
 from vcrd.doctor.findings import Finding, first_line, info, ok, problem, unchecked
 from vcrd.doctor.network import nccl_version, own_address
-from vcrd.link.connection import Connection
+from vcrd.link.connection import HEADER_BYTES, Connection, Header, Kind, Listener, dial
 from vcrd.link.errors import LinkError
-from vcrd.link.header import BYTES, Header, Kind
 from vcrd.link.payload import PAYLOADS, payload_named
 from vcrd.link.plan import replica_of
 from vcrd.link.rendezvous import listen
-from vcrd.link.wire import Listener, dial
 from vcrd.plan.choice import choose
 from vcrd.plan.costs import cost, student_seconds, traffic_of
 from vcrd.plan.scenario import Scenario
@@ -261,7 +259,7 @@ class Measurement:
         deadline = time.monotonic() + seconds
 
         def send_to(pair: RankPair, connection: Connection) -> None:
-            part = torch.zeros(max(1, min(pair.bytes - BYTES, _LARGEST_MESSAGE)), dtype=torch.uint8)
+            part = torch.zeros(max(1, min(pair.bytes - HEADER_BYTES, _LARGEST_MESSAGE)), dtype=torch.uint8)
             header = Header(Kind.RESPONSE, sequence=part.numel(), batch=1)
             sent = 0
             with suppress(ConnectionError, TimeoutError):

@@ -9,10 +9,10 @@ from contextlib import closing
 from vcrd.doctor.checks import Job
 from vcrd.doctor.environment import infiniband_adapters
 from vcrd.doctor.findings import Finding, first_line, info, ok, problem, unchecked
-from vcrd.link import addresses
 from vcrd.link.errors import LinkError
-from vcrd.link.rendezvous import listen, local_host
-from vcrd.link.transport import cuda
+from vcrd.link.rendezvous import candidates, listen, local_host, outward_address
+from vcrd.link.transport import nccl
+from vcrd.settings import FILE_SCHEME
 
 
 def host_name(job: Job) -> list[Finding]:
@@ -105,9 +105,9 @@ def address(job: Job) -> list[Finding]:
 def _address(job: Job) -> Finding:
     given = job.link.address
     label = f"VCRD_ADDRESS={given}" if "VCRD_ADDRESS" in job.environment else f"the default address {given}"
-    if given.startswith(addresses.FILE_SCHEME):
+    if given.startswith(FILE_SCHEME):
         return ok("address", f"{label}, a file that the student writes when it starts")
-    ((host, port),) = addresses.candidates(given)
+    ((host, port),) = candidates(given)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
@@ -180,11 +180,11 @@ def own_address(job: Job) -> str:
     """The IP address that a student rank would listen on; LinkError if there is none."""
     if job.link.interface is not None:
         return local_host(job.link)
-    if not job.link.address.startswith(addresses.FILE_SCHEME):
-        (place,) = addresses.candidates(job.link.address)
+    if not job.link.address.startswith(FILE_SCHEME):
+        (place,) = candidates(job.link.address)
         if not _is_loopback(place[0]):
             return local_host(job.link)
-    return addresses.outward_address() if job.world.size > 1 and not job.on_one_node else "127.0.0.1"
+    return outward_address() if job.world.size > 1 and not job.on_one_node else "127.0.0.1"
 
 
 def nccl_version() -> tuple[str, str]:
@@ -194,7 +194,7 @@ def nccl_version() -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "", "torch finds no GPU"
     try:
-        number = cuda.version()
+        number = nccl.version()
     except ImportError as error:
         return "", str(error)
     return f"{number // 10000}.{number // 100 % 100}.{number % 100}", ""

@@ -1,27 +1,35 @@
 """The link between a teacher job and a student job: two torch worlds, logits shard by shard between them.
 
-Knows nothing of losses or of Megatron: integer tokens in, logits out.
+The link knows nothing of losses or of Megatron. Integer tokens go in, logits come out.
 
-The way of one micro-batch, and the thread of each step:
+The way of one tensor from `TeacherLink.respond` to `StudentLink.receive`, with the thread of each step:
 
-1. Student, the first rank of each data-parallel replica, training thread: `StudentLink.request` sends the tokens to the
-   first rank of the teacher replica.
-2. Teacher, first rank, thread `vcrd-link-requests` (`requests.RequestReceiver`): checks the request and queues it.
-   `TeacherLink.next_batch`, in the thread that computes, takes it from the queue and shares it with every rank of the
-   replica (`replica_group`). The model runs.
-3. Teacher, each tensor rank of the last stage, the thread that computes: `TeacherLink.respond` finds the maximum of
-   each row, cuts the piece of each student rank (`plan`), encodes it (`payload`) and hands it to that pair's transport.
-4. The same rank, one thread `vcrd-link-writer` for each student rank (`respond.ResponseSender`): sends the header over
-   TCP and the tensors over the transport (`transport`). The thread that computes does not wait, unless four responses
-   are under way.
-5. Student, each rank of the last stage, one thread `vcrd-link-reader` for each teacher rank (`student_connections`):
-   checks the header, receives the tensors into their columns (`reassembly.Reassembly.place`) and begins the copy to the
-   GPU.
-6. The same rank, training thread: `StudentLink.receive` waits until every piece is there, and makes the current stream
-   wait for the copies.
+1. Student, request leader (the first rank of each data-parallel replica), thread of the caller. `StudentLink.request`
+   sends the tokens to the first rank of the teacher replica, as soon as the credits allow it
+   (`StudentConnections.send_requests`).
+2. Teacher, first rank, thread `vcrd-link-requests`. `RequestReceiver` checks the request and queues it.
+   `TeacherLink.next_batch`, in the thread that computes, takes it from the queue and broadcasts it to all ranks of the
+   replica (`ReplicaGroup`). The model runs.
+3. Teacher, each tensor rank of the last stage, the thread that computes. `TeacherLink.respond` computes what concerns
+   whole rows: their maximum (`payload.row_max`) or their top k. It waits while four responses are under way. For each
+   student rank it cuts out the positions and the columns of that rank (`plan`) and encodes them (`payload.encode`).
+   `ResponseSender.post` starts the copy to where the transport sends from (`Transport.stage`), and puts the piece into
+   the queue of that student rank.
+4. Teacher, the same rank, one thread `vcrd-link-writer` per student rank. It sends the header over TCP and then the
+   tensors over the transport (`Transport.send`: `transport.tcp` or `transport.nccl`).
+5. Student, each rank of the last stage, one thread `vcrd-link-reader` per teacher rank. It reads the header.
+   `Reassembly.receive_piece` checks the header, takes memory for the whole response, and receives the tensors into
+   their columns (`Transport.receive`). The thread that receives the last piece starts the copy to the GPU
+   (`Transport.arrived`). Then the request leader sends the next request; the other ranks report their progress to it.
+6. Student, the same rank, training thread. `StudentLink.receive` waits until every piece has arrived. It makes the
+   current stream wait for the copy (`Arrived.ready`) and returns the answer.
 
-Threads `vcrd-link-listener` (`wire.Listener`) accept connections. A teacher's death shows in step 5 where a connection
-ends, and in step 6 where nothing comes within `timeout`.
+Three more kinds of threads exist. `vcrd-link-listener` accepts connections and runs one `vcrd-link-greeting` for each
+(`connection.Listener`). `vcrd-link-stripe` sends or receives a part of a large tensor where `sockets` is above 1. A
+further `vcrd-link-reader` per student rank waits in the teacher for the student's goodbye.
+
+The death of a teacher is noticed in step 5, where a connection ends (`StudentConnections.lose`), and in step 6, where
+nothing arrives within `timeout`. The death of a student is noticed in steps 2 and 4.
 """
 
 from vcrd.settings import LinkSettings

@@ -1,4 +1,4 @@
-"""What each side states about itself when it joins, and the sentence that refuses a misfit."""
+"""What each job states about itself when it connects, and the checks whether two jobs fit together."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from vcrd.settings import IDENTITIES, TRANSPORTS, LinkSettings
 
-from . import header as headers
+from . import connection as wire
+from .connection import versions_differ
 from .errors import HandshakeRefused
 from .payload import STATE_DTYPES, Payload, payload_named
 from .plan import Place, Shard, places, replica_of, students_of, vocab_shards
-from .wire import versions_differ
 
 # Tokens in the largest micro-batch, b times s. A header that says more is refused before anything is allocated.
 MOST_TOKENS = 1 << 22
 _EQUAL = ("vocab_size", "sequence_length", "payload", "max_tokens")
-# What a statement may say at most: it is walked through, and memory is sized by it.
+# Limits of a handshake: its numbers decide about memory and loops.
 _MOST_COLUMNS = (1 << 31) - 1  # tokens travel as int32
 _MOST_RANKS = 1 << 16
 _LARGEST_STATE = 1 << 16
@@ -28,9 +28,9 @@ _DIGEST = re.compile(r"[0-9a-f]{0,64}")
 
 @dataclass(frozen=True)
 class Head:
-    """The teacher's output layer, as the payload "hidden" needs it: logits = scale * states @ weight.T, then
-    softcap * tanh(logits / softcap) unless softcap is 0. size: of a state, up to 65536. dtype: of states and weight,
-    "float32", "bfloat16" or "float16". ValueError for anything else."""
+    """The output layer of the teacher, for the payload "hidden": logits = scale * states @ weight.T, then
+    softcap * tanh(logits / softcap) unless softcap is 0. size: of a hidden state, up to 65536. dtype: of states and
+    weight, "float32", "bfloat16" or "float16". ValueError for other values."""
 
     size: int
     dtype: str
@@ -39,22 +39,22 @@ class Head:
 
     def __post_init__(self) -> None:
         if type(self.size) is not int or not 1 <= self.size <= _LARGEST_STATE:
-            raise ValueError(f"size must be an integer from 1 to {_LARGEST_STATE}, got {self.size!r}")
+            raise ValueError(f"size: expected an integer from 1 to {_LARGEST_STATE}, got {self.size!r}")
         if not isinstance(self.dtype, str) or self.dtype not in STATE_DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(STATE_DTYPES)}, got {self.dtype!r}")
+            raise ValueError(f"dtype: expected one of {', '.join(STATE_DTYPES)}, got {self.dtype!r}")
         for name in ("scale", "softcap"):
             number = getattr(self, name)
             if type(number) not in (int, float) or not abs(number) < 1e30:
-                raise ValueError(f"{name} must be a finite number, got {number!r}")
+                raise ValueError(f"{name}: expected a finite number, got {number!r}")
         if self.softcap < 0:
-            raise ValueError(f"softcap must be at least 0, got {self.softcap!r}")
+            raise ValueError(f"softcap: expected at least 0, got {self.softcap!r}")
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Which tokenizer made a job's tokens. kind: its type, up to 200 characters. size: its tokens. digest: of its
-    vocabulary, 64 hexadecimal digits, equal where every id stands for the same token; "" where it has none, as
-    Megatron's NullTokenizer. ValueError for anything else."""
+    """The tokenizer of a job. kind: its type, up to 200 characters. size: how many tokens it has. digest: of its
+    vocabulary, 64 hexadecimal digits, equal for two tokenizers in which every id is the same token; "" for a tokenizer
+    without a vocabulary, such as NullTokenizer of Megatron. ValueError for other values."""
 
     kind: str
     size: int
@@ -62,9 +62,11 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or not 0 < len(self.kind) <= LONGEST_NAME:
-            raise ValueError(f"kind must be a text of 1 to {LONGEST_NAME} characters, got {self.kind!r:.300}")
+            raise ValueError(
+                f"kind: expected a text of 1 to {LONGEST_NAME} characters, got {self.kind!r:.300}"
+            )
         if type(self.size) is not int or not 0 <= self.size <= _MOST_COLUMNS:
-            raise ValueError(f"size must be an integer from 0 to {_MOST_COLUMNS}, got {self.size!r:.300}")
+            raise ValueError(f"size: expected an integer from 0 to {_MOST_COLUMNS}, got {self.size!r:.300}")
         _check_digest("digest", self.digest)
 
     def __str__(self) -> str:
@@ -74,13 +76,13 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Handshake:
-    """One side's statement. vocab_size .. max_tokens must be equal on both sides.
+    """What one job states. vocab_size, sequence_length, payload and max_tokens must be equal in both jobs.
 
-    top_k: with the payload "topk", else 0. copies: the student's data-parallel size, or the teacher's replicas.
-    context_size: 1 from the teacher. credits: 0 from the teacher. head: from the teacher, with "hidden" only.
-    transport: its setting. nccl: the version of NCCL, 22809 for 2.28.9, over which its tensors could travel; 0 if none.
-    tokenizer: None if not known. weights: from the teacher, the digest of its weights, hexadecimal; "" if not known.
-    checkpoint: from the teacher, what people call these weights. identity: from the student, its setting.
+    top_k: with the payload "topk", else 0. copies: the data-parallel size of the student, or the number of teacher
+    replicas. context_size: 1 from the teacher. credits: 0 from the teacher. head: from the teacher, with "hidden" only.
+    transport: the setting. nccl: the version of NCCL that this job can use, 22809 for 2.28.9; 0 for none. tokenizer:
+    None if not known. weights: from the teacher, the digest of its weights, hexadecimal; "" if not known. checkpoint:
+    from the teacher, the name of these weights. identity: from the student, the setting.
     """
 
     vocab_size: int
@@ -100,13 +102,13 @@ class Handshake:
     weights: str = ""
     checkpoint: str = ""
     identity: str = "check"
-    protocol: int = field(default_factory=lambda: headers.PROTOCOL)
+    protocol: int = field(default_factory=lambda: wire.PROTOCOL)
 
     @classmethod
     def of(cls, settings: LinkSettings, **own: Any) -> Handshake:
-        """The handshake of one side; ValueError for what cannot be."""
+        """The handshake of one job; ValueError for impossible values."""
         if settings.payload != "hidden" and own.get("head") is not None:
-            raise ValueError(f"head must be None with the payload {settings.payload!r}, got {own['head']}")
+            raise ValueError(f"head: expected None with the payload {settings.payload!r}, got {own['head']}")
         handshake = cls(
             payload=settings.payload,
             max_tokens=MOST_TOKENS,
@@ -119,41 +121,41 @@ class Handshake:
 
     @property
     def ranks(self) -> int:
-        """Of the student's last pipeline stage; from the student's handshake."""
+        """How many ranks the last pipeline stage of the student has; in the handshake of the student."""
         return self.copies * self.context_size * self.tensor_size
 
     def shards(self) -> tuple[Shard, ...]:
         return vocab_shards(self.vocab_size, self.padded_vocab_size, self.tensor_size)
 
     def content(self) -> Payload:
-        """The payload with everything that its size depends on; from the teacher's handshake."""
+        """The payload with everything that its size depends on; in the handshake of the teacher."""
         payload = payload_named(self.payload).sized(top_k=self.top_k)
         if self.head is None:
             return payload
         return payload.sized(state_size=self.head.size, state_dtype=STATE_DTYPES[self.head.dtype])
 
     def places(self, replica: int, replicas: int) -> tuple[Place, ...]:
-        """The student's ranks that a teacher replica serves; from the student's handshake."""
+        """The student ranks that a teacher replica serves; in the handshake of the student."""
         return places(students_of(replica, self.copies, replicas), self.context_size, self.tensor_size)
 
     @property
     def named_weights(self) -> str:
-        """The teacher's weights, as a sentence names them."""
+        """The weights of the teacher, as the messages name them."""
         return f"{self.weights} ({self.checkpoint})" if self.checkpoint else self.weights
 
     def plain(self) -> dict:
-        """As JSON holds it."""
+        """The form for JSON."""
         return asdict(self)
 
 
 def read(values: Any, whose: str) -> Handshake:
-    """Handshake from what JSON held; HandshakeRefused if it is not that, or of another protocol version."""
+    """The handshake that JSON values are; HandshakeRefused if they are none, or of another protocol version."""
     if not isinstance(values, dict) or not isinstance(values.get("protocol"), int):
         raise HandshakeRefused(f"the link is refused: the {whose}'s handshake cannot be read")
-    if values["protocol"] != headers.PROTOCOL:
+    if values["protocol"] != wire.PROTOCOL:
         # The handshake of another version may have other fields; its version alone is enough to refuse it.
         if whose == "student":
-            reason = f"a student rank's protocol version is {values['protocol']}, not {headers.PROTOCOL}"
+            reason = f"a student rank's protocol version is {values['protocol']}, not {wire.PROTOCOL}"
             raise HandshakeRefused(f"the link is refused: {reason}")
         return Handshake(0, 0, "", 0, 0, 0, 0, protocol=values["protocol"])
     try:
@@ -169,7 +171,7 @@ def read(values: Any, whose: str) -> Handshake:
         _check_numbers(handshake)
         _check_identity(handshake)
     except (TypeError, ValueError):
-        reason = f"the {whose}'s handshake is not that of protocol {headers.PROTOCOL}"
+        reason = f"the {whose}'s handshake is not that of protocol {wire.PROTOCOL}"
         raise HandshakeRefused(f"the link is refused: {reason}") from None
     return handshake
 
@@ -177,10 +179,10 @@ def read(values: Any, whose: str) -> Handshake:
 def refusal(
     student: Handshake, teacher: Handshake, replicas: int, first: Handshake | None = None
 ) -> str | None:
-    """Why these two may not be linked, in one sentence that reads the same on both sides; None if they may.
+    """Why these two jobs may not be linked, in one sentence for both of them; None if they may.
 
-    replicas: the number that the first replica to come announced. first: the handshake of the run's first teacher,
-    whose weights are compared; None for none.
+    replicas: the number of replicas that the first replica has stated. first: the handshake of the first teacher of the
+    run, to compare the weights with; None for none.
     """
     if student.protocol != teacher.protocol:
         return _sentence([versions_differ(student.protocol, teacher.protocol)])
@@ -200,7 +202,7 @@ def refusal(
         try:
             _check_layout(handshake)
         except ValueError as error:
-            reasons.append(f"for the {whose} {error}")
+            reasons.append(f"the {whose}'s {error}")
     if (teacher.payload == "hidden") != (teacher.head is not None):
         states = "no" if teacher.head is None else "an"
         reasons.append(f"the teacher states {states} output layer with the payload {teacher.payload!r}")
@@ -214,7 +216,7 @@ def refusal(
 
 
 def doubts(student: Handshake, teacher: Handshake, first: Handshake | None = None) -> list[str]:
-    """What people should know of two that may be linked. first: as for `refusal`."""
+    """Warnings about two jobs that may be linked. first: as for `refusal`."""
     said = _differences(student, teacher, first) if student.identity == "warn" else []
     mine, theirs = student.tokenizer, teacher.tokenizer
     known = mine and theirs and mine.digest and theirs.digest
@@ -228,7 +230,7 @@ def doubts(student: Handshake, teacher: Handshake, first: Handshake | None = Non
 
 
 def _differences(student: Handshake, teacher: Handshake, first: Handshake | None) -> list[str]:
-    """Digests that say that an id stands for different tokens, or that a teacher has other weights than before."""
+    """Where digests differ: an id is not the same token in both jobs, or a teacher has other weights than before."""
     found = []
     mine, theirs = student.tokenizer, teacher.tokenizer
     if mine and theirs and mine.digest and theirs.digest and mine.digest != theirs.digest:
@@ -243,7 +245,7 @@ def _differences(student: Handshake, teacher: Handshake, first: Handshake | None
 
 
 def _unstated(student: Handshake, teacher: Handshake) -> list[str]:
-    """What identity "insist" asks for and a side does not state."""
+    """What identity "insist" requires and a job does not state."""
     reasons = [
         f"identity is 'insist', and the {whose} states no tokenizer with a vocabulary"
         for whose, handshake in (("student", student), ("teacher", teacher))
@@ -255,9 +257,9 @@ def _unstated(student: Handshake, teacher: Handshake) -> list[str]:
 
 
 def transport_of(student: Handshake, teacher: Handshake, missing: str = "") -> tuple[str, str]:
-    """The transport that two jobs which fit will try; and, where that is TCP and nobody asked for TCP, why.
+    """The transport that two jobs try; and the reason, where it is TCP and no setting requires TCP.
 
-    missing: what the teacher lacks for NCCL, in words. No reason where neither side could use it.
+    missing: what the teacher lacks for NCCL, in words. No reason where neither job could use NCCL.
     """
     said = {student.transport, teacher.transport}
     if said & {"tcp", "fake"}:
@@ -287,37 +289,37 @@ def _versions(student: Handshake, teacher: Handshake) -> str:
 
 
 def served_by(student: Handshake, replicas: int, data_rank: int) -> int:
-    """The replica that a data rank turns to; 0, to be refused, if replicas outnumber data ranks."""
+    """The replica that serves a data-parallel rank; 0 if there are too many replicas, which is refused later."""
     return replica_of(data_rank, student.copies, replicas) if replicas <= student.copies else 0
 
 
 def _check_numbers(handshake: Handshake) -> None:
-    """ValueError for what is no count, or so large that to walk through it would take for ever."""
+    """ValueError for a number that is no count or is too large to loop over."""
     for each in fields(handshake):
         value = getattr(handshake, each.name)
         if each.type == "int" and (type(value) is not int or not 0 <= value < 1 << 48):
-            raise ValueError(f"{each.name} must be an integer of at least 0, got {value!r}")
+            raise ValueError(f"{each.name}: expected an integer of at least 0, got {value!r}")
     if handshake.padded_vocab_size > _MOST_COLUMNS:
         raise ValueError(
-            f"padded_vocab_size must be at most {_MOST_COLUMNS}, got {handshake.padded_vocab_size}"
+            f"padded_vocab_size: expected at most {_MOST_COLUMNS}, got {handshake.padded_vocab_size}"
         )
     sizes = (handshake.copies, handshake.context_size, handshake.tensor_size)
     if math.prod(max(size, 1) for size in sizes) > _MOST_RANKS:
-        raise ValueError(f"a side must have at most {_MOST_RANKS} ranks, got {' x '.join(map(str, sizes))}")
+        raise ValueError(f"ranks: expected at most {_MOST_RANKS} in a job, got {' x '.join(map(str, sizes))}")
 
 
 def _check_identity(handshake: Handshake) -> None:
-    """ValueError for what is no digest, or no name."""
+    """ValueError for an invalid digest or name."""
     _check_digest("weights", handshake.weights)
     if not isinstance(handshake.checkpoint, str) or len(handshake.checkpoint) > LONGEST_NAME:
         raise ValueError(
-            f"checkpoint must be a text of at most {LONGEST_NAME} characters, got {handshake.checkpoint!r:.300}"
+            f"checkpoint: expected a text of at most {LONGEST_NAME} characters, got {handshake.checkpoint!r:.300}"
         )
 
 
 def _check_digest(name: str, digest: Any) -> None:
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        raise ValueError(f"{name} must be at most 64 hexadecimal digits, got {digest!r:.300}")
+        raise ValueError(f"{name}: expected at most 64 hexadecimal digits, got {digest!r:.300}")
 
 
 def _check_layout(handshake: Handshake) -> None:
@@ -325,11 +327,11 @@ def _check_layout(handshake: Handshake) -> None:
     _check_identity(handshake)
     for name in ("sequence_length", "tensor_size", "copies", "context_size"):
         if getattr(handshake, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(handshake, name)}")
+            raise ValueError(f"{name}: expected at least 1, got {getattr(handshake, name)}")
     handshake.shards()
     payload_named(handshake.payload)
     if handshake.top_k > handshake.vocab_size:
-        raise ValueError(f"top_k must be at most vocab_size {handshake.vocab_size}, got {handshake.top_k}")
+        raise ValueError(f"top_k: expected at most vocab_size {handshake.vocab_size}, got {handshake.top_k}")
 
 
 def _sentence(reasons: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""Who sends which rows and vocabulary columns to whom: pure functions of the two layouts.
+"""Which teacher rank sends which rows and vocabulary columns to which student rank: pure functions of the two layouts.
 
-Columns are true vocabulary columns. Megatron pads the vocabulary to a multiple of 128 times the
-tensor-parallel size, so teacher and student may be padded differently; padding is never sent.
+Columns are true vocabulary columns. Megatron pads the vocabulary to a multiple of 128 times the tensor-parallel size,
+so teacher and student may have different padding. Padding is never sent.
 """
 
 from __future__ import annotations
@@ -41,18 +41,20 @@ class Piece:
 
 
 def vocab_shards(vocab_size: int, padded_vocab_size: int, tensor_size: int) -> tuple[Shard, ...]:
-    """The true columns of each tensor-parallel rank, in rank order. A shard of padding only is empty.
+    """The true columns of each tensor-parallel rank, in rank order. A shard that has only padding is empty.
 
     Rank i holds the padded columns [i * w, (i + 1) * w) with w = padded_vocab_size / tensor_size.
     """
     if vocab_size < 1:
-        raise ValueError(f"vocab_size must be at least 1, got {vocab_size}")
+        raise ValueError(f"vocab_size: expected at least 1, got {vocab_size}")
     if padded_vocab_size < vocab_size:
         raise ValueError(
-            f"padded_vocab_size must be at least vocab_size {vocab_size}, got {padded_vocab_size}"
+            f"padded_vocab_size: expected at least vocab_size {vocab_size}, got {padded_vocab_size}"
         )
     if tensor_size < 1 or padded_vocab_size % tensor_size:
-        raise ValueError(f"tensor_size must divide padded_vocab_size {padded_vocab_size}, got {tensor_size}")
+        raise ValueError(
+            f"tensor_size: expected a divisor of padded_vocab_size {padded_vocab_size}, got {tensor_size}"
+        )
     width = padded_vocab_size // tensor_size
     edges = [min(rank * width, vocab_size) for rank in range(tensor_size + 1)]
     return tuple(Shard(start, stop) for start, stop in zip(edges, edges[1:], strict=False))
@@ -75,7 +77,7 @@ def overlaps(teacher_shards: Sequence[Shard], student_shards: Sequence[Shard]) -
 def responses(teacher_shards: Sequence[Shard], student_shards: Sequence[Shard]) -> tuple[Piece, ...]:
     """The pieces of one response: `overlaps`, and an empty piece from sender 0 to each empty student shard.
 
-    The empty piece carries a header only; without it that rank would never learn the micro-batch's shape.
+    The empty piece is a header without tensors. Without it that rank would never learn the shape of the micro-batch.
     """
     empty = [
         Piece(0, rank, shard.start, shard.start)
@@ -88,11 +90,11 @@ def responses(teacher_shards: Sequence[Shard], student_shards: Sequence[Shard]) 
 def pieces_of(
     place: Place, teacher_shards: Sequence[Shard], student_shards: Sequence[Shard], whole: bool
 ) -> tuple[Piece, ...]:
-    """What one student rank gets of each response, ordered by sender; at most one piece from each.
+    """The pieces of each response that one student rank receives, ordered by sender, at most one from each.
 
-    whole: the payload is the same for every column (top-k, hidden states), so that one sender suffices; ranks take
-    turns. Otherwise it gets the columns that it holds, from whoever holds them. A rank that holds padding only gets an
-    empty piece, or, of a whole payload, all of it like any other.
+    whole: the payload does not depend on the columns (top-k, hidden states). Then every student rank receives all of it
+    from one sender, and the senders take turns. Otherwise a student rank receives the columns that it holds, from every
+    sender that holds some of them. A rank that holds only padding then receives an empty piece.
     """
     if whole:
         turn = (place.data + place.context) * len(student_shards) + place.tensor
@@ -102,12 +104,12 @@ def pieces_of(
 
 
 def replica_of(data_rank: int, data_size: int, replicas: int) -> int:
-    """The teacher replica that serves a student data-parallel rank: contiguous blocks, sizes within one."""
+    """The teacher replica that serves a student data-parallel rank: contiguous blocks, sizes differ by at most 1."""
     if not 0 <= data_rank < data_size:
-        raise ValueError(f"data_rank must be in [0, {data_size}), got {data_rank}")
+        raise ValueError(f"data_rank: expected an integer in [0, {data_size}), got {data_rank}")
     if not 1 <= replicas <= data_size:
         raise ValueError(
-            f"replicas must be from 1 to the student's data-parallel size {data_size}, got {replicas}"
+            f"replicas: expected an integer from 1 to the student's data-parallel size {data_size}, got {replicas}"
         )
     return data_rank * replicas // data_size
 
@@ -115,7 +117,7 @@ def replica_of(data_rank: int, data_size: int, replicas: int) -> int:
 def students_of(replica: int, data_size: int, replicas: int) -> tuple[int, ...]:
     """The student data-parallel ranks that a teacher replica serves, ascending."""
     if not 0 <= replica < replicas:
-        raise ValueError(f"replica must be in [0, {replicas}), got {replica}")
+        raise ValueError(f"replica: expected an integer in [0, {replicas}), got {replica}")
     return tuple(rank for rank in range(data_size) if replica_of(rank, data_size, replicas) == replica)
 
 
@@ -128,8 +130,8 @@ class Place:
     tensor: int
 
     @property
-    def asks(self) -> bool:
-        """Whether this rank asks the teacher on behalf of its data rank."""
+    def is_request_leader(self) -> bool:
+        """Whether this rank sends the requests of its data-parallel rank to the teacher."""
         return self.context == 0 and self.tensor == 0
 
     def __str__(self) -> str:
@@ -138,7 +140,7 @@ class Place:
 
 
 def places(data_ranks: Sequence[int], context_size: int, tensor_size: int) -> tuple[Place, ...]:
-    """Every rank of the student's last stage that belongs to those data ranks, in rank order."""
+    """All ranks of the last stage of the student that belong to those data-parallel ranks, in rank order."""
     return tuple(
         Place(data, context, tensor)
         for data in data_ranks
@@ -152,12 +154,13 @@ def context_rows(
 ) -> tuple[Span, ...]:
     """The positions of a sequence that a context-parallel rank holds, in the order in which it holds them.
 
-    Megatron's zig-zag order, which gives every rank the same share of causal attention: each sequence is cut into
-    2 context_size equal chunks, and rank r holds chunk r, then chunk 2 context_size - 1 - r. boundaries: edges of
-    packed sequences, 0 and `sequence` included; each of them is cut by itself. ValueError where that is impossible.
+    This is the zig-zag order of Megatron, which gives every rank the same share of causal attention. Each sequence is
+    cut into 2 context_size equal chunks, and rank r holds chunk r, then chunk 2 context_size - 1 - r. boundaries: edges
+    of packed sequences, 0 and `sequence` included; each packed sequence is cut by itself. ValueError where a sequence
+    cannot be cut.
     """
     if not 0 <= context_rank < context_size:
-        raise ValueError(f"context_rank must be in [0, {context_size}), got {context_rank}")
+        raise ValueError(f"context_rank: expected an integer in [0, {context_size}), got {context_rank}")
     check_boundaries(sequence, boundaries, context_size)
     edges = list(boundaries) or [0, sequence]
     if context_size == 1:
@@ -174,21 +177,23 @@ def context_rows(
 def check_boundaries(
     sequence: int, boundaries: Sequence[int], context_size: int, longest: int | None = None
 ) -> None:
-    """ValueError if these are not the ascending edges of packed sequences that context_size can cut.
+    """ValueError unless these are ascending edges of packed sequences that context_size can cut.
 
-    longest: of each packed sequence; None where that was settled before.
+    longest: the most tokens that a packed sequence may have; None where that has been checked before.
     """
     edges = list(boundaries) or [0, sequence]
     if edges[0] != 0 or edges[-1] != sequence or any(a > b for a, b in zip(edges, edges[1:], strict=False)):
-        raise ValueError(f"boundaries must ascend from 0 to {sequence}, got {list(boundaries)[:16]}")
+        raise ValueError(
+            f"boundaries: expected ascending edges from 0 to {sequence}, got {list(boundaries)[:16]}"
+        )
     widest = max((b - a for a, b in zip(edges, edges[1:], strict=False)), default=0)
     if longest is not None and widest > longest:
-        raise ValueError(f"boundaries must be of sequences of at most {longest} tokens, got one of {widest}")
+        raise ValueError(f"boundaries: expected sequences of at most {longest} tokens, got one of {widest}")
     if context_size == 1:
         return
     for start, stop in zip(edges, edges[1:], strict=False):
         if (stop - start) % (2 * context_size):
             raise ValueError(
-                f"every sequence must be a multiple of {2 * context_size} long (twice the context-parallel size), "
+                f"sequences: expected lengths that are multiples of {2 * context_size}, twice the context size, "
                 f"got one of {stop - start} from position {start}"
             )

@@ -1,4 +1,4 @@
-"""The responses to one student rank while their pieces arrive: memory and order, no network."""
+"""The responses of one student rank while their pieces arrive: memory and order, no network."""
 
 from __future__ import annotations
 
@@ -6,32 +6,34 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from .connection import Header, check_shape
 from .errors import LinkError
 from .handshake import Handshake
-from .header import Header, check_shape
 from .payload import Payload
 from .plan import Piece, Place
 from .tracing import span
-from .transport import Arrived, Destination, Transport
+from .transport import Arrived, Transport
 
 
+@dataclass
 class _Response:
-    def __init__(self, shape: tuple[int, int], tensors: list[Tensor], missing: int) -> None:
-        self.shape = shape  # of the whole micro-batch, (s, b)
-        self.tensors = tensors  # while they arrive
-        self.missing = missing  # pieces
-        self.arrived: Arrived | None = None  # once they are all here
+    shape: tuple[int, int]  # (s, b) of the whole micro-batch
+    tensors: list[Tensor]  # while pieces arrive
+    missing: int  # pieces that have not arrived
+    arrived: Arrived | None = None  # once all pieces have arrived
 
 
 class Reassembly:
-    """Assembles responses, in number order, for one epoch of the teacher after another.
+    """Assembles responses in the order of their numbers, for one epoch of the teacher after another.
 
-    handshake: the student's, which says what a header may hold at most. The rank that asks accepts what it asked for,
-    the others what it may have asked for by its credits. place: whose columns and positions these are.
-    All methods are safe to call from several threads; `changed` is notified of every piece.
+    handshake: the handshake of the student, which limits what a header may say. The request leader accepts the
+    responses that it has requested. The other ranks accept those that the credits allow it to request. place: the rank
+    whose columns and positions these are.
+    All methods are safe to call from several threads. `changed` is notified of every piece.
     """
 
     def __init__(
@@ -42,20 +44,20 @@ class Reassembly:
     ) -> None:
         self._columns = handshake.shards()[place.tensor]
         self._handshake = handshake
-        self._asks = place.asks
+        self._is_request_leader = place.is_request_leader
         self._changed = changed
-        self._expected: dict[int, tuple[int, int]] = {}  # shapes asked for, on the rank that asks
+        self._expected: dict[int, tuple[int, int]] = {}  # requested shapes, on the request leader
         self._responses: dict[int, _Response] = {}
         self._epoch = 0
         self._pieces: dict[int, Piece] = {}
-        self._next: dict[int, int] = {}  # by sender: the number that must come next
+        self._next: dict[int, int] = {}  # by sender: the number of its next response
         self.complete = 0  # responses below this number are complete here
-        self._arriving = 0  # threads in the middle of something that arrives
+        self._arriving = 0  # threads that are receiving now
         self._arriving_since = 0.0
         self._arrived_seconds = 0.0
 
     def begin(self, epoch: int, pieces: dict[int, Piece]) -> None:
-        """A new epoch, whose sender i sends pieces[i]: what an earlier one left unfinished is forgotten."""
+        """Begins an epoch, in which sender i sends pieces[i]. Unfinished responses of an earlier epoch are dropped."""
         with self._changed:
             self._epoch = epoch
             self._pieces = pieces
@@ -63,13 +65,13 @@ class Reassembly:
             self._responses = {n: r for n, r in self._responses.items() if n < self.complete}
 
     def expect(self, number: int, shape: tuple[int, int]) -> None:
-        """This rank asked for micro-batch `number` of shape (s, b)."""
+        """This rank is about to request micro-batch `number` of shape (s, b)."""
         with self._changed:
-            if number >= self.complete:  # else asked again for another rank
+            if number >= self.complete:  # else another rank lacks it
                 self._expected[number] = shape
 
     def take(self, number: int) -> Arrived | None:
-        """The payload of a complete response, which is forgotten here; None if it is not complete."""
+        """The payload of a complete response, which is removed here; None if it is not complete."""
         with self._changed:
             if number >= self.complete or number not in self._responses:
                 return None
@@ -78,7 +80,7 @@ class Reassembly:
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
-        """Around whatever arrives from the teacher: what `seconds_arriving` counts."""
+        """A context in which something arrives from the teacher. `seconds_arriving` counts its time."""
         with self._changed:
             if not self._arriving:
                 self._arriving_since = time.perf_counter()
@@ -93,23 +95,28 @@ class Reassembly:
 
     @property
     def seconds_arriving(self) -> float:
-        """How long, up to now, anything was on its way in: from a header to the last byte that belongs to it."""
+        """For how long so far something was arriving: from a header to the last byte of its message."""
         with self._changed:
             under_way = time.perf_counter() - self._arriving_since if self._arriving else 0.0
             return self._arrived_seconds + under_way
 
-    def place(self, epoch: int, sender: int, header: Header, payload: Payload, transport: Transport) -> bool:
-        """Takes in the piece that follows a header; whether that completed its response, or a later one too.
+    def receive_piece(
+        self, epoch: int, sender: int, header: Header, payload: Payload, transport: Transport
+    ) -> bool:
+        """Receives the piece that follows a header. Whether further responses are complete now.
 
-        transport: how the piece comes; the same for all senders of an epoch. LinkError if the piece may not come now,
-        ConnectionError if its epoch is over.
+        transport: that of the sender; all senders of an epoch have the same kind. LinkError if the header is wrong,
+        ConnectionError if its epoch has ended.
         """
         with self._changed:
             self._check_epoch(epoch)
             piece = self._checked(sender, header, payload)
             response = self._response(header, payload, transport)
+            columns = None  # all of them
+            if not payload.whole and piece.width != self._columns.width:
+                columns = slice(piece.start - self._columns.start, piece.stop - self._columns.start)
         with span("receive", header.number), self.arriving():
-            transport.receive(self._destinations(response.tensors, piece, payload))
+            transport.receive(response.tensors, columns)
         with self._changed:
             self._check_epoch(epoch)
             self._next[sender] += 1
@@ -117,12 +124,13 @@ class Reassembly:
             if response.missing:
                 self._changed.notify_all()
                 return False
-        arrived = transport.arrived(response.tensors)  # on its way to the device while others compute
+        # The copy to the device begins while other threads compute.
+        arrived = transport.arrived(response.tensors)
         with self._changed:
             self._check_epoch(epoch)
             response.arrived, response.tensors = arrived, []
             before = self.complete
-            # Several threads may get here in another order than that of their responses.
+            # Several threads may arrive here in another order than that of their responses.
             while (following := self._responses.get(self.complete)) and following.arrived:
                 self.complete += 1
             self._changed.notify_all()
@@ -146,7 +154,7 @@ class Reassembly:
             raise LinkError(f"its payload code {header.payload} is not {payload.code}")
         if header.number != self._next[sender]:
             raise LinkError(f"its number {header.number} is not the next one, {self._next[sender]}")
-        unasked = self._asks and header.number not in self._expected
+        unasked = self._is_request_leader and header.number not in self._expected
         if unasked or header.number >= self.complete + self._handshake.credits:
             raise LinkError(f"its number {header.number} has not been asked for")
         return piece
@@ -162,9 +170,3 @@ class Reassembly:
             tensors = payload.blank(local, header.batch, self._columns.width, transport.empty)
             response = self._responses[header.number] = _Response(shape, tensors, len(self._pieces))
         return response
-
-    def _destinations(self, tensors: list[Tensor], piece: Piece, payload: Payload) -> list[Destination]:
-        if payload.whole or piece.width == self._columns.width:
-            return [Destination(tensor) for tensor in tensors]
-        first = self._columns.start
-        return [Destination(tensor, slice(piece.start - first, piece.stop - first)) for tensor in tensors]

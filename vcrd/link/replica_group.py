@@ -1,4 +1,4 @@
-"""All ranks of one teacher replica, kept in step by small collectives over the caller's group."""
+"""All ranks of one teacher replica, kept in step by small collectives over the group of the caller."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .errors import HandshakeRefused, LinkError, StudentLost
 
-KEEPALIVE = 1.0  # seconds between collectives while rank 0 has nothing to say, far below any group's time-out
-_TEXT = 1024  # bytes of a text that is shared
+KEEPALIVE = 1.0  # seconds between collectives while rank 0 has no news, far below the timeout of any group
+_TEXT = 1024  # bytes of a reason that the ranks share
 
 
 class Outcome(IntEnum):
-    """How a task ended; the largest over all ranks is the replica's."""
+    """How a task ended. The outcome of the replica is the largest one over its ranks."""
 
     WAITING = 0
     DONE = 1
@@ -28,7 +28,7 @@ class Outcome(IntEnum):
 
 
 class ReplicaGroup:
-    """The replica's ranks; rank 0 leads. `group` None: this rank alone.
+    """The ranks of a replica, led by rank 0. `group` None: this rank is the whole replica.
 
     Every method is a collective over the group. LinkError when another rank of the replica is gone.
     """
@@ -37,10 +37,10 @@ class ReplicaGroup:
         self._group = group
         self.rank = 0 if group is None else group.rank()
         self.size = 1 if group is None else group.size()
-        # A backend that works on one kind of device dictates where the small control tensors live.
+        # A backend that supports one kind of device decides where the small control tensors are.
         on_gpu = self.size > 1 and "gloo" not in dist.get_backend(group)
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        # Reading what was agreed makes the host wait: for these small collectives, but not for the teacher's model.
+        # Reading the results makes the host wait: for these small collectives, but not for the model of the teacher.
         self._stream = torch.cuda.Stream(self._device) if on_gpu else None
 
     @property
@@ -76,13 +76,13 @@ class ReplicaGroup:
             return tensor.cpu()
 
     def conclude(self, outcome: Outcome, text: str) -> None:
-        """Ends a common task: returns if it is DONE everywhere, else raises alike everywhere."""
+        """Ends a common task. Returns if it is DONE on every rank, else raises the same error on every rank."""
         self._conclude(self.agree([outcome])[0], outcome, text)
 
     def follow_leader(self, task: Callable[[Callable[[], None]], str]) -> str:
-        """Runs `task(tick)` on rank 0 alone; its text, or its LinkError, is that of every rank.
+        """Runs `task(tick)` on rank 0 alone. Every rank returns its text, or raises its LinkError.
 
-        The task calls `tick` while it waits, which keeps the other ranks from running into a time-out.
+        The task calls `tick` while it waits, which keeps the other ranks from a timeout of their collective.
         """
         if not self.leads:
             while (worst := self.agree([Outcome.WAITING])[0]) == Outcome.WAITING:
@@ -94,13 +94,13 @@ class ReplicaGroup:
             outcome, text, result = Outcome.DONE, "", task(self._ticker())
         except LinkError as error:
             outcome, text = outcome_of(error), str(error)
-        except Exception as error:  # whatever it is, the others wait to hear of it
+        except Exception as error:  # the other ranks must get every error
             outcome, text = Outcome.BROKEN, f"rank 0 of this teacher replica failed: {error!r}"
         self.conclude(outcome, text)
         return self.share_text(result)
 
     def first_text(self, text: str) -> str:
-        """The text of the first rank that has one, on every rank; "" if none has. At most 1 KB."""
+        """The text of the first rank that has one, on every rank; "" if no rank has one. At most 1 KB."""
         if not self.agree([bool(text)])[0]:
             return ""
         raw = text.encode()[:_TEXT]
@@ -131,7 +131,7 @@ class ReplicaGroup:
             return
         raw = text.encode()[:_TEXT]
         rows = self.gather([own, len(raw), *raw, *bytes(_TEXT - len(raw))])
-        # The first rank that ended as the whole did speaks for all.
+        # The text is that of the first rank whose outcome is the one of the replica.
         length, *content = next(row for row in rows if row[0] == worst)[1:]
         text = bytes(content[:length]).decode(errors="replace")
         raise {Outcome.LOST: StudentLost, Outcome.REFUSED: HandshakeRefused}.get(Outcome(worst), LinkError)(

@@ -1,4 +1,4 @@
-"""The receiving half of a teacher replica's first rank: requests come in from the ranks that ask."""
+"""The first rank of a teacher replica receives the requests from the request leaders of the student."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .connection import Connection
+from .connection import Connection, Header, Kind, check_shape
 from .errors import LinkError, StudentLost
 from .handshake import Handshake
-from .header import Header, Kind, check_shape
 from .plan import Place, check_boundaries
 
-_PARTING = 5.0  # seconds that the answer to a goodbye may take
+_PARTING = 5.0  # seconds that sending the answer to a goodbye may take
 
 
 @dataclass(frozen=True)
 class Request:
-    """A micro-batch to answer: its number within student data rank `data_rank`; tokens int64 [b, s].
+    """A micro-batch to answer.
 
-    boundaries: the edges of the sequences that are packed into it, int64 from 0 to s; empty if it is not packed.
+    number: of the micro-batch within student data-parallel rank `data_rank`. tokens: int64 [b, s]. boundaries: edges of
+    the sequences that are packed into it, int64 from 0 to s; empty if it is not packed.
     """
 
     number: int
@@ -32,9 +32,10 @@ class Request:
 
 
 class RequestReceiver:
-    """Reads one connection per data rank, each in a thread of its own.
+    """Reads one connection per data-parallel rank of the student, each in a thread of its own.
 
-    student: its handshake, which say what a request may hold and how many may wait per data rank.
+    student: the handshake of the student. It limits the size of a request, and how many requests of a data-parallel
+    rank may wait. failure: the first error, after which no more requests are read.
     """
 
     def __init__(self, student: Handshake, connections: dict[int, Connection]) -> None:
@@ -43,7 +44,7 @@ class RequestReceiver:
         self._changed = threading.Condition()
         self._queue: deque[Request] = deque()
         self._left: set[int] = set()
-        self._failure: LinkError | None = None
+        self.failure: LinkError | None = None
         self._threads = [
             threading.Thread(target=self._read, args=item, name="vcrd-link-requests", daemon=True)
             for item in connections.items()
@@ -52,15 +53,11 @@ class RequestReceiver:
             thread.start()
 
     @property
-    def failure(self) -> LinkError | None:
-        return self._failure
-
-    @property
     def all_left(self) -> bool:
         return len(self._left) == len(self._connections)
 
     def begin(self, seconds: float) -> None:
-        """Tells every data rank that it may ask."""
+        """Tells every data-parallel rank that it may send requests."""
         for data_rank, connection in self._connections.items():
             try:
                 connection.send(Header(Kind.READY), seconds=seconds)
@@ -68,11 +65,11 @@ class RequestReceiver:
                 self._fail(StudentLost(f"{Place(data_rank, 0, 0)} closed its connection"))
 
     def take(self, limit: int, seconds: float) -> list[Request]:
-        """Up to `limit` waiting requests of one shape; [] if none came within that time, the link failed, or every
-        data rank has left. No request overtakes an earlier one of its own data rank."""
+        """Up to `limit` waiting requests of one shape. [] if none came within that time, the link has failed, or every
+        data-parallel rank has left. The requests of a data-parallel rank stay in order."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._failure or self.all_left, seconds)
-            if self._failure or not self._queue:
+            self._changed.wait_for(lambda: self._queue or self.failure or self.all_left, seconds)
+            if self.failure or not self._queue:
                 return []
             shape, passed_over = _shape(self._queue[0]), set()
             taken, kept = [], []
@@ -89,7 +86,7 @@ class RequestReceiver:
     def end(self, seconds: float) -> None:
         """Closes every connection and waits for the threads."""
         with self._changed:
-            self._failure = self._failure or LinkError("the link is closed")
+            self.failure = self.failure or LinkError("the link is closed")
         for connection in self._connections.values():
             connection.end()
         for thread in self._threads:
@@ -100,12 +97,12 @@ class RequestReceiver:
         try:
             while (header := connection.receive_header()).kind != Kind.GOODBYE:
                 self._take_in(data_rank, header, connection)
-            self._part_from(data_rank, connection)
+            self._say_goodbye(data_rank, connection)
         except (ConnectionError, TimeoutError):
             self._fail(StudentLost(f"{who} closed its connection"))
         except LinkError as error:
             self._fail(StudentLost(f"{who} sent a request that is refused: {error}"))
-        except Exception as error:  # whatever it is, next_batch must hear of it
+        except Exception as error:  # next_batch raises every error
             self._fail(LinkError(f"a request of {who} could not be taken in: {error!r}"))
         finally:
             connection.close()
@@ -132,7 +129,7 @@ class RequestReceiver:
             self._queue.append(Request(header.number, data_rank, tokens.long(), boundaries.long()))
             self._changed.notify_all()
 
-    def _part_from(self, data_rank: int, connection: Connection) -> None:
+    def _say_goodbye(self, data_rank: int, connection: Connection) -> None:
         with self._changed:
             self._left.add(data_rank)
             self._queue = deque(request for request in self._queue if request.data_rank != data_rank)
@@ -141,10 +138,10 @@ class RequestReceiver:
 
     def _fail(self, error: LinkError) -> None:
         with self._changed:
-            self._failure = self._failure or error
+            self.failure = self.failure or error
             self._changed.notify_all()
 
 
 def _shape(request: Request) -> tuple[int, int, int]:
-    """What requests that share a pass through the pipeline, and a table on their way to the other ranks, agree in."""
+    """What is equal for all requests of one batch, which the ranks of the replica share and compute together."""
     return (*request.tokens.shape, len(request.boundaries))

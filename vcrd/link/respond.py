@@ -1,4 +1,4 @@
-"""The sending half of a teacher rank of the last stage: one connection to each student rank that it serves."""
+"""A teacher rank of the last stage sends its responses: one connection to each student rank that it serves."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 from torch import Tensor
 
-from .connection import Connection
+from .connection import Connection, Header, Kind
 from .errors import LinkError, StudentLost
-from .header import Header, Kind
 from .plan import Place
 from .tracing import span
-from .transport import Endpoint, Outgoing, Sender
+from .transport.opening import Endpoint, Sender
 
-_UNDER_WAY = 4  # responses, each of which holds its encoded copy
-_LOOK = 1.0  # seconds between two looks at a transport on which nothing travels
+_UNDER_WAY = 4  # responses at once, each of which holds its encoded tensors
+_LOOK = 1.0  # seconds between two checks of a transport on which nothing travels
 
 
 class ResponseSender:
-    """Sends in the background, in the order of posting, with a writer and a reader per student rank.
+    """Sends in the background, in the order of `post`, with a writer thread and a reader thread per student rank.
 
-    firsts: by place, the number below which it needs no response. timeout: seconds in which a student must take
-    something of what is next for it; a slow network that moves is never taken for a lost student.
-    Used in this order: `open` until it succeeds, `begin`, then the rest.
+    firsts: for each place, the number below which it needs no response. timeout: a student that receives nothing for so
+    many seconds, while something is being sent to it, is lost. A slow network that moves bytes never loses a student.
+    room: acquired before a response is encoded, released when all of its pieces have been sent or dropped. It limits
+    the responses under way. failure: the first error.
+    The order of use: `open` until it succeeds, `begin`, then the other methods.
     """
 
     def __init__(
@@ -36,26 +38,22 @@ class ResponseSender:
         endpoint: Endpoint,
     ) -> None:
         self._firsts = firsts
-        self._room = threading.Semaphore(_UNDER_WAY)
+        self.room = threading.Semaphore(_UNDER_WAY)
+        self.failure: LinkError | None = None
         self._lock = threading.Lock()
-        self._failure: LinkError | None = None
         self._writers = {
             place: _Writer(place, Sender(connection, endpoint), timeout, self._fail)
             for place, connection in connections.items()
         }
 
     @property
-    def failure(self) -> LinkError | None:
-        return self._failure
-
-    @property
     def bytes_sent(self) -> int:
         return sum(writer.connection.sent for writer in self._writers.values())
 
     def open(self, transport: str, reason: str = "") -> str:
-        """Makes the transport of every pair: "" or why the first that could not be made was not.
+        """Makes the transport of every pair. "", or the reason of the first pair that could not make it.
 
-        reason: why it is not another one. StudentLost where a student is gone, LinkError where it answers nonsense.
+        reason: why it is not another transport. StudentLost where a student is gone or sends invalid data.
         """
         coming = [
             (place, writer.do(lambda sender: sender.open(transport, reason)))
@@ -64,7 +62,7 @@ class ResponseSender:
         return next((f"{place}: {why}" for place, why in _results(coming) if why), "")
 
     def refuse(self, reason: str) -> None:
-        """Tells every student that there is no transport, and why."""
+        """Tells every student rank that there is no transport, and why."""
         _results(
             [
                 (place, writer.do(lambda sender: sender.refuse(reason)))
@@ -73,34 +71,36 @@ class ResponseSender:
         )
 
     def begin(self) -> None:
-        """From now on the students may say goodbye."""
+        """From now on the student ranks may say goodbye."""
         for writer in self._writers.values():
             writer.begin()
 
     def wants(self, place: Place, number: int) -> bool:
-        """Whether a student rank is still there and lacks this response."""
+        """Whether a student rank is still connected and lacks this response."""
         return number >= self._firsts[place] and not self._writers[place].left
 
-    def stage(self, place: Place, tensor: Tensor) -> Outgoing:
-        """Takes a tensor of the current stream on its way to a student rank; nobody changes it any more."""
-        return self._writers[place].stage(tensor)
+    def post(self, response: Sequence[tuple[Place, Header, Sequence[Tensor]]]) -> None:
+        """Sends one response in the background: all pieces of it that this rank has, as tensors of the current stream.
 
-    def wait_for_room(self) -> None:
-        """Blocks while as many responses are under way as may be. Returns soon on a link that failed."""
-        self._room.acquire()
-
-    def post(self, response: Sequence[tuple[Place, Header, Sequence[Outgoing]]]) -> None:
-        """All pieces of one response that this rank sends; after `wait_for_room`."""
-        remaining = _Countdown(len(response), self._room.release)
-        for place, header, parts in response:
-            self._writers[place].send(header, parts, remaining)
+        Called after `room.acquire()`. Nobody changes the tensors any more.
+        """
+        if not response:
+            self.room.release()
+            return
+        pieces = _Countdown(len(response), self.room.release)
+        for place, header, tensors in response:
+            writer = self._writers[place]
+            transport = writer.sender.transport
+            parts = [transport.stage(tensor) for tensor in tensors]
+            writer.put(partial(writer.send, transport.send, header, parts), pieces.one_done)
 
     def send_head(self, place: Place, header: Header, rows: Tensor) -> None:
-        """Rows of the output layer, on the CPU, ahead of all responses; over the connection itself."""
-        self._writers[place].send_bytes(header, rows)
+        """Sends rows of the output layer, on the CPU, before all responses. They travel over the connection itself."""
+        writer = self._writers[place]
+        writer.put(partial(writer.send, writer.connection.send, header, rows), lambda: None)
 
     def finish(self, seconds: float) -> None:
-        """Waits, at most that long, until every student has said goodbye, then closes."""
+        """Waits, at most that long, until every student rank has said goodbye, then closes."""
         for writer in self._writers.values():
             writer.join(seconds)
         self.end(seconds)
@@ -115,11 +115,11 @@ class ResponseSender:
 
     def _fail(self, error: LinkError) -> None:
         with self._lock:
-            self._failure = self._failure or error
+            self.failure = self.failure or error
 
 
 def _results(coming: list[tuple[Place, Future]]) -> list[tuple[Place, str]]:
-    """Of all of them, in order, before the first error is raised: none is left in the middle of something."""
+    """The results in order. Waits for all of them before it raises the first error, so none is still running."""
     results: list[tuple[Place, str]] = []
     failure: LinkError | None = None
     for place, future in coming:
@@ -137,14 +137,14 @@ def _results(coming: list[tuple[Place, Future]]) -> list[tuple[Place, str]]:
 
 
 class _Countdown:
+    """Calls `done` when `one_done` has been called `count` times."""
+
     def __init__(self, count: int, done: Callable[[], None]) -> None:
         self._lock = threading.Lock()
         self._count = count
         self._done = done
-        if not count:
-            done()
 
-    def one(self) -> None:
+    def one_done(self) -> None:
         with self._lock:
             self._count -= 1
             if self._count:
@@ -153,21 +153,21 @@ class _Countdown:
 
 
 class _Writer:
-    """One connection: a thread that owns the transport and does what was put, and, from `begin` on, a thread that hears
-    the student's goodbye or its end."""
+    """One connection, with two threads: one owns the transport and does the work of `put`; the other one, from `begin`
+    on, waits for the goodbye of the student rank or for the end of the connection."""
 
     def __init__(
         self, place: Place, sender: Sender, timeout: float, fail: Callable[[LinkError], None]
     ) -> None:
+        self.sender = sender
         self.connection = sender.connection
-        self.left = False  # it has said goodbye, and reads nothing that was not under way
+        self.left = False  # it has said goodbye, and reads only what was under way
         self._place = place
-        self._sender = sender
         self._timeout = timeout
         self._fail = fail
         self._broken = False
         self._lock = threading.Lock()
-        self._over = False  # nothing is sent any more
+        self._over = False  # no work is done any more
         self._all_sent = threading.Event()
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._owner = threading.Thread(target=self._run, name="vcrd-link-writer", daemon=True)
@@ -175,30 +175,13 @@ class _Writer:
         self._owner.start()
 
     def do(self, task: Callable[[Sender], str]) -> Future:
-        """Runs it in the thread that owns the transport; before `begin`."""
+        """Runs the task in the thread that owns the transport; before `begin`."""
         future: Future = Future()
-        self._put((lambda: _run_into(future, task, self._sender), future.cancel))
+        self.put(partial(_run_into, future, task, self.sender), future.cancel)
         return future
 
     def begin(self) -> None:
         self._reader.start()
-
-    def stage(self, tensor: Tensor) -> Outgoing:
-        return self._sender.transport.stage(tensor)
-
-    def send(self, header: Header, parts: Sequence[Outgoing], countdown: _Countdown) -> None:
-        def work() -> None:
-            if not (self.left or self._broken):
-                self._send(header, lambda: self._sender.transport.send(header, parts, seconds=self._timeout))
-
-        self._put((work, countdown.one))
-
-    def send_bytes(self, header: Header, rows: Tensor) -> None:
-        def work() -> None:
-            if not (self.left or self._broken):
-                self._send(header, lambda: self.connection.send(header, rows, seconds=self._timeout))
-
-        self._put((work, lambda: None))
 
     def end(self) -> None:
         self._broken = True
@@ -206,25 +189,25 @@ class _Writer:
         self._queue.put(None)
 
     def join(self, seconds: float) -> None:
-        if self._reader.ident is None:  # it never began
+        if self._reader.ident is None:  # `begin` was not called
             self.end()
         else:
             self._reader.join(seconds)
         self._owner.join(seconds)
 
-    def _put(self, item: tuple[Callable[[], None], Callable[[], object]]) -> None:
-        """Work, and what is called when it is done or will not be done."""
+    def put(self, work: Callable[[], None], done: Callable[[], object]) -> None:
+        """Lets the thread that owns the transport do this work. done: called when it is done or will not be done."""
         with self._lock:
             if not self._over:
-                self._queue.put(item)
+                self._queue.put((work, done))
                 return
-        item[1]()
+        done()
 
     def _run(self) -> None:
         while (item := self._next()) is not None:
             work, done = item
             work()
-            del item, work  # with them go the encoded copies
+            del item, work  # frees the encoded tensors
             done()
         with self._lock:
             self._over = True
@@ -234,7 +217,7 @@ class _Writer:
         self._all_sent.set()
         if self._reader.ident is not None:
             self._reader.join()
-        self._sender.close()
+        self.sender.close()
 
     def _next(self) -> tuple[Callable[[], None], Callable[[], object]] | None:
         while True:
@@ -244,14 +227,17 @@ class _Writer:
                 pass
             try:
                 if not self._broken:
-                    self._sender.check()
+                    self.sender.check()
             except ConnectionError as error:
                 self._lose(f"cannot be sent to: {error}")
 
-    def _send(self, header: Header, send: Callable[[], None]) -> None:
+    def send(self, send: Callable[..., None], header: Header, what: object) -> None:
+        """Sends a header and what belongs to it by this method of the transport or of the connection."""
+        if self.left or self._broken:
+            return
         try:
             with span("send", header.number):
-                send()
+                send(header, what, seconds=self._timeout)
         except ConnectionError as error:
             self._lose("closed its connection" if self.connection.is_over else f"cannot be sent to: {error}")
         except TimeoutError as error:
@@ -270,9 +256,9 @@ class _Writer:
                 raise LinkError(f"a {header.kind.name.lower()} from there is not expected")
             self.left = True
             self._queue.put(None)
-            self._all_sent.wait()  # the student drains what is under way
+            self._all_sent.wait()  # the student rank reads what is under way
             self.connection.send(Header(Kind.GOODBYE), seconds=self._timeout)
-            self._hear_the_end()
+            self._wait_for_the_end()
         except (ConnectionError, TimeoutError):
             self._lose("closed its connection")
         except LinkError as error:
@@ -280,8 +266,8 @@ class _Writer:
         finally:
             self._queue.put(None)
 
-    def _hear_the_end(self) -> None:
-        """What this end has sent may still be on its way into the student; that closes when it has everything."""
+    def _wait_for_the_end(self) -> None:
+        """Waits until the student rank closes the connection: then it has received everything that was sent."""
         try:
             self.connection.receive_header()
         except (ConnectionError, LinkError):

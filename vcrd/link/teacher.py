@@ -1,4 +1,4 @@
-"""The teacher's end of the link: takes in requests, spreads them over its ranks, answers in shards."""
+"""The end of the teacher: it receives requests, broadcasts them to its ranks, and answers in shards."""
 
 from __future__ import annotations
 
@@ -16,32 +16,31 @@ from torch import Tensor
 
 from vcrd.settings import LinkSettings
 
+from .connection import Header, Kind
 from .errors import LinkError, StudentLost
 from .handshake import Handshake, Head, Tokenizer
-from .header import Header, Kind
-from .payload import STATE_DTYPES, encode, payload_named, row_max
+from .payload import STATE_DTYPES, encode, payload_named, row_max, top_k_of
 from .plan import Place, context_rows
 from .replica_group import KEEPALIVE, Outcome, ReplicaGroup, outcome_of
 from .requests import Request
 from .teacher_session import TeacherSession, join
-from .topk import top_k_of
 from .tracing import span
-from .transport import Endpoint, Outgoing
+from .transport.opening import Endpoint
 
 _log = logging.getLogger("vcrd")
 _PARTING = 10.0  # seconds that close() gives the goodbyes
-_WEIGHTS = 1 << 62  # the modulus of what stands for the weights: a share fits into int64
-_IDLE, _BATCH, _DONE = range(3)  # what rank 0 says to the others
+_WEIGHTS = 1 << 62  # the modulus of the digest of the weights: a share fits into int64
+_IDLE, _BATCH, _DONE = range(3)  # what rank 0 tells the other ranks
 
 
 class TeacherLink:
-    """One rank of a teacher replica. All ranks of the replica stay in step over `group`, their own; its rank 0 takes in
-    the requests, and the ranks of its last stage answer.
+    """One rank of a teacher replica. All ranks of the replica stay in step over `group`. Rank 0 of `group` receives the
+    requests, and the ranks of the last stage answer.
 
-    A lost student is waited for, inside `next_batch`, and its requests are forgotten: it asks again. A replica that
-    loses one of its own ranks is lost as a whole and raises LinkError, on every rank alike.
+    `next_batch` waits for a lost student and drops its requests, because the student sends them again. A replica that
+    loses one of its own ranks fails as a whole, with LinkError on every rank.
 
-    blocked: seconds in which `respond` waited for earlier answers to be sent.
+    blocked: seconds in which `respond` has waited for earlier answers to be sent.
     """
 
     def __init__(
@@ -65,12 +64,10 @@ class TeacherLink:
         self._payload = handshake.content()
         self._head_weight = head_weight
         self._shard = handshake.shards()[tensor_rank or 0]
-        self._done = False  # every student has said goodbye
+        self._done = False  # every student rank has said goodbye
         self.blocked = 0.0
-        self._sessions: list[
-            TeacherSession
-        ] = []  # the one that stands, if any: what a forgotten link has to end
-        # A forgotten link must not leave threads behind that would run into the interpreter's end.
+        self._sessions: list[TeacherSession] = []  # the open one, if any; the finalizer ends it
+        # A forgotten link must not leave threads behind that still run when the interpreter exits.
         self._finalizer = weakref.finalize(self, _end_all, self._sessions)
 
     @classmethod
@@ -95,28 +92,28 @@ class TeacherLink:
         weights: int | None = None,
         checkpoint: str = "",
     ) -> TeacherLink:
-        """Joins the student job; every rank of the replica calls it, and blocks until the students are there.
+        """Joins the student job. Every rank of the replica calls it, and blocks until the student ranks are connected.
 
-        vocab_size: true columns. padded_vocab_size: the teacher's, divided evenly over tensor_size.
-        group: all ranks of this replica, any backend; None when this rank is all of it. Its rank 0 takes in
-        the requests. tensor_group: the tensor-parallel group, for the row maximum and the top k; None when
-        tensor_size is 1. head, head_weight: with the payload "hidden", on the last stage: what the output layer is,
-        and this rank's rows of it, [padded_vocab_size / tensor_size, head.size]. device: where `respond`'s outputs lie;
-        None: the current GPU, or the CPU where torch finds none. tokenizer: that the model was trained with, None if
-        not known. weights: this rank's share of a number that stands for the replica's weights, from 0 to 2^62 - 1: the
-        shares of its ranks are added modulo 2^62; None if not known. checkpoint: what people call these weights. Of
-        tokenizer and checkpoint rank 0's count.
+        vocab_size: true columns. padded_vocab_size: that of the teacher, a multiple of tensor_size. group: all ranks of
+        this replica, any backend; None when this rank is the whole replica. Its rank 0 receives the requests.
+        tensor_group: the tensor-parallel group, for the row maximum and the top k; None when tensor_size is 1. head,
+        head_weight: with the payload "hidden", on the last stage: the output layer, and the rows of it that this rank
+        has, [padded_vocab_size / tensor_size, head.size]. device: where `respond`'s outputs lie; None: the current GPU,
+        or the CPU where torch finds none. tokenizer: the one that the model was trained with, None if not known.
+        weights: the share of this rank of a digest of the weights, from 0 to 2^62 - 1. The shares of the ranks are
+        added modulo 2^62; None if not known. checkpoint: a name of these weights for people. tokenizer and checkpoint
+        count on rank 0 only.
 
-        Raises, on every rank alike, StudentLost or LinkError after `connect_timeout`, HandshakeRefused
-        when the jobs do not fit, ValueError when the replica's ranks contradict each other.
+        Raises on every rank: StudentLost or LinkError after `connect_timeout`, HandshakeRefused
+        when the jobs do not fit, ValueError when the arguments of the ranks differ.
         """
         if not 0 <= tensor_rank < tensor_size:
-            raise ValueError(f"tensor_rank must be in [0, {tensor_size}), got {tensor_rank}")
+            raise ValueError(f"tensor_rank: expected an integer in [0, {tensor_size}), got {tensor_rank}")
         if not 0 <= replica < replicas:
-            raise ValueError(f"replica must be in [0, {replicas}), got {replica}")
+            raise ValueError(f"replica: expected an integer in [0, {replicas}), got {replica}")
         if is_last_stage and tensor_size > 1 and tensor_group is None:
-            raise ValueError(f"tensor_group must be given for tensor_size {tensor_size}, got None")
-        settings.shared_secret()  # a file that cannot be read is told before any collective
+            raise ValueError(f"tensor_group: expected a group for tensor_size {tensor_size}, got None")
+        settings.shared_secret()  # an unreadable file raises its error before any collective
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         endpoint = Endpoint(settings.transport, where, sockets=settings.sockets)
         handshake = Handshake.of(
@@ -144,13 +141,13 @@ class TeacherLink:
     def next_batch(self, limit: int) -> list[Request] | None:
         """The next 1 to `limit` requests, all of one shape, oldest first; the same list on every rank.
 
-        Waits for as long as the students ask nothing, and up to `connect_timeout` seconds for a lost student. None
-        once every student rank has said goodbye. Raises StudentLost when no student came back, LinkError when a rank
-        of this replica is lost. Collectives over `group`: one all-reduce of 6 int64, about once a second
-        while waiting, and one broadcast per batch.
+        Waits without a limit while the students request nothing, and up to `connect_timeout` seconds for a lost
+        student. Returns None once every data-parallel rank has said goodbye. Raises StudentLost when no student has
+        come back, LinkError when a rank of this replica is lost. Collectives over `group`: one all-reduce of 6 int64,
+        about once a second while waiting, and one broadcast per batch.
         """
         if limit < 1:
-            raise ValueError(f"limit must be at least 1, got {limit}")
+            raise ValueError(f"limit: expected at least 1, got {limit}")
         while True:
             session = self._sessions[0]
             requests, done = session.take(limit, KEEPALIVE) if self._replica_group.leads else ([], False)
@@ -165,16 +162,16 @@ class TeacherLink:
                 return self._spread(requests, *shape)
 
     def respond(self, request: Request, output: Tensor) -> None:
-        """Sends the answer, of any float dtype, to those who need it.
+        """Sends the answer, of any float dtype, to the student ranks that need it.
 
         output: logits [s, b, padded_vocab_size / tensor_size]; with the payload "hidden" the last hidden states
         [s, b, head.size], the same on every tensor rank. Called on every rank of the last stage, for each request of a
-        batch in order. Encodes at once, sends in the background; blocks while as many responses as may be are under
-        way. A student that is lost shows in `next_batch`, not here. Collectives over `tensor_group`: one all-reduce
+        batch in order. Encodes at once and sends in the background. Blocks while four responses are under way. The loss
+        of a student raises its error in `next_batch`, not here. Collectives over `tensor_group`: one all-reduce
         for the payloads that are relative to the row's maximum; for "topk" those of `top_k_of`.
         """
         if self._tensor_rank is None:
-            raise ValueError("respond must be called on ranks of the last stage only")
+            raise ValueError("respond: expected a call on a rank of the last stage, got one on another stage")
         self._check_output(request, output)
         session = self._sessions[0]
         with span("encode", request.number):
@@ -182,32 +179,31 @@ class TeacherLink:
         if session.failure:
             return
         begun = time.perf_counter()
-        session.responses.wait_for_room()
+        session.responses.room.acquire()
         self.blocked += time.perf_counter() - begun
         with span("encode", request.number):
-            response = self._pieces(session, request, tensors, top)
-        session.responses.post(response)
+            session.responses.post(self._pieces(session, request, tensors, top))
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of responses that this rank has handed to the network since the student last joined."""
-        # Another thread may read this while the session is replaced.
+        """Bytes of responses that this rank has given to the network since the student last joined."""
+        # Another thread may call this while the session is replaced.
         responses = next((session.responses for session in list(self._sessions)), None)
         return responses.bytes_sent if responses else 0
 
     def close(self) -> None:
-        """Ends this rank's part: after `next_batch` gave None, or on a failure. Idempotent, bounded."""
+        """Closes the link of this rank, after `next_batch` has returned None or on an error. Idempotent, bounded."""
         if self._finalizer.detach() is None:
             return
         while self._sessions:
             session = self._sessions.pop()
             if self._done:
                 session.finish(min(_PARTING, self._settings.timeout))
-            else:  # no student is about to say goodbye
+            else:  # no goodbye will arrive
                 session.end()
 
     def _whole_rows(self, output: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """What concerns whole rows of the vocabulary, before they are cut into pieces; with their maxima if needed."""
+        """The tensors of the payload before they are cut into pieces, and the row maxima that it needs."""
         if self._payload.name == "hidden":
             return [output], None
         logits = output[..., : self._shard.width]
@@ -217,8 +213,8 @@ class TeacherLink:
 
     def _pieces(
         self, session: TeacherSession, request: Request, tensors: list[Tensor], top: Tensor | None
-    ) -> list[tuple[Place, Header, list[Outgoing]]]:
-        """What this rank sends of one response: by receiver, the positions and columns that it lacks."""
+    ) -> list[tuple[Place, Header, list[Tensor]]]:
+        """The pieces that this rank sends of one response: for each receiver, its positions and columns."""
         batch, sequence = request.tokens.shape
         boundaries, response = request.boundaries.tolist(), []
         for place, piece in session.pieces:
@@ -242,7 +238,7 @@ class TeacherLink:
                 stop=piece.stop,
                 payload=self._payload.code,
             )
-            response.append((place, header, [session.responses.stage(place, part) for part in parts]))
+            response.append((place, header, parts))
         return response
 
     def _check_output(self, request: Request, output: Tensor) -> None:
@@ -255,7 +251,7 @@ class TeacherLink:
         )
         if output.shape != (sequence, batch, width) or not output.dtype.is_floating_point:
             raise ValueError(
-                f"{'states' if hidden else 'logits'} must be a float tensor {[sequence, batch, width]}, "
+                f"{'states' if hidden else 'logits'}: expected a float tensor {[sequence, batch, width]}, "
                 f"got {output.dtype} {list(output.shape)}"
             )
 
@@ -265,9 +261,9 @@ class TeacherLink:
             self._handshake,
             self._replica_group,
             self._endpoint,
-            self._replica,
-            self._tensor_rank,
-            self._head_weight,
+            replica=self._replica,
+            tensor_rank=self._tensor_rank,
+            head_weight=self._head_weight,
         )
         self._sessions.append(session)
         if session.responses and self._head_weight is not None:
@@ -277,7 +273,7 @@ class TeacherLink:
             _log.info("teacher replica %d serves student data ranks %s", self._replica, ranks)
 
     def _rejoin(self, failure: LinkError | None) -> None:
-        """Collective. Ends the session that failed and waits for the student to come back."""
+        """Collective. Ends the session that has failed and waits for the student to come back."""
         try:
             self._replica_group.conclude(outcome_of(failure) if failure else Outcome.DONE, str(failure or ""))
         except StudentLost as lost:
@@ -321,7 +317,7 @@ def _rows(tensor: Tensor, spans: Sequence) -> Tensor:
 
 
 def _command(requests: list[Request], done: bool) -> Sequence[int]:
-    """What rank 0 says, and the other ranks' zeros under it: kind, count, b, s, boundaries."""
+    """What rank 0 tells the other ranks, which contribute zeros: kind, count, b, s, boundaries."""
     if done:
         return (_DONE, 0, 0, 0, 0)
     if not requests:
@@ -330,22 +326,22 @@ def _command(requests: list[Request], done: bool) -> Sequence[int]:
 
 
 def _checked_head(head: Head | None, weight: Tensor | None, width: int) -> Tensor:
-    """The weight on the CPU, as it travels; ValueError if it does not fit what `head` says."""
+    """The weight on the CPU, in the form in which it is sent; ValueError if it does not fit `head`."""
     if head is None or weight is None:
         raise ValueError(
-            "head and head_weight must be given on the last stage with the payload 'hidden', got None"
+            "head, head_weight: expected both on the last stage with the payload 'hidden', got None"
         )
     if weight.shape != (width, head.size) or weight.dtype != STATE_DTYPES[head.dtype]:
         raise ValueError(
-            f"head_weight must be {head.dtype} {[width, head.size]}, got {weight.dtype} {list(weight.shape)}"
+            f"head_weight: expected {head.dtype} {[width, head.size]}, got {weight.dtype} {list(weight.shape)}"
         )
     return weight.detach().cpu().contiguous()
 
 
 def _agreed(replica_group: ReplicaGroup, handshake: Handshake, replica: int, sender: int) -> Handshake:
-    """The handshake with the last stage's output layer in it, on every rank.
+    """The handshake with the output layer of the last stage in it, on every rank.
 
-    ValueError on every rank if the ranks do not make up one replica. sender: this rank's tensor rank if it is on the
+    ValueError on every rank if the ranks do not form one replica. sender: the tensor rank of this rank if it is on the
     last stage, else -1.
     """
     own = [
@@ -362,16 +358,16 @@ def _agreed(replica_group: ReplicaGroup, handshake: Handshake, replica: int, sen
     rows = replica_group.gather([sender, *_head_numbers(handshake.head), handshake.nccl, *own])
     if any(row[6:] != rows[0][6:] for row in rows):
         raise ValueError(
-            f"the ranks of a teacher replica must be given equal arguments, got {[row[6:] for row in rows]}"
+            f"arguments: expected equal ones on every rank of a teacher replica, got {[row[6:] for row in rows]}"
         )
     senders = sorted(row[0] for row in rows if row[0] >= 0)
     if senders != list(range(handshake.tensor_size)):
         raise ValueError(
-            f"group must hold each tensor rank of the last stage once, got tensor ranks {senders}"
+            f"group: expected each tensor rank of the last stage once, got tensor ranks {senders}"
         )
     heads = [row[1:5] for row in rows if row[0] >= 0]
     if any(head != heads[0] for head in heads):
-        raise ValueError(f"head must be equal on every rank of the last stage, got {heads}")
+        raise ValueError(f"head: expected an equal one on every rank of the last stage, got {heads}")
     versions = {row[5] for row in rows if row[0] >= 0}
     nccl = versions.pop() if len(versions) == 1 else 0
     return replace(handshake, head=_head_of(heads[0]), nccl=nccl)
@@ -390,7 +386,7 @@ def _identified(replica_group: ReplicaGroup, handshake: Handshake, weights: int 
 
 
 def _head_numbers(head: Head | None) -> list[int]:
-    """A head as integers that a collective can carry, the two floats bit by bit."""
+    """A head as int64 numbers for a collective, the two floats as their bits."""
     if head is None:
         return [0, 0, 0, 0]
     bits = struct.unpack("<2q", struct.pack("<2d", head.scale, head.softcap))

@@ -1,4 +1,4 @@
-"""One epoch of a teacher replica: how its ranks join the students, and the connections that stand then."""
+"""One epoch of a teacher replica: how its ranks connect to the student ranks, and the open connections."""
 
 from __future__ import annotations
 
@@ -13,31 +13,26 @@ from torch import Tensor
 from vcrd.settings import LinkSettings
 
 from . import handshake as stated
-from .connection import Connection, digest_of
+from .connection import Address, Connection, Header, Kind, dial, digest_of
 from .errors import HandshakeRefused, LinkError, StudentLost
 from .handshake import Handshake
-from .header import Header, Kind
 from .plan import Piece, Place, overlaps, pieces_of
 from .rendezvous import ask_until
 from .replica_group import Outcome, ReplicaGroup, outcome_of
 from .requests import Request, RequestReceiver
 from .respond import ResponseSender
-from .transport import Endpoint
-from .wire import Address, dial
+from .transport.opening import Endpoint
 
 _log = logging.getLogger("vcrd")
-_DIAL = (
-    30.0  # seconds for a student rank to let a sender in, once the rank that asks has let the first one in
-)
-_PAUSE = 0.02  # seconds between two attempts at first; it doubles up to
-_LONGEST_PAUSE = 0.25
-_INSISTING = ("nccl",)  # the settings of `transport` that allow no other one
+_DIAL = 30.0  # seconds for a student rank to admit a sender, once the request leader has admitted the replica
+_PAUSE, _LONGEST_PAUSE = 0.02, 0.25  # seconds between two attempts: first, and at most
+_INSISTING = ("nccl",)  # settings of `transport` that allow no other transport
 
 
 class TeacherSession:
-    """This rank's connections of one epoch. requests: on rank 0. responses: on ranks of the last stage.
+    """The connections of this rank in one epoch. requests: on rank 0. responses: on ranks of the last stage.
 
-    pieces: what this rank sends of each response, with its receivers. head_pieces: its rows of the output layer.
+    pieces: what this rank sends of each response, with the receivers. head_pieces: what it sends of the output layer.
     """
 
     def __init__(
@@ -65,7 +60,7 @@ class TeacherSession:
 
     @property
     def receivers(self) -> list[Place]:
-        """The student ranks that this rank sends to."""
+        """The student ranks to which this rank sends."""
         wanted = {place for place, _ in self.pieces} | self.head_pieces.keys()
         return [place for place in self.places if place in wanted]
 
@@ -76,7 +71,7 @@ class TeacherSession:
         return self.responses.failure if self.responses else None
 
     def take(self, limit: int, seconds: float) -> tuple[list[Request], bool]:
-        """On rank 0: the next requests, and whether every student has left."""
+        """On rank 0: the next requests, and whether every data-parallel rank has left."""
         requests = self.requests.take(limit, seconds)
         return requests, not requests and self.requests.all_left
 
@@ -87,13 +82,13 @@ class TeacherSession:
         timeout: float,
         endpoint: Endpoint,
     ) -> None:
-        """Takes over what the students have let in."""
+        """Takes over the connections that the student ranks have admitted, with their replies."""
         firsts = {place: reply["first"] for place, reply in replies.items()}
         self._lack_head = {place for place, reply in replies.items() if reply["head"]}
         self.responses = ResponseSender(connections, firsts, timeout, endpoint)
 
     def send_head(self, weight: Tensor) -> None:
-        """This rank's rows of the output layer [columns, size], to those who lack them."""
+        """Sends the rows of the output layer [columns, size] that this rank has to the student ranks that lack them."""
         for place in self._lack_head:
             piece = self.head_pieces[place]
             header = Header(Kind.HEAD, self._teacher.head.size, start=piece.start, stop=piece.stop)
@@ -103,7 +98,7 @@ class TeacherSession:
         return weight[piece.start - self._first_column : piece.stop - self._first_column]
 
     def finish(self, seconds: float) -> None:
-        """Waits, at most that long, until the students have parted; then closes."""
+        """Waits, at most that long, until the student ranks have said goodbye; then closes."""
         if self.responses:
             self.responses.finish(0.0 if self.failure else seconds)
         if self.requests:
@@ -126,27 +121,27 @@ def join(
     tensor_rank: int | None,
     head_weight: Tensor | None,
 ) -> TeacherSession:
-    """Collective over `replica_group`: every rank's connections of a new epoch.
+    """Collective over `replica_group`: the connections of every rank in a new epoch.
 
-    Rank 0 first asks the rendezvous for an epoch and lets the ranks that ask admit it, all of which takes at most
-    `connect_timeout` seconds; then every rank of the last stage dials its students and
-    makes a transport to each of them.
-    StudentLost, on every rank alike, when they do not come in time; HandshakeRefused when the jobs do not fit.
+    First rank 0 gets an epoch from the rendezvous and connects to the request leaders. That takes at most
+    `connect_timeout` seconds. Then every rank of the last stage connects to its student ranks and makes a transport to
+    each of them.
+    StudentLost on every rank when the student is not there in time; HandshakeRefused when the jobs do not fit.
     """
-    knocking = _Knocking(settings, handshake, replica)
+    admission = _Admission(settings, handshake, replica)
     while True:
         try:
-            found = json.loads(replica_group.follow_leader(knocking.run))
+            found = json.loads(replica_group.follow_leader(admission.run))
         except BaseException:
-            knocking.give_up()
+            admission.give_up()
             raise
         student = stated.read(found["handshake"], "student")
         if replica_group.leads:
-            for doubt in found.get("doubts", []):  # the student's log has it too
+            for doubt in found.get("doubts", []):  # the log of the student has it too
                 _log.warning("teacher replica %d: %s", replica, doubt)
         session = TeacherSession(student, handshake, student.places(replica, handshake.copies), tensor_rank)
         if replica_group.leads:
-            session.requests = RequestReceiver(student, knocking.connections)
+            session.requests = RequestReceiver(student, admission.connections)
         hello = {
             "run": settings.name,
             "role": "sender",
@@ -162,7 +157,7 @@ def join(
                 _dial_students(settings, session, hello, addresses, head_weight, endpoint)
         except LinkError as error:
             outcome, text = outcome_of(error), str(error)
-        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+        except Exception as error:  # the other ranks must get every error
             outcome, text = (
                 Outcome.BROKEN,
                 f"a rank of this teacher replica cannot dial the student: {error!r}",
@@ -170,11 +165,9 @@ def join(
         try:
             replica_group.conclude(outcome, text)
             _open_transports(settings, student, handshake, replica_group, session, endpoint)
-        except (
-            StudentLost
-        ) as error:  # on every rank: a student rank that was there has gone, or changed its mind
+        except StudentLost as error:  # on every rank: a student rank is gone or waits for another epoch
             session.end()
-            knocking.reason = str(error)
+            admission.reason = str(error)
             continue
         except LinkError:
             session.end()
@@ -194,13 +187,13 @@ def _open_transports(
     session: TeacherSession,
     endpoint: Endpoint,
 ) -> None:
-    """Collective over `replica_group`. One transport for all pairs of the replica: TCP for all where one failed."""
+    """Collective over `replica_group`. One kind of transport for all pairs: TCP for all where one pair has failed."""
     name, reason = stated.transport_of(student, teacher, endpoint.missing)
     why = _opened(replica_group, session, name, reason)
     if why and {student.transport, teacher.transport} & {*_INSISTING}:
         reason = f"transport is {name!r}, and {why}"
         if session.responses:
-            with suppress(LinkError):  # a student that is gone need not hear it, and the other ranks wait
+            with suppress(LinkError):  # the student may be gone
                 session.responses.refuse(reason)
         replica_group.conclude(Outcome.REFUSED, f"the link is refused: {reason}")
     if why:
@@ -211,13 +204,13 @@ def _open_transports(
 
 
 def _opened(replica_group: ReplicaGroup, session: TeacherSession, name: str, reason: str) -> str:
-    """Collective over `replica_group`: "" or, on every rank alike, why it could not be opened for some pair."""
+    """Collective over `replica_group`. Opens the transport of every pair. "", or on every rank the first reason."""
     outcome, text, why = Outcome.DONE, "", ""
     try:
         why = session.responses.open(name, reason) if session.responses else ""
     except LinkError as error:
         outcome, text = outcome_of(error), str(error)
-    except Exception as error:  # whatever it is, the other ranks wait to hear of it
+    except Exception as error:  # the other ranks must get every error
         outcome, text = (
             Outcome.BROKEN,
             f"a rank of this teacher replica cannot open its transports: {error!r}",
@@ -226,8 +219,8 @@ def _opened(replica_group: ReplicaGroup, session: TeacherSession, name: str, rea
     return replica_group.first_text(why)
 
 
-class _Knocking:
-    """How rank 0 gets a replica admitted; keeps the connections to the ranks that ask, by data rank."""
+class _Admission:
+    """How rank 0 gets its replica admitted. connections: to the request leaders, by data-parallel rank."""
 
     def __init__(self, settings: LinkSettings, handshake: Handshake, replica: int) -> None:
         self._settings = settings
@@ -235,24 +228,26 @@ class _Knocking:
         self._deadline = time.monotonic() + settings.connect_timeout
         self._pause = _PAUSE
         self.connections: dict[int, Connection] = {}
-        self.reason = ""  # why the last epoch had no future
+        self.reason = ""  # why the last epoch failed
 
     def run(self, tick: Callable[[], None]) -> str:
-        """The rendezvous' reply, as text, once every rank that asks has admitted its epoch."""
+        """The reply of the rendezvous, as text, once every request leader has admitted its epoch."""
         while True:
             if self.reason:
                 if time.monotonic() > self._deadline:
                     raise StudentLost(f"the student could not be joined {self._within()}: {self.reason}")
-                self._rest(tick)
+                self._pause_between(tick)
             reply = self._found(tick)
             student = stated.read(reply["handshake"], "student")
             places = student.places(self._hello["replica"], self._hello["handshake"]["copies"])
-            askers = [(p, tuple(a)) for p, a in zip(places, reply["addresses"], strict=True) if p.asks]
+            leaders = [
+                (p, tuple(a)) for p, a in zip(places, reply["addresses"], strict=True) if p.is_request_leader
+            ]
             self.connections = {}
             try:
-                for place, address in askers:
-                    self._knock(place, address, int(reply["epoch"]), tick)
-            except ConnectionError as error:  # that epoch has no future: begin anew
+                for place, address in leaders:
+                    self._connect(place, address, int(reply["epoch"]), tick)
+            except ConnectionError as error:  # this epoch cannot be completed: start again
                 self.give_up()
                 self.reason = str(error)
                 continue
@@ -262,7 +257,7 @@ class _Knocking:
         for connection in self.connections.values():
             connection.close()
 
-    def _rest(self, tick: Callable[[], None]) -> None:
+    def _pause_between(self, tick: Callable[[], None]) -> None:
         tick()
         time.sleep(self._pause)
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
@@ -279,7 +274,7 @@ class _Knocking:
             raise StudentLost(f"the student's ranks did not all come {self._within()}")
         return reply
 
-    def _knock(self, place: Place, address: Address, epoch: int, tick: Callable[[], None]) -> None:
+    def _connect(self, place: Place, address: Address, epoch: int, tick: Callable[[], None]) -> None:
         hello = {"run": self._settings.name, "role": "requests", "epoch": epoch, **self._hello}
         while True:
             connection, reply = dial(address, self._settings.shared_secret(), hello)
@@ -293,7 +288,7 @@ class _Knocking:
                 raise ConnectionError(f"{place} waits for a later epoch")
             if time.monotonic() > self._deadline:
                 raise StudentLost(f"{place} still has a teacher replica {hello['replica']} {self._within()}")
-            self._rest(tick)
+            self._pause_between(tick)
 
     def _within(self) -> str:
         seconds = self._settings.connect_timeout
@@ -318,7 +313,7 @@ def _dial_students(
             if piece is not None and piece not in digests:
                 digests[piece] = digest_of(session.rows_of(head_weight, piece))
             own = {**hello, "digest": digests.get(piece)}
-            connections[place], replies[place] = _let_in(place, addresses[place], secret, own)
+            connections[place], replies[place] = _admitted(place, addresses[place], secret, own)
     except BaseException:
         for connection in connections.values():
             connection.close()
@@ -326,7 +321,7 @@ def _dial_students(
     session.admit(connections, replies, settings.timeout, endpoint)
 
 
-def _let_in(place: Place, address: Address, secret: str, hello: dict) -> tuple[Connection, dict]:
+def _admitted(place: Place, address: Address, secret: str, hello: dict) -> tuple[Connection, dict]:
     deadline = time.monotonic() + _DIAL
     while True:
         try:

@@ -1,13 +1,14 @@
-"""The link's own work in a torch.profiler trace, and the traces of both jobs as one file.
+"""The work of the link in a torch.profiler trace, and the traces of both jobs in one file.
 
     with vcrd.link.trace("student.json"):  # a few steps, in either job, on any rank
         ...
 
     vcrd.link.merge_traces("both.json", ["student.json", "teacher.json"])
 
-Open both.json in ui.perfetto.dev or chrome://tracing: one row of threads per process, on one clock. The ranges are
-"vcrd.link WHAT N" with N the micro-batch: request, wait and receive in the student; encode and send in the teacher,
-each in the thread where it happens. A torch.profiler of the caller's own shows those of its own thread.
+Open both.json in ui.perfetto.dev or chrome://tracing. It has the threads of every process on one clock. The ranges are
+"vcrd.link WHAT N", where N is the micro-batch. WHAT is request, wait or receive in the student, and encode or send in
+the teacher. Each range is in the thread that does the work. A torch.profiler of the caller sees the ranges of its own
+thread only.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-_APART = 10**8  # between the process numbers of two files; larger than any process number
+_APART = 10**8  # added to the process numbers of each further file; larger than any process number
 
 
 def span(what: str, number: int) -> record_function:
-    """A range of the trace; without a profiler some microseconds for nothing."""
+    """A range of the trace. Without a profiler it costs some microseconds."""
     return record_function(f"vcrd.link {what} {number}")
 
 
 @contextmanager
 def trace(path: str | Path, name: str | None = None) -> Iterator[None]:
-    """Writes what all threads of this process do meanwhile, and its GPU, to `path` as a Chrome trace.
+    """Records all threads of this process and its GPU, and writes them to `path` as a Chrome trace.
 
-    name: of the process in the trace; None: the file's. Holds every event in memory, so trace a few steps at a time.
-    torch before 2.7 records the calling thread only.
+    name: the name of the process in the trace; None: the name of the file. Every event is held in memory, so trace a
+    few steps at a time. torch before 2.7 records the calling thread only.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,9 +58,9 @@ def trace(path: str | Path, name: str | None = None) -> Iterator[None]:
 
 
 def merge_traces(merged: str | Path, paths: Sequence[str | Path]) -> None:
-    """Writes the Chrome traces in these files as one: processes in their order, all on the first one's clock.
+    """Writes the Chrome traces in these files as one file: processes in order, on the clock of the first file.
 
-    Traces of two machines are as far apart as their clocks.
+    The traces of two machines differ by as much as the clocks of the machines.
     """
     contents = [json.loads(Path(path).read_text()) for path in paths]
     base = contents[0]["baseTimeNanoseconds"]
@@ -70,7 +71,7 @@ def merge_traces(merged: str | Path, paths: Sequence[str | Path]) -> None:
             event = {**event, "pid": _apart(event.get("pid", 0), place)}
             if "ts" in event:
                 event["ts"] += shift
-            if "id" in event:  # of arrows, from a call to what it started on a GPU
+            if "id" in event:  # the number of an arrow from a call to the kernel that it launched
                 event["id"] = _apart(event["id"], place)
             if event["name"] == "process_sort_index":
                 event["args"] = {"sort_index": event["args"]["sort_index"] % _APART + place * _APART}

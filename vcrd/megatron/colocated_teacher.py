@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vcrd.errors import expected, wrong_type
 from vcrd.link.handshake import Tokenizer
-from vcrd.link.waits import Waits
+from vcrd.link.student import Waits
 from vcrd.megatron.compatibility import refuse_delayed_scaling, refuse_uneven_tokens
 from vcrd.megatron.hooks import ExtraHeads
 from vcrd.megatron.layout import Layout, plain_copy, unwrap

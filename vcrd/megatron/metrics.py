@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from vcrd.link.waits import Waits
+from vcrd.link.student import Waits
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.report import Figures, Report
 from vcrd.monitor.bottleneck import Setup, Wait, cause, sentence

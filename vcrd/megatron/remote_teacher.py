@@ -19,8 +19,7 @@ from vcrd.link.answers import Hidden, TopK
 from vcrd.link.handshake import Tokenizer
 from vcrd.link.plan import context_rows
 from vcrd.link.rendezvous import Rendezvous, host_rendezvous
-from vcrd.link.student import StudentLink
-from vcrd.link.waits import Waits
+from vcrd.link.student import StudentLink, Waits
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.packing import (
     Doubts,

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import chain, pairwise
 from typing import NamedTuple
 
-from vcrd.link import header as headers
+from vcrd.link.connection import HEADER_BYTES
 from vcrd.link.payload import Payload
 from vcrd.link.plan import Place, Shard, overlaps, pieces_of, places, students_of, vocab_shards
 
@@ -67,7 +67,7 @@ class Traffic:
         sequence, batch = shape
         tokens = sequence // self.context_size * batch
         return tuple(
-            Flow(piece.sender, place, headers.BYTES + self.payload.bytes(tokens, piece.width))
+            Flow(piece.sender, place, HEADER_BYTES + self.payload.bytes(tokens, piece.width))
             for place in self._receivers(data_rank)
             for piece in pieces_of(place, self.teacher_shards, self.student_shards, self.payload.whole)
         )
@@ -79,7 +79,7 @@ class Traffic:
         pieces = overlaps(self.teacher_shards, self.student_shards)
         return tuple(
             Flow(
-                piece.sender, place, headers.BYTES + self.payload.bytes(piece.width, 0)
+                piece.sender, place, HEADER_BYTES + self.payload.bytes(piece.width, 0)
             )  # each row is as wide as a state
             for place in self._receivers(data_rank)
             for piece in pieces
@@ -88,7 +88,7 @@ class Traffic:
 
     def received_by(self, place: Place, shapes: Iterable[Shape]) -> int:
         """Bytes into one student rank for these micro-batches of its data rank, with what a teacher sends first."""
-        ready = headers.BYTES if place.asks else 0
+        ready = HEADER_BYTES if place.is_request_leader else 0
         flows = chain(self.output_layer(place.data), *(self.response(shape, place.data) for shape in shapes))
         return ready + sum(flow.bytes for flow in flows if flow.receiver == place)
 
@@ -140,4 +140,4 @@ class Traffic:
 def request_bytes(shape: Shape, boundaries: int = 0) -> int:
     """Bytes of the request for one micro-batch, from one student rank to one teacher rank."""
     sequence, batch = shape
-    return headers.BYTES + 4 * (sequence * batch + boundaries)
+    return HEADER_BYTES + 4 * (sequence * batch + boundaries)

@@ -1,9 +1,9 @@
-"""A stand-in for NCCL and CUDA on the CPU, for tests: slow where they may be late, and strict where they are.
+"""A stand-in for NCCL and CUDA on the CPU, for tests: late where they may be late, and strict where they are strict.
 
-Two processes talk over a socket of their own. As with NCCL, nothing here notices that the other process has died or
-stopped: what waits for it waits until it is aborted. Streams run what they are given one after another in a thread of
-their own, and later than the caller. Whatever NCCL forbids is a `RuleBroken`, which raises, is printed, and is kept in
-`broken`, so that a test fails whatever becomes of the exception:
+Two processes communicate over a socket of their own. As with NCCL, nothing here notices that the other process has died
+or stopped: a transfer waits for it until the transfer is aborted. A stream runs its work in order, in a thread of its
+own, and later than the call. Whatever NCCL forbids raises `RuleBroken`. The message is also printed and kept in
+`broken`, so that a test fails even where the exception is caught:
 
 - counts and types that differ between the two sides, and the order of transfers;
 - a transfer of no element, of a tensor that is not contiguous, or while the last call is in progress;
@@ -38,7 +38,7 @@ from .nccl import CommunicatorError
 
 VERSION = 1
 _LATE = 0.0005  # seconds, at most, that a call or a stream is late
-_dice = random.Random()  # the process's own generator belongs to the training script, and to its checkpoints
+_dice = random.Random()  # the global generator belongs to the training script and to its checkpoints
 _POISON = 0xA5
 _POISONED = memoryview(bytes([_POISON]) * (1 << 20))
 _ID = struct.Struct("<H16s")
@@ -67,14 +67,14 @@ class FakeEvent:
 
 
 class FakeStream:
-    """One thread, which runs what it is given in order."""
+    """One thread, which runs its work in order."""
 
     def __init__(self) -> None:
         self.taken = False
         self.in_progress: Callable[[], bool] = lambda: False
         self._work: queue.SimpleQueue = queue.SimpleQueue()
-        self._dropped = threading.Event()  # the work before this was aborted
-        self.dropped: Callable[[], bool] = lambda: False  # of the work that runs now
+        self._dropped = threading.Event()  # set when the work so far has been aborted
+        self.dropped: Callable[[], bool] = lambda: False  # whether the work that runs now has been aborted
         self._thread = threading.Thread(target=self._run, name="fake-stream", daemon=True)
         self._thread.start()
 
@@ -90,7 +90,7 @@ class FakeStream:
         return torch.empty(shape, dtype=dtype)
 
     def drop(self) -> None:
-        """What an abort does to the work that is left: it ends, and nobody hears of it."""
+        """What an abort does to the work that is left: it ends without an error."""
         dropped, self._dropped = self._dropped, threading.Event()
         dropped.set()
 
@@ -113,13 +113,13 @@ class FakeStream:
             except RuleBroken:
                 pass  # it is in `broken`
             except Exception as error:
-                if not dropped.is_set():  # an abort closes sockets under what is under way
+                if not dropped.is_set():  # an abort closes the sockets of transfers that are under way
                     broken.append(f"the fake itself failed: {error!r}")
             finally:
                 del work
 
     def until_dropped(self) -> None:
-        """How a transfer ends whose other side is gone: with the abort."""
+        """A transfer whose other side is gone ends with the abort."""
         while not self.dropped():
             time.sleep(_LATE)
 
@@ -136,7 +136,7 @@ class FakeCommunicator:
         self._aborted = threading.Event()
         self._calls_settle_at = time.monotonic() + _dice.random() * _LATE
         if len(unique_id) != _ID.size:
-            raise CommunicatorError(f"an identifier of {len(unique_id)} bytes is none")
+            raise CommunicatorError(f"an identifier of {len(unique_id)} bytes is invalid")
         port, secret = _ID.unpack(unique_id)
         self._maker = threading.Thread(target=self._make, args=(port, secret), name="fake-nccl", daemon=True)
         self._maker.start()
@@ -190,7 +190,7 @@ class FakeCommunicator:
         stream.enqueue(lambda: move(stream, number, tensor))
 
     def _make(self, port: int, secret: bytes) -> None:
-        """Rank 0 listens where the identifier says, rank 1 comes. As long as it takes."""
+        """Rank 0 listens at the port in the identifier, and rank 1 connects. There is no time limit."""
         while not self._aborted.is_set() and self._socket is None:
             sock = None
             try:
@@ -213,11 +213,11 @@ class FakeCommunicator:
     def _send(self, stream: FakeStream, number: int, tensor: Tensor) -> None:
         before = zlib.crc32(memory(tensor))
         about = _MESSAGE.pack(number, tensor.numel(), str(tensor.dtype).encode())
-        with suppress(OSError):  # a process that has died takes no more, and nobody says so
+        with suppress(OSError):  # NCCL does not notice a process that has died
             self._socket.sendall(about)
             self._socket.sendall(memory(tensor))
             time.sleep(_dice.random() * _LATE)
-            # NCCL's send ends when the other side has taken it.
+            # A send of NCCL ends when the other side has received.
             if _read(self._socket, 1, stream.dropped) == b"!":
                 if zlib.crc32(memory(tensor)) != before:
                     _break("a tensor was changed while it was sent")
@@ -256,7 +256,7 @@ class FakeCommunicator:
 
 
 def _read(sock: socket.socket, count: int, dropped: Callable[[], bool]) -> bytes | None:
-    """None if it was dropped. The end of the other process ends nothing: NCCL would wait on."""
+    """None if it was dropped. The end of the other process ends nothing here: NCCL would wait on."""
     data = bytearray()
     poll = select.poll()
     poll.register(sock, select.POLLIN)
@@ -306,7 +306,7 @@ class FakeLibrary:
 
     def computed(self) -> FakeEvent:
         event = FakeEvent()
-        event._set.set()  # the CPU computes at once
+        event._set.set()  # the CPU has already computed it
         return event
 
     def on_device(self, tensor: Tensor) -> Tensor:

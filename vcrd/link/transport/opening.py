@@ -1,34 +1,109 @@
-"""How the two ends of a pair get to their transport: both halves of what `transport` describes."""
+"""How the two ends of a pair agree on their transport, and what a rank provides for all of its transports.
+
+The sender (a teacher rank) sends TRANSPORT with the code of the transport and, for NCCL, the identifier of the
+communicator. Both ends make the communicator and send a probe over it. The receiver (a student rank) answers with
+TRANSPORT: 1, or 0 and the reason. The ranks of a teacher replica agree: unless every pair has succeeded, all of them
+send TRANSPORT again, for `tcp`.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+
+import torch
 
 from vcrd.settings import MOST_SOCKETS
 
-from ..connection import Connection
+from ..buffers import HostMemory
+from ..connection import LONGEST_TEXT, Connection, Header, Kind
 from ..errors import LinkError
-from ..header import LONGEST_TEXT, Header, Kind
-from .base import Transport
-from .endpoint import CODES, Endpoint, name_of
-from .nccl import CommunicatorError, NcclTransport
-from .stripes import Stripes, stripes_to
+from . import Transport, fake, nccl
+from .nccl import CommunicatorError, Library, NcclTransport
+from .tcp import Stripes, TcpTransport, stripes_to
 
 _log = logging.getLogger("vcrd")
-SECONDS = 30.0  # for the communicator and the probe, and once more for the answer
+SECONDS = 30.0  # for the communicator and the probe, and as many for the answer
+CODES = {"tcp": 1, "nccl": 2, "fake": 3}  # `Header.number` of TRANSPORT
+
+
+def name_of(code: int) -> str | None:
+    """The transport with that code; None for an unknown code."""
+    return next((name for name, its in CODES.items() if its == code), None)
+
+
+class Endpoint:
+    """The device and the host memory of a rank, and its NCCL library where it has one.
+
+    setting: the setting `transport`. device: where the rank computes; a GPU without an index is the current one. kept:
+    free blocks of host memory to keep (`buffers.Pool`). sockets: TCP connections of each pair in which this rank sends.
+    nccl_version: the version of NCCL; 0 where tensors can travel over TCP only. missing: the reason for that, where the
+    setting allows NCCL; else "". ValueError where the setting requires NCCL and it is missing.
+    """
+
+    def __init__(
+        self,
+        setting: str,
+        device: torch.device,
+        kept: int | None = None,
+        sockets: int = 1,
+    ) -> None:
+        self.device = indexed(device)
+        self.memory = HostMemory(self.device, kept)
+        self.sockets = sockets
+        self.nccl_version = 0
+        self.missing = ""
+        self._told: set[str] = set()
+        self._library: Library | None = None
+        if setting == "fake":
+            self.nccl_version, self._library = fake.VERSION, fake.FakeLibrary()
+        elif setting in ("auto", "nccl") and self.device.type == "cuda":
+            try:
+                self.nccl_version = nccl.version()
+            except ImportError as error:
+                self.missing = str(error)
+        elif setting == "nccl":
+            self.missing = f"this rank computes on {device}, not on a GPU"
+        if setting == "nccl" and self.missing:
+            raise ValueError(f"transport: expected 'auto' or 'tcp' where {self.missing}, got 'nccl'")
+
+    def is_news(self, reason: str) -> bool:
+        """Whether this is the first call with that reason. It is logged once, however often a job joins."""
+        news = reason not in self._told
+        self._told.add(reason)
+        return news
+
+    def tcp(self, connection: Connection, stripes: Sequence[Connection] = ()) -> TcpTransport:
+        return TcpTransport(connection, self.memory, stripes)
+
+    def nccl(self, connection: Connection) -> NcclTransport:
+        """A transport that is not open yet."""
+        return NcclTransport(connection, self.nccl_library())
+
+    def nccl_library(self) -> Library:
+        if self._library is None:
+            self._library = nccl.CudaLibrary(self.device)
+        return self._library
+
+
+def indexed(device: torch.device) -> torch.device:
+    """The device, with the index of the current GPU where it is a GPU without an index."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 class TransportRefused(LinkError):
-    """The teacher cannot use the transport that one of the jobs insists on."""
+    """The teacher cannot use the transport that one of the jobs requires."""
 
 
 class Sender:
-    """The teacher's half, for one student rank. All in the thread that owns the transport.
+    """The half of the teacher, for one student rank. Only the thread that owns the transport uses it.
 
-    transport: once `open` succeeded.
+    transport: None until `open` has succeeded.
     """
 
     def __init__(self, connection: Connection, endpoint: Endpoint) -> None:
@@ -38,10 +113,10 @@ class Sender:
         self._answers_due = 0
 
     def open(self, name: str, reason: str = "", seconds: float = SECONDS) -> str:
-        """Makes the transport of that name, in place of one before it: "" or, where the pair cannot use it, why not.
+        """Makes the transport of that name and replaces an earlier one. "", or the reason why the pair cannot use it.
 
-        reason: why it is not another one, for the student's log. ConnectionError or TimeoutError where the connection
-        itself is gone, LinkError where the student answers something else.
+        reason: why it is not another transport, for the log of the student. ConnectionError or TimeoutError where the
+        connection itself is gone, LinkError where the student sends something else.
         """
         _abandon(self.transport)
         self.transport = None
@@ -58,9 +133,9 @@ class Sender:
         return why
 
     def refuse(self, reason: str) -> None:
-        """Tells the student that there is no transport, and why; returns when it has closed the connection."""
+        """Tells the student that there is no transport, and why. Returns when it has closed the connection."""
         self._say(0, reason.encode()[:LONGEST_TEXT], SECONDS)
-        self._answers_due += 1  # none comes
+        self._answers_due += 1  # to wait for the end of the connection: no answer is sent
         with suppress(ConnectionError, TimeoutError, LinkError):
             self._answer(SECONDS)
 
@@ -91,7 +166,7 @@ class Sender:
         answer: str | None = None
 
         def refused() -> bool:
-            """The student may fail first. That it succeeded may be heard before this end's probe is over."""
+            """The student may fail first. Its success may also arrive before the probe of this end is complete."""
             nonlocal answer
             if answer is None and self.connection.readable(0.0):
                 answer = self._answer(seconds)
@@ -113,7 +188,7 @@ class Sender:
         self._answers_due += bool(code)
 
     def _answer(self, seconds: float) -> str:
-        """The student's answer to what was said last: "" for yes, else why not, or where to connect once more."""
+        """The answer of the student to the last TRANSPORT: "" for yes, or the reason, or an invitation."""
         deadline, text = time.monotonic() + seconds, ""
         while self._answers_due:
             if not self.connection.readable(max(0.0, deadline - time.monotonic())):
@@ -129,10 +204,10 @@ class Sender:
 
 
 class Receiver:
-    """The student's half, for one teacher rank. All in the thread that owns the transport.
+    """The half of the student, for one teacher rank. Only the thread that owns the transport uses it.
 
-    transport: None until the teacher has said which, and where that one could not be made. reason: why it is not
-    another one, in the teacher's words.
+    transport: None until the teacher has named one, and where that one could not be made. reason: why it is not another
+    one, as the teacher gave it.
     """
 
     def __init__(self, connection: Connection, endpoint: Endpoint) -> None:
@@ -142,10 +217,9 @@ class Receiver:
         self._endpoint = endpoint
 
     def switch(self, header: Header, seconds: float = SECONDS) -> None:
-        """After a header of the kind TRANSPORT: makes the transport that it names, and answers.
+        """After a TRANSPORT header: makes the transport that it names, and answers.
 
-        TransportRefused where the teacher says that there is none; LinkError where it names one that does not exist
-        here.
+        TransportRefused where the teacher has none; LinkError where it names one that does not exist here.
         """
         detail = self.connection.receive_bytes(header)
         _abandon(self.transport)
@@ -187,7 +261,7 @@ class Receiver:
             if not (isinstance(reason, str) and type(sockets) is int and 1 <= sockets <= MOST_SOCKETS):
                 raise ValueError
         except (LookupError, TypeError, ValueError, RecursionError):
-            raise LinkError("what it says of its connections cannot be read") from None
+            raise LinkError("its description of its connections cannot be read") from None
         self.reason = reason
         try:
             coming = Stripes(self.connection) if sockets > 1 else None
@@ -201,7 +275,7 @@ class Receiver:
             with coming:
                 self._answer("", seconds, coming.invitation)
                 stripes = coming.accept(sockets - 1, seconds)
-            if len(stripes) < sockets - 1:  # the teacher could not connect, and will say so
+            if len(stripes) < sockets - 1:  # the teacher could not connect, and sends TRANSPORT again
                 for stripe in stripes:
                     stripe.close()
                 return
@@ -215,7 +289,7 @@ class Receiver:
 
 
 def _detail(reason: str, sockets: int) -> bytes:
-    """What a sender says about TCP."""
+    """What follows the TRANSPORT header for TCP."""
     return json.dumps({"reason": reason, "sockets": sockets}).encode()
 
 
