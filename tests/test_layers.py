@@ -85,7 +85,13 @@ LAYERS = (
     ),
     Layer(
         "vcrd/doctor/network.py",
-        ("vcrd.doctor.checks", "vcrd.doctor.environment", "vcrd.doctor.findings", "vcrd.link"),
+        (
+            "vcrd.doctor.checks",
+            "vcrd.doctor.environment",
+            "vcrd.doctor.findings",
+            "vcrd.link",
+            "vcrd.settings",
+        ),
     ),
     Layer("vcrd/doctor/*.py", ("vcrd.doctor", "vcrd.link", "vcrd.plan"), never=("vcrd.doctor.command",)),
     Layer("vcrd/monitor/__init__.py", packages=()),
