@@ -3,7 +3,7 @@
     python benchmarks/loss.py --head [--shapes 4096x131072 ...] [--hidden 512] [--teacher dense hidden] [--json F]
 
 stored: logits = hidden @ weight.T, then vcrd.validity_calibrated_kl with its gradient in place, which is its cheaper
-form. fused: vcrd.fused_validity_calibrated_kl. again: the same with gradient_in_forward=False. All go from float32
+form. fused: vcrd.fused_validity_calibrated_kl. again: the same with upstream="uneven". All go from float32
 hidden states and weight to both gradients, for a mean over the tokens. Memory is the growth of the peak of the process
 (VmHWM), read by its parent, without the two gradients, which every path returns. With --device cuda: head_device.py.
 """
@@ -92,7 +92,7 @@ def methods(case: HeadCase, inputs: Inputs) -> dict[str, Callable]:
     hidden, weight, given, labels = inputs.hidden, inputs.weight, inputs.given, inputs.labels
     chunks = {} if case.chunk_bytes is None else {"chunk_bytes": case.chunk_bytes}
     # Checking the upstream gradient waits for the device, so it is promised, as in the plug from its second step on.
-    chunks |= {"even_upstream": True} if hidden.is_cuda else {}
+    in_forward = "even" if hidden.is_cuda else "look"
 
     def finish(loss: torch.Tensor, mask: torch.Tensor | None) -> tuple:
         mean = loss.mean() if mask is None else (loss * mask).sum() / mask.sum()
@@ -103,13 +103,13 @@ def methods(case: HeadCase, inputs: Inputs) -> dict[str, Callable]:
         out = vcrd.validity_calibrated_kl(logits, given, labels, mask=mask, inplace_gradient=True)
         return finish(out.loss, mask)
 
-    def fused(mask: torch.Tensor | None = None, in_forward: bool = True) -> tuple:
+    def fused(mask: torch.Tensor | None = None, upstream: str = in_forward) -> tuple:
         out = vcrd.fused_validity_calibrated_kl(
-            hidden, weight, given, labels, mask=mask, gradient_in_forward=in_forward, **chunks
+            hidden, weight, given, labels, mask=mask, upstream=upstream, **chunks
         )
         return finish(out.loss, mask)
 
-    return {STORED: stored, FUSED: fused, AGAIN: lambda mask=None: fused(mask, in_forward=False)}
+    return {STORED: stored, FUSED: fused, AGAIN: lambda mask=None: fused(mask, upstream="uneven")}
 
 
 def measure(case: HeadCase, pipe: Connection) -> None:

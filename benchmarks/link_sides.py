@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import vcrd
-from vcrd.link import Head, Hidden, LinkSettings, StudentLink, TeacherLink, TopK, host_rendezvous
+from vcrd.link import Head, LinkSettings, StudentLink, TeacherLink, host_rendezvous
 from vcrd.link.connection import HEADER_BYTES
 from vcrd.link.payload import encode, payload_named, row_max, top_k_of
 from vcrd.link.plan import Shard
@@ -79,19 +79,13 @@ class Answers:
         return self.states if payload == "hidden" else self.logits
 
     def ready(self, payload: str) -> object:
-        """The result of `taken` for the answer of the link, in separate memory."""
+        """What the link would return, in separate memory."""
         if payload == "hidden":
             return vcrd.HiddenStates(self.states.clone(), self._factor)
         if payload == "topk":
             shard = Shard(0, self._work.vocab)
             return vcrd.TopKLogits(*top_k_of(self.logits, self._work.top_k, shard, None))
         return encode(payload_named(payload), self.logits, row_max(self.logits))
-
-    def taken(self, answer: Tensor | TopK | Hidden) -> object:
-        """The answer from the link in the form for the loss."""
-        if isinstance(answer, TopK):
-            return vcrd.TopKLogits(*answer)
-        return vcrd.HiddenStates(answer.states, self._factor) if isinstance(answer, Hidden) else answer
 
 
 class Model:
@@ -185,7 +179,7 @@ class Student(_Side):
         def step(number: int) -> None:
             while self._asked[payload] <= min(first + number + self._work.credits, first + steps - 1):
                 self._asked[payload] = link.request(self._tokens) + 1
-            answer = self._answers.taken(link.receive(first + number))
+            answer = link.receive(first + number)
             if compute:
                 with record_function(f"compute {number}"):
                     self._model.step(answer)

@@ -67,7 +67,7 @@ def shares(teacher: Stack, student: Stack, family, regime: str, seed: int, probl
         found[name] = stats.divergence[batch.counts & ~before].sum() / all_of_it
         found[f"{name}_wrong"] = stats.divergence[before & ~valid["teacher"]].sum() / all_of_it
         if name == "forward_kl":
-            weights, _ = vcrd.validity_weights(stats, "label", mask=batch.counts)
+            weights, _ = vcrd.validity_weights(stats, validity="label", mask=batch.counts)
             moved = ((weights - 1).abs() > 0.1) & (labels >= 0)
             found["label"] = moved.sum() / batch.counts.sum()
     return {name: float(share) for name, share in found.items()}

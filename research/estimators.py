@@ -105,7 +105,7 @@ def scores(item: Judged, teacher: Callable[[Tensor], Tensor], student: Callable[
     }
     for name in ESTIMATORS:
         # Sharpness does not change the order.
-        _, found[f"relative: {name}"] = vcrd.validity_weights(stats, name, sharpness=1.0)
+        _, found[f"relative: {name}"] = vcrd.validity_weights(stats, validity=name, sharpness=1.0)
     return {name: values.double().numpy() for name, values in found.items()}
 
 

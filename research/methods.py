@@ -77,7 +77,7 @@ def calibrated(validity: str, by_step: bool = False, **more) -> Weights:
             arguments |= {"student_validity": seen.student_valid, "teacher_validity": seen.teacher_valid}
         if by_step:
             arguments["steps"] = seen.steps
-        found, _ = vcrd.validity_weights(stats, validity, mask=seen.counts, **arguments)
+        found, _ = vcrd.validity_weights(stats, validity=validity, mask=seen.counts, **arguments)
         # As in the loss, a token without a verified label has no verdict.
         return torch.where(seen.labels < 0, 1.0, found) if validity == "label" else found
 

@@ -17,6 +17,10 @@ _HOME = {
     "validity_calibrated_kl": "vcrd.loss.api",
     "CalibratedLoss": "vcrd.loss.api",
     "fused_validity_calibrated_kl": "vcrd.loss.fused_head",
+    "LossConfig": "vcrd.loss.config",
+    "HeadConfig": "vcrd.loss.config",
+    "TeacherLogits": "vcrd.teacher_logits",
+    "DenseLogits": "vcrd.teacher_logits",
     "TopKLogits": "vcrd.teacher_logits",
     "HiddenStates": "vcrd.teacher_logits",
 }

@@ -358,7 +358,7 @@ class DistillSettings:
         return getattr(self.link if hasattr(self.link, name) else self, name)
 
     def loss_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `vcrd.validity_calibrated_kl` that do not depend on the micro-batch."""
+        """Fields of `vcrd.LossConfig`, those aside that depend on the model."""
         names = ("divergence", "temperature", "alpha", "beta", "validity", "sharpness", "floor", "ceiling")
         found = {name: getattr(self, name) for name in (*names, "normalization", "ce_weight")}
         # Rows are skipped with invalid_rows "stop" too: the run stops at the end of the step, when all are counted.

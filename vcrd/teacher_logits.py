@@ -1,7 +1,7 @@
-"""Forms of teacher besides a dense tensor of logits: its most probable tokens, or its last hidden states.
+"""The one form in which a teacher's answer travels: `vcrd.link` returns it, and the loss takes it.
 
-Both are given to the loss in the place of `teacher_logits`. They hold tensors and check nothing themselves: the loss
-checks them, together on all ranks.
+It is one of three: a logit for each column, the most probable tokens, or the last hidden states. Each holds everything
+that its logits are made of. It checks nothing: the loss checks it, together on all ranks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,24 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class DenseLogits:
+    """One logit for each column of the student's shard. For the loss a plain tensor means the same without `row_max`.
+
+    Attributes:
+        logits: [..., vocabulary shard]: float32, bfloat16 or float16. Or uint8: the square-root code c, which stands
+            for a logit that lies 24 (c / 255)^2 below the maximum of its row, and which the kernels decode in
+            registers. The first column is that of the student's shard, and all of its true columns are there; padding
+            may differ.
+        row_max: [...], float32, added to the logits of each row: the maxima that codes, or float16 distances, were
+            taken from. Only needed where these differ between the shards of a row, since a shift of the whole row
+            changes nothing.
+    """
+
+    logits: Tensor
+    row_max: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +87,8 @@ class HiddenStates:
     Attributes:
         states: [..., hidden size], float32, bfloat16 or float16, after the final norm. The same on every rank.
         weight: [vocabulary shard, hidden size], any of these dtypes: the rows that belong to the columns of the
-            student's shard; padding may differ as that of dense teacher logits may. On CUDA a weight of the states' own
-            16-bit dtype is multiplied as it is. Any other is taken in float32, which is made once per object: to give
-            many objects the same weight on CPU, convert it beforehand.
+            student's shard; padding may differ as that of `DenseLogits` may. It is multiplied as `factor_of` says: to
+            give many objects the same weight, convert it once with that function.
         scale: multiplies the logits.
         softcap: bounds the logits; None for no bound.
     """
@@ -83,9 +100,18 @@ class HiddenStates:
 
     @cached_property
     def factor(self) -> Tensor:
-        """`weight` in the dtype that it is multiplied in, detached."""
-        weight = self.weight.detach()
-        narrow = (
-            weight.is_cuda and weight.dtype == self.states.dtype and "dtype" in torch.ops.aten.mm.overloads()
-        )
-        return weight if narrow else weight.float()
+        """`weight` as it is multiplied."""
+        return factor_of(self.weight, self.states.dtype)
+
+
+TeacherLogits = DenseLogits | TopKLogits | HiddenStates
+
+
+def factor_of(weight: Tensor, states: torch.dtype) -> Tensor:
+    """The weight of an output layer as hidden states of this dtype are multiplied with it, detached.
+
+    On CUDA a weight of their own 16-bit dtype is multiplied as it is, with float32 sums. Any other is taken in float32.
+    """
+    weight = weight.detach()
+    narrow = weight.is_cuda and weight.dtype == states and "dtype" in torch.ops.aten.mm.overloads()
+    return weight if narrow else weight.float()

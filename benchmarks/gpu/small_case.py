@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 import vcrd
-from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.config import DIVERGENCES
 
 
 def logits(dtype: torch.dtype, device: str) -> torch.Tensor:

@@ -25,7 +25,7 @@ def test_the_kernels_here_are_right():
 
 
 def test_every_divergence_form_and_dtype_is_tried():
-    from vcrd.loss.checks import DIVERGENCES
+    from vcrd.loss.config import DIVERGENCES
 
     cases = list(extension._cases())
     assert {case.divergence for case in cases} == set(DIVERGENCES)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,10 +28,11 @@ from link_jobs import Jobs, Layout, device
 from ports import free_port
 from torch import Tensor
 
-from vcrd.link import Head, Hidden, LinkSettings, StudentLink, TeacherLink, TopK, host_rendezvous
+from vcrd.link import Head, LinkSettings, StudentLink, TeacherLink, host_rendezvous
 from vcrd.link.connection import HEADER_BYTES
 from vcrd.link.payload import PAYLOADS, STATE_DTYPES
 from vcrd.link.plan import overlaps, pieces_of
+from vcrd.teacher_logits import HiddenStates, TeacherLogits, TopKLogits, factor_of
 
 MOST_RANKS = 8  # of either side
 PATIENCE = timedelta(minutes=30)  # of ranks that have nothing to do in a layout
@@ -108,7 +109,7 @@ def draw(dice: random.Random, payload: str | None = None) -> Drawn:
     dtype = dice.choice(list(DTYPES))
     head = None
     if payload == "hidden":
-        scale, softcap = dice.choice([(1.0, 0.0), (0.25, 0.0), (1.0, 30.0)])
+        scale, softcap = dice.choice([(1.0, None), (0.25, None), (1.0, 30.0)])
         head = Head(dice.randint(1, 33), dice.choice(list(STATE_DTYPES)), scale, softcap)
         dtype = head.dtype
     unit = 2 * layout.student_context if layout.student_context > 1 else 1
@@ -181,21 +182,21 @@ def held(batch: Batch, rank: int, size: int) -> list[int]:
     return found
 
 
-def check(drawn: Drawn, place: dict, number: int, got: Tensor | TopK | Hidden) -> None:
+def check(drawn: Drawn, place: dict, number: int, got: TeacherLogits) -> None:
     """AssertionError unless a rank got its positions and columns, within the error of the payload."""
     rows = held(drawn.batches[number], place["context_rank"], place["context_size"])
     width = place["padded_vocab_size"] // place["tensor_size"]
     columns = slice(place["tensor_rank"] * width, (place["tensor_rank"] + 1) * width)
-    if isinstance(got, Hidden):
+    if isinstance(got, HiddenStates):
         _check_hidden(
             drawn, states_of(drawn, place["data_rank"], number)[rows], weight_of(drawn), columns, got
         )
         return
     truth = logits_of(drawn, place["data_rank"], number)[rows]
-    if isinstance(got, TopK):
+    if isinstance(got, TopKLogits):
         _check_top_k(truth.double(), drawn.top_k, got)
         return
-    mine = truth.double()[..., columns]
+    got, mine = got.logits, truth.double()[..., columns]
     distance = truth.double().amax(-1, keepdim=True) - mine
     assert got.shape == mine.shape
     if drawn.payload == "float32":
@@ -209,13 +210,12 @@ def check(drawn: Drawn, place: dict, number: int, got: Tensor | TopK | Hidden) -
         assert (error <= 0.0193 * distance.sqrt() + 1e-4).all()
 
 
-def on_cpu(answer: Tensor | TopK | Hidden) -> Tensor | TopK | Hidden:
-    if isinstance(answer, Tensor):
-        return answer.cpu()
-    return type(answer)(*(part.cpu() if isinstance(part, Tensor) else part for part in answer))
+def on_cpu(answer: TeacherLogits) -> TeacherLogits:
+    parts = (getattr(answer, field.name) for field in fields(answer))
+    return type(answer)(*(part.cpu() if isinstance(part, Tensor) else part for part in parts))
 
 
-def _check_top_k(truth: Tensor, k: int, got: TopK) -> None:
+def _check_top_k(truth: Tensor, k: int, got: TopKLogits) -> None:
     logprobs = truth.log_softmax(-1)
     order = truth.sort(dim=-1, descending=True, stable=True).indices  # equal ones by token
     assert torch.equal(got.ids.long(), order[..., :k]) and got.ids.dtype == torch.int32
@@ -228,18 +228,18 @@ def _check_top_k(truth: Tensor, k: int, got: TopK) -> None:
     )
 
 
-def _check_hidden(drawn: Drawn, states: Tensor, weight: Tensor, columns: slice, got: Hidden) -> None:
+def _check_hidden(drawn: Drawn, states: Tensor, weight: Tensor, columns: slice, got: HiddenStates) -> None:
     assert torch.equal(got.states, states) and got.states.dtype == states.dtype
-    assert torch.equal(got.weight, weight[columns]) and got.weight.dtype == weight.dtype
+    assert torch.equal(got.weight, factor_of(weight[columns].to(device()), states.dtype).cpu())
     head = drawn.head
     assert (got.scale, got.softcap) == (head.scale, head.softcap)
 
-    def logits(states: Tensor, weight: Tensor, scale: float, softcap: float) -> Tensor:
+    def logits(states: Tensor, weight: Tensor, scale: float, softcap: float | None) -> Tensor:
         made = scale * (states.double() @ weight.double().T)
         return softcap * torch.tanh(made / softcap) if softcap else made
 
     truth = logits(states, weight, head.scale, head.softcap)[..., columns]
-    torch.testing.assert_close(logits(*got), truth)
+    torch.testing.assert_close(logits(got.states, got.weight, got.scale, got.softcap), truth)
 
 
 # The two jobs.

@@ -225,7 +225,7 @@ def exchange(student: StudentLink, teacher: TeacherLink, number: int) -> None:
     student.request(torch.zeros(1, 4, dtype=torch.long))
     (request,) = teacher.next_batch(1)
     teacher.respond(request, torch.zeros(4, 1, Layout().teacher_padded, device=device()))
-    assert student.receive(number).shape == (4, 1, Layout().vocab)
+    assert student.receive(number).logits.shape == (4, 1, Layout().vocab)
 
 
 def part(student: StudentLink, teacher: TeacherLink) -> None:

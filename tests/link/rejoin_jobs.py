@@ -98,7 +98,7 @@ def run_student(
         while asks and asked < min(steps, number + settings.credits + 1):
             link.request(tokens_of(data_rank, asked, layout.vocab))
             asked += 1
-        logits = link.receive(number).cpu()
+        logits = link.receive(number).logits.cpu()
         if number == stops_at:
             os.kill(os.getpid(), signal.SIGSTOP)
         tokens = tokens_of(data_rank, number, layout.vocab)

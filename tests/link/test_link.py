@@ -61,7 +61,7 @@ def receive_all(link: StudentLink, layout: Layout, settings: LinkSettings, data_
             link.request(micro_batch(layout, data_rank, link._connections.requested))
         # As the collectives of a tensor-parallel student run while answers arrive.
         work = dist.all_reduce(beside, async_op=True)
-        logits = link.receive(number).cpu()
+        logits = link.receive(number).logits.cpu()
         work.wait()
         check(logits, micro_batch(layout, data_rank, number), layout, link.columns, settings.payload)
         moved += logits.numel() * logits.element_size()
@@ -230,12 +230,12 @@ def test_wrong_arguments_are_named_and_leave_the_link_usable(monkeypatch):
         with pytest.raises(ValueError, match=r"logits: expected a float tensor \[4, 2, 50\]"):
             teacher.respond(request, logits)
     teacher.respond(request, torch.zeros(4, 2, 50))
-    assert student.receive(0).shape == (4, 2, 50)
+    assert student.receive(0).logits.shape == (4, 2, 50)
     # Of packed sequences each is as long as a sequence may be, not the row.
     student.request(torch.zeros(1, 32, dtype=torch.long), [0, 16, 32])
     (request,) = teacher.next_batch(1)
     teacher.respond(request, torch.zeros(32, 1, 50))
-    assert student.receive(1).shape == (32, 1, 50)
+    assert student.receive(1).logits.shape == (32, 1, 50)
     exchange(student, teacher, 2)
     part(student, teacher)
     rendezvous.close()

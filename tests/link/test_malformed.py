@@ -188,7 +188,7 @@ def test_what_a_false_teacher_sends_is_refused_and_a_true_one_is_served():
         # An answer that is right, and another one that nobody asked for.
         false.await_request()
         false.sender.send(GOOD_RESPONSE, torch.zeros(4, 2, 50, dtype=torch.float16), seconds=LONG)
-        assert student.receive(0).shape == (4, 2, 50)
+        assert student.receive(0).logits.shape == (4, 2, 50)
         false.sender.send(Raw(changed(GOOD_RESPONSE, number=1)), seconds=LONG)
         wait_until(
             lambda: "number 1 has not been asked for" in student._connections.lost_because,

@@ -251,7 +251,7 @@ def count_what_is_held(settings: LinkSettings, deaths: int) -> None:
     for number in range(deaths + 1):
         while link._connections.requested < number + 2:
             link.request(tokens_of(0, link._connections.requested, LARGE.vocab))
-        logits = link.receive(number)
+        logits = link.receive(number).logits
         sums.append(float(logits.sum()))
         del logits
         held = len(os.listdir("/proc/self/fd")), threading.active_count(), resident()

@@ -54,7 +54,7 @@ def test_a_teacher_that_comes_back_with_another_vocabulary_is_refused_and_the_st
         (request,) = right.next_batch(1)
         assert request.number == 1
         right.respond(request, torch.zeros(4, 1, 50))
-        assert waiting.result().shape == (4, 1, 50)
+        assert waiting.result().logits.shape == (4, 1, 50)
     part(student, right)
     rendezvous.close()
 
@@ -73,7 +73,7 @@ def test_an_answer_that_one_rank_lacks_is_sent_to_that_rank_alone(monkeypatch):
         (request,) = lost.next_batch(1)
         monkeypatch.setattr(ResponseSender, "post", lambda self, response: post(self, response[:1]))
         lost.respond(request, logits)
-        assert torch.equal(students[0].receive(0), logits[..., :25])
+        assert torch.equal(students[0].receive(0).logits, logits[..., :25])
         lost.close()
         monkeypatch.undo()
         teacher = teacher_of(settings, layout)
@@ -82,9 +82,9 @@ def test_an_answer_that_one_rank_lacks_is_sent_to_that_rank_alone(monkeypatch):
             (request,) = teacher.next_batch(1)
             assert request.number == number
             teacher.respond(request, logits)
-        assert torch.equal(students[1].receive(0), logits[..., 25:])
+        assert torch.equal(students[1].receive(0).logits, logits[..., 25:])
         for rank, columns in enumerate((slice(0, 25), slice(25, 50))):
-            assert torch.equal(students[rank].receive(1), logits[..., columns])
+            assert torch.equal(students[rank].receive(1).logits, logits[..., columns])
             assert students[rank]._connections.session.epoch == 2
         for student in students:
             student.close()

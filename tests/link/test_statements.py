@@ -182,7 +182,7 @@ def test_impossible_facts_are_named_to_their_own_side(change, message):
         ((8, "float64"), "dtype: expected one of float32, bfloat16, float16, got 'float64'"),
         ((8, torch.float32), "dtype: expected one of float32, bfloat16, float16, got torch.float32"),
         ((8, "float32", float("inf")), "scale: expected a finite number, got inf"),
-        ((8, "float32", 1.0, -1.0), "softcap: expected at least 0, got -1.0"),
+        ((8, "float32", 1.0, -1.0), "softcap: expected a number above 0 or None, got -1.0"),
     ],
 )
 def test_a_wrong_output_layer_is_named(head, message):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import vcrd
 from vcrd.loss import reference
-from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.config import DIVERGENCES
 
 FLOAT_FIELDS = vcrd.DivergenceStats._fields[:10]
 
@@ -99,11 +99,19 @@ def decoded(codes: Tensor) -> Tensor:
     return -24 * (codes.double() / 255) ** 2
 
 
-def call(case: Case, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None, **extra):
+def call(
+    case: Case,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    row_max: Tensor | None = None,
+    **extra,
+):
     """The loss on these tensors with the case's settings."""
     return vcrd.vocab_parallel_divergence(
         student,
-        teacher,
+        teacher if row_max is None else vcrd.DenseLogits(teacher, row_max),
         labels,
         divergence=case.divergence,
         temperature=case.temperature,

@@ -12,7 +12,7 @@ from forms import HiddenCase, TopKCase, moved
 from sharded_jobs import COLLECTIVES, padded, shard, widths_of
 
 import vcrd
-from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.config import DIVERGENCES
 
 
 def teacher_shard(form, rank: int, widths: list[int], device: torch.device):

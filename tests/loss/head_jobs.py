@@ -14,7 +14,7 @@ from torch import Tensor
 
 import vcrd
 from vcrd.loss import reference
-from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.config import DIVERGENCES
 
 SIZE, SCALE = 12, 1.3
 
@@ -203,7 +203,10 @@ def cases() -> list[HeadCase]:
                     with_steps=n % 7 == 6,
                     seed=n,
                     # A token, some tokens, and all of them at a time.
-                    extra={"chunk_bytes": (1, 4 * 64 * 5, 1 << 20)[n % 3], "gradient_in_forward": n % 8 != 5},
+                    extra={
+                        "chunk_bytes": (1, 4 * 64 * 5, 1 << 20)[n % 3],
+                        "upstream": "uneven" if n % 8 == 5 else "look",
+                    },
                 )
             )
     return [*found, HeadCase(dtype=torch.bfloat16), HeadCase(dtype=torch.bfloat16, uneven=True, masked=True)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vcrd
 from vcrd.loss import reference
-from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.config import DIVERGENCES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # JSD with beta 1/2 uses other kernels than JSD with any other beta.

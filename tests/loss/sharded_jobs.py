@@ -141,7 +141,7 @@ def check_narrow(case: Case, rank: int, device: torch.device) -> None:
 
 
 def own_maxima(rank: int, size: int, device: torch.device) -> None:
-    """Codes taken from each shard's own maximum, which `teacher_max` then tells apart."""
+    """Codes taken from each shard's own maximum, which `row_max` then tells apart."""
     for divergence in ("forward_kl", "reverse_kl", "skew_kl"):
         case = Case((6,), 64 * size, divergence=divergence, temperature=1.5)
         student, teacher, labels, _ = case.tensors()
@@ -157,7 +157,7 @@ def own_maxima(rank: int, size: int, device: torch.device) -> None:
         (expected["divergence"] * upstream + expected["cross_entropy"] * of_cross_entropy).sum().backward()
         mine = shard(student, rank, widths).to(device).requires_grad_()
         codes, top = coded(shards[rank]).to(device), maxima[rank].to(device)
-        stats = call(case, mine, codes, labels.to(device), None, group=dist.group.WORLD, teacher_max=top)
+        stats = call(case, mine, codes, labels.to(device), None, group=dist.group.WORLD, row_max=top)
         stats, gradient = backward(case, stats, mine)
         assert_stats(stats, expected)
         start = 64 * rank
@@ -234,15 +234,17 @@ def raises_everywhere(rank: int, device: torch.device) -> None:
         (dict(divergence="jsd"), "divergence: expected equal on every rank"),
         (dict(divergence="kl"), "divergence: expected one of"),
         (dict(labels=torch.zeros(3, dtype=torch.long)), "labels given: expected equal on every rank"),
-        (dict(teacher_max=torch.zeros(3)), "teacher_max given: expected equal on every rank"),
+        (dict(row_max=torch.zeros(3)), "teacher_logits.row_max given: expected equal on every rank"),
+        (dict(sharpnes=2.0), "sharpnes: expected an argument of this function or a field of LossConfig"),
     ]
     for change, sentence in wrong:
         arguments = {**good, **(change if rank == 1 else {})}
         arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        teacher = vcrd.DenseLogits(arguments.pop("teacher_logits"), arguments.pop("row_max", None))
         try:
             vcrd.vocab_parallel_divergence(
                 arguments.pop("student_logits"),
-                arguments.pop("teacher_logits"),
+                teacher,
                 group=dist.group.WORLD,
                 **arguments,
             )

@@ -13,16 +13,20 @@ from vcrd.loss import ops, reference
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_equals_eager_without_graph_breaks(device, divergence, dynamic):
+@pytest.mark.parametrize("with_config", [False, True])
+def test_compiled_equals_eager_without_graph_breaks(device, divergence, dynamic, with_config):
+    config = vcrd.LossConfig(divergence=divergence, temperature=1.0 + with_config)
+    settings = {"config": config} if with_config else {"divergence": divergence}
+
     def loss(student, teacher, labels, mask):
         out = vcrd.validity_calibrated_kl(
             student * 1.5,
             teacher,
             labels,
             mask=mask,
-            divergence=divergence,
             ce_weight=0.1,
             inplace_gradient=True,
+            **settings,
         )
         return out.loss.sum() + 0 * out.weight.sum()
 

@@ -10,7 +10,7 @@ from cases import Case, call
 from forms import HiddenCase, TopKCase
 
 import vcrd
-from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.config import DIVERGENCES
 
 FEW_LONG_ROWS = Case((2,), 40_000, student_dtype=torch.bfloat16, teacher_dtype=torch.bfloat16)
 MANY_ROWS = Case((1200,), 500, student_dtype=torch.bfloat16, teacher_dtype=torch.bfloat16)
@@ -73,7 +73,7 @@ def test_the_fused_head_never_waits_where_an_even_gradient_is_promised(divergenc
             divergence=divergence,
             mask=mask,
             chunk_bytes=4 * 500 * 300,
-            even_upstream=True,
+            upstream="even",
             found_uneven=found,
         )
         ((out.loss * mask).sum() / mask.sum()).backward()

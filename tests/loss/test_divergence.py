@@ -10,7 +10,7 @@ from cases import Case, assert_stats, product_of_cases, relative_error, run
 from kernels_under_test import EMULATED
 
 import vcrd
-from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.config import DIVERGENCES
 
 
 @pytest.mark.parametrize("inplace", [False, True])

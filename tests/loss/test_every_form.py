@@ -12,7 +12,7 @@ import torch
 from cases import Case, assert_matches, run
 from forms import HiddenCase, TopKCase
 
-from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.config import DIVERGENCES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # JSD with beta 1/2 uses other kernels than JSD with any other beta.

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vcrd
-from vcrd.loss.fused_chunks import OutputLayer, common_multiple
+from vcrd.loss.fused_head import LayerProducts, common_multiple
 
 pytestmark = pytest.mark.cpu_kernels
 
@@ -41,8 +41,8 @@ def test_what_one_rank_gets_wrong_is_one_sentence_on_every_rank(tmp_path):
 def test_logits_are_made_again_only_where_the_upstream_gradient_is_not_one_factor(
     upstream, products, monkeypatch
 ):
-    made, plain = [], OutputLayer.logits
-    monkeypatch.setattr(OutputLayer, "logits", lambda *a: made.append(len(a[1])) or plain(*a))
+    made, plain = [], LayerProducts.logits
+    monkeypatch.setattr(LayerProducts, "logits", lambda *a: made.append(len(a[1])) or plain(*a))
     case = HeadCase(
         masked=True,
         fractional="fractional" in upstream,
@@ -135,8 +135,8 @@ class DispatchedWaits(TorchDispatchMode):
 def test_backward_waits_for_nothing_where_an_even_gradient_is_promised(
     promised, uneven, products, normalization, and_main_grad, monkeypatch
 ):
-    made, plain = [], OutputLayer.logits
-    monkeypatch.setattr(OutputLayer, "logits", lambda *a: made.append(len(a[1])) or plain(*a))
+    made, plain = [], LayerProducts.logits
+    monkeypatch.setattr(LayerProducts, "logits", lambda *a: made.append(len(a[1])) or plain(*a))
     case = HeadCase(masked=True, uneven=uneven, normalization=normalization, seed=3)
     tensors, found = case.tensors(), torch.zeros(1)
     hidden, weight = tensors["hidden"].requires_grad_(), tensors["weight"].requires_grad_()
@@ -145,7 +145,7 @@ def test_backward_waits_for_nothing_where_an_even_gradient_is_promised(
     out = vcrd.fused_validity_calibrated_kl(
         *(hidden, weight, case.form(tensors, slice(None)), tensors["labels"]),
         **case.arguments(tensors),
-        even_upstream=promised,
+        upstream="even" if promised else "look",
         found_uneven=found,
         accumulate_main_grad=and_main_grad,
     )
@@ -168,16 +168,16 @@ def test_what_is_found_uneven_needs_a_place():
     tensors = HeadCase().tensors()
     given = (tensors["hidden"], tensors["weight"], tensors["logits"])
     for place, sentence in (
-        (torch.zeros(2), r"found_uneven: expected one float32 on cpu, got \[2\] torch.float32"),
-        (torch.zeros(1, dtype=torch.int64), "found_uneven: expected one float32 on cpu, got .* torch.int64"),
+        (torch.zeros(2), r"found_uneven: expected one float32, got \[2\] torch.float32"),
+        (torch.zeros(1, dtype=torch.int64), "found_uneven: expected one float32, got .* torch.int64"),
         (0.0, "found_uneven: expected a tensor or None, got float"),
     ):
         with pytest.raises((TypeError, ValueError), match=sentence):
             vcrd.fused_validity_calibrated_kl(*given, validity="margin", found_uneven=place)
 
 
-@pytest.mark.parametrize("in_forward", [True, False])
-def test_rows_of_a_bad_teacher_are_skipped_as_with_stored_logits(in_forward):
+@pytest.mark.parametrize("upstream", ["look", "uneven"])
+def test_rows_of_a_bad_teacher_are_skipped_as_with_stored_logits(upstream):
     tensors = HeadCase().tensors()
     teacher = tensors["logits"].clone()
     teacher[1, 2, 5] = torch.nan
@@ -188,7 +188,7 @@ def test_rows_of_a_bad_teacher_are_skipped_as_with_stored_logits(in_forward):
         options = {"skip_invalid_teacher": True, "normalization": "mean"}
         if fused:
             out = vcrd.fused_validity_calibrated_kl(
-                *(hidden, weight, teacher, tensors["labels"]), gradient_in_forward=in_forward, **options
+                *(hidden, weight, teacher, tensors["labels"]), upstream=upstream, **options
             )
         else:
             out = vcrd.validity_calibrated_kl(hidden @ weight.T, teacher, tensors["labels"], **options)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vcrd
-from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.config import DIVERGENCES
 from vcrd.loss.teacher_blocks import BLOCK_BYTES, HiddenBlocks
 
 TINY = 3 * 4 * 300  # bytes: few rows of most vocabularies here, one of the others

@@ -14,7 +14,7 @@ from minus_infinity import DTYPES, SETTINGS, check, check_head, check_topk, draw
 from sharded_jobs import spawn
 
 import vcrd
-from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.config import DIVERGENCES
 
 EXAMPLES = {"max_examples": 8} if EMULATED else {}
 COLUMNS = (2, 3, 40, 203, 1100, 5000)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import vcrd
 from vcrd.loss import ops, reference
-from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.config import DIVERGENCES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EDGES = (1024, 4096, 8192)
@@ -139,12 +139,12 @@ def test_every_code_is_decoded(device):
 
 
 def test_a_shift_of_whole_rows_changes_nothing(device):
-    """`teacher_max` moves a row's logits; within one shard no statistic sees it."""
+    """`row_max` moves a row's logits; within one shard no statistic sees it."""
     for divergence in DIVERGENCES:
         for dtype in (torch.uint8, torch.float16):
             case = Case((4,), 300, divergence=divergence, teacher_dtype=dtype, temperature=1.5)
             shift = torch.tensor([0.0, 3.0, -40.0, 100.0], device=device)
-            stats, gradient = run(case, device, teacher_max=shift)
+            stats, gradient = run(case, device, row_max=shift)
             expected, expected_gradient = case.expected()
             # A teacher 100 higher has its digits cut by float32 itself.
             assert_stats(stats, expected, tolerance=2e-5)
@@ -193,7 +193,8 @@ def test_two_shards_are_one_row(device):
     ]
     partials = [ops.row_statistics(s, t, None, labels, None, 1.0, *place, code) for s, t, *place in shards]
     statistics, actions, constants = ops.merge_statistics(torch.stack(partials), labels, None, 1.0, code)
-    assert_stats(on_cpu(vcrd.DivergenceStats(*statistics, *actions)), expected)
+    stats = vcrd.DivergenceStats(*statistics, *actions, torch.zeros_like(actions[0], dtype=torch.bool))
+    assert_stats(on_cpu(stats), expected)
     for s, t, width, first in shards:
         upstream = (ones, 2 * ones, 1.0, width, first, code, 0.0)
         gradient = ops.gradient(s, t, None, labels, None, constants, None, *upstream)

@@ -9,8 +9,7 @@ import torch
 import vcrd
 from vcrd.link.payload import encode, payload_named, row_max, top_k_of
 from vcrd.link.plan import Shard
-from vcrd.loss.checks import DIVERGENCES
-from vcrd.loss.invalid_rows import invalid_rows
+from vcrd.loss.config import DIVERGENCES
 from vcrd.teacher_logits import HiddenStates, TopKLogits
 
 VOCAB = 67
@@ -59,7 +58,7 @@ def test_invalid_rows_of_every_payload_are_skipped_as_masked_ones_are(name, inpl
     settings = {"normalization": "mean", "steps": torch.arange(8)[:, None] // 4, "inplace_gradient": inplace}
     expected, gradient = run(teacher, mask, **settings)
     out, got = run(teacher, None, skip_invalid_teacher=True, **settings)
-    assert invalid_rows(out.stats).flatten().nonzero().flatten().tolist() == list(BAD)
+    assert out.stats.skipped.flatten().nonzero().flatten().tolist() == list(BAD)
     assert torch.equal(out.loss, expected.loss) and torch.equal(out.weight, expected.weight)
     assert torch.equal(got, gradient) and got.isfinite().all() and (got[0] != 0).any()
     assert (got[list(BAD)] == 0).all() and (out.loss[list(BAD)] == 0).all()
@@ -73,7 +72,7 @@ def test_invalid_rows_are_skipped_by_every_divergence(divergence):
     expected, gradient = run(teacher, mask, divergence)
     out, got = run(teacher, None, divergence, skip_invalid_teacher=True)
     assert torch.equal(got, gradient) and torch.equal(out.loss, expected.loss)
-    assert torch.equal(invalid_rows(out.stats).flatten(), ~mask.flatten())
+    assert torch.equal(out.stats.skipped.flatten(), ~mask.flatten())
 
 
 def test_a_mask_counts_beside_the_invalid_rows():
@@ -92,7 +91,7 @@ def test_nothing_is_skipped_unasked_and_a_masked_row_is_not_bad():
     out, _ = run(spoilt(), None)
     assert out.loss.isnan().sum() == len(BAD)
     out, _ = run(spoilt(), torch.zeros(8, 1), skip_invalid_teacher=True)
-    assert not invalid_rows(out.stats).any()
+    assert not out.stats.skipped.any()
 
 
 @pytest.mark.parametrize("name", ["float32", "topk", "logits_8bit"])
@@ -103,8 +102,8 @@ def test_a_nan_of_the_students_is_not_hidden(name):
     with torch.no_grad():
         student[2], student[6] = torch.nan, torch.nan  # beside a good row and beside a bad one
     out = vcrd.validity_calibrated_kl(student, teacher, validity="uniform", skip_invalid_teacher=True)
-    assert out.loss[[2, 6]].isnan().all() and not invalid_rows(out.stats)[[2, 6]].any()
-    assert invalid_rows(out.stats)[[1, 3, 4]].all()
+    assert out.loss[[2, 6]].isnan().all() and not out.stats.skipped[[2, 6]].any()
+    assert out.stats.skipped[[1, 3, 4]].all()
 
 
 def test_codes_of_a_flat_row_and_of_a_far_shard_are_no_invalid_rows():
@@ -112,4 +111,4 @@ def test_codes_of_a_flat_row_and_of_a_far_shard_are_no_invalid_rows():
     far[..., 50] = 0.0
     teacher = as_payload("logits_8bit", torch.cat([flat, far] * 4))
     out, _ = run(teacher, None, skip_invalid_teacher=True)
-    assert not invalid_rows(out.stats).any() and out.loss.isfinite().all()
+    assert not out.stats.skipped.any() and out.loss.isfinite().all()

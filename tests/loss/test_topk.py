@@ -11,7 +11,7 @@ from forms import NEVER, TopKCase, moved
 
 import vcrd
 from vcrd.loss import reference
-from vcrd.loss.checks import DIVERGENCES
+from vcrd.loss.config import DIVERGENCES
 
 TINY = 3 * 4 * 300  # bytes: few rows of most vocabularies here, one of the others
 

@@ -142,7 +142,9 @@ def test_a_known_token_in_the_padding_is_refused_or_no_distribution(device):
     for name in (*OF_THE_TEACHER[1:], "divergence"):
         assert getattr(stats, name)[1].isnan(), name
     assert stats.teacher_action.tolist() == [int(form.ids[0, form.logprobs[0].argmax()]), 0]
-    assert skipped.teacher_entropy.isnan().tolist() == [False, True] and skipped.divergence[1] == 0
+    assert (
+        skipped.skipped.tolist() == [False, True] and skipped.divergence[1] == skipped.teacher_entropy[1] == 0
+    )
 
 
 def test_without_a_known_token_everything_is_a_bound_and_neither_model_is_preferred(device):

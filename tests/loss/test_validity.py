@@ -34,7 +34,7 @@ def test_weights_match_the_reference(validity, with_steps, normalization):
     stats, expected, mask = stats_of(Case((4, 11), 97, scale=2.0, with_mask=True))
     steps = torch.randint(-1, 9, (4, 11)) if with_steps else None
     options = dict(sharpness=2.5, floor=0.2, ceiling=1.5, steps=steps, mask=mask, normalization=normalization)
-    weight, rho = vcrd.validity_weights(stats, validity, **options)
+    weight, rho = vcrd.validity_weights(stats, validity=validity, **options)
     expected_weight, expected_rho = reference.weights(
         *reference.log_validities(expected, validity), **options
     )
@@ -46,7 +46,7 @@ def test_weights_match_the_reference(validity, with_steps, normalization):
 def test_every_estimator_can_prefer_either_model(validity):
     """The hierarchy is not static: on some tokens the student is the more valid, on others the teacher."""
     stats, _, _ = stats_of(Case((500,), 40, scale=2.0))
-    _, rho = vcrd.validity_weights(stats, validity)
+    _, rho = vcrd.validity_weights(stats, validity=validity)
     assert (rho < 0.45).any() and (rho > 0.55).any()
 
 
@@ -157,7 +157,12 @@ def test_scores_per_step_are_indexed_by_the_step():
     steps = torch.tensor([[0, 0, 1], [2, 2, -1]])
     student, teacher = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0.9, 0.5, 0.1])
     _, rho = vcrd.validity_weights(
-        stats, "scores", 1.0, steps=steps, student_validity=student, teacher_validity=teacher
+        stats,
+        validity="scores",
+        sharpness=1.0,
+        steps=steps,
+        student_validity=student,
+        teacher_validity=teacher,
     )
     torch.testing.assert_close(rho, torch.tensor([[0.9, 0.9, 0.5], [0.1, 0.1, 0.5]]))
 
@@ -178,7 +183,9 @@ def test_weights_stay_between_floor_and_ceiling_and_are_constant_within_a_step(
     generator = torch.Generator().manual_seed(seed)
     stats, _, _ = stats_of(Case((tokens,), 30, seed=seed))
     step = torch.randint(0, steps, (tokens,), generator=generator, device="cpu").to(stats.divergence.device)
-    weight, rho = vcrd.validity_weights(stats, "margin", sharpness, floor, ceiling, step)
+    weight, rho = vcrd.validity_weights(
+        stats, validity="margin", sharpness=sharpness, floor=floor, ceiling=ceiling, steps=step
+    )
     low, high = min(floor, ceiling), max(floor, ceiling)
     assert ((weight >= low - 1e-5) & (weight <= high + 1e-5)).all() and ((rho >= 0) & (rho <= 1)).all()
     for s in step.unique():
@@ -188,9 +195,11 @@ def test_weights_stay_between_floor_and_ceiling_and_are_constant_within_a_step(
 def test_swapping_the_models_mirrors_rho():
     student, teacher, labels, _ = tensors(Case((30,), 60))
     for validity in ("label", "margin", "confidence"):
-        _, rho = vcrd.validity_weights(vcrd.vocab_parallel_divergence(student, teacher, labels), validity)
+        _, rho = vcrd.validity_weights(
+            vcrd.vocab_parallel_divergence(student, teacher, labels), validity=validity
+        )
         _, mirrored = vcrd.validity_weights(
-            vcrd.vocab_parallel_divergence(teacher, student, labels), validity
+            vcrd.vocab_parallel_divergence(teacher, student, labels), validity=validity
         )
         torch.testing.assert_close(rho + mirrored, torch.ones(30))
 

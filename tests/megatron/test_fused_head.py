@@ -55,8 +55,6 @@ def step(model: torch.nn.Module, arguments: dict, fused: bool) -> tuple[torch.Te
     """One micro-batch's loss [b, s] and all gradients, with random teacher logits."""
     from megatron.core import parallel_state
 
-    from vcrd.megatron.distillation import _in_place
-
     group = parallel_state.get_tensor_model_parallel_group()
     (batch,) = jobs.batches(1)
     generator = torch.Generator().manual_seed(9)
@@ -68,7 +66,7 @@ def step(model: torch.nn.Module, arguments: dict, fused: bool) -> tuple[torch.Te
 
     def loss(labels, mask, logits):
         seen.append(tuple(logits.shape))
-        out = (head.loss if fused else _in_place)(
+        out = (head.loss if fused else vcrd.validity_calibrated_kl)(
             *(logits, teacher, labels.transpose(0, 1)),
             mask=mask.transpose(0, 1),
             vocab_size=jobs.TRUE_VOCAB,
@@ -260,7 +258,7 @@ def _steps(loss_funcs: list, **changes) -> SimpleNamespace:
     plain = fused_head.fused_validity_calibrated_kl
 
     def loss(*given, **arguments):
-        told.append({k: arguments.get(k) for k in ("gradient_in_forward", "even_upstream")})
+        told.append(arguments["head"].upstream)
         return plain(*given, **arguments)
 
     position = 0
@@ -309,9 +307,6 @@ def mean_of_samples(losses, mask):
     return ((losses * mask).sum(1) / mask.sum(1)).sum(), torch.tensor(len(losses)), {}
 
 
-LOOKED = {"gradient_in_forward": None, "even_upstream": False}
-PROMISED = {"gradient_in_forward": None, "even_upstream": True}
-RECOMPUTED = {"gradient_in_forward": False, "even_upstream": None}
 OUTPUT = "output_layer.weight"
 
 
@@ -334,12 +329,12 @@ def test_from_the_second_step_on_no_backward_waits_where_loss_func_is_a_masked_s
     ((found,),) = run_worlds(World(many_steps))
     for per_token in (False, True):
         run = found[f"masked sum {per_token}"]
-        assert run.told == [LOOKED] * 2 + [PROMISED] * 4 and run.error is None
+        assert run.told == ["look"] * 2 + ["even"] * 4 and run.error is None
         for later in run.gradients[1:]:
             assert all(torch.equal(later[name], first) for name, first in run.gradients[0].items())
     # Another loss_func is made again from the second step on, and its gradients are right in each.
     run, (stored,) = found["samples"], found["stored samples"].gradients
-    assert run.told == [LOOKED] * 2 + [RECOMPUTED] * 2 and run.error is None
+    assert run.told == ["look"] * 2 + ["uneven"] * 2 and run.error is None
     for gradients in run.gradients:
         for name, truth in stored.items():
             torch.testing.assert_close(
@@ -347,11 +342,11 @@ def test_from_the_second_step_on_no_backward_waits_where_loss_func_is_a_masked_s
             )
     # One that changes its mind gets no gradient of the output layer that is a number, and a sentence.
     run = found["changes"]
-    assert run.told == [LOOKED] * 2 + [PROMISED] * 2
+    assert run.told == ["look"] * 2 + ["even"] * 2
     assert (
         run.error.startswith("fused_head: expected loss_func to give all tokens") and "recompute" in run.error
     )
     assert run.gradients[1][OUTPUT][: jobs.TRUE_VOCAB].isnan().all()
     run = found["changes, recomputed"]
-    assert run.told == [RECOMPUTED] * 4 and run.error is None
+    assert run.told == ["uneven"] * 4 and run.error is None
     torch.testing.assert_close(run.gradients[1][OUTPUT], stored[OUTPUT], rtol=1e-4, atol=1e-6)

@@ -64,7 +64,7 @@ def with_term(model: torch.nn.Module, how: str) -> torch.nn.Module:
     return model
 
 
-def gradients(how: str, in_place, **settings) -> SimpleNamespace:
+def gradients(how: str, loss, **settings) -> SimpleNamespace:
     """Of one step of two micro-batches through the plug; and how often logits became their own gradient."""
 
     model = with_term(build(tied=False), how)
@@ -82,7 +82,7 @@ def gradients(how: str, in_place, **settings) -> SimpleNamespace:
 
     error = None
     with (
-        patch.object(distillation, "_in_place", in_place),
+        patch.object(distillation, "validity_calibrated_kl", loss),
         patch.object(vcrd.loss.ops, "gradient_", counted),
     ):
         try:
@@ -109,7 +109,7 @@ TERMS = {
 
 def with_each_term() -> dict[str, tuple[SimpleNamespace, SimpleNamespace]]:
     buffered = partial(vcrd.validity_calibrated_kl, inplace_gradient=False)
-    return {how: (gradients(how, distillation._in_place), gradients(how, buffered)) for how in TERMS}
+    return {how: (gradients(how, vcrd.validity_calibrated_kl), gradients(how, buffered)) for how in TERMS}
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -128,7 +128,7 @@ def test_the_plug_writes_over_logits_that_nobody_else_needs(tensor):
 
 def with_a_fused_head() -> list[SimpleNamespace]:
     return [
-        gradients(how, distillation._in_place, fused_head="on")
+        gradients(how, vcrd.validity_calibrated_kl, fused_head="on")
         for how in ("none", "rides on the logits", "is added to the loss")
     ]
 

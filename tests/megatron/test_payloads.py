@@ -67,7 +67,7 @@ def ask_packed(chosen: DistillSettings) -> list[torch.Tensor]:
     edges = [0, 5, 6, jobs.SEQUENCE]
     numbers = [link.request(tokens, edges)]
     numbers += [link.request(tokens[:, a:b]) for a, b in zip(edges, edges[1:], strict=False)]
-    whole, *parts = [link.receive(number) for number in numbers]
+    whole, *parts = [link.receive(number).logits for number in numbers]
     link.close()
     rendezvous.close()
     return [whole, torch.cat(parts)]

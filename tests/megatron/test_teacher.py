@@ -53,7 +53,7 @@ def ask(settings: DistillSettings) -> list[torch.Tensor]:
     rendezvous = host_rendezvous(settings.link)
     link = connect(settings, jobs.TRUE_VOCAB)
     numbers = [link.request(tokens) for tokens in requests()]
-    answers = [link.receive(number) for number in numbers]
+    answers = [link.receive(number).logits for number in numbers]
     link.close()
     rendezvous.close()
     return answers
@@ -122,7 +122,7 @@ def ask_one_after_the_other(folder: str) -> list[int]:
         except HandshakeRefused:
             rendezvous.close()
             continue
-        lengths += [link.receive(link.request(tokens)).shape[0] for tokens in requests()[:2]]
+        lengths += [link.receive(link.request(tokens)).logits.shape[0] for tokens in requests()[:2]]
         link.close()
         rendezvous.close()
     return lengths

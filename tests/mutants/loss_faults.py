@@ -74,14 +74,14 @@ FAULTS = [
     ),
     _fault(
         "the fused head divides the loss by the mean weight and not its gradient",
-        "loss/fused_chunks.py",
+        "loss/fused_head.py",
         "factor = of_loss if ctx.mean is None else of_loss / ctx.mean",
         "factor = of_loss",
         *(_HEAD, "-k", "values_and_gradients"),
     ),
     _fault(
         "a fractional mask does not weigh the gradient of the output layer",
-        "loss/fused_chunks.py",
+        "loss/fused_head.py",
         "states = (states * expected_here[:, None]).to(states.dtype)",
         "states = states.to(states.dtype)",
         *(_HEAD, "-k", "made_again"),
@@ -109,7 +109,7 @@ FAULTS = [
     ),
     _fault(
         "a student's NaN is skipped as if it were the teacher's",
-        "loss/invalid_rows.py",
+        "loss/divergence.py",
         "    bad = bad & ~statistics[_STUDENT_ENTROPY].isnan()\n",
         "",
         *(_SKIPPED, "-k", "students"),
@@ -117,8 +117,8 @@ FAULTS = [
     _fault(
         "where invalid rows are skipped masked tokens count for the mean weight",
         "loss/api.py",
-        "mask = kept if mask is None else kept & (mask != 0)",
-        "mask = kept",
+        "mask = ~stats.skipped if mask is None else ~stats.skipped & (mask != 0)",
+        "mask = ~stats.skipped",
         *(_SKIPPED, "-k", "counts_beside"),
     ),
 ]

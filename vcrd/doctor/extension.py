@@ -153,7 +153,7 @@ def _failed(device: torch.device, text: str) -> Finding:
 
 
 def _cases() -> Iterator[_Case]:
-    from vcrd.loss.checks import DIVERGENCES
+    from vcrd.loss.config import DIVERGENCES
 
     dtypes = list(_ROUNDING)
     for number, divergence in enumerate(DIVERGENCES):

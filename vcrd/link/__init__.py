@@ -34,7 +34,6 @@ nothing arrives within `timeout`. The death of a student is noticed in steps 2 a
 
 from vcrd.settings import LinkSettings
 
-from .answers import Hidden, TopK
 from .errors import HandshakeRefused, LinkError, StudentLost, TeacherLost
 from .handshake import Head, Tokenizer
 from .plan import Piece, Place, Shard, Span, context_rows, overlaps, replica_of, students_of, vocab_shards
@@ -47,7 +46,6 @@ from .tracing import merge_traces, trace
 __all__ = [
     "HandshakeRefused",
     "Head",
-    "Hidden",
     "LinkError",
     "LinkSettings",
     "Piece",
@@ -61,7 +59,6 @@ __all__ = [
     "TeacherLink",
     "TeacherLost",
     "Tokenizer",
-    "TopK",
     "context_rows",
     "host_rendezvous",
     "merge_traces",

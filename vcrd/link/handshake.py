@@ -29,13 +29,13 @@ _DIGEST = re.compile(r"[0-9a-f]{0,64}")
 @dataclass(frozen=True)
 class Head:
     """The output layer of the teacher, for the payload "hidden": logits = scale * states @ weight.T, then
-    softcap * tanh(logits / softcap) unless softcap is 0. size: of a hidden state, up to 65536. dtype: of states and
+    softcap * tanh(logits / softcap) unless softcap is None. size: of a hidden state, up to 65536. dtype: of states and
     weight, "float32", "bfloat16" or "float16". ValueError for other values."""
 
     size: int
     dtype: str
     scale: float = 1.0
-    softcap: float = 0.0
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         if type(self.size) is not int or not 1 <= self.size <= _LARGEST_STATE:
@@ -44,10 +44,12 @@ class Head:
             raise ValueError(f"dtype: expected one of {', '.join(STATE_DTYPES)}, got {self.dtype!r}")
         for name in ("scale", "softcap"):
             number = getattr(self, name)
+            if number is None and name == "softcap":
+                continue
             if type(number) not in (int, float) or not abs(number) < 1e30:
                 raise ValueError(f"{name}: expected a finite number, got {number!r}")
-        if self.softcap < 0:
-            raise ValueError(f"softcap: expected at least 0, got {self.softcap!r}")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap: expected a number above 0 or None, got {self.softcap!r}")
 
 
 @dataclass(frozen=True)

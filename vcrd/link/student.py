@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vcrd.settings import LinkSettings
+from vcrd.teacher_logits import DenseLogits, HiddenStates, TeacherLogits, TopKLogits, factor_of
 
-from .answers import Hidden, TopK
 from .connection import dial
 from .errors import HandshakeRefused, LinkError, TeacherLost
 from .handshake import Handshake, Tokenizer, served_by
@@ -192,12 +192,13 @@ class StudentLink:
         tokens = tokens.detach().to("cpu", torch.int32, copy=True).contiguous()
         return self._connections.request(tokens, edges.to(torch.int32, copy=True))
 
-    def receive(self, number: int) -> Tensor | TopK | Hidden:
+    def receive(self, number: int) -> TeacherLogits:
         """The answer of the teacher to micro-batch `number`, for the positions and columns of this rank.
 
-        Logits [s / context_size, b, columns.width], each row up to a shift: float16 or float32, or uint8 codes for the
-        loss to decode, as the payload; or `TopK` or `Hidden`. Called on every rank, for 0, 1, 2 .. in this order.
-        Positions are in the order in which Megatron's context parallelism holds them (`plan.context_rows`).
+        The payload decides the form. `DenseLogits` [s / context_size, b, columns.width], each row up to a shift:
+        float16, float32, or uint8 codes. `TopKLogits`, the same on every tensor rank. `HiddenStates`, with this rank's
+        rows of the teacher's output layer. Called on every rank, for 0, 1, 2 .. in this order. Positions are in the
+        order in which Megatron's context parallelism holds them (`plan.context_rows`).
 
         While the teacher is lost, or after it has given no sign of life for `timeout` seconds in here, this waits for
         another one. TeacherLost when none has come back within `connect_timeout` seconds in here.
@@ -351,15 +352,15 @@ class StudentLink:
         replica, reason = self._connections.replica, self._connections.lost_because
         _log.log(level, "waiting up to %.0f s for teacher replica %s, lost because %s", left, replica, reason)
 
-    def _formed(self, tensors: list[Tensor]) -> Tensor | TopK | Hidden:
+    def _formed(self, tensors: list[Tensor]) -> TeacherLogits:
         if self._settings.payload == "topk":
-            return TopK(*tensors)
+            return TopKLogits(*tensors)
         if self._settings.payload != "hidden":
-            return tensors[0]
-        head = self._connections.teacher_head
-        if self._head is None:
-            self._head = self._connections.head.weight.to(self._device)
-        return Hidden(tensors[0], self._head, head.scale, head.softcap)
+            return DenseLogits(tensors[0])
+        head, states = self._connections.teacher_head, tensors[0]
+        if self._head is None:  # as it is multiplied: converted here once, not once per micro-batch
+            self._head = factor_of(self._connections.head.weight.to(self._device), states.dtype)
+        return HiddenStates(states, self._head, head.scale, head.softcap)
 
     def _check_tokens(self, tokens: Tensor, boundaries: Tensor) -> None:
         if (

@@ -389,7 +389,7 @@ def _head_numbers(head: Head | None) -> list[int]:
     """A head as int64 numbers for a collective, the two floats as their bits."""
     if head is None:
         return [0, 0, 0, 0]
-    bits = struct.unpack("<2q", struct.pack("<2d", head.scale, head.softcap))
+    bits = struct.unpack("<2q", struct.pack("<2d", head.scale, head.softcap or 0.0))
     return [head.size, list(STATE_DTYPES).index(head.dtype), *bits]
 
 
@@ -398,7 +398,7 @@ def _head_of(numbers: Sequence[int]) -> Head | None:
     if not size:
         return None
     scale, softcap = struct.unpack("<2d", struct.pack("<2q", *bits))
-    return Head(size, list(STATE_DTYPES)[dtype], scale, softcap)
+    return Head(size, list(STATE_DTYPES)[dtype], scale, softcap or None)
 
 
 def _end_all(sessions: list[TeacherSession]) -> None:

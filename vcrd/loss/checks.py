@@ -1,18 +1,28 @@
-"""Checks the arguments of the loss and settles which vocabulary columns each rank holds. No tensor is read here."""
+"""Checks the tensors of a call, on every rank alike, and settles which vocabulary columns each rank holds.
+
+Were each rank to check only its own arguments, one would raise while the others wait for it in a collective. So the
+ranks of a group exchange facts of their calls, or the sentence of the one that refuses its arguments, through the
+group's key-value store: no collective, no device synchronisation, and nothing at all on later calls with equal facts.
+"""
 
 from __future__ import annotations
 
+import json
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_process_group_store
 
-from vcrd.loss.agreement import Facts, agree, refuse
-from vcrd.teacher_logits import HiddenStates, TopKLogits
+from vcrd.errors import check_number, expected, wrong_type
+from vcrd.loss.config import LossConfig
+from vcrd.teacher_logits import DenseLogits, HiddenStates, TeacherLogits, TopKLogits
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl")
 STUDENT_DTYPES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
@@ -23,55 +33,97 @@ FLOAT32 = {torch.float32: "float32"}
 INTEGERS = dict.fromkeys(
     (getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)), "integers"
 )
-Teacher = Tensor | TopKLogits | HiddenStates
+
+# What one rank states about its call: names and values, in the order in which they are compared.
+RankFacts = dict[str, "int | float | str | bool | list[int] | None"]
+Conclusion = TypeVar("Conclusion")
 
 
-class Layout(NamedTuple):
-    """One rank's place: it holds `columns` true columns of the vocabulary, from `first_column` on."""
+class VocabShard(NamedTuple):
+    """One rank's part of the vocabulary: it holds `columns` true columns, from `first_column` on."""
 
     columns: int
     first_column: int
     vocab_size: int
 
 
-def check_tensors(
-    student_logits: Tensor,
-    teacher_logits: Teacher,
-    teacher_max: Tensor | None,
+def teacher_form(teacher: Tensor | TeacherLogits) -> TeacherLogits:
+    """The teacher, where a plain tensor stands for `DenseLogits`. Raises TypeError for anything else."""
+    if isinstance(teacher, Tensor):
+        return DenseLogits(teacher)
+    if not isinstance(teacher, TeacherLogits):
+        raise wrong_type("teacher_logits", "a tensor, DenseLogits, TopKLogits or HiddenStates", teacher)
+    return teacher
+
+
+def settle_shard(
+    student: Tensor,
+    teacher: TeacherLogits,
     labels: Tensor | None,
     mask: Tensor | None,
+    config: LossConfig,
+    group: dist.ProcessGroup | None,
+) -> VocabShard:
+    """This rank's shard, once every rank of `group` found all arguments right; or an error on every rank.
+
+    No tensor is read.
+    """
+    try:
+        check_tensors(student, teacher, labels, mask)
+        if isinstance(teacher, TopKLogits) and config.temperature != 1:
+            what = "1 with a teacher of TopKLogits, whose tail has no known mass at another"
+            raise expected("temperature", what, config.temperature)
+    except (TypeError, ValueError) as error:
+        refuse(group, error)
+        raise
+    facts: RankFacts = {
+        **_teacher_facts(teacher, student.shape[-1]),
+        "student columns": student.shape[-1],
+        "student_logits leading shape": list(student.shape[:-1]),
+        "student_logits dtype": str(student.dtype),
+        "labels given": labels is not None,
+        "mask given": mask is not None,
+        "divergence": config.divergence,
+        "temperature": config.temperature,
+        "alpha": config.alpha,
+        "beta": config.beta,
+        "vocab_size": config.vocab_size,
+    }
+    if group is None:
+        return shard_of([facts], 0)
+    rank = dist.get_rank(group)
+    return agree(group, facts, lambda ranks: shard_of(ranks, rank))
+
+
+def check_tensors(
+    student: Tensor, teacher: TeacherLogits, labels: Tensor | None, mask: Tensor | None
 ) -> None:
     """Raises TypeError or ValueError naming the argument that is wrong by itself."""
-    _check_dtype("student_logits", student_logits, STUDENT_DTYPES)
-    if student_logits.dim() == 0:
+    check_dtype("student_logits", student, STUDENT_DTYPES)
+    if student.dim() == 0:
         raise ValueError("student_logits: expected shape [..., vocabulary shard], got a scalar")
-    dense = not isinstance(teacher_logits, (TopKLogits, HiddenStates))
-    if isinstance(teacher_logits, TopKLogits):
-        _check_topk(teacher_logits, student_logits)
-    elif isinstance(teacher_logits, HiddenStates):
-        _check_hidden(teacher_logits, student_logits)
-    elif not isinstance(teacher_logits, Tensor):
-        kind = type(teacher_logits).__name__
-        raise TypeError(f"teacher_logits: expected a tensor, TopKLogits or HiddenStates, got {kind}")
+    if isinstance(teacher, TopKLogits):
+        _check_topk(teacher, student)
+    elif isinstance(teacher, HiddenStates):
+        _check_hidden(teacher, student)
     else:
-        _check_dtype("teacher_logits", teacher_logits, TEACHER_DTYPES)
-        _check_place("teacher_logits", teacher_logits, student_logits, "[..., vocabulary shard]")
-    if teacher_max is not None and not dense:
-        raise ValueError(f"teacher_max: expected none beside {type(teacher_logits).__name__}, got one")
-    for name, tensor, dtypes in (
-        ("teacher_max", teacher_max, FLOAT32),
-        ("labels", labels, INTEGERS),
-        ("mask", mask, None),
-    ):
-        if tensor is not None:
-            _check_dtype(name, tensor, dtypes)
-            _check_place(name, tensor, student_logits)
+        check_dtype("teacher_logits", teacher.logits, TEACHER_DTYPES)
+        _check_place("teacher_logits", teacher.logits, student, "[..., vocabulary shard]")
+        if teacher.row_max is not None:
+            check_dtype("teacher_logits.row_max", teacher.row_max, FLOAT32)
+            _check_place("teacher_logits.row_max", teacher.row_max, student)
+    if labels is not None:
+        check_dtype("labels", labels, INTEGERS)
+        _check_place("labels", labels, student)
+    if mask is not None:
+        check_dtype("mask", mask, None)
+        _check_place("mask", mask, student)
 
 
 def _check_topk(teacher: TopKLogits, student: Tensor) -> None:
-    _check_dtype("teacher_logits.logprobs", teacher.logprobs, FLOAT32)
-    _check_dtype("teacher_logits.ids", teacher.ids, INTEGERS)
-    _check_dtype("teacher_logits.log_tail", teacher.log_tail, FLOAT32)
+    check_dtype("teacher_logits.logprobs", teacher.logprobs, FLOAT32)
+    check_dtype("teacher_logits.ids", teacher.ids, INTEGERS)
+    check_dtype("teacher_logits.log_tail", teacher.log_tail, FLOAT32)
     _check_place("teacher_logits.logprobs", teacher.logprobs, student, "[..., k]")
     _check_place("teacher_logits.ids", teacher.ids, student, "[..., k]")
     _check_place("teacher_logits.log_tail", teacher.log_tail, student)
@@ -84,118 +136,48 @@ def _check_topk(teacher: TopKLogits, student: Tensor) -> None:
 
 def _check_hidden(teacher: HiddenStates, student: Tensor) -> None:
     states, weight = teacher.states, teacher.weight
-    _check_dtype("teacher_logits.states", states, STUDENT_DTYPES)
-    _check_dtype("teacher_logits.weight", weight, STUDENT_DTYPES)
+    check_dtype("teacher_logits.states", states, STUDENT_DTYPES)
+    check_dtype("teacher_logits.weight", weight, STUDENT_DTYPES)
     _check_place("teacher_logits.states", states, student, "[..., hidden size]")
-    hidden = states.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != hidden:
-        raise ValueError(
-            f"teacher_logits.weight: expected shape [vocabulary shard, {hidden}], got {list(weight.shape)}"
-        )
+    check_weight_shape("teacher_logits.weight", weight, states.shape[-1])
     _check_device("teacher_logits.weight", weight, student)
-    for name, value in (("scale", teacher.scale), ("softcap", teacher.softcap)):
-        if value is None and name == "softcap":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"teacher_logits.{name}: expected a number, got {type(value).__name__}")
-        if not 0 < value < float("inf"):
-            raise ValueError(f"teacher_logits.{name}: expected a finite number above 0, got {value}")
+    check_number("teacher_logits.scale", teacher.scale, above=0)
+    check_number("teacher_logits.softcap", teacher.softcap, above=0, optional=True)
 
 
-def _check_dtype(name: str, tensor: Tensor, dtypes: dict[torch.dtype, str] | None) -> None:
+def check_weight_shape(name: str, weight: Tensor, hidden_size: int) -> None:
+    """Raises ValueError unless this is an output layer for hidden states of that size."""
+    if weight.dim() != 2 or weight.shape[1] != hidden_size:
+        raise expected(name, f"shape [vocabulary shard, {hidden_size}]", list(weight.shape))
+
+
+def check_dtype(name: str, tensor: Tensor, dtypes: dict[torch.dtype, str] | None) -> None:
+    """Raises TypeError unless this is a tensor of one of these dtypes; None for any."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        raise wrong_type(name, "a tensor", tensor)
     if dtypes is not None and tensor.dtype not in dtypes:
         *most, last = dict.fromkeys(dtypes.values())
-        expected = f"{', '.join(most)} or {last}" if most else last
-        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+        raise expected(name, f"{', '.join(most)} or {last}" if most else last, tensor.dtype, TypeError)
 
 
 def _check_place(name: str, tensor: Tensor, student: Tensor, shape: str | None = None) -> None:
     """The student's leading shape, and one dimension more where a `shape` is named; the student's device."""
     leading = student.shape[:-1]
     if shape is not None and tensor.dim() == 0:
-        raise ValueError(f"{name}: expected shape {shape}, got a scalar")
+        raise expected(name, f"shape {shape}", "a scalar")
     got = tensor.shape if shape is None else tensor.shape[:-1]
     if got != leading:
         whose = "logits'" if shape is None else "student's"
-        raise ValueError(f"{name}: expected the {whose} leading shape {list(leading)}, got {list(got)}")
+        raise expected(name, f"the {whose} leading shape {list(leading)}", list(got))
     _check_device(name, tensor, student)
 
 
 def _check_device(name: str, tensor: Tensor, student: Tensor) -> None:
     if tensor.device != student.device:
-        raise ValueError(f"{name}: expected device {student.device} of student_logits, got {tensor.device}")
+        raise expected(name, f"device {student.device} of student_logits", tensor.device)
 
 
-def check_settings(
-    divergence: str, temperature: float, alpha: float, beta: float, vocab_size: int | None
-) -> None:
-    """Raises ValueError or TypeError naming the setting that is wrong by itself."""
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    for name, value in (("temperature", temperature), ("alpha", alpha), ("beta", beta)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-    if not 0 <= alpha < 1:
-        raise ValueError(f"alpha: expected a number in [0, 1), got {alpha}")
-    if not 0 < beta < 1:
-        raise ValueError(f"beta: expected a number in (0, 1), got {beta}")
-    if vocab_size is not None and (isinstance(vocab_size, bool) or not isinstance(vocab_size, int)):
-        raise TypeError(f"vocab_size: expected an int, got {type(vocab_size).__name__}")
-    if vocab_size is not None and vocab_size < 1:
-        raise ValueError(f"vocab_size: expected at least 1, got {vocab_size}")
-
-
-def settle_layout(
-    student_logits: Tensor,
-    teacher_logits: Teacher,
-    teacher_max: Tensor | None,
-    labels: Tensor | None,
-    mask: Tensor | None,
-    divergence: str,
-    temperature: float,
-    alpha: float,
-    beta: float,
-    vocab_size: int | None,
-    group: dist.ProcessGroup | None,
-) -> Layout:
-    """This rank's layout, once every rank of `group` found all arguments right; or an error on every rank."""
-    try:
-        check_tensors(student_logits, teacher_logits, teacher_max, labels, mask)
-        check_settings(divergence, temperature, alpha, beta, vocab_size)
-        if isinstance(teacher_logits, TopKLogits) and temperature != 1:
-            raise ValueError(
-                "temperature: expected 1 with a teacher of TopKLogits, whose tail has no known mass at another, "
-                f"got {temperature}"
-            )
-    except (TypeError, ValueError) as error:
-        if group is not None:
-            refuse(group, error)
-        raise
-    facts: Facts = {
-        **_teacher_facts(teacher_logits, student_logits.shape[-1]),
-        "student columns": student_logits.shape[-1],
-        "student_logits leading shape": list(student_logits.shape[:-1]),
-        "student_logits dtype": str(student_logits.dtype),
-        "teacher_max given": teacher_max is not None,
-        "labels given": labels is not None,
-        "mask given": mask is not None,
-        "divergence": divergence,
-        "temperature": temperature,
-        "alpha": alpha,
-        "beta": beta,
-        "vocab_size": vocab_size,
-    }
-    if group is None:
-        return layout_of([facts], 0)
-    rank = dist.get_rank(group)
-    return agree(group, facts, lambda ranks: layout_of(ranks, rank))
-
-
-def _teacher_facts(teacher: Teacher, student_columns: int) -> Facts:
+def _teacher_facts(teacher: TeacherLogits, student_columns: int) -> RankFacts:
     """The form comes first: which facts there are depends on it, and they are compared in this order."""
     if isinstance(teacher, TopKLogits):
         return {
@@ -215,19 +197,16 @@ def _teacher_facts(teacher: Teacher, student_columns: int) -> Facts:
         }
     return {
         "teacher_logits form": "dense logits",
-        "teacher columns": teacher.shape[-1],
-        "teacher_logits dtype": str(teacher.dtype),
+        "teacher columns": teacher.logits.shape[-1],
+        "teacher_logits dtype": str(teacher.logits.dtype),
+        "teacher_logits.row_max given": teacher.row_max is not None,
     }
 
 
-def layout_of(ranks: list[Facts], rank: int) -> Layout:
-    """The layout of `rank` from the facts of all. Raises ValueError, the same on every rank, where they do not fit."""
-    for name, first in ranks[0].items():
-        for other, facts in enumerate(ranks):
-            if facts[name] != first and not name.endswith("columns"):
-                raise ValueError(
-                    f"{name}: expected equal on every rank, got {first} on rank 0, {facts[name]} on rank {other}"
-                )
+def shard_of(ranks: list[RankFacts], rank: int) -> VocabShard:
+    """The shard of `rank` from the facts of all. Raises ValueError, the same on every rank, where they do not fit."""
+    if len(ranks) > 1:
+        require_equal(ranks)
     student = [facts["student columns"] for facts in ranks]
     teacher = [facts["teacher columns"] for facts in ranks]
     vocab_size = ranks[0]["vocab_size"]
@@ -239,7 +218,7 @@ def layout_of(ranks: list[Facts], rank: int) -> Layout:
             )
         vocab_size = sum(student)
     if not 1 <= vocab_size <= sum(student):
-        raise ValueError(f"vocab_size: expected 1 to the student's {sum(student)} columns, got {vocab_size}")
+        raise expected("vocab_size", f"1 to the student's {sum(student)} columns", vocab_size)
     starts = [0, *accumulate(student)][:-1]
     true = [min(max(vocab_size - start, 0), width) for start, width in zip(starts, student, strict=True)]
     for other, (start, columns, width) in enumerate(zip(starts, true, teacher, strict=True)):
@@ -252,4 +231,84 @@ def layout_of(ranks: list[Facts], rank: int) -> Layout:
                 f"{name}: expected {'' if inner else 'at least '}{columns} {unit} on rank {other}, "
                 f"those of its student shard (from column {start}, vocab_size {vocab_size}), got {width}"
             )
-    return Layout(true[rank], starts[rank], vocab_size)
+    return VocabShard(true[rank], starts[rank], vocab_size)
+
+
+def require_equal(ranks: list[RankFacts]) -> None:
+    """Raises ValueError for the first fact that is not the same on every rank, numbers of columns apart."""
+    for name, first in ranks[0].items():
+        for other, facts in enumerate(ranks):
+            if facts[name] != first and not name.endswith("columns"):
+                raise ValueError(
+                    f"{name}: expected equal on every rank, got {first} on rank 0, {facts[name]} on rank {other}"
+                )
+
+
+@dataclass
+class _GroupLedger:
+    """What one group has agreed on. `rounds` is equal on every rank, because all ranks make the same calls."""
+
+    rounds: int = 0
+    conclusions: dict[str, Any] = field(default_factory=dict)
+
+
+# Keyed weakly: a destroyed group takes its agreements with it.
+_LEDGERS: weakref.WeakKeyDictionary[dist.ProcessGroup, _GroupLedger] = weakref.WeakKeyDictionary()
+
+
+@torch.compiler.disable
+def agree(
+    group: dist.ProcessGroup, facts: RankFacts, conclude: Callable[[list[RankFacts]], Conclusion]
+) -> Conclusion:
+    """What `conclude` makes of the facts of every rank of `group`, in rank order.
+
+    `conclude` sees the same list on every rank, so where it raises it raises on all of them. A conclusion is kept for
+    later calls with the same facts; an error is not.
+
+    Collectives: none. The first call with new facts waits for the other ranks through the group's store.
+
+    Raises what `conclude` raises; ValueError where another rank refused its own arguments; RuntimeError where one does
+    not arrive in time.
+    """
+    ledger = _LEDGERS.setdefault(group, _GroupLedger())
+    signature = json.dumps(facts, sort_keys=True)
+    if signature not in ledger.conclusions:
+        ledger.conclusions[signature] = conclude(_exchange(group, ledger, {"facts": facts}))
+    return ledger.conclusions[signature]
+
+
+def refuse(group: dist.ProcessGroup | None, error: Exception) -> None:
+    """Tells the other ranks, should they be agreeing now, that this one is about to raise. Waits for nobody."""
+    if group is not None:
+        _tell_refusal(group, error)
+
+
+@torch.compiler.disable
+def _tell_refusal(group: dist.ProcessGroup, error: Exception) -> None:
+    ledger = _LEDGERS.setdefault(group, _GroupLedger())
+    _publish(group, ledger, {"refusal": f"{error}"})
+
+
+def _publish(group: dist.ProcessGroup, ledger: _GroupLedger, message: dict) -> str:
+    prefix = f"vcrd/agreement/{ledger.rounds}"
+    ledger.rounds += 1
+    _get_process_group_store(group).set(f"{prefix}/{dist.get_rank(group)}", json.dumps(message))
+    return prefix
+
+
+def _exchange(group: dist.ProcessGroup, ledger: _GroupLedger, message: dict) -> list[RankFacts]:
+    prefix = _publish(group, ledger, message)
+    store = _get_process_group_store(group)
+    messages = []
+    for rank in range(dist.get_world_size(group)):
+        try:
+            messages.append(json.loads(store.get(f"{prefix}/{rank}")))
+        except dist.DistError as error:
+            raise RuntimeError(
+                f"group: rank {rank} did not call the loss with new shapes as this rank did, within "
+                f"{store.timeout.total_seconds():.0f} s; every rank must make the same calls"
+            ) from error
+    for rank, other in enumerate(messages):
+        if "refusal" in other:
+            raise ValueError(f"rank {rank} of the group refused its arguments: {other['refusal']}")
+    return [other["facts"] for other in messages]

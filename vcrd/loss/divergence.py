@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.loss import ops
-from vcrd.loss.agreement import refuse
-from vcrd.loss.checks import DIVERGENCES, Layout, settle_layout
-from vcrd.loss.invalid_rows import skip_invalid_rows
-from vcrd.loss.overwriting import (
-    IF_UNUSED,
-    check_inplace_gradient,
-    holders,
-    holders_of_a_lone_loss,
-    shares_memory,
-)
+from vcrd.loss.checks import VocabShard, refuse, settle_shard, teacher_form
+from vcrd.loss.config import DIVERGENCES, IF_UNUSED, LossConfig, loss_config
+from vcrd.loss.overwriting import holders, holders_of_a_lone_loss, shares_memory
 from vcrd.loss.teacher_blocks import (
     BLOCK_BYTES,
     DenseBlocks,
@@ -31,20 +24,28 @@ from vcrd.loss.teacher_blocks import (
     joined,
     rows_of,
 )
-from vcrd.teacher_logits import HiddenStates, TopKLogits
+from vcrd.teacher_logits import DenseLogits, TeacherLogits, TopKLogits
+
+_STUDENT_ENTROPY, _TEACHER_ENTROPY = map(ops.STATISTICS.index, ("student_entropy", "teacher_entropy"))
+_TEACHER_MAX = ops.PARTIAL_COLUMNS["teacher_max"]
+# Above what the code 255 stands for, below what 254 does. In a row of codes the largest logit has the code 0, so a row
+# without any code below 255 is none: the link sends it in the place of what codes cannot say.
+_NO_CODE = -23.9
 
 
 class DivergenceStats(NamedTuple):
-    """Per-token statistics, each [...], float32 (actions int64), equal on every rank of the group.
+    """Per-token statistics, each [...], float32 (actions int64, skipped bool), equal on every rank of the group.
 
     Only `divergence` and `cross_entropy` carry a gradient. Logarithms are natural: nats. Everything but `divergence` is
     read at temperature 1. An action is the model's most probable next token. Rows whose mask is 0 hold zeros; without a
     label (or with a negative one) `cross_entropy` and both label log-probabilities are 0. Of equal logits the action is
     the one with the lowest id.
 
-    With `TopKLogits` they are facts of the teacher all the same. `teacher_action` is its most probable token, and -1
+    With `TopKLogits` they still describe the teacher. `teacher_action` is its most probable token, and -1
     where no token is known; a log-probability of a token that is not known is an upper bound, and `teacher_entropy` a
     lower one.
+
+    `skipped` is True in the rows that `skip_invalid_teacher` has skipped; all other fields are 0 there.
     """
 
     divergence: Tensor
@@ -59,6 +60,7 @@ class DivergenceStats(NamedTuple):
     teacher_entropy: Tensor
     student_action: Tensor
     teacher_action: Tensor
+    skipped: Tensor
 
 
 # Divergences and statistics go by their numbers between Python and the extension.
@@ -69,8 +71,8 @@ if (ops.DIVERGENCES, ops.STATISTICS) != (DIVERGENCES, DivergenceStats._fields[: 
     )
 
 
-class Plan(NamedTuple):
-    """Everything but tensors that the passes need."""
+class PassSettings(NamedTuple):
+    """What the passes over the logits need besides tensors."""
 
     divergence: str
     temperature: float
@@ -90,29 +92,19 @@ class Plan(NamedTuple):
 
 def vocab_parallel_divergence(
     student_logits: Tensor,
-    teacher_logits: Tensor | TopKLogits | HiddenStates,
+    teacher_logits: Tensor | TeacherLogits,
     labels: Tensor | None = None,
     *,
-    divergence: str = "forward_kl",
-    temperature: float = 1.0,
-    alpha: float = 0.1,
-    beta: float = 0.5,
-    vocab_size: int | None = None,
+    config: LossConfig | None = None,
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-    inplace_gradient: bool | str = False,
-    teacher_max: Tensor | None = None,
-    skip_invalid_teacher: bool = False,
     _block_bytes: int = BLOCK_BYTES,
+    **options: Any,
 ) -> DivergenceStats:
     """Divergence of the student from the teacher at each token, and what validity estimators need, in one pass.
 
-    With p = softmax(teacher logits / T) and q = softmax(student logits / T), without the factor T^2:
-
-    - forward_kl KL(p||q), reverse_kl KL(q||p), jeffreys half of each;
-    - jsd: beta KL(p||m) + (1 - beta) KL(q||m), m = beta p + (1 - beta) q (GKD, arXiv 2306.13649);
-    - skew_kl KL(p || alpha p + (1 - alpha) q), skew_reverse_kl KL(q || alpha q + (1 - alpha) p)
-      (DistiLLM, arXiv 2402.03898).
+    With p = softmax(teacher logits / T) and q = softmax(student logits / T), without the factor T^2. Formulas:
+    `LossConfig`.
 
     A logit of -inf gives no probability, nor does one whose probability no float64 holds (below e^-745); a logit more
     than 1e30 below the largest of its row may count as -inf. KL(p||q) is inf where p has probability and q has none,
@@ -123,32 +115,15 @@ def vocab_parallel_divergence(
     Args:
         student_logits: [..., vocabulary shard], float32, bfloat16 or float16. Each rank of `group` holds its own
             contiguous shard, in rank order. The last dimension should be adjacent in memory; otherwise it is copied.
-        teacher_logits: [..., vocabulary shard], any of these dtypes, or uint8: the square-root code, which stands for
-            the logit -24 (code / 255)^2 below the row's maximum and is decoded in registers. Must begin at the same
-            column as the student's shard and hold its true columns; padding may differ. Or, in its place, `TopKLogits`
-            or `HiddenStates`: then float32 logits are made in blocks of less than 32 MiB, anew for each pass. Never
-            receives a gradient.
+        teacher_logits: one form of `TeacherLogits`, or a tensor, which means `DenseLogits`. Of `TopKLogits` and
+            `HiddenStates` float32 logits are made in blocks of less than 32 MiB, anew for each pass. Never receives a
+            gradient.
         labels: [...], integers, ids of the whole vocabulary; negative for none.
-        vocab_size: the true vocabulary. Columns at and past it are padding: no probability, zero gradient.
-            Default: all.
+        config: see `LossConfig`, of which `divergence`, `temperature`, `alpha`, `beta`, `vocab_size`,
+            `skip_invalid_teacher` and `inplace_gradient` are read here. Default: `LossConfig()`.
         mask: [...], any dtype. Rows where it is 0 are not read; their loss and gradient are 0 even where they hold NaN.
         group: the tensor-parallel group; None means one shard.
-        inplace_gradient: let backward overwrite the student's logits with their gradient, which saves a buffer of their
-            size. Backward then runs once. It raises autograd's version counter, as every in-place operation of torch:
-            where another term or a second loss on the same logits needs them later, torch raises RuntimeError.
-            "if_unused": only where nothing else holds the logits by then, that is no other node of the graph, no view
-            and no Python variable; otherwise into a buffer. Always into a buffer under torch.compile, which plans its
-            own, and for logits whose rows are not evenly spaced, that share memory with each other (`expand`) or with
-            the teacher. On CPU, where fresh pages cost more than the arithmetic, the buffer of the last large gradient
-            is kept for the next one, if the teacher is dense.
-        teacher_max: [...], float32, added to a row's teacher logits: the maxima that codes, or float16 distances, were
-            taken from. Only needed where these differ between the shards of a row, since a shift of the whole row
-            changes nothing. For a dense teacher alone.
-        skip_invalid_teacher: treat rows whose teacher is no distribution as masked: those with a NaN or +inf, with
-            nothing above -inf, or, of codes without `teacher_max`, with none below 255 (how the link marks them). All
-            of their statistics are 0, but for `teacher_entropy`, which is NaN; `invalid_rows` finds
-            them. A row that holds a NaN of the student's is never skipped. Found in the merged statistics, so alike on
-            every rank, at no cost and without waiting for the device.
+        options: fields of `LossConfig`, which count before those of `config`.
 
     Accumulates in float32. Inputs are never modified, unless `inplace_gradient` says so.
 
@@ -161,10 +136,12 @@ def vocab_parallel_divergence(
     `vocab_size`, or an id of the teacher's outside the vocabulary, is a ValueError on CPU; on other devices, where
     reading it would stall, that token's loss is NaN.
     """
-    return measure(
-        *(student_logits, teacher_logits, labels, divergence, temperature, alpha, beta, vocab_size),
-        *(mask, group, inplace_gradient, teacher_max, skip_invalid_teacher, _block_bytes),
-    ).stats
+    try:
+        config = loss_config(config, options)
+    except (TypeError, ValueError) as error:
+        refuse(group, error)
+        raise
+    return measure(student_logits, teacher_logits, labels, mask, config, group, _block_bytes).stats
 
 
 class Measured(NamedTuple):
@@ -175,119 +152,84 @@ class Measured(NamedTuple):
     label_validity: Tensor | None
 
 
-def measured_of(fields: Iterable[Tensor]) -> Measured:
+def measured_of(fields: Sequence[Tensor]) -> Measured:
     """From the fields of DivergenceStats in their order, and the label validity where there is one."""
-    *stats, last = fields
-    if len(stats) < len(DivergenceStats._fields):
-        return Measured(DivergenceStats(*stats, last), None)
-    return Measured(DivergenceStats(*stats), last)
+    count = len(DivergenceStats._fields)
+    return Measured(DivergenceStats(*fields[:count]), fields[count] if len(fields) > count else None)
 
 
 def measure(
     student_logits: Tensor,
-    teacher_logits: Tensor | TopKLogits | HiddenStates,
+    teacher_logits: Tensor | TeacherLogits,
     labels: Tensor | None,
-    divergence: str,
-    temperature: float,
-    alpha: float,
-    beta: float,
-    vocab_size: int | None,
     mask: Tensor | None,
+    config: LossConfig,
     group: dist.ProcessGroup | None,
-    inplace_gradient: bool | str,
-    teacher_max: Tensor | None,
-    skip_invalid_teacher: bool,
     block_bytes: int = BLOCK_BYTES,
 ) -> Measured:
     """What `vocab_parallel_divergence` gives, and the label validity."""
-    try:
-        check_inplace_gradient(inplace_gradient)
-    except ValueError as error:
-        if group is not None:
-            refuse(group, error)
-        raise
-    call = settle(
-        student_logits,
-        teacher_logits,
-        teacher_max,
-        labels,
-        mask,
-        divergence,
-        temperature,
-        alpha,
-        beta,
-        vocab_size,
-        group,
-        skip_invalid_teacher,
-    )
+    call = settle(student_logits, teacher_logits, labels, mask, config, group)
     leading, rows = student_logits.shape[:-1], student_logits.shape[:-1].numel()
-    if torch.compiler.is_compiling():
-        inplace_gradient = False
-    fields_of = _fields if isinstance(teacher_logits, Tensor) else _untraced_fields
-    fields = fields_of(
-        as_rows(student_logits, rows),
-        call.labels,
-        call.mask,
-        call.plan,
-        call.group,
-        inplace_gradient,
-        (teacher_logits, call.teacher_max, rows, *call.layout, block_bytes),
-    )
-    return measured_of(field.view(leading) for field in fields)
+    fields_of = _fields if isinstance(call.teacher, DenseLogits) else _untraced_fields
+    inplace_gradient = False if torch.compiler.is_compiling() else config.inplace_gradient
+    fields = fields_of(call, as_rows(student_logits, rows), inplace_gradient, block_bytes)
+    return measured_of([field.view(leading) for field in fields])
 
 
-class Call(NamedTuple):
+class SettledCall(NamedTuple):
     """The arguments of one call, checked and agreed on, as the passes take them; rows are tokens."""
 
-    layout: Layout
-    plan: Plan
+    teacher: TeacherLogits
+    shard: VocabShard
+    settings: PassSettings
     group: dist.ProcessGroup | None  # None for one rank
-    teacher_max: Tensor | None  # [rows]
     labels: Tensor | None  # [rows] int64
     mask: Tensor | None  # [rows] uint8
 
 
 def settle(
     student_logits: Tensor,
-    teacher_logits: Tensor | TopKLogits | HiddenStates,
-    teacher_max: Tensor | None,
+    teacher_logits: Tensor | TeacherLogits,
     labels: Tensor | None,
     mask: Tensor | None,
-    divergence: str,
-    temperature: float,
-    alpha: float,
-    beta: float,
-    vocab_size: int | None,
+    config: LossConfig,
     group: dist.ProcessGroup | None,
-    skip_invalid_teacher: bool,
-) -> Call:
+) -> SettledCall:
     """Checks the arguments of `vocab_parallel_divergence`; of the student's logits shape, dtype and device are read."""
-    layout = settle_layout(
-        *(student_logits, teacher_logits, teacher_max, labels, mask),
-        *(divergence, temperature, alpha, beta, vocab_size, group),
-    )
+    try:
+        teacher = teacher_form(teacher_logits)
+    except TypeError as error:
+        refuse(group, error)
+        raise
+    shard = settle_shard(student_logits, teacher, labels, mask, config, group)
     rows = student_logits.shape[:-1].numel()
     if mask is not None:
         mask = (mask if mask.dtype == torch.bool else mask != 0).reshape(rows).contiguous().view(torch.uint8)
-    if teacher_max is not None:
-        teacher_max = teacher_max.reshape(rows).contiguous()
     if labels is not None:
         labels = labels.to(torch.int64).reshape(rows).contiguous()
-        _check_ids("labels", labels, mask, None, layout.vocab_size)
-    if isinstance(teacher_logits, TopKLogits) and teacher_logits.ids.device.type == "cpu":
-        ids = teacher_logits.ids.to(torch.int64).masked_fill(teacher_logits.logprobs == -torch.inf, 0)
-        ids = ids.reshape(rows, teacher_logits.ids.shape[-1])
-        _check_ids("teacher_logits.ids", ids, mask, 0, layout.vocab_size)
-    if alpha == 0 and divergence.startswith("skew"):
-        divergence = "forward_kl" if divergence == "skew_kl" else "reverse_kl"
-    share = {"jsd": beta, "skew_kl": alpha, "skew_reverse_kl": 1 - alpha}.get(divergence, 0.0)
-    plan = Plan(
-        *(divergence, float(temperature), float(share), layout.columns, layout.first_column),
-        bool(skip_invalid_teacher),
-    )
+        _check_ids("labels", labels, mask, None, shard.vocab_size)
+    if isinstance(teacher, TopKLogits) and teacher.ids.device.type == "cpu":
+        ids = teacher.ids.to(torch.int64).masked_fill(teacher.logprobs == -torch.inf, 0)
+        _check_ids("teacher_logits.ids", ids.reshape(rows, teacher.ids.shape[-1]), mask, 0, shard.vocab_size)
     if group is not None and dist.get_world_size(group) == 1:
         group = None
-    return Call(layout, plan, group, teacher_max, labels, mask)
+    return SettledCall(teacher, shard, pass_settings(config, shard), group, labels, mask)
+
+
+def pass_settings(config: LossConfig, shard: VocabShard) -> PassSettings:
+    """Where alpha is 0 a skewed divergence is the one that it skews."""
+    divergence, alpha = config.divergence, config.alpha
+    if alpha == 0 and divergence.startswith("skew"):
+        divergence = "forward_kl" if divergence == "skew_kl" else "reverse_kl"
+    share = {"jsd": config.beta, "skew_kl": alpha, "skew_reverse_kl": 1 - alpha}.get(divergence, 0.0)
+    return PassSettings(
+        divergence=divergence,
+        temperature=float(config.temperature),
+        mixture_weight=float(share),
+        columns=shard.columns,
+        first_column=shard.first_column,
+        skip_invalid_teacher=config.skip_invalid_teacher,
+    )
 
 
 def _check_ids(name: str, ids: Tensor, mask: Tensor | None, lowest: int | None, vocab_size: int) -> None:
@@ -305,10 +247,12 @@ def _check_ids(name: str, ids: Tensor, mask: Tensor | None, lowest: int | None, 
         raise ValueError(f"{name}: expected ids {span}, got {int(ids[outside][0])}")
 
 
-def _fields(student, labels, mask, plan, group, inplace_gradient, teacher) -> tuple[Tensor, ...]:
-    form, tensors = blocks_of(*teacher)
+def _fields(
+    call: SettledCall, student: Tensor, inplace_gradient: bool | str, block_bytes: int
+) -> tuple[Tensor, ...]:
+    form, tensors = blocks_of(call.teacher, student.shape[0], call.shard, block_bytes)
     return _VocabParallelDivergence.apply(
-        student, labels, mask, plan, form, group, inplace_gradient, *tensors
+        student, call.labels, call.mask, call.settings, form, call.group, inplace_gradient, *tensors
     )
 
 
@@ -320,7 +264,7 @@ def statistics_pass(
     student: Tensor,
     labels: Tensor | None,
     mask: Tensor | None,
-    plan: Plan,
+    settings: PassSettings,
     form: TeacherBlocks,
     group: dist.ProcessGroup | None,
     teacher: tuple[Tensor | None, ...],
@@ -333,35 +277,37 @@ def statistics_pass(
     Reads the teacher block by block of rows; a dense one is one block. What the blocks hold is joined before ranks
     meet, so that ranks may cut their rows differently and the number of collectives is that of one block.
     """
+    temperature, code = settings.temperature, settings.code
+    columns, first_column = settings.columns, settings.first_column
     spans = form.spans(student.shape[0])
     teacher, own = form.prepare(teacher, student, mask, group)
     restate = own if restate is None else restate
     partials = []
     for first, last in spans:
-        rows, *read = rows_of(first, last, student, labels, mask)
+        rows, here, counted = rows_of(first, last, student, labels, mask)
+        logits, shift = form.logits(teacher, rows, first, last)
         partials.append(
-            ops.row_statistics(
-                *(rows, *form.logits(teacher, rows, first, last), *read),
-                *(plan.temperature, plan.columns, plan.first_column, plan.code),
-            )
+            ops.row_statistics(rows, logits, shift, here, counted, temperature, columns, first_column, code)
         )
     partials = gather_shards(joined(partials), group)
-    statistics, actions, constants = ops.merge_statistics(partials, labels, mask, plan.temperature, plan.code)
+    statistics, actions, constants = ops.merge_statistics(partials, labels, mask, temperature, code)
     if restate is not None:
         statistics = restate(statistics, actions, constants, labels, mask)
-    if plan.skip_invalid_teacher:
+    if settings.skip_invalid_teacher:
         coded = isinstance(form, DenseBlocks) and teacher[0].dtype == torch.uint8 and teacher[1] is None
-        mask = skip_invalid_rows(partials, statistics, actions, mask, coded)
+        skipped, mask = _skip_invalid_rows(partials, statistics, actions, mask, coded)
+    else:
+        skipped = statistics.new_zeros(student.shape[0], dtype=torch.bool)
     divergence, *rest = statistics.unbind(0)
     sums = None
-    if plan.has_mixture:
+    if settings.has_mixture:
         sums = []
         for first, last in spans:
-            rows, *read = rows_of(first, last, student, mask, constants)
+            rows, counted, known = rows_of(first, last, student, mask, constants)
+            logits, shift = form.logits(teacher, rows, first, last)
             sums.append(
                 ops.mixture_sums(
-                    *(rows, *form.logits(teacher, rows, first, last), *read),
-                    *(plan.temperature, plan.columns, plan.code, plan.mixture_weight),
+                    rows, logits, shift, counted, known, temperature, columns, code, settings.mixture_weight
                 )
             )
         sums = joined(sums)
@@ -369,20 +315,53 @@ def statistics_pass(
             dist.all_reduce(sums, group=group)
         divergence = sums[:, 0].clamp(min=0)  # rounding may leave a hair below
     others = len(ops.STATISTICS) - 1
-    rest = (*rest[:others], *actions.unbind(0), *rest[others:])
-    return (divergence, *rest), (constants, sums, teacher, mask)
+    fields = (divergence, *rest[:others], *actions.unbind(0), skipped, *rest[others:])
+    return fields, (constants, sums, teacher, mask)
+
+
+def _skip_invalid_rows(
+    partials: Tensor, statistics: Tensor, actions: Tensor, mask: Tensor | None, coded: bool
+) -> tuple[Tensor, Tensor]:
+    """The rows whose teacher is no distribution, bool [rows], and the mask without them, uint8 [rows].
+
+    Their statistics become 0. No collective, no synchronisation.
+
+    partials: [shards, rows, n]; statistics [10, rows] and actions [2, rows], changed in place: as merged, equal on all
+        ranks. coded: whether the teacher is 8-bit codes relative to one maximum per row.
+    """
+    bad = statistics[_TEACHER_ENTROPY].isnan()
+    if coded and partials.shape[1]:
+        bad = bad | (partials[..., _TEACHER_MAX].amax(0) < _NO_CODE)
+    bad = bad & ~statistics[_STUDENT_ENTROPY].isnan()
+    if mask is not None:
+        bad = bad & (mask != 0)
+    statistics.masked_fill_(bad, 0.0)
+    actions.masked_fill_(bad, 0)
+    keep = ~bad if mask is None else (mask != 0) & ~bad
+    return bad, keep.view(torch.uint8)
+
+
+def kernel_arguments(settings: PassSettings) -> tuple[float, int, int, int, float]:
+    """The last arguments of `ops.gradient`."""
+    code = settings.code
+    return settings.temperature, settings.columns, settings.first_column, code, settings.mixture_weight
 
 
 class _VocabParallelDivergence(torch.autograd.Function):
     """Rows in, the fields of `measured_of` out, each [rows]."""
 
     @staticmethod
-    def forward(ctx, student, labels, mask, plan, form, group, inplace_gradient, *teacher):
+    def forward(ctx, student, labels, mask, settings, form, group, inplace_gradient, *teacher):
         fields, (constants, sums, teacher, mask) = statistics_pass(
-            student, labels, mask, plan, form, group, teacher
+            student, labels, mask, settings, form, group, teacher
         )
         ctx.save_for_backward(student, labels, mask, constants, sums, *teacher)
-        ctx.plan, ctx.form, ctx.inplace_gradient, ctx.overwritten = plan, form, inplace_gradient, False
+        ctx.settings, ctx.form, ctx.inplace_gradient, ctx.overwritten = (
+            settings,
+            form,
+            inplace_gradient,
+            False,
+        )
         if inplace_gradient == IF_UNUSED and ctx.needs_input_grad[0]:
             holders_of_a_lone_loss()  # measured here, where no backward is under way
         ctx.set_materialize_grads(False)
@@ -397,12 +376,12 @@ class _VocabParallelDivergence(torch.autograd.Function):
                 "inplace_gradient: expected one backward, got a second; the first overwrote the student's logits"
             )
         student, labels, mask, constants, sums, *teacher = ctx.saved_tensors
-        plan, form = ctx.plan, ctx.form
+        form = ctx.form
         upstream = (
             None if g is None else g.contiguous() for g in (divergence_gradient, cross_entropy_gradient)
         )
         rowwise = (labels, mask, constants, sums, *upstream)
-        settings = (plan.temperature, plan.columns, plan.first_column, plan.code, plan.mixture_weight)
+        settings = kernel_arguments(ctx.settings)
         unused = [None] * (6 + len(teacher))
         spans = form.spans(student.shape[0])
         overwrite = bool(ctx.inplace_gradient) and not shares_memory(student, teacher)

@@ -13,14 +13,6 @@ import sys
 import torch
 from torch import Tensor
 
-IF_UNUSED = "if_unused"
-
-
-def check_inplace_gradient(value: bool | str) -> None:
-    """ValueError for anything but True, False and "if_unused"."""
-    if not isinstance(value, bool) and value != IF_UNUSED:
-        raise ValueError(f"inplace_gradient: expected True, False or {IF_UNUSED!r}, got {value!r}")
-
 
 def shares_memory(rows: Tensor, others: tuple[Tensor | None, ...]) -> bool:
     """Whether an element of `rows` [n, columns] is also another one of them, or may be one of `others`."""
@@ -30,7 +22,7 @@ def shares_memory(rows: Tensor, others: tuple[Tensor | None, ...]) -> bool:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether `a` and `b` may have an element in common; certain where both are rows equally far apart."""
+    """Whether `a` and `b` may have an element in common. Exact where both are rows at equal distances."""
     if a.numel() == 0 or b.numel() == 0 or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
         return False
     (first, end), (its_first, its_end) = _span(a), _span(b)
@@ -51,7 +43,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def holders(rows: Tensor) -> tuple:
-    """What holds the memory of `rows`, in a form that is good for comparison with `holders_of_a_lone_loss` alone.
+    """Counts of the references to the memory of `rows`, to be compared with `holders_of_a_lone_loss`.
 
     Called by the backward of the function that saved `rows`, and by nothing between: the count of Python's references
     includes that of each frame.
@@ -65,8 +57,8 @@ def holders(rows: Tensor) -> tuple:
 def holders_of_a_lone_loss() -> frozenset:
     """What `holders` gives where nothing but one autograd function holds logits, whole or copied into rows.
 
-    Measured, not written down: how often torch counts a tensor that it saved is up to torch. Nothing where a torch does
-    not say: then nothing is overwritten.
+    Measured once per process, because the number of references that torch takes to a saved tensor depends on its
+    version. Empty where this torch cannot tell; then nothing is overwritten.
     """
     if not (hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")):
         return frozenset()

@@ -1,7 +1,7 @@
 """The teacher's logits by blocks of tokens, whatever form it came in: what the passes of `vcrd.loss.divergence` read.
 
-Each class here holds settings alone. Its tensors travel beside it, flat, for autograd to save, and are the whole of
-what it computes from: a block is the same in forward and in backward.
+Each class here holds settings. Its tensors are passed beside it as a flat tuple, which autograd can save. A block is
+computed from these tensors alone, so it is the same in forward and in backward.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.loss import ops
-from vcrd.loss.known_tokens import known_tokens
-from vcrd.teacher_logits import HiddenStates, TopKLogits
+from vcrd.loss.checks import VocabShard
+from vcrd.teacher_logits import HiddenStates, TeacherLogits, TopKLogits
 
 # Bytes of a block of float32 logits. It is written and at once read again, so it should stay in a cache (an H100's L2
 # has 50 MB) and weigh little beside the student's logits; yet each block reads the whole output layer, so it should be
@@ -24,7 +24,15 @@ from vcrd.teacher_logits import HiddenStates, TopKLogits
 # it: on CPU each block would be of fresh pages, which cost more than the arithmetic.
 BLOCK_BYTES = 31 << 20
 
+# A column of the partial statistics each, rows of the merged statistics, and a column of the constants.
 _MAX, _SUM = ops.PARTIAL_COLUMNS["teacher_max"], ops.PARTIAL_COLUMNS["teacher_sum"]
+_TEACHER_LABEL = ops.STATISTICS.index("teacher_label_logprob")
+_STUDENT_AT_OWN = ops.STATISTICS.index("student_logprob_of_student_action")
+_STUDENT_AT_TEACHERS = ops.STATISTICS.index("student_logprob_of_teacher_action")
+_TEACHER_AT_STUDENTS = ops.STATISTICS.index("teacher_logprob_of_student_action")
+_TEACHER_AT_OWN = ops.STATISTICS.index("teacher_logprob_of_teacher_action")
+_TEACHER_ENTROPY = ops.STATISTICS.index("teacher_entropy")
+_STUDENT_MAX = ops.CONSTANT_COLUMNS["student_max"]
 
 Tensors = tuple["Tensor | None", ...]
 Group = "dist.ProcessGroup | None"
@@ -33,7 +41,7 @@ Restate = Callable[["Tensor", "Tensor", "Tensor", "Tensor | None", "Tensor | Non
 
 
 class TeacherBlocks(Protocol):
-    """A teacher whose logits are to be had for tokens [first, last)."""
+    """A teacher that gives its logits for tokens [first, last)."""
 
     def spans(self, rows: int) -> list[tuple[int, int]]:
         """[first, last) of each block; one empty block for no rows."""
@@ -41,9 +49,9 @@ class TeacherBlocks(Protocol):
     def prepare(
         self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
     ) -> tuple[Tensors, Restate | None]:
-        """Before the first pass: the tensors that `logits` takes, with what had to be computed once.
+        """Called before the first pass. Returns the tensors that `logits` takes, with what had to be computed once.
 
-        And, where the teacher's statistics are not those of these logits, what puts them right.
+        And, where the statistics of the teacher are not those of these logits, the function that corrects them.
         """
 
     def logits(
@@ -57,7 +65,7 @@ class TeacherBlocks(Protocol):
 
 
 class DenseBlocks(NamedTuple):
-    """Logits that are there already: one block. Tensors: the logits, and `teacher_max` or None."""
+    """Logits that are there already: one block. Tensors: the logits, and `row_max` or None."""
 
     def spans(self, rows: int) -> list[tuple[int, int]]:
         return [(0, rows)]
@@ -154,11 +162,11 @@ class TopKBlocks(NamedTuple):
         sums = (sums * (maxima - top).exp()).sum(0)
         # A maximum of -inf: the student has no tail. Then there is no ratio of the two, and the ids are all there is.
         log_ratio = torch.where(top == -torch.inf, 0.0, top + sums.log() - log_tail)
-        # NaN also says that an id lies outside the vocabulary, which is refused on the CPU; elsewhere reading it would
-        # stall.
+        # NaN also says that an id lies outside the vocabulary. On the CPU that was an error before; on other devices
+        # reading it would stall them.
         log_ratio = log_ratio.masked_fill(known.entropy.isnan(), torch.nan)
         subtracted = log_ratio.float()
-        # What is lost in rounding it, the ids make up for: what counts is how far the tail lies from them.
+        # The ids take what rounding has lost: only the distance between the tail and the ids counts.
         lost = torch.where(subtracted.isinf(), 0.0, log_ratio - subtracted).float()
         return (logprobs + lost[:, None], ids, subtracted), partial(known.restate, at_action.amax(0))
 
@@ -187,18 +195,12 @@ class TopKBlocks(NamedTuple):
 
 
 def blocks_of(
-    teacher: Tensor | TopKLogits | HiddenStates,
-    teacher_max: Tensor | None,
-    rows: int,
-    columns: int,
-    first_column: int,
-    vocab_size: int,
-    block_bytes: int,
+    teacher: TeacherLogits, rows: int, shard: VocabShard, block_bytes: int
 ) -> tuple[TeacherBlocks, Tensors]:
     """The teacher as blocks of [rows, columns], and its tensors."""
     if isinstance(teacher, TopKLogits):
         k = teacher.ids.shape[-1]
-        form = TopKBlocks(columns, first_column, vocab_size, block_bytes)
+        form = TopKBlocks(shard.columns, shard.first_column, shard.vocab_size, block_bytes)
         return form, (
             teacher.logprobs.reshape(rows, k),
             teacher.ids.reshape(rows, k).to(torch.int64),
@@ -206,9 +208,10 @@ def blocks_of(
         )
     if isinstance(teacher, HiddenStates):
         softcap = None if teacher.softcap is None else float(teacher.softcap)
-        form = HiddenBlocks(columns, float(teacher.scale), softcap, block_bytes)
+        form = HiddenBlocks(shard.columns, float(teacher.scale), softcap, block_bytes)
         return form, (teacher.states.reshape(rows, teacher.states.shape[-1]), teacher.factor)
-    return DenseBlocks(), (as_rows(teacher, rows), teacher_max)
+    row_max = None if teacher.row_max is None else teacher.row_max.reshape(rows).contiguous()
+    return DenseBlocks(), (as_rows(teacher.logits, rows), row_max)
 
 
 def padded_columns(columns: int) -> int:
@@ -254,3 +257,88 @@ def gather_shards(partials: Tensor, group: Group) -> Tensor:
 def _spans(rows: int, columns: int, block_bytes: int) -> list[tuple[int, int]]:
     size = max(1, block_bytes // (4 * max(1, columns)))
     return [(first, min(first + size, rows)) for first in range(0, rows, size)] or [(0, 0)]
+
+
+class KnownTokens(NamedTuple):
+    """What a teacher of which the top k are known says of itself, whatever the student says: facts and bounds.
+
+    Of each row the known tokens, and what is certain of all others. float64, ids int64.
+
+    The masses of the known tokens and of the tail add up to 1. Rows without a distribution, and rows with an id outside
+    the vocabulary, are NaN.
+    """
+
+    ids: Tensor  # [rows, k]
+    logprobs: Tensor  # [rows, k], -inf for entries that do not count: empty ones, and repetitions of an id
+    bound: Tensor  # [rows], what the log-probability of any other token is at most
+    entropy: Tensor  # [rows], a lower bound: the entropy with `bound` as log-probability of all others
+    # [rows], the most probable known token, of equal ones the lowest id; -1 where none is known, 0 in rows of NaN.
+    action: Tensor
+    vocab_size: int
+
+    def logprob_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tokens [rows]: the log-probability or its bound, and whether the token is known."""
+        logprob = torch.where(self.ids == tokens[:, None], self.logprobs, -torch.inf).amax(-1)
+        known = logprob != -torch.inf
+        return torch.where(known, logprob, self.bound), known
+
+    def restate(
+        self,
+        student_logit: Tensor,
+        statistics: Tensor,
+        actions: Tensor,
+        constants: Tensor,
+        labels: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Statistics [11, rows] and, in place, actions as they are of this teacher. The last row is log V of the label.
+
+        student_logit: [rows], the student's logit at `action`, -inf where that is -1. statistics, actions,
+            constants: as merged, [10, rows], [2, rows] and [rows, n], of a teacher whose tail has the student's shape;
+            where the label is not known, log V stays what they say.
+        """
+        statistics = torch.cat([statistics, statistics[_TEACHER_LABEL, None]])
+        at_students, _ = self.logprob_of(actions[0])
+        at_own, has_action = self.logprob_of(self.action)
+        top = constants[:, _STUDENT_MAX].double()
+        # Of an unknown action the student's probability is at most that of its own.
+        distance = torch.where(has_action, student_logit.double() - top, 0.0)
+        found = {
+            _STUDENT_AT_TEACHERS: distance + statistics[_STUDENT_AT_OWN],
+            _TEACHER_AT_STUDENTS: at_students,
+            _TEACHER_AT_OWN: at_own,
+            _TEACHER_ENTROPY: self.entropy,
+        }
+        if labels is not None:
+            at_label, known = self.logprob_of(labels)
+            at_label = torch.where(labels < 0, 0.0, at_label)
+            # As of any teacher: a label outside the vocabulary has no probability.
+            found[_TEACHER_LABEL] = at_label.masked_fill(labels >= self.vocab_size, torch.nan)
+            found[-1] = torch.where(known, at_label, statistics[-1])
+        keep = torch.ones_like(has_action) if mask is None else mask != 0
+        for row, value in found.items():
+            statistics[row] = torch.where(keep, value, 0.0)
+        actions[1] = torch.where(keep, self.action, 0)
+        return statistics
+
+
+def known_tokens(logprobs: Tensor, ids: Tensor, log_tail: Tensor, vocab_size: int) -> KnownTokens:
+    """From log-probabilities and ids [rows, k] in any order, and the log of all other mass [rows]."""
+    outside = ((ids < 0) | (ids >= vocab_size)) & (logprobs != -torch.inf)
+    # Sorted by id, and where an id occurs several times its largest log-probability first: that one counts.
+    logprobs, order = logprobs.double().sort(dim=-1, descending=True, stable=True)
+    ids, by_id = ids.gather(-1, order).sort(dim=-1, stable=True)
+    logprobs = logprobs.gather(-1, by_id)
+    logprobs[:, 1:].masked_fill_(ids[:, 1:] == ids[:, :-1], -torch.inf)
+    known = logprobs != -torch.inf
+    log_tail = torch.where(known.sum(-1) >= vocab_size, -torch.inf, log_tail.double())
+    total = torch.logaddexp(logprobs.logsumexp(-1), log_tail)
+    total = total.masked_fill(outside.any(-1), torch.nan)
+    logprobs, log_tail = logprobs - total[:, None], log_tail - total
+    bound = torch.minimum(log_tail, torch.where(known, logprobs, torch.inf).amin(-1))
+    of_tail = torch.where(log_tail == -torch.inf, 0.0, log_tail.exp() * bound)
+    entropy = -torch.where(known, logprobs.exp() * logprobs, 0.0).sum(-1) - of_tail
+    best = logprobs.amax(-1, keepdim=True)
+    action = torch.where(known & (logprobs == best), ids, vocab_size).amin(-1)
+    action = torch.where(action < vocab_size, action, -1).masked_fill(entropy.isnan(), 0)
+    return KnownTokens(ids, logprobs, bound, entropy, action, vocab_size)

@@ -18,9 +18,8 @@ from vcrd.megatron.hooks import ExtraHeads
 from vcrd.megatron.layout import Layout, plain_copy, unwrap
 from vcrd.megatron.output_layer import Captured, OutputLayer
 from vcrd.megatron.packing import Doubts, by_engine, look_for_borders
-from vcrd.megatron.remote_teacher import TeacherForm
 from vcrd.settings import DistillSettings
-from vcrd.teacher_logits import HiddenStates
+from vcrd.teacher_logits import DenseLogits, HiddenStates, TeacherLogits, factor_of
 
 TeacherModel = nn.Module | list[nn.Module] | Callable[[], nn.Module | list[nn.Module]]
 
@@ -132,7 +131,7 @@ class ColocatedTeacher:
                 hook.remove()
             part.hidden = None
 
-    def answer(self, number: int) -> TeacherForm:
+    def answer(self, number: int) -> TeacherLogits:
         """The teacher's answer to the present micro-batch: logits [s, b, v/tp], or its hidden states."""
         part = next(part for part in self._parts.values() if part.answer is not None)
         answer, part.answer = part.answer, None  # from now on only autograd holds it, until this backward
@@ -176,7 +175,7 @@ class _Part:
         _check(student, teacher, settings)
         self.student = student
         self.hidden: Tensor | None = None
-        self.answer: TeacherForm | None = None
+        self.answer: TeacherLogits | None = None
         self._teacher = teacher
         self._extra_heads = ExtraHeads(teacher)
         self._ignores_masks = by_engine(teacher) and not by_engine(student)
@@ -269,10 +268,10 @@ class _Part:
         self._output_layer.raise_if_different()
         return self._output_layer.captured()
 
-    def _form(self, output: Tensor, captured: Captured | None) -> TeacherForm:
+    def _form(self, output: Tensor, captured: Captured | None) -> TeacherLogits:
         logits, layer = output.transpose(0, 1), self._output_layer
         if captured is None or captured.states is None:
-            return logits
+            return DenseLogits(logits)
         layer.check(logits, self._weight)
         return HiddenStates(layer.whole(captured.states), self._weight, layer.scale, layer.softcap)
 
@@ -337,8 +336,7 @@ def _received(student: nn.Module) -> list[Tensor | None]:
 def _as_multiplied(weight: Tensor) -> Tensor:
     """The shard as the loss multiplies it: the parameter itself where possible, and no copy of it."""
     weight = weight.detach() if type(weight) in (Tensor, nn.Parameter) else plain_copy(weight)
-    # On the CPU the loss multiplies in float32: converted here once, not once per micro-batch.
-    return weight if weight.is_cuda else weight.float()
+    return factor_of(weight, weight.dtype)  # here once, not once per micro-batch
 
 
 def _described(tensor: Tensor) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vcrd.errors import expected
 from vcrd.loss.api import CalibratedLoss, validity_calibrated_kl
+from vcrd.loss.config import LossConfig
 from vcrd.megatron.colocated_teacher import ColocatedTeacher, TeacherModel
 from vcrd.megatron.compatibility import MeanOfStep, check_compatibility
 from vcrd.megatron.external_validity import ExternalValidity, Verifier
@@ -39,6 +40,7 @@ from vcrd.megatron.remote_teacher import RemoteTeacher
 from vcrd.megatron.report import Figures, Report, raise_if_invalid
 from vcrd.megatron.teacher_check import TeacherCheck
 from vcrd.settings import DistillSettings
+from vcrd.teacher_logits import TeacherLogits
 
 
 class Observation(NamedTuple):
@@ -223,6 +225,7 @@ class StudentLoss:
     ) -> None:
         self.external = external
         self.layout: Layout | None = None
+        self._config: LossConfig | None = None
         self.measuring = False
         self._settings = settings
         self._teacher = teacher
@@ -247,6 +250,11 @@ class StudentLoss:
         """Takes over the loss of the model, with the first micro-batch, and waits for the teacher job."""
         if self._hook is None:
             self.layout = Layout.of(chunk, self._settings)
+            self._config = LossConfig(
+                vocab_size=self.layout.vocab_size,
+                inplace_gradient="if_unused",  # the model's own code may do something else with its logits
+                **self._settings.loss_arguments(),
+            )
             self.external.place(self.layout)
             if self._settings.fused_head != "off":
                 self._fused_head = FusedHeadLoss(
@@ -290,22 +298,22 @@ class StudentLoss:
         answer = self._teacher.answer(number)
         self._done = number + 1
         mask = loss_mask.transpose(0, 1)
-        calibrated = self._fused_head.loss if self._fused_head else _in_place
+        calibrated = self._fused_head.loss if self._fused_head else validity_calibrated_kl
         out = calibrated(
             logits,
             answer,
             labels.transpose(0, 1),
+            config=self._config,
             mask=mask,
-            vocab_size=self.layout.vocab_size,
             group=self.layout.tensor_group,
-            **{**self._settings.loss_arguments(), **external},
+            **external,
         )
         self._count(out, mask, labels.transpose(0, 1), answer)
         if self._observer is not None:
             self._observer(Observation(number, labels, loss_mask, out))
         return out.loss.transpose(0, 1).contiguous()
 
-    def _count(self, out: CalibratedLoss, mask: Tensor, labels: Tensor, answer: Any) -> None:
+    def _count(self, out: CalibratedLoss, mask: Tensor, labels: Tensor, answer: TeacherLogits) -> None:
         """Adds one micro-batch, all of it [s, b], to the report and to the checks of the teacher."""
         # Bytes also arrive between two losses: they are counted with the later one.
         waited, received = self._reported
@@ -374,11 +382,6 @@ def _split_call(forward_step: Callable[..., Any], args: tuple, kwargs: dict[str,
             f"positional arguments of the types ({', '.join(got)}) and keywords ({', '.join(kwargs)})",
         )
     return args[: place - 1], args[place - 1], args[place], args[place + 1 :], kwargs
-
-
-def _in_place(logits: Tensor, *given: Any, **arguments: Any) -> CalibratedLoss:
-    # The model's own code may do something else with its logits.
-    return validity_calibrated_kl(logits, *given, inplace_gradient="if_unused", **arguments)
 
 
 def _close_if_alive(plug: weakref.ref[Distillation]) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vcrd.errors import expected
 from vcrd.loss.api import CalibratedLoss
+from vcrd.loss.config import HeadConfig
 from vcrd.loss.fused_head import fused_validity_calibrated_kl
 from vcrd.megatron.output_layer import TOLERANCES, Captured, OutputLayer
-from vcrd.teacher_logits import HiddenStates, TopKLogits
+from vcrd.teacher_logits import TeacherLogits
 
 
 class FusedHeadLoss:
@@ -54,13 +55,13 @@ class FusedHeadLoss:
     def loss(
         self,
         logits: Tensor,
-        teacher_logits: Tensor | TopKLogits | HiddenStates,
+        teacher_logits: TeacherLogits,
         labels: Tensor,
         **arguments: Any,
     ) -> CalibratedLoss:
         """`validity_calibrated_kl` of the captured hidden states; labels [s, b], `logits` as the model passed them.
 
-        arguments: as for `validity_calibrated_kl`, without `inplace_gradient`.
+        arguments: as for `validity_calibrated_kl`.
         """
         states, weight = self._captured.states, self._captured.weight
         if states is None:
@@ -71,25 +72,29 @@ class FusedHeadLoss:
             weight,
             teacher_logits,
             labels,
-            scale=self._output.scale,
-            softcap=self._output.softcap,
-            sequence_parallel=self._output.sequence_parallel,
-            accumulate_main_grad=bool(getattr(self._layer, "gradient_accumulation_fusion", False))
-            and weight.requires_grad,
-            **self._of_upstream(weight),
+            head=self._head_config(weight),
             **arguments,
         )
         return out._replace(loss=_WithLogits.apply(out.loss, logits))
 
-    def _of_upstream(self, weight: Tensor) -> dict[str, Any]:
-        if not torch.is_grad_enabled():
-            return {}
+    def _head_config(self, weight: Tensor) -> HeadConfig:
+        upstream, found_uneven = "look", None
         if self._even is False:
-            return {"gradient_in_forward": False}
-        if self._found_uneven is None:
-            self._found_uneven = torch.zeros(1, device=weight.device)
-        self._trusted = self._even is True and self._looking_waits(weight)
-        return {"even_upstream": self._trusted, "found_uneven": self._found_uneven}
+            upstream = "uneven"
+        elif torch.is_grad_enabled():
+            if self._found_uneven is None:
+                self._found_uneven = torch.zeros(1, device=weight.device)
+            self._trusted = self._even is True and self._looking_waits(weight)
+            upstream, found_uneven = "even" if self._trusted else "look", self._found_uneven
+        fused = bool(getattr(self._layer, "gradient_accumulation_fusion", False))
+        return HeadConfig(
+            scale=self._output.scale,
+            softcap=self._output.softcap,
+            sequence_parallel=self._output.sequence_parallel,
+            accumulate_main_grad=fused and weight.requires_grad,
+            upstream=upstream,
+            found_uneven=found_uneven,
+        )
 
     def _looking_waits(self, weight: Tensor) -> bool:
         return weight.is_cuda

@@ -12,10 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from torch import Tensor
 
 from vcrd.errors import expected
-from vcrd.link.answers import Hidden, TopK
 from vcrd.link.handshake import Tokenizer
 from vcrd.link.plan import context_rows
 from vcrd.link.rendezvous import Rendezvous, host_rendezvous
@@ -40,10 +38,9 @@ from vcrd.megatron.prefetch import (
 )
 from vcrd.megatron.random_state import EvaluationState, WhoDraws
 from vcrd.settings import DistillSettings
-from vcrd.teacher_logits import HiddenStates, TopKLogits
+from vcrd.teacher_logits import TeacherLogits
 
 _log = logging.getLogger("vcrd")
-TeacherForm = Tensor | TopKLogits | HiddenStates
 
 
 class RemoteTeacher:
@@ -82,8 +79,8 @@ class RemoteTeacher:
         self._seen = 0  # micro-batches whose arguments were seen
         self._doubts = Doubts()
         self._received = 0  # answers taken from the link
-        self._kept: deque[Any] = deque()  # of these, answers for micro-batches that are still to be drawn
-        self._head_weight: Tensor | None = None  # the teacher's output layer, as the loss multiplies it
+        # Of these, answers for micro-batches that are still to be drawn.
+        self._kept: deque[TeacherLogits] = deque()
 
     @property
     def waited(self) -> float:
@@ -189,7 +186,7 @@ class RemoteTeacher:
         while len(self._kept) < pending:
             self._kept.append(self._receive())
 
-    def _receive(self) -> Any:
+    def _receive(self) -> TeacherLogits:
         self._received += 1
         return self._link.receive(self._received - 1)
 
@@ -283,8 +280,8 @@ class RemoteTeacher:
             self._credit = 0
         return problem if problem is not None or sentence is None else ValueError(sentence)
 
-    def answer(self, number: int) -> TeacherForm:
-        """The teacher's answer to micro-batch `number`, in the form that the loss takes; blocks until it has come.
+    def answer(self, number: int) -> TeacherLogits:
+        """The teacher's answer to micro-batch `number`; blocks until it has come.
 
         `StudentLink.receive` notices here if the teacher job has died. It waits for the restarted teacher, which
         answers the same request, or raises TeacherLost.
@@ -295,19 +292,10 @@ class RemoteTeacher:
                 "data_iterator", "forward_step to draw one micro-batch from it per call", "none or several"
             )
         kept = self._kept and not self._running_again
-        answer = self._kept.popleft() if kept else self._receive()
-        if isinstance(answer, TopK):
-            return TopKLogits(answer.logprobs, answer.ids, answer.log_tail)
-        return self._hidden_states(answer) if isinstance(answer, Hidden) else answer
+        return self._kept.popleft() if kept else self._receive()
 
     def _count_drawn(self) -> int:
         return self._drawn + sum(each.drawn for each in (self._ahead, self._replay) if each is not None)
-
-    def _hidden_states(self, answer: Hidden) -> HiddenStates:
-        if self._head_weight is None:
-            # On the CPU the loss multiplies in float32: converted here once, not once per micro-batch.
-            self._head_weight = answer.weight if answer.weight.is_cuda else answer.weight.float()
-        return HiddenStates(answer.states, self._head_weight, answer.scale, answer.softcap or None)
 
     def close(self) -> None:
         """Says goodbye to the teacher and restores the data iterator. Idempotent; not a collective. ValueError as of

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.loss.api import CalibratedLoss
-from vcrd.loss.invalid_rows import invalid_rows
 from vcrd.megatron.teacher_check import TeacherCheck
 
 _log = logging.getLogger("vcrd")
@@ -105,7 +104,7 @@ class Report:
     def add(self, out: CalibratedLoss, mask: Tensor | None) -> None:
         """Adds one micro-batch; `mask` [s, b] or None, as given to the loss."""
         stats, rho = out.stats, out.relative_validity
-        bad = invalid_rows(stats)
+        bad = stats.skipped
         read = torch.ones_like(bad) if mask is None else mask != 0
         keep = read & ~bad
         rows = (

@@ -256,7 +256,7 @@ class ServedHead:
             size=self.weight.shape[1],
             dtype=str(self.weight.dtype).removeprefix("torch."),
             scale=self.layer.scale,
-            softcap=0.0 if self.layer.softcap is None else self.layer.softcap,
+            softcap=self.layer.softcap,
         )
 
     def captured(self) -> contextlib.AbstractContextManager[Captured]:

@@ -12,10 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.loss.api import CalibratedLoss
-from vcrd.loss.invalid_rows import invalid_rows
 from vcrd.megatron.layout import Layout
-from vcrd.megatron.remote_teacher import TeacherForm
-from vcrd.teacher_logits import TopKLogits
+from vcrd.teacher_logits import TeacherLogits, TopKLogits
 
 _log = logging.getLogger("vcrd")
 # A uniform teacher: the log-probability of its best token is at most this far above -ln(columns), in nats. An output
@@ -61,10 +59,10 @@ class TeacherCheck:
         self._teacher = teacher
 
     @torch.no_grad()
-    def add(self, out: CalibratedLoss, mask: Tensor | None, labels: Tensor, answer: TeacherForm) -> None:
+    def add(self, out: CalibratedLoss, mask: Tensor | None, labels: Tensor, answer: TeacherLogits) -> None:
         """Adds one micro-batch; mask [s, b] or None, labels [s, b] and the teacher's answer, as given to the loss."""
         stats, columns = out.stats, self._layout.vocab_size
-        bad = invalid_rows(stats)
+        bad = stats.skipped
         read = torch.ones_like(bad) if mask is None else mask != 0
         keep = read & ~bad
         # A limit, so that one label of probability 0 does not outweigh a thousand others.
