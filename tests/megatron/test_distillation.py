@@ -225,8 +225,7 @@ def test_report_averages_over_tokens_and_not_over_micro_batches():
             cross_entropy=field,
             student_action=torch.tensor([[0], [1], [2]]),
             teacher_action=torch.tensor([[0], [9], [9]]),
-            student_entropy=field,
-            teacher_entropy=field,
+            skipped=torch.zeros_like(field, dtype=torch.bool),
         )
         out = SimpleNamespace(
             loss=field, weight=field, relative_validity=torch.full((3, 1), 0.3), stats=stats

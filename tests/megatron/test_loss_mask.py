@@ -284,8 +284,7 @@ def test_a_deviation_is_exact_for_many_micro_batches_and_a_warning_comes_once():
         cross_entropy=field,
         student_action=field,
         teacher_action=field,
-        student_entropy=field,
-        teacher_entropy=field,
+        skipped=torch.zeros_like(field, dtype=torch.bool),
     )
     out = SimpleNamespace(loss=field, weight=field, relative_validity=field / 2, stats=stats)
     mask = torch.ones_like(field)

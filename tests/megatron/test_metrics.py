@@ -33,8 +33,7 @@ def observed(weight: torch.Tensor, rho: torch.Tensor) -> SimpleNamespace:
         cross_entropy=field,
         student_action=field,
         teacher_action=field,
-        student_entropy=field,
-        teacher_entropy=field,
+        skipped=torch.zeros_like(field, dtype=torch.bool),
     )
     return SimpleNamespace(loss=field, weight=weight, relative_validity=rho, stats=stats)
 
