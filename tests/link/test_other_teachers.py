@@ -122,7 +122,7 @@ def test_statements_of_the_wrong_kind_are_refused(change):
 
 
 def test_the_setting_is_one_of_three():
-    with pytest.raises(ValueError, match="identity must be one of check, insist, warn, got 'trust'"):
+    with pytest.raises(ValueError, match=": expected one of check, insist, warn, got 'trust'"):
         LinkSettings(identity="trust")
 
 
