@@ -282,13 +282,23 @@ STAGES = (
     ),
     Stage(
         "nccl-link",
-        "Two jobs over NCCL: every payload and layout arrives exactly, also large pieces and padding.",
-        **of_link("transport", "link", "layouts", keyword="nccl"),
+        "Two jobs over NCCL, with equal and different numbers of ranks: every rank receives its columns exactly.",
+        **of_link("transport", "link", keyword="nccl"),
+    ),
+    Stage(
+        "nccl-layouts",
+        "Two jobs over NCCL: every payload arrives exactly in many layouts, also large pieces and padding.",
+        **of_link("layouts", keyword="nccl"),
     ),
     Stage(
         "nccl-kill",
-        "A teacher rank dies or stops during a transfer: the student continues, and its weights stay equal.",
-        **of_link("rejoin", keyword="nccl and (any_single or stopped or twenty)"),
+        "A teacher rank dies during a transfer: the student continues, and its weights stay equal.",
+        **of_link("rejoin", keyword="nccl and any_single", expected=60),
+    ),
+    Stage(
+        "nccl-stop",
+        "A teacher or a student stops and continues, or a teacher dies twenty times: nothing is lost or left behind.",
+        **of_link("rejoin", keyword="nccl and (stopped or twenty)", expected=60),
     ),
     Stage(
         "nccl-alive",
