@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 import vcrd
-from vcrd.link import Head, LinkSettings, StudentLink, TeacherLink, host_rendezvous
+from vcrd.link import Head, LinkSettings, StudentLink, TeacherLink, TeacherPlace, host_rendezvous
 from vcrd.link.connection import HEADER_BYTES
 from vcrd.link.payload import encode, payload_named, row_max, top_k_of
 from vcrd.link.plan import Shard
@@ -221,8 +221,9 @@ class Teacher(_Side):
             vocab_size=self._work.vocab,
             padded_vocab_size=self._work.vocab,
             sequence_length=self._work.tokens,
-            **dict(tensor_rank=0, tensor_size=1, replica=0, replicas=1, is_last_stage=True),
-            **dict(group=None, tensor_group=None),
+            place=TeacherPlace(),
+            group=None,
+            tensor_group=None,
             head=Head(self._work.state_size, "bfloat16") if hidden else None,
             head_weight=self._answers.head if hidden else None,
         )

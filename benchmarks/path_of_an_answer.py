@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout th
 import torch
 
 import vcrd
-from vcrd.link import Head, LinkSettings, StudentLink, TeacherLink, host_rendezvous
+from vcrd.link import Head, LinkSettings, StudentLink, TeacherLink, TeacherPlace, host_rendezvous
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS, VOCAB, STATE_SIZE = 64, 512, 16
@@ -112,11 +112,7 @@ def teacher(options: argparse.Namespace, port: int, pipe: Connection) -> None:
         vocab_size=VOCAB,
         padded_vocab_size=VOCAB,
         sequence_length=TOKENS,
-        tensor_rank=0,
-        tensor_size=1,
-        replica=0,
-        replicas=1,
-        is_last_stage=True,
+        place=TeacherPlace(),
         group=None,
         tensor_group=None,
         head=Head(STATE_SIZE, "float32") if hidden else None,

@@ -212,7 +212,7 @@ class Linked:
     def __init__(self, given, device, rows: int, transport: str) -> None:
         import torch
 
-        from vcrd.link import LinkSettings, StudentLink, TeacherLink, host_rendezvous
+        from vcrd.link import LinkSettings, StudentLink, TeacherLink, TeacherPlace, host_rendezvous
 
         self._torch, self._rows, self._student = torch, rows, given.rank == 0
         settings = LinkSettings(
@@ -235,10 +235,7 @@ class Linked:
         self._link = TeacherLink.connect(
             settings,
             **sizes,
-            **rank,
-            replica=0,
-            replicas=1,
-            is_last_stage=True,
+            place=TeacherPlace(),
             group=None,
             tensor_group=None,
             device=device,

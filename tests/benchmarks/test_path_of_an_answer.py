@@ -17,6 +17,7 @@ WAY = [
     ("student", "vcrd-link-reader", "Reassembly.receive_piece"),
     ("student", "vcrd-link-reader", "Transport.receive"),
     ("student", "MainThread", "validity_calibrated_kl"),
+    ("student", "MainThread", "_VocabParallelDivergence.backward"),
 ]
 
 
@@ -28,7 +29,7 @@ def test_the_list_follows_one_answer_through_both_processes(tmp_path, capsys, tr
     found = [(call["process"], call["thread"], call["function"]) for call in record["calls"]]
     places = [found.index(step) for step in WAY]
     assert places == sorted(places)
-    assert found[-1][:2] == ("student", "MainThread") and found[-1][2].endswith(".backward"), found[-5:]
+    assert found[-1][:2] == ("student", "MainThread")
     assert f"{record['functions']} functions in {record['files']} files" in capsys.readouterr().out
 
 

@@ -314,13 +314,14 @@ def serve(
     drawn: Drawn, settings: LinkSettings, replica: int, rank: int, group: dist.ProcessGroup, tensor_group
 ) -> None:
     layout = drawn.layout
-    place = layout.teacher(replica, rank)
+    given = layout.teacher(replica, rank)
+    place = given["place"]
     link = TeacherLink.connect(
         settings,
-        **place,
+        **given,
         group=group,
-        tensor_group=tensor_group if place["is_last_stage"] and place["tensor_size"] > 1 else None,
-        **(dict(head=drawn.head, head_weight=head_rows(drawn, place)) if place["is_last_stage"] else {}),
+        tensor_group=tensor_group if place.is_last_stage and place.tensor_size > 1 else None,
+        **(dict(head=drawn.head, head_weight=head_rows(drawn, given)) if place.is_last_stage else {}),
         device=device(),
     )
     while (batch := link.next_batch(drawn.limit)) is not None:
@@ -328,33 +329,33 @@ def serve(
             number, data_rank = request.number, request.data_rank
             assert torch.equal(request.tokens, tokens_of(drawn, data_rank, number))
             assert tuple(request.boundaries.tolist()) == drawn.batches[number].edges
-            if place["is_last_stage"]:
-                output = output_of(drawn, place, data_rank, number).to(device())
+            if place.is_last_stage:
+                output = output_of(drawn, given, data_rank, number).to(device())
                 link.respond(request, output)
                 output.fill_(torch.nan)  # a teacher may reuse its buffers
     link.close()
 
 
-def output_of(drawn: Drawn, place: dict, data_rank: int, number: int) -> Tensor:
+def output_of(drawn: Drawn, given: dict, data_rank: int, number: int) -> Tensor:
     """What a rank of the last stage gives to the link: states, or its padded columns of the logits."""
     if drawn.head:
         return states_of(drawn, data_rank, number)
     logits = logits_of(drawn, data_rank, number)
     full = logits.new_full(
-        (*logits.shape[:-1], place["padded_vocab_size"]), 1e4
+        (*logits.shape[:-1], given["padded_vocab_size"]), 1e4
     )  # the largest if padding counted
     full[..., : drawn.layout.vocab] = logits
-    return full.chunk(place["tensor_size"], -1)[place["tensor_rank"]].clone()
+    return full.chunk(given["place"].tensor_size, -1)[given["place"].tensor_rank].clone()
 
 
-def head_rows(drawn: Drawn, place: dict) -> Tensor | None:
+def head_rows(drawn: Drawn, given: dict) -> Tensor | None:
     """A teacher rank's padded rows of the output layer."""
     if drawn.head is None:
         return None
     weight = weight_of(drawn)
-    full = weight.new_full((place["padded_vocab_size"], drawn.head.size), torch.nan)
+    full = weight.new_full((given["padded_vocab_size"], drawn.head.size), torch.nan)
     full[: drawn.layout.vocab] = weight
-    return full.chunk(place["tensor_size"])[place["tensor_rank"]]
+    return full.chunk(given["place"].tensor_size)[given["place"].tensor_rank]
 
 
 def run(cases: Sequence[Drawn], folder: Path, seconds: float = 300) -> dict[str, str]:

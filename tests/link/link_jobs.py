@@ -23,7 +23,7 @@ import torch.distributed as dist
 from fork_server import context
 from ports import free_port
 
-from vcrd.link import LinkSettings, StudentLink, TeacherLink
+from vcrd.link import LinkSettings, StudentLink, TeacherLink, TeacherPlace
 from vcrd.link.transport import fake
 
 
@@ -77,11 +77,13 @@ class Layout:
             vocab_size=self.vocab,
             padded_vocab_size=self.teacher_padded,
             sequence_length=self.sequence,
-            tensor_rank=rank - self.pipeline if last else 0,
-            tensor_size=self.teacher_tensor,
-            replica=replica,
-            replicas=self.replicas,
-            is_last_stage=last,
+            place=TeacherPlace(
+                replica=replica,
+                replicas=self.replicas,
+                tensor_rank=rank - self.pipeline if last else 0,
+                tensor_size=self.teacher_tensor,
+                is_last_stage=last,
+            ),
         )
 
 

@@ -149,13 +149,13 @@ def run_teacher(rank: int, port: int, layout: Layout, head: Head, change: float)
         HIDDEN.settings(port, "epochs"),
         **place,
         group=dist.group.WORLD,
-        tensor_group=last if place["is_last_stage"] else None,
-        **(dict(head=head, head_weight=weight) if place["is_last_stage"] else {}),
+        tensor_group=last if place["place"].is_last_stage else None,
+        **(dict(head=head, head_weight=weight) if place["place"].is_last_stage else {}),
     )
     print("serves", flush=True)
     while (batch := link.next_batch(1)) is not None:
         for request in batch:
-            if place["is_last_stage"]:
+            if place["place"].is_last_stage:
                 link.respond(request, draw.states_of(drawn, 0, request.number).to(device()))
     link.close()
 

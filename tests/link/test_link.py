@@ -10,7 +10,7 @@ import torch.distributed as dist
 from link_jobs import Jobs, Layout, connected, device, exchange, part, true_logits
 from ports import free_port
 
-from vcrd.link import LinkSettings, StudentLink, TeacherLink, handshake, host_rendezvous
+from vcrd.link import LinkSettings, StudentLink, TeacherLink, TeacherPlace, handshake, host_rendezvous
 from vcrd.link.connection import HEADER_BYTES, Connection
 from vcrd.link.payload import payload_named
 
@@ -249,8 +249,8 @@ def test_wrong_places_are_named():
         StudentLink.connect(LinkSettings(), **(places | {"data_rank": -1}))
     places = Layout().teacher(0, 0) | {"group": None, "tensor_group": None}
     with pytest.raises(ValueError, match=r"replica: expected an integer in \[0, 1\), got 1"):
-        TeacherLink.connect(LinkSettings(), **(places | {"replica": 1}))
+        TeacherPlace(replica=1)
     with pytest.raises(ValueError, match="tensor_group: expected a group for tensor_size 2"):
-        TeacherLink.connect(LinkSettings(), **(places | {"tensor_size": 2}))
+        TeacherLink.connect(LinkSettings(), **(places | {"place": TeacherPlace(tensor_size=2)}))
     with pytest.raises(ValueError, match=r"each tensor rank of the last stage once, got tensor ranks \[\]"):
-        TeacherLink.connect(LinkSettings(), **(places | {"is_last_stage": False}))
+        TeacherLink.connect(LinkSettings(), **(places | {"place": TeacherPlace(is_last_stage=False)}))

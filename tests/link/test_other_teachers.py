@@ -15,6 +15,7 @@ from rejoin_jobs import settings_for
 from vcrd.link import (
     HandshakeRefused,
     Head,
+    Identity,
     LinkSettings,
     StudentLink,
     TeacherLink,
@@ -128,10 +129,14 @@ def test_the_setting_is_one_of_three():
 
 def teacher_of(settings: LinkSettings, layout: Layout, replica: int = 0, **stated) -> TeacherLink:
     """stated: its tokenizer and weights. With the payload "hidden" its output layer is the same in any case."""
-    if settings.payload == "hidden":
-        stated |= {"head": Head(4, "float32"), "head_weight": torch.ones(50, 4)}
+    head = {"head": Head(4, "float32"), "head_weight": torch.ones(50, 4)}
     return TeacherLink.connect(
-        settings, **layout.teacher(replica, 0), group=None, tensor_group=None, **stated
+        settings,
+        **layout.teacher(replica, 0),
+        group=None,
+        tensor_group=None,
+        identity=Identity(**stated),
+        **(head if settings.payload == "hidden" else {}),
     )
 
 
@@ -227,8 +232,7 @@ def replica_states(rank: int, settings: LinkSettings, layout: Layout) -> None:
         **layout.teacher(0, rank),
         group=torch.distributed.group.WORLD,
         tensor_group=None,
-        weights=40 + rank,
-        **own,
+        identity=Identity(weights=40 + rank, **own),
     )
     print(f"stated {link._handshake.weights} {link._handshake.tokenizer} {link._handshake.checkpoint}")
     assert link.next_batch(1) is None

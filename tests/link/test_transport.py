@@ -29,6 +29,7 @@ from vcrd.link import (
     StudentLost,
     TeacherLink,
     TeacherLost,
+    TeacherPlace,
     host_rendezvous,
     teacher_session,
 )
@@ -390,7 +391,7 @@ def test_jobs_that_insist_on_what_cannot_be_are_refused(student, teacher, reason
     assert refusal(*sides(student, teacher), 1) == f"the link is refused: {reason}"
 
 
-PLACE = dict(vocab_size=8, padded_vocab_size=8, sequence_length=4, tensor_rank=0, tensor_size=1)
+SIZES = dict(vocab_size=8, padded_vocab_size=8, sequence_length=4)
 
 
 def test_nccl_needs_a_gpu():
@@ -400,10 +401,11 @@ def test_nccl_needs_a_gpu():
         match="transport: expected 'auto' or 'tcp' where this rank computes on cpu, not on a GPU, got 'nccl'",
     )
     with refused:
-        StudentLink.connect(settings, **PLACE, data_rank=0, data_size=1)
-    place = dict(**PLACE, replica=0, replicas=1, is_last_stage=True, group=None, tensor_group=None)
+        StudentLink.connect(settings, **SIZES, tensor_rank=0, tensor_size=1, data_rank=0, data_size=1)
     with refused:
-        TeacherLink.connect(settings, **place, device="cpu")
+        TeacherLink.connect(
+            settings, **SIZES, place=TeacherPlace(), group=None, tensor_group=None, device="cpu"
+        )
     with pytest.raises(
         ValueError, match="VCRD_TRANSPORT .*: expected one of auto, nccl, tcp, fake, got 'rdma'"
     ):

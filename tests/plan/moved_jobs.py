@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from vcrd.link import Head, LinkSettings, Place, StudentLink, TeacherLink, host_rendezvous
+from vcrd.link import Head, LinkSettings, Place, StudentLink, TeacherLink, TeacherPlace, host_rendezvous
 from vcrd.link.connection import HEADER_BYTES
 from vcrd.link.payload import payload_named
 from vcrd.plan.traffic import Traffic
@@ -117,11 +117,7 @@ def run_teacher(rank: int, replica: int, case: Case, port: int) -> None:
             vocab_size=case.vocab,
             padded_vocab_size=case.teacher_padded,
             sequence_length=24,
-            tensor_rank=tensor,
-            tensor_size=case.teacher_tensor,
-            replica=replica,
-            replicas=case.replicas,
-            is_last_stage=rank in last,
+            place=TeacherPlace(replica, case.replicas, tensor, case.teacher_tensor, rank in last),
             group=dist.group.WORLD,
             tensor_group=group if rank in last and case.teacher_tensor > 1 else None,
             head=case.head if hidden else None,

@@ -35,7 +35,7 @@ nothing arrives within `timeout`. The death of a student is noticed in steps 2 a
 from vcrd.settings import LinkSettings
 
 from .errors import HandshakeRefused, LinkError, StudentLost, TeacherLost
-from .handshake import Head, Tokenizer
+from .handshake import Head, Identity, TeacherPlace, Tokenizer
 from .plan import Piece, Place, Shard, Span, context_rows, overlaps, replica_of, students_of, vocab_shards
 from .rendezvous import Rendezvous, host_rendezvous
 from .requests import Request
@@ -46,6 +46,7 @@ from .tracing import merge_traces, trace
 __all__ = [
     "HandshakeRefused",
     "Head",
+    "Identity",
     "LinkError",
     "LinkSettings",
     "Piece",
@@ -58,6 +59,7 @@ __all__ = [
     "StudentLost",
     "TeacherLink",
     "TeacherLost",
+    "TeacherPlace",
     "Tokenizer",
     "context_rows",
     "host_rendezvous",

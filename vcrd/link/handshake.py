@@ -77,6 +77,44 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What a teacher states besides its layout. tokenizer: the one that the model was trained with. weights: this
+    rank's share of a digest of the weights, from 0 to 2^62 - 1; the shares of the ranks are added modulo 2^62.
+    checkpoint: a name of these weights for people. None or "": not known."""
+
+    tokenizer: Tokenizer | None = None
+    weights: int | None = None
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
+class TeacherPlace:
+    """A rank's place in the teacher job: replica (data-parallel rank) and tensor rank, each with how many there are.
+
+    is_last_stage: whether the rank belongs to the last pipeline stage. ValueError for ranks out of range.
+    """
+
+    replica: int = 0
+    replicas: int = 1
+    tensor_rank: int = 0
+    tensor_size: int = 1
+    is_last_stage: bool = True
+
+    def __post_init__(self) -> None:
+        for name, rank, size in (
+            ("tensor_rank", self.tensor_rank, self.tensor_size),
+            ("replica", self.replica, self.replicas),
+        ):
+            if not 0 <= rank < size:
+                raise ValueError(f"{name}: expected an integer in [0, {size}), got {rank}")
+
+    @property
+    def sender(self) -> int | None:
+        """The tensor rank whose columns this rank sends; None before the last stage."""
+        return self.tensor_rank if self.is_last_stage else None
+
+
+@dataclass(frozen=True)
 class Handshake:
     """What one job states. vocab_size, sequence_length, payload and max_tokens must be equal in both jobs.
 

@@ -18,7 +18,7 @@ from vcrd.settings import LinkSettings
 
 from .connection import Header, Kind
 from .errors import LinkError, StudentLost
-from .handshake import Handshake, Head, Tokenizer
+from .handshake import Handshake, Head, Identity, TeacherPlace, Tokenizer
 from .payload import STATE_DTYPES, encode, payload_named, row_max, top_k_of
 from .plan import Place, context_rows
 from .replica_group import KEEPALIVE, Outcome, ReplicaGroup, outcome_of
@@ -30,6 +30,7 @@ from .transport.opening import Endpoint
 _log = logging.getLogger("vcrd")
 _PARTING = 10.0  # seconds that close() gives the goodbyes
 _WEIGHTS = 1 << 62  # the modulus of the digest of the weights: a share fits into int64
+_UNKNOWN = Identity()
 _IDLE, _BATCH, _DONE = range(3)  # what rank 0 tells the other ranks
 
 
@@ -49,8 +50,7 @@ class TeacherLink:
         handshake: Handshake,
         replica_group: ReplicaGroup,
         endpoint: Endpoint,
-        replica: int,
-        tensor_rank: int | None,
+        place: TeacherPlace,
         tensor_group: dist.ProcessGroup | None,
         head_weight: Tensor | None,
     ) -> None:
@@ -58,12 +58,11 @@ class TeacherLink:
         self._handshake = handshake
         self._replica_group = replica_group
         self._endpoint = endpoint
-        self._replica = replica
-        self._tensor_rank = tensor_rank  # None before the last stage
+        self._place = place
         self._tensor_group = tensor_group
         self._payload = handshake.content()
         self._head_weight = head_weight
-        self._shard = handshake.shards()[tensor_rank or 0]
+        self._shard = handshake.shards()[place.sender or 0]
         self._done = False  # every student rank has said goodbye
         self.blocked = 0.0
         self._sessions: list[TeacherSession] = []  # the open one, if any; the finalizer ends it
@@ -78,41 +77,28 @@ class TeacherLink:
         vocab_size: int,
         padded_vocab_size: int,
         sequence_length: int,
-        tensor_rank: int,
-        tensor_size: int,
-        replica: int,
-        replicas: int,
-        is_last_stage: bool,
+        place: TeacherPlace,
         group: dist.ProcessGroup | None,
         tensor_group: dist.ProcessGroup | None,
         head: Head | None = None,
         head_weight: Tensor | None = None,
         device: torch.device | str | None = None,
-        tokenizer: Tokenizer | None = None,
-        weights: int | None = None,
-        checkpoint: str = "",
+        identity: Identity = _UNKNOWN,
     ) -> TeacherLink:
         """Joins the student job. Every rank of the replica calls it, and blocks until the student ranks are connected.
 
-        vocab_size: true columns. padded_vocab_size: that of the teacher, a multiple of tensor_size. group: all ranks of
-        this replica, any backend; None when this rank is the whole replica. Its rank 0 receives the requests.
-        tensor_group: the tensor-parallel group, for the row maximum and the top k; None when tensor_size is 1. head,
-        head_weight: with the payload "hidden", on the last stage: the output layer, and the rows of it that this rank
-        has, [padded_vocab_size / tensor_size, head.size]. device: where `respond`'s outputs lie; None: the current GPU,
-        or the CPU where torch finds none. tokenizer: the one that the model was trained with, None if not known.
-        weights: the share of this rank of a digest of the weights, from 0 to 2^62 - 1. The shares of the ranks are
-        added modulo 2^62; None if not known. checkpoint: a name of these weights for people. tokenizer and checkpoint
-        count on rank 0 only.
+        vocab_size: true columns. padded_vocab_size: that of the teacher, a multiple of the tensor size. group: all
+        ranks of this replica, any backend; None when this rank is the whole replica. Its rank 0 receives the requests.
+        tensor_group: the tensor-parallel group, for the row maximum and the top k; None when there is one tensor rank.
+        head, head_weight: with the payload "hidden", on the last stage: the output layer, and the rows of it that this
+        rank has, [padded_vocab_size / tensor size, head.size]. device: where `respond`'s outputs lie; None: the current
+        GPU, or the CPU where torch finds none. identity: its tokenizer and checkpoint count on rank 0 only.
 
         Raises on every rank: StudentLost or LinkError after `connect_timeout`, HandshakeRefused
         when the jobs do not fit, ValueError when the arguments of the ranks differ.
         """
-        if not 0 <= tensor_rank < tensor_size:
-            raise ValueError(f"tensor_rank: expected an integer in [0, {tensor_size}), got {tensor_rank}")
-        if not 0 <= replica < replicas:
-            raise ValueError(f"replica: expected an integer in [0, {replicas}), got {replica}")
-        if is_last_stage and tensor_size > 1 and tensor_group is None:
-            raise ValueError(f"tensor_group: expected a group for tensor_size {tensor_size}, got None")
+        if place.is_last_stage and place.tensor_size > 1 and tensor_group is None:
+            raise ValueError(f"tensor_group: expected a group for tensor_size {place.tensor_size}, got None")
         settings.shared_secret()  # an unreadable file raises its error before any collective
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         endpoint = Endpoint(settings.transport, where, sockets=settings.sockets)
@@ -121,20 +107,19 @@ class TeacherLink:
             vocab_size=vocab_size,
             sequence_length=sequence_length,
             padded_vocab_size=padded_vocab_size,
-            tensor_size=tensor_size,
-            copies=replicas,
+            tensor_size=place.tensor_size,
+            copies=place.replicas,
             head=head,
             nccl=endpoint.nccl_version,
-            tokenizer=tokenizer,
-            checkpoint=checkpoint,
+            tokenizer=identity.tokenizer,
+            checkpoint=identity.checkpoint,
         )
-        if settings.payload == "hidden" and is_last_stage:
-            head_weight = _checked_head(head, head_weight, padded_vocab_size // tensor_size)
+        if settings.payload == "hidden" and place.is_last_stage:
+            head_weight = _checked_head(head, head_weight, padded_vocab_size // place.tensor_size)
         replica_group = ReplicaGroup(group)
-        handshake = _agreed(replica_group, handshake, replica, tensor_rank if is_last_stage else -1)
-        handshake = _identified(replica_group, handshake, weights)
-        own = tensor_rank if is_last_stage else None
-        link = cls(settings, handshake, replica_group, endpoint, replica, own, tensor_group, head_weight)
+        handshake = _agreed(replica_group, handshake, place)
+        handshake = _identified(replica_group, handshake, identity.weights)
+        link = cls(settings, handshake, replica_group, endpoint, place, tensor_group, head_weight)
         link._join()
         return link
 
@@ -170,7 +155,7 @@ class TeacherLink:
         of a student raises its error in `next_batch`, not here. Collectives over `tensor_group`: one all-reduce
         for the payloads that are relative to the row's maximum; for "topk" those of `top_k_of`.
         """
-        if self._tensor_rank is None:
+        if self._place.sender is None:
             raise ValueError("respond: expected a call on a rank of the last stage, got one on another stage")
         self._check_output(request, output)
         session = self._sessions[0]
@@ -261,8 +246,8 @@ class TeacherLink:
             self._handshake,
             self._replica_group,
             self._endpoint,
-            replica=self._replica,
-            tensor_rank=self._tensor_rank,
+            replica=self._place.replica,
+            tensor_rank=self._place.sender,
             head_weight=self._head_weight,
         )
         self._sessions.append(session)
@@ -270,7 +255,7 @@ class TeacherLink:
             session.send_head(self._head_weight)
         if self._replica_group.leads:
             ranks = sorted({place.data for place in session.places})
-            _log.info("teacher replica %d serves student data ranks %s", self._replica, ranks)
+            _log.info("teacher replica %d serves student data ranks %s", self._place.replica, ranks)
 
     def _rejoin(self, failure: LinkError | None) -> None:
         """Collective. Ends the session that has failed and waits for the student to come back."""
@@ -338,11 +323,10 @@ def _checked_head(head: Head | None, weight: Tensor | None, width: int) -> Tenso
     return weight.detach().cpu().contiguous()
 
 
-def _agreed(replica_group: ReplicaGroup, handshake: Handshake, replica: int, sender: int) -> Handshake:
+def _agreed(replica_group: ReplicaGroup, handshake: Handshake, place: TeacherPlace) -> Handshake:
     """The handshake with the output layer of the last stage in it, on every rank.
 
-    ValueError on every rank if the ranks do not form one replica. sender: the tensor rank of this rank if it is on the
-    last stage, else -1.
+    ValueError on every rank if the ranks do not form one replica.
     """
     own = [
         handshake.vocab_size,
@@ -353,8 +337,9 @@ def _agreed(replica_group: ReplicaGroup, handshake: Handshake, replica: int, sen
         handshake.max_tokens,
         handshake.top_k,
         payload_named(handshake.payload).code,
-        replica,
+        place.replica,
     ]
+    sender = -1 if place.sender is None else place.sender
     rows = replica_group.gather([sender, *_head_numbers(handshake.head), handshake.nccl, *own])
     if any(row[6:] != rows[0][6:] for row in rows):
         raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vcrd.errors import expected
 from vcrd.link.errors import HandshakeRefused, StudentLost
-from vcrd.link.handshake import LONGEST_NAME, Head
+from vcrd.link.handshake import LONGEST_NAME, Head, Identity, TeacherPlace
 from vcrd.link.teacher import Request, TeacherLink
 from vcrd.megatron.compatibility import refuse_delayed_scaling, refuse_uneven_tokens
 from vcrd.megatron.hooks import ExtraHeads
@@ -100,9 +100,7 @@ def serve(
         chunk.train(training)
 
 
-def _identity(
-    chunk: torch.nn.Module, layout: Layout, tokenizer: Any, checkpoint: str | None
-) -> dict[str, Any]:
+def _identity(chunk: torch.nn.Module, layout: Layout, tokenizer: Any, checkpoint: str | None) -> Identity:
     """What this rank states of its tokenizer and weights. It warns of what it does not know."""
     found = tokenizer_of(tokenizer)
     if found is None and dist.get_rank() == 0:
@@ -113,14 +111,14 @@ def _identity(
         weights = None
         _log.warning("a teacher that comes back with other weights will not be noticed: %s", error)
     name = checkpoint_name() if checkpoint is None else checkpoint
-    return {"tokenizer": found, "weights": weights, "checkpoint": name[-LONGEST_NAME:]}
+    return Identity(found, weights, name[-LONGEST_NAME:])
 
 
 def _links(
     settings: DistillSettings,
     layout: Layout,
     head: ServedHead | None,
-    identity: dict[str, Any],
+    identity: Identity,
     stay: bool,
 ) -> Iterator[TeacherLink]:
     """Links to one student job after another; to a single one without `stay`."""
@@ -144,24 +142,26 @@ def _links(
 
 
 def _connect(
-    settings: DistillSettings, layout: Layout, head: ServedHead | None, identity: dict[str, Any]
+    settings: DistillSettings, layout: Layout, head: ServedHead | None, identity: Identity
 ) -> TeacherLink:
     return TeacherLink.connect(
         settings.link,
         vocab_size=layout.vocab_size,
         padded_vocab_size=layout.padded_vocab_size,
         sequence_length=layout.sequence_length,
-        tensor_rank=layout.tensor_rank,
-        tensor_size=layout.tensor_size,
-        replica=layout.data_rank,
-        replicas=layout.data_size,
-        is_last_stage=parallel_state.is_pipeline_last_stage(),
+        place=TeacherPlace(
+            replica=layout.data_rank,
+            replicas=layout.data_size,
+            tensor_rank=layout.tensor_rank,
+            tensor_size=layout.tensor_size,
+            is_last_stage=parallel_state.is_pipeline_last_stage(),
+        ),
         group=parallel_state.get_model_parallel_group(),
         tensor_group=layout.tensor_group,
         head=head.facts if head else None,
         head_weight=head.weight if head else None,
         device=layout.device,
-        **identity,
+        identity=identity,
     )
 
 
