@@ -52,10 +52,10 @@ FAULTS = [
         *(_SHARDED, "-k", "reference and 2"),
     ),
     _fault(
-        "the skewed reverse divergence takes alpha as the teacher's share",
-        "loss/divergence.py",
-        '"skew_reverse_kl": 1 - alpha}',
-        '"skew_reverse_kl": alpha}',
+        "the skewed reverse divergence takes alpha as the teacher's weight",
+        "loss/config.py",
+        '"skew_reverse_kl": 1 - self.alpha}',
+        '"skew_reverse_kl": self.alpha}',
         *("tests/loss/test_divergence.py", "-k", "reference and False"),
     ),
     _fault(

@@ -108,6 +108,12 @@ class LossConfig:
             what = f"True, False or {IF_UNUSED!r}"
             raise expected("inplace_gradient", what, repr(self.inplace_gradient))
 
+    @property
+    def mixture_weight(self) -> float | None:
+        """The teacher's weight in the mixture that the divergence compares with; None where there is no mixture."""
+        weights = {"jsd": self.beta, "skew_kl": self.alpha, "skew_reverse_kl": 1 - self.alpha}
+        return weights.get(self.divergence)
+
 
 @dataclass(frozen=True, eq=False)
 class HeadConfig:

@@ -76,7 +76,8 @@ class PassSettings(NamedTuple):
 
     divergence: str
     temperature: float
-    mixture_weight: float  # weight of the teacher in the mixture, for the divergences that have one
+    has_mixture: bool
+    mixture_weight: float  # the teacher's weight in the mixture; 0 where there is no mixture
     columns: int
     first_column: int
     skip_invalid_teacher: bool
@@ -84,10 +85,6 @@ class PassSettings(NamedTuple):
     @property
     def code(self) -> int:
         return DIVERGENCES.index(self.divergence)
-
-    @property
-    def has_mixture(self) -> bool:
-        return self.divergence in ("jsd", "skew_kl", "skew_reverse_kl")
 
 
 def vocab_parallel_divergence(
@@ -218,14 +215,14 @@ def settle(
 
 def pass_settings(config: LossConfig, shard: VocabShard) -> PassSettings:
     """Where alpha is 0 a skewed divergence is the one that it skews."""
-    divergence, alpha = config.divergence, config.alpha
-    if alpha == 0 and divergence.startswith("skew"):
-        divergence = "forward_kl" if divergence == "skew_kl" else "reverse_kl"
-    share = {"jsd": config.beta, "skew_kl": alpha, "skew_reverse_kl": 1 - alpha}.get(divergence, 0.0)
+    divergence, weight = config.divergence, config.mixture_weight
+    if config.alpha == 0 and divergence.startswith("skew"):
+        divergence, weight = ("forward_kl" if divergence == "skew_kl" else "reverse_kl"), None
     return PassSettings(
         divergence=divergence,
         temperature=float(config.temperature),
-        mixture_weight=float(share),
+        has_mixture=weight is not None,
+        mixture_weight=float(weight or 0),
         columns=shard.columns,
         first_column=shard.first_column,
         skip_invalid_teacher=config.skip_invalid_teacher,
