@@ -116,9 +116,10 @@ template <class S>
 const char* launch_mixture_sums(const MixtureParams& p, int64_t splits, cudaStream_t stream) {
   const Grid grid = grid_of(p.tokens.rows, p.tokens.columns, splits);
   return with_teacher<__nv_bfloat16, __half>(p.teacher.dtype, [&](auto t) {
+    using T = decltype(t);  // here, because GCC takes the captured t of the inner lambda for a reference
     return with_form(p, [&](auto divergence, auto even) -> const char* {
       if constexpr (has_mixture(divergence.value)) {
-        auto kernel = mixture_sums_kernel<S, decltype(t), divergence.value, even.value>;
+        auto kernel = mixture_sums_kernel<S, T, divergence.value, even.value>;
         return launch(kernel, grid.blocks(), kThreads, stream, p, grid);
       }
       return "this divergence has no mixture";
