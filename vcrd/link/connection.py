@@ -32,6 +32,8 @@ from enum import IntEnum
 
 from torch import Tensor
 
+from vcrd.errors import expected
+
 from .errors import HandshakeRefused, LinkError
 
 _log = logging.getLogger("vcrd")
@@ -298,7 +300,7 @@ def memory(part: Tensor | bytes | bytearray) -> memoryview:
     if not isinstance(part, Tensor):
         return memoryview(part)
     if not part.is_contiguous() or part.device.type != "cpu":
-        raise ValueError(f"part: expected a contiguous tensor on the CPU, got one on {part.device}")
+        raise expected("part", "a contiguous tensor on the CPU", f"one on {part.device}")
     count = part.numel() * part.element_size()
     return (
         memoryview((ctypes.c_char * count).from_address(part.data_ptr())).cast("B")

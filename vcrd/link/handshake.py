@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from vcrd.errors import expected
 from vcrd.settings import IDENTITIES, TRANSPORTS, LinkSettings
 
 from . import connection as wire
@@ -39,17 +40,17 @@ class Head:
 
     def __post_init__(self) -> None:
         if type(self.size) is not int or not 1 <= self.size <= _LARGEST_STATE:
-            raise ValueError(f"size: expected an integer from 1 to {_LARGEST_STATE}, got {self.size!r}")
+            raise expected("size", f"an integer from 1 to {_LARGEST_STATE}", repr(self.size))
         if not isinstance(self.dtype, str) or self.dtype not in STATE_DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(STATE_DTYPES)}, got {self.dtype!r}")
+            raise expected("dtype", f"one of {', '.join(STATE_DTYPES)}", repr(self.dtype))
         for name in ("scale", "softcap"):
             number = getattr(self, name)
             if number is None and name == "softcap":
                 continue
             if type(number) not in (int, float) or not abs(number) < 1e30:
-                raise ValueError(f"{name}: expected a finite number, got {number!r}")
+                raise expected(name, "a finite number", repr(number))
         if self.softcap is not None and self.softcap <= 0:
-            raise ValueError(f"softcap: expected a number above 0 or None, got {self.softcap!r}")
+            raise expected("softcap", "a number above 0 or None", repr(self.softcap))
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,9 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or not 0 < len(self.kind) <= LONGEST_NAME:
-            raise ValueError(
-                f"kind: expected a text of 1 to {LONGEST_NAME} characters, got {self.kind!r:.300}"
-            )
+            raise expected("kind", f"a text of 1 to {LONGEST_NAME} characters", f"{self.kind!r:.300}")
         if type(self.size) is not int or not 0 <= self.size <= _MOST_COLUMNS:
-            raise ValueError(f"size: expected an integer from 0 to {_MOST_COLUMNS}, got {self.size!r:.300}")
+            raise expected("size", f"an integer from 0 to {_MOST_COLUMNS}", f"{self.size!r:.300}")
         _check_digest("digest", self.digest)
 
     def __str__(self) -> str:
@@ -106,7 +105,7 @@ class TeacherPlace:
             ("replica", self.replica, self.replicas),
         ):
             if not 0 <= rank < size:
-                raise ValueError(f"{name}: expected an integer in [0, {size}), got {rank}")
+                raise expected(name, f"an integer in [0, {size})", rank)
 
     @property
     def sender(self) -> int | None:
@@ -148,7 +147,7 @@ class Handshake:
     def of(cls, settings: LinkSettings, **own: Any) -> Handshake:
         """The handshake of one job; ValueError for impossible values."""
         if settings.payload != "hidden" and own.get("head") is not None:
-            raise ValueError(f"head: expected None with the payload {settings.payload!r}, got {own['head']}")
+            raise expected("head", f"None with the payload {settings.payload!r}", own["head"])
         handshake = cls(
             payload=settings.payload,
             max_tokens=MOST_TOKENS,
@@ -338,28 +337,26 @@ def _check_numbers(handshake: Handshake) -> None:
     for each in fields(handshake):
         value = getattr(handshake, each.name)
         if each.type == "int" and (type(value) is not int or not 0 <= value < 1 << 48):
-            raise ValueError(f"{each.name}: expected an integer of at least 0, got {value!r}")
+            raise expected(each.name, "an integer of at least 0", repr(value))
     if handshake.padded_vocab_size > _MOST_COLUMNS:
-        raise ValueError(
-            f"padded_vocab_size: expected at most {_MOST_COLUMNS}, got {handshake.padded_vocab_size}"
-        )
+        raise expected("padded_vocab_size", f"at most {_MOST_COLUMNS}", handshake.padded_vocab_size)
     sizes = (handshake.copies, handshake.context_size, handshake.tensor_size)
     if math.prod(max(size, 1) for size in sizes) > _MOST_RANKS:
-        raise ValueError(f"ranks: expected at most {_MOST_RANKS} in a job, got {' x '.join(map(str, sizes))}")
+        raise expected("ranks", f"at most {_MOST_RANKS} in a job", " x ".join(map(str, sizes)))
 
 
 def _check_identity(handshake: Handshake) -> None:
     """ValueError for an invalid digest or name."""
     _check_digest("weights", handshake.weights)
     if not isinstance(handshake.checkpoint, str) or len(handshake.checkpoint) > LONGEST_NAME:
-        raise ValueError(
-            f"checkpoint: expected a text of at most {LONGEST_NAME} characters, got {handshake.checkpoint!r:.300}"
+        raise expected(
+            "checkpoint", f"a text of at most {LONGEST_NAME} characters", f"{handshake.checkpoint!r:.300}"
         )
 
 
 def _check_digest(name: str, digest: Any) -> None:
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        raise ValueError(f"{name}: expected at most 64 hexadecimal digits, got {digest!r:.300}")
+        raise expected(name, "at most 64 hexadecimal digits", f"{digest!r:.300}")
 
 
 def _check_layout(handshake: Handshake) -> None:
@@ -367,11 +364,11 @@ def _check_layout(handshake: Handshake) -> None:
     _check_identity(handshake)
     for name in ("sequence_length", "tensor_size", "copies", "context_size"):
         if getattr(handshake, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {getattr(handshake, name)}")
+            raise expected(name, "at least 1", getattr(handshake, name))
     handshake.shards()
     payload_named(handshake.payload)
     if handshake.top_k > handshake.vocab_size:
-        raise ValueError(f"top_k: expected at most vocab_size {handshake.vocab_size}, got {handshake.top_k}")
+        raise expected("top_k", f"at most vocab_size {handshake.vocab_size}", handshake.top_k)
 
 
 def _sentence(reasons: list[str]) -> str:

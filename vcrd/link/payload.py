@@ -29,6 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vcrd.errors import expected
+
 from .plan import Shard
 
 # Logits per float32 block: there is never a float32 copy of all logits. On the CPU a block fits into the cache.
@@ -98,7 +100,7 @@ def payload_named(name: str) -> Payload:
     for payload in PAYLOADS:
         if payload.name == name:
             return payload
-    raise ValueError(f"payload: expected one of {', '.join(p.name for p in PAYLOADS)}, got {name!r}")
+    raise expected("payload", f"one of {', '.join(p.name for p in PAYLOADS)}", repr(name))
 
 
 def row_max(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -127,7 +129,7 @@ def encode(payload: Payload, output: Tensor, top: Tensor | None = None, empty: E
     result on the CPU. The result never shares memory with `output`.
     """
     if payload.relative and top is None:
-        raise ValueError(f"top: expected the row maxima for the relative payload {payload.name!r}, got None")
+        raise expected("top", f"the row maxima for the relative payload {payload.name!r}", "None")
     on_cpu = output.device.type == "cpu"
     dtype = payload.dtype or payload.state_dtype
     result = empty(*output.shape, dtype=dtype) if on_cpu else output.new_empty(output.shape, dtype=dtype)

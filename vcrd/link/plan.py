@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vcrd.errors import expected
+
 
 @dataclass(frozen=True)
 class Span:
@@ -46,15 +48,11 @@ def vocab_shards(vocab_size: int, padded_vocab_size: int, tensor_size: int) -> t
     Rank i holds the padded columns [i * w, (i + 1) * w) with w = padded_vocab_size / tensor_size.
     """
     if vocab_size < 1:
-        raise ValueError(f"vocab_size: expected at least 1, got {vocab_size}")
+        raise expected("vocab_size", "at least 1", vocab_size)
     if padded_vocab_size < vocab_size:
-        raise ValueError(
-            f"padded_vocab_size: expected at least vocab_size {vocab_size}, got {padded_vocab_size}"
-        )
+        raise expected("padded_vocab_size", f"at least vocab_size {vocab_size}", padded_vocab_size)
     if tensor_size < 1 or padded_vocab_size % tensor_size:
-        raise ValueError(
-            f"tensor_size: expected a divisor of padded_vocab_size {padded_vocab_size}, got {tensor_size}"
-        )
+        raise expected("tensor_size", f"a divisor of padded_vocab_size {padded_vocab_size}", tensor_size)
     width = padded_vocab_size // tensor_size
     edges = [min(rank * width, vocab_size) for rank in range(tensor_size + 1)]
     return tuple(Shard(start, stop) for start, stop in zip(edges, edges[1:], strict=False))
@@ -106,10 +104,10 @@ def pieces_of(
 def replica_of(data_rank: int, data_size: int, replicas: int) -> int:
     """The teacher replica that serves a student data-parallel rank: contiguous blocks, sizes differ by at most 1."""
     if not 0 <= data_rank < data_size:
-        raise ValueError(f"data_rank: expected an integer in [0, {data_size}), got {data_rank}")
+        raise expected("data_rank", f"an integer in [0, {data_size})", data_rank)
     if not 1 <= replicas <= data_size:
-        raise ValueError(
-            f"replicas: expected an integer from 1 to the student's data-parallel size {data_size}, got {replicas}"
+        raise expected(
+            "replicas", f"an integer from 1 to the student's data-parallel size {data_size}", replicas
         )
     return data_rank * replicas // data_size
 
@@ -117,7 +115,7 @@ def replica_of(data_rank: int, data_size: int, replicas: int) -> int:
 def students_of(replica: int, data_size: int, replicas: int) -> tuple[int, ...]:
     """The student data-parallel ranks that a teacher replica serves, ascending."""
     if not 0 <= replica < replicas:
-        raise ValueError(f"replica: expected an integer in [0, {replicas}), got {replica}")
+        raise expected("replica", f"an integer in [0, {replicas})", replica)
     return tuple(rank for rank in range(data_size) if replica_of(rank, data_size, replicas) == replica)
 
 
@@ -160,7 +158,7 @@ def context_rows(
     cannot be cut.
     """
     if not 0 <= context_rank < context_size:
-        raise ValueError(f"context_rank: expected an integer in [0, {context_size}), got {context_rank}")
+        raise expected("context_rank", f"an integer in [0, {context_size})", context_rank)
     check_boundaries(sequence, boundaries, context_size)
     edges = list(boundaries) or [0, sequence]
     if context_size == 1:
@@ -183,17 +181,16 @@ def check_boundaries(
     """
     edges = list(boundaries) or [0, sequence]
     if edges[0] != 0 or edges[-1] != sequence or any(a > b for a, b in zip(edges, edges[1:], strict=False)):
-        raise ValueError(
-            f"boundaries: expected ascending edges from 0 to {sequence}, got {list(boundaries)[:16]}"
-        )
+        raise expected("boundaries", f"ascending edges from 0 to {sequence}", list(boundaries)[:16])
     widest = max((b - a for a, b in zip(edges, edges[1:], strict=False)), default=0)
     if longest is not None and widest > longest:
-        raise ValueError(f"boundaries: expected sequences of at most {longest} tokens, got one of {widest}")
+        raise expected("boundaries", f"sequences of at most {longest} tokens", f"one of {widest}")
     if context_size == 1:
         return
     for start, stop in zip(edges, edges[1:], strict=False):
         if (stop - start) % (2 * context_size):
-            raise ValueError(
-                f"sequences: expected lengths that are multiples of {2 * context_size}, twice the context size, "
-                f"got one of {stop - start} from position {start}"
+            raise expected(
+                "sequences",
+                f"lengths that are multiples of {2 * context_size}, twice the context size",
+                f"one of {stop - start} from position {start}",
             )

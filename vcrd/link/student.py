@@ -13,6 +13,7 @@ from operator import sub
 import torch
 from torch import Tensor
 
+from vcrd.errors import expected
 from vcrd.settings import LinkSettings
 from vcrd.teacher_logits import DenseLogits, HiddenStates, TeacherLogits, TopKLogits, factor_of
 
@@ -121,7 +122,7 @@ class StudentLink:
             ("context", context_rank, context_size),
         ):
             if not 0 <= rank < size:
-                raise ValueError(f"{name}_rank: expected an integer in [0, {size}), got {rank}")
+                raise expected(f"{name}_rank", f"an integer in [0, {size})", rank)
         settings.shared_secret()  # an unreadable file raises its error before anything is opened
         # One block more than responses may arrive or be complete: that of the response in use.
         # With credits 0 nothing is requested in advance, and one request is under way at a time.
@@ -181,9 +182,7 @@ class StudentLink:
         as `receive` frees one. It is sent again to a teacher that replaces a lost one.
         """
         if not self._place.is_request_leader:
-            raise ValueError(
-                f"request: expected a call on tensor rank 0 and context rank 0, got one on {self._place}"
-            )
+            raise expected("request", "a call on tensor rank 0 and context rank 0", f"one on {self._place}")
         edges = torch.as_tensor(boundaries).flatten().cpu()
         self._check_tokens(tokens, edges)
         if self._connections.failure:
@@ -205,9 +204,9 @@ class StudentLink:
         """
         taken, requested = self._connections.taken, self._connections.requested
         if number != taken:
-            raise ValueError(f"number: expected the next one, {taken}, got {number}")
+            raise expected("number", f"the next one, {taken}", number)
         if self._place.is_request_leader and number >= requested:
-            raise ValueError(f"number: expected one that was requested, below {requested}, got {number}")
+            raise expected("number", f"one that was requested, below {requested}", number)
         late = number >= self._reassembly.complete
         begun, before = time.perf_counter(), self._reassembly.seconds_arriving
         try:
@@ -369,28 +368,27 @@ class StudentLink:
             or tokens.dtype == torch.bool
             or not tokens.numel()
         ):
-            raise ValueError(
-                f"tokens: expected a non-empty integer tensor [b, s], got {tokens.dtype} {list(tokens.shape)}"
+            raise expected(
+                "tokens", "a non-empty integer tensor [b, s]", f"{tokens.dtype} {list(tokens.shape)}"
             )
         batch, sequence = tokens.shape
         too_long = sequence > self._handshake.sequence_length and not len(boundaries)
         if too_long or batch * sequence > self._handshake.max_tokens:
-            raise ValueError(
-                f"tokens: expected rows of at most {self._handshake.sequence_length} and {self._handshake.max_tokens} "
-                f"in all, got {list(tokens.shape)}"
+            raise expected(
+                "tokens",
+                f"rows of at most {self._handshake.sequence_length} and {self._handshake.max_tokens} in all",
+                list(tokens.shape),
             )
         low, high = (int(edge) for edge in tokens.aminmax())
         if low < 0 or high >= self._handshake.vocab_size:
-            raise ValueError(
-                f"tokens: expected integers in [0, {self._handshake.vocab_size}), got {low} to {high}"
-            )
+            raise expected("tokens", f"integers in [0, {self._handshake.vocab_size})", f"{low} to {high}")
         if len(boundaries) and batch > 1:
-            raise ValueError(f"boundaries: expected one row of packed sequences, got {batch} rows")
+            raise expected("boundaries", "one row of packed sequences", f"{batch} rows")
         if len(boundaries) and (boundaries.dtype.is_floating_point or boundaries.dtype == torch.bool):
-            raise ValueError(f"boundaries: expected integers, got {boundaries.dtype}")
+            raise expected("boundaries", "integers", boundaries.dtype)
         if len(boundaries) > sequence + 1:
-            raise ValueError(
-                f"boundaries: expected at most {sequence + 1} edges for {sequence} tokens, got {len(boundaries)}"
+            raise expected(
+                "boundaries", f"at most {sequence + 1} edges for {sequence} tokens", len(boundaries)
             )
         longest = self._handshake.sequence_length
         check_boundaries(sequence, boundaries.tolist(), self._handshake.context_size, longest)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vcrd.errors import expected
 from vcrd.settings import LinkSettings
 
 from .connection import Header, Kind
@@ -98,7 +99,7 @@ class TeacherLink:
         when the jobs do not fit, ValueError when the arguments of the ranks differ.
         """
         if place.is_last_stage and place.tensor_size > 1 and tensor_group is None:
-            raise ValueError(f"tensor_group: expected a group for tensor_size {place.tensor_size}, got None")
+            raise expected("tensor_group", f"a group for tensor_size {place.tensor_size}", "None")
         settings.shared_secret()  # an unreadable file raises its error before any collective
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         endpoint = Endpoint(settings.transport, where, sockets=settings.sockets)
@@ -132,7 +133,7 @@ class TeacherLink:
         about once a second while waiting, and one broadcast per batch.
         """
         if limit < 1:
-            raise ValueError(f"limit: expected at least 1, got {limit}")
+            raise expected("limit", "at least 1", limit)
         while True:
             session = self._sessions[0]
             requests, done = session.take(limit, KEEPALIVE) if self._replica_group.leads else ([], False)
@@ -156,7 +157,7 @@ class TeacherLink:
         for the payloads that are relative to the row's maximum; for "topk" those of `top_k_of`.
         """
         if self._place.sender is None:
-            raise ValueError("respond: expected a call on a rank of the last stage, got one on another stage")
+            raise expected("respond", "a call on a rank of the last stage", "one on another stage")
         self._check_output(request, output)
         session = self._sessions[0]
         with span("encode", request.number):
@@ -235,9 +236,10 @@ class TeacherLink:
             else self._handshake.padded_vocab_size // self._handshake.tensor_size
         )
         if output.shape != (sequence, batch, width) or not output.dtype.is_floating_point:
-            raise ValueError(
-                f"{'states' if hidden else 'logits'}: expected a float tensor {[sequence, batch, width]}, "
-                f"got {output.dtype} {list(output.shape)}"
+            raise expected(
+                "states" if hidden else "logits",
+                f"a float tensor {[sequence, batch, width]}",
+                f"{output.dtype} {list(output.shape)}",
             )
 
     def _join(self) -> None:
@@ -313,12 +315,10 @@ def _command(requests: list[Request], done: bool) -> Sequence[int]:
 def _checked_head(head: Head | None, weight: Tensor | None, width: int) -> Tensor:
     """The weight on the CPU, in the form in which it is sent; ValueError if it does not fit `head`."""
     if head is None or weight is None:
-        raise ValueError(
-            "head, head_weight: expected both on the last stage with the payload 'hidden', got None"
-        )
+        raise expected("head, head_weight", "both on the last stage with the payload 'hidden'", "None")
     if weight.shape != (width, head.size) or weight.dtype != STATE_DTYPES[head.dtype]:
-        raise ValueError(
-            f"head_weight: expected {head.dtype} {[width, head.size]}, got {weight.dtype} {list(weight.shape)}"
+        raise expected(
+            "head_weight", f"{head.dtype} {[width, head.size]}", f"{weight.dtype} {list(weight.shape)}"
         )
     return weight.detach().cpu().contiguous()
 
@@ -342,17 +342,15 @@ def _agreed(replica_group: ReplicaGroup, handshake: Handshake, place: TeacherPla
     sender = -1 if place.sender is None else place.sender
     rows = replica_group.gather([sender, *_head_numbers(handshake.head), handshake.nccl, *own])
     if any(row[6:] != rows[0][6:] for row in rows):
-        raise ValueError(
-            f"arguments: expected equal ones on every rank of a teacher replica, got {[row[6:] for row in rows]}"
+        raise expected(
+            "arguments", "equal ones on every rank of a teacher replica", [row[6:] for row in rows]
         )
     senders = sorted(row[0] for row in rows if row[0] >= 0)
     if senders != list(range(handshake.tensor_size)):
-        raise ValueError(
-            f"group: expected each tensor rank of the last stage once, got tensor ranks {senders}"
-        )
+        raise expected("group", "each tensor rank of the last stage once", f"tensor ranks {senders}")
     heads = [row[1:5] for row in rows if row[0] >= 0]
     if any(head != heads[0] for head in heads):
-        raise ValueError(f"head: expected an equal one on every rank of the last stage, got {heads}")
+        raise expected("head", "an equal one on every rank of the last stage", heads)
     versions = {row[5] for row in rows if row[0] >= 0}
     nccl = versions.pop() if len(versions) == 1 else 0
     return replace(handshake, head=_head_of(heads[0]), nccl=nccl)

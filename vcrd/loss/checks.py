@@ -101,7 +101,7 @@ def check_tensors(
     """Raises TypeError or ValueError naming the argument that is wrong by itself."""
     check_dtype("student_logits", student, STUDENT_DTYPES)
     if student.dim() == 0:
-        raise ValueError("student_logits: expected shape [..., vocabulary shard], got a scalar")
+        raise expected("student_logits", "shape [..., vocabulary shard]", "a scalar")
     if isinstance(teacher, TopKLogits):
         _check_topk(teacher, student)
     elif isinstance(teacher, HiddenStates):
@@ -129,9 +129,9 @@ def _check_topk(teacher: TopKLogits, student: Tensor) -> None:
     _check_place("teacher_logits.log_tail", teacher.log_tail, student)
     entries, ids = teacher.logprobs.shape[-1], teacher.ids.shape[-1]
     if entries == 0:
-        raise ValueError("teacher_logits.logprobs: expected at least one per token, got none")
+        raise expected("teacher_logits.logprobs", "at least one per token", "none")
     if ids != entries:
-        raise ValueError(f"teacher_logits.ids: expected {entries} per token, as logprobs, got {ids}")
+        raise expected("teacher_logits.ids", f"{entries} per token, as logprobs", ids)
 
 
 def _check_hidden(teacher: HiddenStates, student: Tensor) -> None:
@@ -227,9 +227,11 @@ def shard_of(ranks: list[RankFacts], rank: int) -> VocabShard:
         if width < columns or (inner and width != columns):
             hidden = ranks[0]["teacher_logits form"] == "HiddenStates"
             name, unit = ("teacher_logits.weight", "rows") if hidden else ("teacher_logits", "columns")
-            raise ValueError(
-                f"{name}: expected {'' if inner else 'at least '}{columns} {unit} on rank {other}, "
-                f"those of its student shard (from column {start}, vocab_size {vocab_size}), got {width}"
+            raise expected(
+                name,
+                f"{'' if inner else 'at least '}{columns} {unit} on rank {other}, those of its student shard "
+                f"(from column {start}, vocab_size {vocab_size})",
+                width,
             )
     return VocabShard(true[rank], starts[rank], vocab_size)
 
@@ -239,8 +241,8 @@ def require_equal(ranks: list[RankFacts]) -> None:
     for name, first in ranks[0].items():
         for other, facts in enumerate(ranks):
             if facts[name] != first and not name.endswith("columns"):
-                raise ValueError(
-                    f"{name}: expected equal on every rank, got {first} on rank 0, {facts[name]} on rank {other}"
+                raise expected(
+                    name, "equal on every rank", f"{first} on rank 0, {facts[name]} on rank {other}"
                 )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vcrd.errors import expected
 from vcrd.loss import ops
 from vcrd.loss.checks import VocabShard, refuse, settle_shard, teacher_form
 from vcrd.loss.config import DIVERGENCES, IF_UNUSED, LossConfig, loss_config
@@ -241,7 +242,7 @@ def _check_ids(name: str, ids: Tensor, mask: Tensor | None, lowest: int | None, 
         outside[mask == 0] = False
     if outside.any():
         span = f"below vocab_size {vocab_size}" if lowest is None else f"from {lowest} to {vocab_size - 1}"
-        raise ValueError(f"{name}: expected ids {span}, got {int(ids[outside][0])}")
+        raise expected(name, f"ids {span}", int(ids[outside][0]))
 
 
 def _fields(

@@ -553,7 +553,7 @@ def teacher_part(form: TeacherBlocks, teacher: tuple, chunk: Rows) -> tuple:
 def main_grad_of(parameter: Tensor) -> Tensor:
     main_grad = getattr(parameter, "main_grad", None)
     if main_grad is None:
-        raise ValueError("weight: expected a main_grad to accumulate into, got a weight without one")
+        raise expected("weight", "a main_grad to accumulate into", "a weight without one")
     return main_grad
 
 

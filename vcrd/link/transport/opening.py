@@ -16,6 +16,7 @@ from contextlib import suppress
 
 import torch
 
+from vcrd.errors import expected
 from vcrd.settings import MOST_SOCKETS
 
 from ..buffers import HostMemory
@@ -68,7 +69,7 @@ class Endpoint:
         elif setting == "nccl":
             self.missing = f"this rank computes on {device}, not on a GPU"
         if setting == "nccl" and self.missing:
-            raise ValueError(f"transport: expected 'auto' or 'tcp' where {self.missing}, got 'nccl'")
+            raise expected("transport", f"'auto' or 'tcp' where {self.missing}", "'nccl'")
 
     def is_news(self, reason: str) -> bool:
         """Whether this is the first call with that reason. It is logged once, however often a job joins."""
