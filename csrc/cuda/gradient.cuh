@@ -132,9 +132,10 @@ __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(GradientParams p,
 template <class S>
 const char* launch_gradient(const GradientParams& p, cudaStream_t stream) {
   const Grid grid = grid_of(p.tokens.rows, p.gradient_columns, row_splits(p.tokens.rows, p.gradient_columns));
-  return with_teacher<__nv_bfloat16, __half>(p.teacher.dtype, [&](auto t) {
+  return with_teacher<__nv_bfloat16, __half>(p.teacher.dtype, [&](auto teacher) {
+    using T = decltype(teacher);
     return with_form(p, [&](auto divergence, auto even) {
-      auto kernel = gradient_kernel<S, decltype(t), divergence.value, even.value>;
+      auto kernel = gradient_kernel<S, T, divergence.value, even.value>;
       return launch(kernel, grid.blocks(), kThreads, stream, p, grid);
     });
   });

@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kThreads, 3) mixture_sums_kernel(MixtureParams
 template <class S>
 const char* launch_mixture_sums(const MixtureParams& p, int64_t splits, cudaStream_t stream) {
   const Grid grid = grid_of(p.tokens.rows, p.tokens.columns, splits);
-  return with_teacher<__nv_bfloat16, __half>(p.teacher.dtype, [&](auto t) {
-    using T = decltype(t);  // here, because GCC takes the captured t of the inner lambda for a reference
+  return with_teacher<__nv_bfloat16, __half>(p.teacher.dtype, [&](auto teacher) {
+    using T = decltype(teacher);  // here, because GCC takes the captured value of an inner lambda for a reference
     return with_form(p, [&](auto divergence, auto even) -> const char* {
       if constexpr (has_mixture(divergence.value)) {
         auto kernel = mixture_sums_kernel<S, T, divergence.value, even.value>;

@@ -285,9 +285,10 @@ __global__ void __launch_bounds__(kThreads, kTempered&& kReverse ? 2 : 3)
 template <class S>
 const char* launch_row_statistics(const StatisticsParams& p, int64_t splits, cudaStream_t stream) {
   const Grid grid = grid_of(p.tokens.rows, p.tokens.columns, splits);
-  return with_teacher<__nv_bfloat16, __half>(p.teacher.dtype, [&](auto t) {
+  return with_teacher<__nv_bfloat16, __half>(p.teacher.dtype, [&](auto teacher) {
+    using T = decltype(teacher);
     return with_bools(p.inverse_temperature != 1.0f, p.with_reverse, [&](auto tempered, auto reverse) {
-      auto kernel = row_statistics_kernel<S, decltype(t), tempered.value, reverse.value>;
+      auto kernel = row_statistics_kernel<S, T, tempered.value, reverse.value>;
       return launch(kernel, grid.blocks(), kThreads, stream, p, grid);
     });
   });
