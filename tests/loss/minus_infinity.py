@@ -183,7 +183,9 @@ def check_topk(student, teacher, divergence, mixture, device, group=None, widths
     torch.testing.assert_close(divergence, exact.detach(), rtol=5e-6, atol=1e-5)
     wanted = shard(gradient, rank, widths)
     scale = gradient.abs().amax(-1, keepdim=True).clamp(min=0.02)
-    assert ((found - wanted).abs() <= 2e-5 * scale).all()
+    # The gradient of a reverse KL is a difference of numbers as large as the divergence, in float32.
+    terms = exact.detach().nan_to_num(posinf=0.0)[:, None] * torch.finfo(torch.float32).eps
+    assert ((found - wanted).abs() <= 2e-5 * scale + terms).all()
 
 
 def everything(rank: int, device: torch.device) -> None:
