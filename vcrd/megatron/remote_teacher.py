@@ -109,7 +109,7 @@ class RemoteTeacher:
         if self._link is None:
             if tokenizer is None and layout.asks and layout.data_rank == 0:
                 _log.warning(
-                    "tokenizer: not known in the student's job, so it is not compared: pass one to distill()"
+                    "tokenizer: not known in the student job, so it is not compared: pass one to distill()"
                 )
             self._layout = layout
             self._link = layout.connect(self._settings, tokenizer)
