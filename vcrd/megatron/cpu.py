@@ -163,15 +163,16 @@ class _Event:
         return 0.0
 
 
-def _stand_ins(rng: types.ModuleType) -> list[tuple[Any, dict[str, Any]]]:
-    """(object, {attribute: stand-in}): everything that is replaced while the block is open."""
-    stream = _Stream()
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
 
-    def zero(*args: Any, **kwargs: Any) -> int:
-        return 0
+def _zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _random_states() -> dict[str, Any]:
+    """The functions of torch.cuda.random, on the CPU's generator."""
 
     def get_state(device: Any = "cuda") -> torch.Tensor:
         return torch.get_rng_state()
@@ -182,7 +183,7 @@ def _stand_ins(rng: types.ModuleType) -> list[tuple[Any, dict[str, Any]]]:
     def seed_generator(seed: int) -> None:
         torch.default_generator.manual_seed(int(seed))
 
-    states = {
+    return {
         "get_rng_state": get_state,
         "set_rng_state": set_state,
         "get_rng_state_all": lambda: [torch.get_rng_state()],
@@ -191,46 +192,61 @@ def _stand_ins(rng: types.ModuleType) -> list[tuple[Any, dict[str, Any]]]:
         "manual_seed_all": seed_generator,
         "initial_seed": torch.initial_seed,
     }
-    page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-    memory = page * (os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**20)
+
+
+def _devices(memory: int) -> dict[str, Any]:
     properties = types.SimpleNamespace(
         name="cpu", major=0, minor=0, total_memory=memory, multi_processor_count=os.cpu_count(), warp_size=1
     )
-    devices = {
+    return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        "current_device": zero,
-        "set_device": nothing,
+        "current_device": _zero,
+        "set_device": _nothing,
         "get_device_name": lambda device=None: "cpu",
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: (0, 0),
         "default_generators": (torch.default_generator,),
-        "synchronize": nothing,
-        "empty_cache": nothing,
-        "ipc_collect": nothing,
-        "init": nothing,
+        "synchronize": _nothing,
+        "empty_cache": _nothing,
+        "ipc_collect": _nothing,
+        "init": _nothing,
     }
-    streams = {
+
+
+def _streams() -> dict[str, Any]:
+    stream = _Stream()
+    return {
         "Stream": _Stream,
         "Event": _Event,
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
-        "set_stream": nothing,
+        "set_stream": _nothing,
         "stream": lambda stream=None: contextlib.nullcontext(),
         "device": lambda device=None: contextlib.nullcontext(),
         "is_current_stream_capturing": lambda: False,
     }
-    counters = {
+
+
+def _memory_counters(memory: int) -> dict[str, Any]:
+    return {
         "mem_get_info": lambda device=None: (memory, memory),
         "memory_stats": lambda device=None: dict.fromkeys(_MEMORY_STATS, 0),
-        "device_memory_used": zero,
-        "memory_allocated": zero,
-        "max_memory_allocated": zero,
-        "memory_reserved": zero,
-        "max_memory_reserved": zero,
-        "reset_peak_memory_stats": nothing,
+        "device_memory_used": _zero,
+        "memory_allocated": _zero,
+        "max_memory_allocated": _zero,
+        "memory_reserved": _zero,
+        "max_memory_reserved": _zero,
+        "reset_peak_memory_stats": _nothing,
     }
+
+
+def _stand_ins(rng: types.ModuleType) -> list[tuple[Any, dict[str, Any]]]:
+    """(object, {attribute: stand-in}): everything that is replaced while the block is open."""
+    page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+    memory = page * (os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**20)
+    states, streams, counters = _random_states(), _streams(), _memory_counters(memory)
     tensors = {f"{kind}Tensor": getattr(torch, f"{kind}Tensor") for kind in _TENSOR_TYPES}
     run_backward = torch.autograd._engine_run_backward
 
@@ -245,15 +261,15 @@ def _stand_ins(rng: types.ModuleType) -> list[tuple[Any, dict[str, Any]]]:
         loader_init(self, *args, **{**kwargs, "pin_memory": False})
 
     replaced = [
-        (torch.cuda, {**states, **devices, **streams, **counters, **tensors}),
+        (torch.cuda, {**states, **_devices(memory), **streams, **counters, **tensors}),
         (torch.cuda.random, states),
         (torch.cuda.memory, counters),
         (torch.cuda.graphs, {"is_current_stream_capturing": streams["is_current_stream_capturing"]}),
-        (torch.cuda.nvtx, {"range_push": zero, "range_pop": zero}),
+        (torch.cuda.nvtx, {"range_push": _zero, "range_pop": _zero}),
         (torch.autograd, {"_engine_run_backward": redirected_backward}),
         (torch.utils.data.DataLoader, {"__init__": init_loader}),
         # Not in the function mode: torch would refuse the stand-in stream before it calls the mode.
-        (torch.Tensor, {"record_stream": nothing}),
+        (torch.Tensor, {"record_stream": _nothing}),
         (
             rng,
             {
@@ -265,7 +281,7 @@ def _stand_ins(rng: types.ModuleType) -> list[tuple[Any, dict[str, Any]]]:
         (rng, {"_set_cuda_rng_state": lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)}),
     ]
     if hasattr(torch, "accelerator"):
-        replaced.append((torch.accelerator, {"current_device_index": zero, "synchronize": nothing}))
+        replaced.append((torch.accelerator, {"current_device_index": _zero, "synchronize": _nothing}))
     return replaced
 
 
