@@ -27,7 +27,7 @@ from vcrd.link.payload import encode, payload_named, row_max, top_k_of
 from vcrd.link.plan import Shard
 from vcrd.link.tracing import trace
 
-SIDE = 1024  # of the matrices in place of a model
+SIDE = 1024  # rows and columns of the square matrices whose products replace a model
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Layer:
     never: tuple[str, ...] = ()
 
 
-# Every file of ours may import this one, which imports nothing.
+# Every module may import errors.py, which imports nothing but the standard library.
 ERRORS = "vcrd.errors"
 # The first line that matches a file is its layer.
 LAYERS = (

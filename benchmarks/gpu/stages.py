@@ -141,7 +141,10 @@ BENCHMARK = (
 
 MODULES_OF_TESTS = ("pytest", "hypothesis")
 # Every test uses these.
-HARNESS = tuple(f"tests/{name}.py" for name in ("conftest", "fork_server", "kernels_under_test", "preloaded"))
+HARNESS = (
+    *(f"tests/{name}.py" for name in ("conftest", "fork_server", "kernels_under_test", "preloaded")),
+    "benchmarks/gpu/ranks.py",  # how ranks share a GPU
+)
 
 
 def of_loss(*names: str) -> dict:

@@ -41,7 +41,7 @@ void mixture_sums(const MixtureParams& p, int64_t begin, int64_t end) {
 }
 
 // Both ways write divergence_scale * slope + cross_entropy_scale * q, with q at temperature 1, and subtract the label's
-// part afterwards. Forward KL has a path of its own because it is the common case: it needs no logarithm, and the
+// part afterwards. Forward KL has a separate path because it is the common case: it needs no logarithm, and the
 // logits are read and the gradient written without a buffer in between.
 template <bool kTempered>
 struct ForwardKlGradient {

@@ -23,7 +23,7 @@ from .data import Problem, tokenize
 from .model import Shape
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FORMAT = "2"  # of the cache; increase it when the content changes
+_FORMAT = "2"  # version of the cache; increase it when the content of the cache changes
 
 
 def prepare(cache: Path) -> None:

@@ -49,7 +49,7 @@ def test_the_arguments_are_the_variables_of_the_script():
         "REVISION",
         "PIP_NO_CACHE_DIR",
         "PIP_ROOT_USER_ACTION",
-    ):  # of the image, of a label, of pip
+    ):  # set by the image, by a label or by pip
         del given[name]
     assert given == {name: declared[name] for name in ("USER_ID", "GROUP_ID", "CUDA_ARCHITECTURES")}
     # A build argument is a variable only of the steps below it.

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from fork_server import context
 from ports import free_port
 
+from benchmarks.gpu.ranks import ONE_GPU
 from vcrd.link import LinkSettings, StudentLink, TeacherLink, TeacherPlace
 from vcrd.link.transport import fake
 
@@ -88,14 +89,6 @@ class Layout:
 
 
 DEVICE = "VCRD_TESTS_DEVICE"
-# NCCL takes ranks on one GPU for ranks on several hosts where these differ; they talk over sockets then.
-ONE_GPU = {
-    "NCCL_SOCKET_IFNAME": "lo",
-    "NCCL_MULTI_RANK_GPU_ENABLE": "1",
-    **dict.fromkeys(("NCCL_IB_DISABLE",), "1"),
-    **dict.fromkeys(("NCCL_NVLS_ENABLE", "NCCL_MNNVL_ENABLE", "NCCL_RAS_ENABLE"), "0"),
-    "NCCL_MAX_CTAS": "2",
-}
 
 
 def device() -> torch.device:

@@ -7,7 +7,7 @@ A message is a `Header` of fixed size, and the tensors or the text that the head
 before anything is allocated.
 
 The greeting is a challenge in both directions. The end that accepts sends a nonce. The end that dials answers with a
-nonce of its own, a JSON hello, and the HMAC-SHA256 of all of it under the shared secret. The reply is sealed in the
+second nonce, a JSON hello, and the HMAC-SHA256 of all of it under the shared secret. The reply is sealed in the
 same way. Without a secret the key is empty, and the seal is a checksum. What follows is not encrypted: the secret
 keeps strangers out, it does not hide the traffic on a network that is not trusted.
 """
