@@ -126,6 +126,17 @@ def test_records_have_the_gpu_and_the_counters(tmp_path):
     assert abs(figures["time"] - time.time()) < 60 and figures["host"]
 
 
+def test_a_step_in_the_first_interval_has_the_memory_of_the_host(tmp_path):
+    telemetry = Telemetry(tmp_path, "student", 0, LONG)
+    assert telemetry.latest["host_memory_bytes"] > 1e6
+    telemetry.close()
+    fake = FakeNvml()
+    telemetry = Telemetry(tmp_path, "student", 1, LONG, UUID, open_gpu=lambda name: Gpu(name, fake))
+    wait_until(lambda: "gpu_memory_bytes" in telemetry.latest, LONG, "the first reading of the GPU")
+    assert telemetry.latest["host_memory_bytes"] > 1e6
+    telemetry.close()
+
+
 def test_a_lasting_state_and_a_counter_are_in_every_interval(tmp_path):
     telemetry, counter = recording(tmp_path, None, interval=0.1), [0.0]
     telemetry.follow("bytes", lambda: counter[0])

@@ -73,7 +73,7 @@ class Telemetry:
 
     @property
     def latest(self) -> dict[str, float]:
-        """Those FIELDS of the last complete interval that could be measured."""
+        """Those FIELDS of the last complete interval that could be measured; before its end, the first reading."""
         return self._work.latest
 
     def at(self, iteration: int) -> None:
@@ -110,7 +110,8 @@ class _Work:
 
     def __init__(self, file: RecordFile, who: dict[str, Any], interval: float) -> None:
         self.iteration = 0
-        self.latest: dict[str, float] = {}
+        # The first reading of the host is taken here, so that a step that ends at once has one to report.
+        self.latest: dict[str, float] = _Readings(None).first()
         self._file = file
         self._who = who
         self._interval = interval
@@ -153,6 +154,7 @@ class _Work:
     def run(self, uuid: str | None, open_gpu: Callable[[str], Any]) -> None:
         gpu = _opened(uuid, open_gpu)
         readings = _Readings(gpu)
+        self.latest = readings.first()
         start = begun = due = time.monotonic()
         running = True
         while running:
@@ -225,6 +227,11 @@ class _Readings:
         if not self._rows and not self._counters:
             self._counters = _counters(row)
         self._rows.append(row)
+
+    def first(self) -> dict[str, float]:
+        """The FIELDS that one reading can give. The first interval begins with it."""
+        self.take()
+        return self.summary(0.0)
 
     def summary(self, seconds: float) -> dict[str, float]:
         """The FIELDS of this interval. It then begins the next one."""
