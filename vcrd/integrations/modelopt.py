@@ -36,18 +36,18 @@ Model = TypeVar("Model", torch.nn.Module, list[torch.nn.Module])
 class LogitsLoss(_Loss):
     """A criterion for plain torch models that hold the whole vocabulary. Nothing is reduced.
 
-    config: default `LossConfig()`. Raises ValueError for validity "scores": ModelOpt gives a criterion no scores.
+    The divergence is multiplied by the square of the temperature, as that of ModelOpt's `LogitsDistillationLoss` is.
+
+    config: default `LossConfig()`. ValueError for validity "scores", because ModelOpt gives a criterion no scores, and
+        for a `ce_weight`, because the model's loss balancer adds the cross-entropy.
     """
 
     def __init__(self, config: LossConfig | None = None) -> None:
         super().__init__(reduction="none")
-        self.config = LossConfig() if config is None else config
-        if not isinstance(self.config, LossConfig):
-            raise wrong_type("config", "a LossConfig or None", config)
-        if self.config.validity == "scores":
-            raise expected(
-                "validity", "one without scores, which ModelOpt does not give the loss", "'scores'"
-            )
+        self.config = _checked(config)
+        if self.config.ce_weight != 0:
+            what = "0, because a loss balancer adds the student's own loss"
+            raise expected("ce_weight", what, self.config.ce_weight)
 
     def forward(
         self, student: Any, teacher: Any, labels: Tensor | None = None, mask: Tensor | None = None
@@ -64,20 +64,28 @@ class LogitsLoss(_Loss):
         if mask is None and labels is not None:
             mask = labels >= 0
         student, teacher = (getattr(output, "logits", output) for output in (student, teacher))
-        return validity_calibrated_kl(student, teacher, labels, config=self.config, mask=mask).loss
+        out = validity_calibrated_kl(student, teacher, labels, config=self.config, mask=mask)
+        return out.loss * self.config.temperature**2
 
 
-class MegatronLogitsLoss(LogitsLoss):
-    """The criterion for Megatron models, in place of `LogitsKLLoss`. `attach` gives it the labels and the mask."""
+class MegatronLogitsLoss(_Loss):
+    """The criterion for Megatron models, in place of `LogitsKLLoss`. `attach` gives it the labels and the mask.
+
+    As in `LogitsKLLoss`, nothing is multiplied by the square of the temperature.
+
+    config: default `LossConfig()`. ValueError for validity "scores", because ModelOpt gives a criterion no scores.
+    """
 
     def __init__(self, config: LossConfig | None = None) -> None:
-        super().__init__(config)
-        self._given: dict[str, Any] | None = None
+        super().__init__(reduction="none")
+        self.config = _checked(config)
+        self._given: tuple[Tensor | None, Tensor | None] | None = None
 
     def see(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the converted model."""
+        """A forward pre-hook of the converted model, whose own forward has no names for its arguments."""
         names = inspect.signature(model.original_cls.forward)
-        self._given = names.bind_partial(model, *args, **kwargs).arguments
+        given = names.bind_partial(model, *args, **kwargs).arguments
+        self._given = given.get("labels"), given.get("loss_mask")
 
     def forward(self, student: Any, teacher: Any) -> tuple[Tensor, bool, bool]:
         """The loss per token [b, s], float32, and that it needs neither a sum over tensor ranks nor a split mask.
@@ -87,10 +95,9 @@ class MegatronLogitsLoss(LogitsLoss):
         """
         from megatron.core import parallel_state
 
-        given, self._given = self._given, None
-        if given is None:
+        if self._given is None:
             raise expected("model", "one forward of a model with `attach` before each loss", "none")
-        labels, mask = given.get("labels"), given.get("loss_mask")
+        (labels, mask), self._given = self._given, None
         if mask is None and self.config.normalization == "mean":
             what = "one as the model's argument for normalization 'mean', by which a token's weight depends on it"
             raise expected("loss_mask", what, "none")
@@ -102,6 +109,15 @@ class MegatronLogitsLoss(LogitsLoss):
         group = group if group.size() > 1 else None
         out = validity_calibrated_kl(student, teacher, labels, config=self.config, mask=mask, group=group)
         return out.loss.transpose(0, 1).contiguous(), False, False
+
+
+def _checked(config: LossConfig | None) -> LossConfig:
+    config = LossConfig() if config is None else config
+    if not isinstance(config, LossConfig):
+        raise wrong_type("config", "a LossConfig or None", config)
+    if config.validity == "scores":
+        raise expected("validity", "one without scores, which ModelOpt does not give the loss", "'scores'")
+    return config
 
 
 def attach(model: Model, config: LossConfig | None = None) -> Model:
@@ -124,6 +140,25 @@ def attach(model: Model, config: LossConfig | None = None) -> Model:
     if len(chunks) != 1:
         raise expected("model", "one chunk, because ModelOpt does not interleave stages", len(chunks))
     chunk = unwrap(chunks[0])
+    _check_model(chunk)
+    found = [layers for layers, own in chunk._layers_to_loss.items() if "Logits" in type(own).__name__]
+    if len(found) != int(chunk.post_process):
+        raise expected("criterion", "one of the logits on the last stage, none on others", len(found))
+    for layers in found:
+        own = chunk._layers_to_loss[layers]
+        if isinstance(own, MegatronLogitsLoss):
+            if config is not None:
+                raise expected("config", "None, because the model's criterion has its own", "a second one")
+            loss = own
+        else:
+            _check_replaced(own)
+        chunk._layers_to_loss[layers] = loss
+        # Among ModelOpt's own hooks, so that its export removes it too.
+        chunk._hook_handles.add(chunk.register_forward_pre_hook(loss.see, with_kwargs=True))
+    return model
+
+
+def _check_model(chunk: torch.nn.Module) -> None:
     if not (hasattr(chunk, "_layers_to_loss") and hasattr(chunk, "compute_language_model_loss")):
         raise wrong_type("model", "a Megatron language model that mtd.convert returned", chunk)
     if not getattr(chunk.loss_balancer, "_skip_original_loss", True):
@@ -136,21 +171,14 @@ def attach(model: Model, config: LossConfig | None = None) -> Model:
     for one in (chunk, chunk.teacher_model):
         if getattr(one.config, "use_mup", False):
             raise expected("model", "an output layer whose output is the logits", "use_mup, which scales it")
-    for layers, criterion in chunk._layers_to_loss.items():
-        if "Logits" not in type(criterion).__name__:
-            continue
-        if isinstance(criterion, MegatronLogitsLoss):
-            if config is not None:
-                raise expected("config", "None, because the model's criterion has its own", "a second one")
-            loss = criterion
-        elif (type(criterion).__name__, criterion._temperature, criterion._reverse) != (
-            "LogitsKLLoss",
-            1,
-            False,
-        ):
-            what = "ModelOpt's default, because LossConfig names temperature and divergence, and no top k are taken"
-            raise expected("criterion", what, f"{type(criterion).__name__} with settings of its own")
-        chunk._layers_to_loss[layers] = loss
-        # Among ModelOpt's own hooks, so that its export removes it too.
-        chunk._hook_handles.add(chunk.register_forward_pre_hook(loss.see, with_kwargs=True))
-    return model
+
+
+def _check_replaced(own: torch.nn.Module) -> None:
+    got = type(own).__name__, getattr(own, "_temperature", None), getattr(own, "_reverse", None)
+    if got != ("LogitsKLLoss", 1, False):
+        raise expected(
+            "criterion",
+            "LogitsKLLoss with temperature 1 and reverse False, because LossConfig names the temperature and the "
+            "divergence, and the whole vocabulary counts",
+            "{} with temperature {} and reverse {}".format(*got),
+        )
