@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from vcrd.integrations.automodel import CalibratedKDLoss
 
@@ -55,8 +56,13 @@ def check_shards(rank: int, device: torch.device) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
         torch.testing.assert_close(found_gradient, part, rtol=1e-5, atol=1e-8)
 
-    for placement in (Shard(-1), Shard(2), Replicate()):
-        placed, placed_teacher = (distribute_tensor(x, mesh, [placement]) for x in (student, teacher))
+    plane = DeviceMesh("cpu", [[0, 1]], mesh_dim_names=("dp", "tp"))
+    for on, placements in (
+        (mesh, [Shard(-1)]),
+        (plane, [Replicate(), Shard(2)]),
+        (mesh, [Replicate()]),
+    ):
+        placed, placed_teacher = (distribute_tensor(x, on, placements) for x in (student, teacher))
         found, found_gradient = loss_and_gradient(calibrated, placed, placed_teacher, labels, 50)
         assert found_gradient.placements == placed.placements and found_gradient.shape == student.shape
         same(found, found_gradient.full_tensor())
@@ -111,7 +117,7 @@ def check_refusals(rank: int, device: torch.device) -> None:
     def placed(logits: Tensor, *placements, on: DeviceMesh = mesh) -> DTensor:
         return DTensor.from_local(logits, on, placements, run_check=False)
 
-    for placement in (Shard(0), Shard(1), Partial()):
+    for placement in (Shard(0), Shard(1), Partial(), _StridedShard(2, split_factor=2)):
         refused("student_logits: expected Replicate in each", placed(student, placement), teacher)
     both = DeviceMesh("cpu", [[0], [1]])
     refused(
