@@ -103,7 +103,7 @@ class Logits:
 
 
 def plain_model(criterion) -> torch.nn.Module:
-    options = {"teacher_model": Output(2), "criterion": criterion, "loss_balancer": None}
+    options = {"teacher_model": Output(2), "criterion": criterion}
     return mtd.convert(Output(1), mode=[("kd_loss", options)])
 
 
