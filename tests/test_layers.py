@@ -192,6 +192,13 @@ LAYERS = (
         ),
         ("torch", "megatron"),
     ),
+    Layer("vcrd/integrations/__init__.py", packages=()),
+    Layer("vcrd/integrations/automodel.py", ("vcrd.loss.api", "vcrd.loss.config")),
+    Layer(
+        "vcrd/integrations/modelopt.py",
+        ("vcrd.loss.api", "vcrd.loss.config", "vcrd.megatron.layout"),
+        packages=("torch", "megatron"),
+    ),
     Layer(
         "examples/**/*.py",
         (
