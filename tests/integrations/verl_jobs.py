@@ -129,26 +129,57 @@ def tensor_ranks(options: dict) -> tuple[Tensor, Tensor]:
     from vcrd.integrations import verl
 
     verl.register(**options)
+    case, group = Case(), parallel_state.get_tensor_model_parallel_group()
+    logits = torch.nn.functional.pad(case.student, (0, 4)).chunk(group.size(), -1)[group.rank()]
+    return of_megatron(case, logits.clone().requires_grad_())
+
+
+def context_ranks(options: dict) -> tuple[Tensor, Tensor]:
+    """On each of two context ranks: loss, and the gradient of the positions that this rank holds."""
+    from megatron.core import parallel_state
+
+    from vcrd.integrations import verl
+
+    verl.register(**options)
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
     case = Case()
-    rank, size = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
-    logits = torch.nn.functional.pad(case.student, (0, 4)).chunk(size, -1)[rank].clone().requires_grad_()
-    loss, _ = run(
-        *configs("megatron"), case.data(), thd(case, logits, size), gather=lambda v: unpad(case, v, size)
-    )
+    return of_megatron(case, case.student.clone().requires_grad_())
+
+
+def of_megatron(case: Case, leaf: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of logits [tokens, columns], packed and gathered as verl's Megatron engine does it."""
+    from verl.models.mcore.util import postprocess_thd_engine, preprocess_thd_engine
+
+    data = case.data()
+    tokens = data["input_ids"]
+    nested = torch.nested.nested_tensor_from_jagged(leaf, tokens.offsets())
+    logits, packed, _ = preprocess_thd_engine(nested, pre_process=True)
+
+    def gather(values: Tensor) -> Tensor:
+        return postprocess_thd_engine(values[None], packed, tokens, len(case.lengths)).values()
+
+    loss, _ = run(*configs("megatron"), data, logits, gather=gather)
     loss.backward()
-    return loss.detach(), logits.grad
+    return loss.detach(), leaf.grad
 
 
-def thd(case: Case, logits: Tensor, align: int) -> Tensor:
-    """Packed as verl packs tokens for Megatron: each sequence padded to a multiple of `align`. [1, tokens, columns]."""
-    parts = logits.split(case.lengths)
-    return torch.cat([torch.nn.functional.pad(p, (0, 0, 0, -len(p) % align)) for p in parts])[None]
+def ulysses_ranks(options: dict) -> tuple[Tensor, Tensor]:
+    """On each of two sequence-parallel ranks of the FSDP engine: loss, and the gradient of its positions."""
+    import torch.distributed as dist
+    from verl.utils import ulysses
 
+    from vcrd.integrations import verl
 
-def unpad(case: Case, values: Tensor, align: int) -> Tensor:
-    """The packed tokens of `thd` without the padding."""
-    padded = [n + -n % align for n in case.lengths]
-    return torch.cat([part[:n] for part, n in zip(values.split(padded), case.lengths, strict=True)])
+    verl.register(**options)
+    ulysses.set_ulysses_sequence_parallel_group(dist.new_group())
+    case = Case()
+    leaf = case.student.clone().requires_grad_()
+    padding = len(leaf) % 2
+
+    def gather(values: Tensor) -> Tensor:
+        return ulysses.gather_outputs_and_unpad(values, 0, 0, padding, grad_scaler=False)
+
+    loss, _ = run(*configs(), case.data(), ulysses.slice_input_tensor(leaf, 0)[None], gather=gather)
+    loss.backward()
+    return loss.detach(), leaf.grad
