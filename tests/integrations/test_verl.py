@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("verl", reason="verl is not installed")
 
 from verl.trainer.distillation import losses
-from verl_jobs import VOCAB, Case, configs, context_ranks, run, tensor_ranks, ulysses_ranks
+from verl_jobs import VOCAB, Case, configs, run, two_ranks
 from worlds import World, run_worlds
 
 import vcrd
@@ -141,19 +141,18 @@ def test_verls_fsdp_engine_calls_it_and_carries_its_results():
     assert torch.equal(logits.grad, expected_gradient)
 
 
-@pytest.mark.parametrize("job", [tensor_ranks, context_ranks, ulysses_ranks])
-def test_two_ranks_are_one(job):
+def test_two_ranks_are_one():
     """Tensor and context parallelism of verl's Megatron engine, sequence parallelism of its FSDP engine."""
     options = {"validity": "label", "vocab_size": VOCAB}
-    tensor = 2 if job is tensor_ranks else 1
-    (found,) = run_worlds(World(job, 2, tensor=tensor, arguments=(options,)))
+    (ranks,) = run_worlds(World(two_ranks, 2, tensor=2, arguments=(options,)), seconds=280)
     true_loss, true_gradient = truth(Case(), "label", "forward_kl")
-    losses, gradients = zip(*found, strict=True)
-    for loss in losses:
-        torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=1e-6)
-    gradient = torch.cat(gradients, -1) if job is tensor_ranks else sum(gradients)
-    torch.testing.assert_close(gradient[:, :VOCAB].double(), true_gradient, rtol=1e-4, atol=1e-6)
-    assert not gradient[:, VOCAB:].any()
+    for split in ("tensor", "context", "ulysses"):
+        losses, gradients = zip(*(found[split] for found in ranks), strict=True)
+        for loss in losses:
+            torch.testing.assert_close(loss.double(), true_loss, rtol=1e-5, atol=1e-6)
+        gradient = torch.cat(gradients, -1) if split == "tensor" else sum(gradients)
+        torch.testing.assert_close(gradient[:, :VOCAB].double(), true_gradient, rtol=1e-4, atol=1e-6)
+        assert not gradient[:, VOCAB:].any()
 
 
 def test_logits_that_verl_overwrites_later_do_not_reach_the_gradient():

@@ -122,29 +122,23 @@ def run(
     return distillation_ppo_loss(actor, distillation, model_output=output, data=data)
 
 
-def tensor_ranks(options: dict) -> tuple[Tensor, Tensor]:
-    """On each of the tensor ranks: loss and the gradient of this rank's columns, with verl's Megatron loss."""
+def two_ranks(options: dict) -> dict[str, tuple[Tensor, Tensor]]:
+    """On each of two ranks, for each way to split a batch: loss, and the gradient of what this rank holds.
+
+    In one world, because each process takes seconds to import verl.
+    """
     from megatron.core import parallel_state
 
     from vcrd.integrations import verl
 
     verl.register(**options)
     case, group = Case(), parallel_state.get_tensor_model_parallel_group()
-    logits = torch.nn.functional.pad(case.student, (0, 4)).chunk(group.size(), -1)[group.rank()]
-    return of_megatron(case, logits.clone().requires_grad_())
-
-
-def context_ranks(options: dict) -> tuple[Tensor, Tensor]:
-    """On each of two context ranks: loss, and the gradient of the positions that this rank holds."""
-    from megatron.core import parallel_state
-
-    from vcrd.integrations import verl
-
-    verl.register(**options)
+    columns = torch.nn.functional.pad(case.student, (0, 4)).chunk(group.size(), -1)[group.rank()]
+    found = {"tensor": of_megatron(case, columns.clone().requires_grad_())}
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(context_parallel_size=2)
-    case = Case()
-    return of_megatron(case, case.student.clone().requires_grad_())
+    found["context"] = of_megatron(case, case.student.clone().requires_grad_())
+    return {**found, "ulysses": of_fsdp(case)}
 
 
 def of_megatron(case: Case, leaf: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,16 +158,12 @@ def of_megatron(case: Case, leaf: Tensor) -> tuple[Tensor, Tensor]:
     return loss.detach(), leaf.grad
 
 
-def ulysses_ranks(options: dict) -> tuple[Tensor, Tensor]:
-    """On each of two sequence-parallel ranks of the FSDP engine: loss, and the gradient of its positions."""
+def of_fsdp(case: Case) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of two sequence-parallel ranks, split and gathered as verl's FSDP engine does it."""
     import torch.distributed as dist
     from verl.utils import ulysses
 
-    from vcrd.integrations import verl
-
-    verl.register(**options)
     ulysses.set_ulysses_sequence_parallel_group(dist.new_group())
-    case = Case()
     leaf = case.student.clone().requires_grad_()
     padding = len(leaf) % 2
 
