@@ -166,6 +166,7 @@ def test_logits_that_verl_overwrites_later_do_not_reach_the_gradient():
     torch.testing.assert_close(logits.grad, ours(case)[1])
 
 
+@pytest.mark.slow
 def test_the_module_of_the_page_registers_while_verl_is_imported(tmp_path):
     """And the adapter alone does not import verl."""
     (tmp_path / "my_vcrd.py").write_text(
