@@ -200,6 +200,28 @@ LAYERS = (
         packages=("torch", "megatron"),
     ),
     Layer(
+        "vcrd/integrations/nemo_rl.py", ("vcrd.loss.api", "vcrd.loss.config"), packages=("torch", "nemo_rl")
+    ),
+    Layer(
+        "vcrd/integrations/slime.py",
+        (
+            *(
+                "vcrd.link.plan",
+                "vcrd.link.rendezvous",
+                "vcrd.link.student",
+                "vcrd.loss.api",
+                "vcrd.loss.config",
+            ),
+            *("vcrd.megatron.identity", "vcrd.settings"),
+        ),
+        packages=("torch", "megatron"),
+    ),
+    Layer(
+        "vcrd/integrations/verl.py",
+        ("vcrd.loss.api", "vcrd.loss.config", "vcrd.teacher_logits"),
+        packages=("torch", "megatron", "verl"),
+    ),
+    Layer(
         "examples/**/*.py",
         (
             *(
