@@ -3,8 +3,8 @@
     python examples/transformers_distill.py [--student NAME --teacher NAME --text FILE]
 
 NAME is the name or folder of a causal language model; both models need the same tokenizer. Without options it uses tiny
-random models and tokens. In a Trainer of transformers or TRL, return `distillation_loss` from an overridden
-`compute_loss`.
+random models and tokens. For the Trainer of transformers and those of TRL, with gradient accumulation and several
+processes, there are subclasses of them in `vcrd.integrations`.
 """
 
 import argparse
@@ -13,20 +13,17 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-import vcrd
+from vcrd.integrations.transformers import DistillationLoss
 
 
-def distillation_loss(student, teacher, batch):
-    """The mean loss over all predicted tokens. batch: input_ids and attention_mask [b, s]."""
-    with torch.no_grad():
-        teacher_logits = teacher(**batch).logits[:, :-1]
-    student_logits = student(**batch).logits[:, :-1]
-    labels, mask = batch["input_ids"][:, 1:], batch["attention_mask"][:, 1:]
-    true_size = min(
-        student_logits.shape[-1], teacher_logits.shape[-1]
-    )  # the padding of the vocabulary may differ
-    out = vcrd.validity_calibrated_kl(student_logits, teacher_logits, labels, mask=mask, vocab_size=true_size)
-    return out.loss.sum() / mask.sum()
+def mean_loss(loss, student, batch):
+    """Over the tokens with a label. batch: input_ids, attention_mask and labels, [b, s]; -100 is no label.
+
+    One micro-batch of several is not to be divided by its own tokens, but by those of all of them.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    out = loss(student, inputs, batch["labels"])
+    return out.loss.sum() / (batch["labels"][:, 1:] != -100).sum()
 
 
 def load(name, hidden):
@@ -45,16 +42,16 @@ def main():
     options = parser.parse_args()
     torch.manual_seed(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    student, teacher = load(options.student, 32).to(device), load(options.teacher, 64).to(device).eval()
-    ids = torch.randint(128, (30 * 4 * 32,))
+    student, teacher = load(options.student, 32).to(device), load(options.teacher, 64).to(device)
+    ids, tokenizer = torch.randint(128, (30 * 4 * 32,)), None
     if options.text:
         tokenizer = AutoTokenizer.from_pretrained(options.teacher)
         ids = torch.tensor(tokenizer(Path(options.text).read_text())["input_ids"])
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5 if options.student else 1e-2)
+    distillation = DistillationLoss(student, teacher, tokenizer=tokenizer)
     for rows in ids[: len(ids) // 128 * 128].view(-1, 4, 32).to(device):
-        loss = distillation_loss(
-            student, teacher, {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
-        )
+        batch = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows}
+        loss = mean_loss(distillation, student, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -222,6 +222,16 @@ LAYERS = (
         packages=("torch", "megatron", "verl"),
     ),
     Layer(
+        "vcrd/integrations/transformers.py",
+        ("vcrd.loss.api", "vcrd.loss.config", "vcrd.loss.fused_head", "vcrd.teacher_logits"),
+        packages=("torch", "transformers"),
+    ),
+    Layer(
+        "vcrd/integrations/trl.py",
+        ("vcrd.integrations.transformers", "vcrd.loss.config"),
+        packages=("torch", "trl"),
+    ),
+    Layer(
         "examples/**/*.py",
         (
             *(
@@ -231,6 +241,7 @@ LAYERS = (
                 "vcrd.loss.reference",
                 "vcrd.link",
                 "vcrd.megatron",
+                "vcrd.integrations",
             ),
             *("vcrd.report", "examples"),
         ),

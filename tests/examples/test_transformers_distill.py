@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from examples import transformers_distill as example
+from vcrd.integrations.transformers import DistillationLoss
 from vcrd.loss import reference
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,8 @@ def test_the_first_batch_equals_the_reference():
     mask = torch.ones_like(ids)
     mask[0, 7:] = 0  # padded at its end
     batch = {"input_ids": ids, "attention_mask": mask}
-    loss = example.distillation_loss(student, teacher, batch)
+    labels = torch.where(mask == 1, ids, -100)
+    loss = example.mean_loss(DistillationLoss(student, teacher), student, {**batch, "labels": labels})
     found = torch.autograd.grad(loss, list(student.parameters()))
 
     p, q = (model(**batch).logits[:, :-1].double() for model in (teacher, student))

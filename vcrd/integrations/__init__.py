@@ -1,1 +1,4 @@
-"""Adapters of other training systems. Each module is for one system, and importing it does not import that system."""
+"""Adapters of other training systems, one module for each. Importing vcrd imports none of them.
+
+Only `transformers` and `trl` import their system, whose classes they extend.
+"""
