@@ -95,6 +95,12 @@ class _Redirect(TorchFunctionMode):
             kwargs = {**kwargs, "pin_memory": False}
         if func in _IDENTITY:
             return args[0]
+        if func is torch.distributed.all_to_all_single:
+            # Megatron's dispatcher of experts turns counts that are on a GPU into numbers, and only these.
+            kwargs = {
+                name: value.tolist() if name in _SPLIT_SIZES and isinstance(value, torch.Tensor) else value
+                for name, value in kwargs.items()
+            }
         if func is torch.Tensor.to:
             args = (args[0], *(torch.device("cpu") if _is_cuda(value) else value for value in args[1:]))
         elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -104,6 +110,7 @@ class _Redirect(TorchFunctionMode):
 
 
 _IDENTITY = (torch.Tensor.cuda, torch.Tensor.pin_memory)
+_SPLIT_SIZES = ("output_split_sizes", "input_split_sizes")
 
 
 def _is_cuda(device: Any) -> bool:
