@@ -40,7 +40,7 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help environment demo test test-all test-durations bench bench-link evidence estimators mutants build lint format cuda-check cuda-home container-check gpu-check clean always
+.PHONY: help environment constraints demo test test-all test-durations bench bench-link evidence estimators mutants build lint format cuda-check cuda-home container-check gpu-check clean always
 
 help:
 	@echo "make demo     distil a real model; the first run installs and builds"
@@ -72,6 +72,10 @@ PACKAGES := $(DONE)/demo $(DONE)/test $(DONE)/evidence $(INTEGRATIONS)
 TESTS := $(PACKAGES) $(DONE)/extension $(if $(filter no,$(EMULATED)),,$(DONE)/emulation)
 
 environment: $(PACKAGES)
+
+# After a change of the pins: write down what they bring along now.
+constraints: $(PACKAGES)
+	@$(RUN) requirements/constrain.py
 
 test: $(TESTS)
 	@echo "==> running the fast tests with $(VENV)"
