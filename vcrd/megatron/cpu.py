@@ -141,6 +141,9 @@ class _Stream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return False
+
     @staticmethod
     def priority_range() -> tuple[int, int]:
         return 0, 0
@@ -288,7 +291,10 @@ def _stand_ins(rng: types.ModuleType) -> list[tuple[Any, dict[str, Any]]]:
         (rng, {"_set_cuda_rng_state": lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)}),
     ]
     if hasattr(torch, "accelerator"):
-        replaced.append((torch.accelerator, {"current_device_index": _zero, "synchronize": _nothing}))
+        # torch's optimizers ask this stream from 2.15 on.
+        stream = streams["current_stream"]
+        accelerator = {"current_device_index": _zero, "synchronize": _nothing, "current_stream": stream}
+        replaced.append((torch.accelerator, accelerator))
     return replaced
 
 
