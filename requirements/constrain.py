@@ -2,7 +2,7 @@
 
     .venv/cp312/bin/python requirements/constrain.py
 
-Every installed package counts, except those that the files of this environment pin, and those that torch pins.
+Every installed package counts, except those that its first requirements pin, and those that torch pins.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def plain(name: str) -> str:
 def main() -> None:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     target = HERE / f"constraints-py{version}.txt"
-    pins = [path.read_text() for name in INSTALLED for path in HERE.glob(f"{name}*.txt")]
+    pins = [path.read_text() for name in FIRST for path in HERE.glob(f"{name}*.txt")]
     left_out = {plain(name) for text in pins for name in re.findall(r"^([\w.-]+)==.*", text, re.M)}
     left_out |= {"pip", "setuptools", "vcrd"}
     found = {
