@@ -13,14 +13,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 HERE = Path(__file__).parent
-INSTALLED = (
-    "core",
-    "build",
-    "demo",
-    "test",
-    "evidence",
-    "integrations",
-)  # the targets that `make test` installs
+# Installed before anything that could bring another version of what they pin, or alone.
+FIRST = ("core", "build", "demo", "test", "evidence", "integrations-no-deps")
 OF_TORCH = re.compile(r"triton|nvidia-.*|cuda-(bindings|pathfinder|toolkit)")
 
 
