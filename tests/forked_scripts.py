@@ -7,6 +7,7 @@ each job. A fork has both already. Start a fresh one, or torchrun, only to test 
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import runpy
 import sys
@@ -86,6 +87,7 @@ def _run(arguments: list[str], environment: dict[str, str], output: str, folder:
 
     torch.set_num_threads(1)  # torch read OMP_NUM_THREADS when the server imported it
     sys.argv = arguments
+    multiprocessing.set_start_method(None, force=True)  # that of a fresh interpreter
     try:
         runpy.run_path(arguments[0], run_name="__main__")
     finally:
