@@ -159,6 +159,7 @@ def test_the_doctor_checks_every_node_and_measures_the_link(undisturbed):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_job_that_is_told_to_stop_and_later_pre_empted_saves_and_runs_again(
     cluster, teacher, whole, tmp_path
 ):
