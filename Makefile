@@ -2,37 +2,45 @@
 PYTHON ?= python3
 # Arguments for the command: make test ARGS="tests/loss -k jsd"
 ARGS ?=
+# Another version of torch than that of requirements/core.txt, in an environment of its own: make test TORCH=2.15.0
+TORCH ?=
+# no: leave out the tests on emulated CUDA kernels, which are the same for every Python and torch.
+EMULATED ?= yes
 # Processes for the tests.
 JOBS ?= 2
 # Time limit of make gpu-check for all of its stages.
 SECONDS ?= 420
 
-TAG := $(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])' 2>/dev/null || echo none)
+PYTHON_TAG := $(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])' 2>/dev/null || echo none)
+TAG := $(PYTHON_TAG)$(TORCH:%=-torch%)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV := .venv/$(TAG)
 DONE := $(VENV)/.done
-LINT := .venv/lint-$(TAG)
-CUDA := .venv/cuda-$(TAG)
-CONTAINER := .venv/container-$(TAG)
+LINT := .venv/lint-$(PYTHON_TAG)
+CUDA := .venv/cuda-$(PYTHON_TAG)
+CONTAINER := .venv/container-$(PYTHON_TAG)
 
 # Tested versions of the dependencies of the pins. A Python that is not tested gets the newest versions that fit.
-CONSTRAINTS := $(patsubst %,-c %,$(wildcard requirements/constraints-py$(VERSION).txt))
+# The variable replaces constraints in pip's configuration, which may exclude a pinned version.
+CONSTRAINTS := $(patsubst %,PIP_CONSTRAINT=%,$(wildcard requirements/constraints-py$(VERSION).txt))
 PIP_FLAGS := --disable-pip-version-check --no-input -qq
-PIP = $(VENV)/bin/python -m pip $(PIP_FLAGS) install $(CONSTRAINTS)
+PIP = $(CONSTRAINTS) $(VENV)/bin/python -m pip $(PIP_FLAGS) install
+CORE := $(if $(TORCH),$(VENV)/core.txt,requirements/core.txt)
 # torch needs ninja on the PATH, and torchrun jobs need python on it.
 RUN = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python
 
 EXTENSION_SOURCES := setup.py $(wildcard pyproject.toml) $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 SCRIPTS := .ci/run $(shell find docker examples -name '*.sh' -o -name '*.sbatch' 2>/dev/null)
-# A stamp alone would not notice that the built file was removed.
-BUILT := $(wildcard vcrd/_C*$(patsubst cp%,%,$(TAG))*.so)
+# A stamp alone would not notice that the built file was removed, or built with another torch.
+BUILT_WITH := build/extension-$(PYTHON_TAG)
+BUILT := $(and $(wildcard vcrd/_C*$(PYTHON_TAG:cp%=%)*.so),$(filter $(TAG),$(shell cat $(BUILT_WITH) 2>/dev/null)))
 
 CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-durations bench bench-link evidence estimators mutants build lint format cuda-check cuda-home container-check gpu-check clean always
+.PHONY: help environment constraints demo test test-all test-durations bench bench-link evidence estimators mutants build lint format cuda-check cuda-home container-check gpu-check clean always
 
 help:
 	@echo "make demo     distil a real model; the first run installs and builds"
@@ -50,13 +58,24 @@ help:
 	@echo "make gpu-check  on a machine with a GPU: run the stages that are due, with PYTHON, in SECONDS=420; ARGS=--list shows them"
 	@echo "make clean    remove environments, builds and caches; results stay"
 	@echo "PYTHON=...    the interpreter (default python3; 3.10 or newer). ARGS=... are arguments of the command."
+	@echo "TORCH=2.15.0  build and test with another torch than the pinned one. EMULATED=no  without emulated CUDA kernels."
 
 demo: $(DONE)/demo $(DONE)/extension
 	@$(RUN) -m examples.demo $(ARGS)
 
 # All tests of a file run in one process, because they share fixtures. The slowest files start first.
-PYTEST = $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --junitxml=build/tests-$(TAG).xml
-TESTS := $(DONE)/demo $(DONE)/test $(DONE)/evidence $(DONE)/extension $(DONE)/emulation
+PYTEST = $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --junitxml=build/tests-$(TAG).xml \
+    $(if $(filter no,$(EMULATED)),--ignore=tests/cuda_emulation/test_emulated.py)
+# The systems of vcrd/integrations are tested together, on the Python and torch for which all of them exist.
+INTEGRATIONS := $(if $(filter 3.12-,$(VERSION)-$(TORCH)),$(DONE)/integrations)
+PACKAGES := $(DONE)/demo $(DONE)/test $(DONE)/evidence $(INTEGRATIONS)
+TESTS := $(PACKAGES) $(DONE)/extension $(if $(filter no,$(EMULATED)),,$(DONE)/emulation)
+
+environment: $(PACKAGES)
+
+# After a change of the pins: write down what they bring along now.
+constraints: $(PACKAGES)
+	@$(RUN) requirements/constrain.py
 
 test: $(TESTS)
 	@echo "==> running the fast tests with $(VENV)"
@@ -99,9 +118,12 @@ $(DONE)/venv:
 	@echo "==> creating $(VENV) from $$($(PYTHON) -c 'import sys; print(sys.executable, "(Python " + sys.version.split()[0] + ")")')"
 	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV) && mkdir -p $(DONE) && touch $@
 
-$(DONE)/core: $(DONE)/venv requirements/core.txt requirements/build.txt
+$(VENV)/core.txt: $(DONE)/venv requirements/core.txt
+	@sed 's/^torch==[^;]*/torch==$(TORCH)/' requirements/core.txt > $@
+
+$(DONE)/core: $(DONE)/venv $(CORE) requirements/build.txt
 	@echo "==> installing torch, megatron-core and build tools (the longest step: up to 5 GB if torch has CUDA)"
-	@$(PIP) -r requirements/core.txt -r requirements/build.txt && touch $@
+	@$(PIP) -r $(CORE) -r requirements/build.txt && touch $@
 
 $(DONE)/demo: $(DONE)/core requirements/demo.txt requirements/demo-no-deps.txt
 	@echo "==> installing the demo: transformers, a model of 135 M parameters, mathematical problems"
@@ -115,6 +137,10 @@ $(DONE)/evidence: $(DONE)/core requirements/evidence.txt
 	@echo "==> installing the evidence: generated problems with verifiers"
 	@$(PIP) -r requirements/evidence.txt && touch $@
 
+$(DONE)/integrations: $(DONE)/core requirements/integrations.txt requirements/integrations-no-deps.txt
+	@echo "==> installing the systems that vcrd/integrations adapts to"
+	@$(PIP) -r requirements/integrations.txt && $(PIP) --no-deps -r requirements/integrations-no-deps.txt && touch $@
+
 $(DONE)/bench: $(DONE)/core requirements/bench.txt requirements/bench-no-deps.txt
 	@echo "==> installing the peers of the benchmark"
 	@$(PIP) -r requirements/bench.txt && $(PIP) --no-deps -r requirements/bench-no-deps.txt && touch $@
@@ -124,9 +150,10 @@ $(DONE)/extension: $(DONE)/core $(EXTENSION_SOURCES) $(if $(BUILT),,always)
 	@command -v "$${CXX:-g++}" >/dev/null || command -v c++ >/dev/null || { echo "vcrd: no C++ compiler found; install one (on Debian: apt-get install g++) or set CXX"; exit 1; }
 	@$(VENV)/bin/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "vcrd: Python.h of $(PYTHON) is missing (on Debian: apt-get install python3-dev)"; exit 1; }
 	@echo "==> building the extension vcrd._C (the output of the compiler is in $(VENV)/build.log)"
-	@$(RUN) setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; echo "vcrd: the extension did not build; the output of the compiler is above"; exit 1; }
+	@$(RUN) setup.py -q build_ext --inplace $(if $(TORCH),--build-temp build/temp-$(TAG)) > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; echo "vcrd: the extension did not build; the output of the compiler is above"; exit 1; }
 	@sed -n '/^vcrd._C built/,$$p' $(VENV)/build.log
-	@echo "$(CURDIR)" > "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vcrd.pth" && touch $@
+	@echo "$(CURDIR)" > "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vcrd.pth"
+	@echo $(TAG) > $(BUILT_WITH) && touch $@
 
 # The part that does not depend on the Python version is compiled once, in build/emulation.
 $(DONE)/emulation: $(DONE)/core $(EXTENSION_SOURCES) $(shell find tests/cuda_emulation -type f -not -path '*/__pycache__/*' 2>/dev/null)
@@ -175,7 +202,7 @@ container-check:
 	@echo "==> creating $(CONTAINER) with torch alone, then the steps of docker/install.sh"
 	@rm -rf $(CONTAINER) && $(PYTHON) -m venv $(CONTAINER)
 	@grep '^torch==' requirements/core.txt > $(CONTAINER)/torch.txt
-	@$(CONTAINER)/bin/python -m pip $(PIP_FLAGS) install $(CONSTRAINTS) -r $(CONTAINER)/torch.txt
+	@$(CONSTRAINTS) $(CONTAINER)/bin/python -m pip $(PIP_FLAGS) install -r $(CONTAINER)/torch.txt
 	@export CUDA_ARCHITECTURES=none PYTHON="$(CURDIR)/$(CONTAINER)/bin/python" PATH="$(CURDIR)/$(CONTAINER)/bin:$$PATH"; \
 	if "$$PYTHON" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then \
 	    CUDA_HOME="$$($(MAKE) -s cuda-home PYTHON=$(PYTHON))" && export CUDA_HOME CUDA_ARCHITECTURES=9.0a && \

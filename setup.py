@@ -65,10 +65,11 @@ def version() -> str:
 
 
 def sources() -> tuple[list[str], bool]:
-    """Source files relative to the root, and whether CUDA is among them."""
+    """Source files relative to the root, and whether CUDA is among them: TORCH_CUDA_ARCH_LIST=none leaves it out."""
     cpu = ["csrc/bind.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*.cpp"))]
     cuda = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.cu"))
-    with_cuda = bool(cuda) and torch.version.cuda is not None and CUDA_HOME is not None
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") != "none"
+    with_cuda = bool(cuda) and wanted and torch.version.cuda is not None and CUDA_HOME is not None
     return cpu + (cuda if with_cuda else []), with_cuda
 
 
@@ -123,7 +124,11 @@ class SummarisedBuild(BuildExtension):
         elif not list((ROOT / "csrc/cuda").glob("*.cu")):
             cuda = "no (this version has no CUDA kernels)"
         else:
-            cuda = "no (torch has no CUDA)" if torch.version.cuda is None else "no (no CUDA toolkit found)"
+            reasons = {
+                torch.version.cuda is None: "torch has no CUDA",
+                CUDA_HOME is None: "no CUDA toolkit found",
+            }
+            cuda = f"no ({reasons.get(True, 'TORCH_CUDA_ARCH_LIST is none')})"
         threads = "torch's OpenMP threads" if torch.backends.openmp.is_available() else "one thread"
         rows = {"vcrd": version(), "torch": torch.__version__, "CPU kernels": threads, "CUDA kernels": cuda}
         print("\nvcrd._C built:\n" + "\n".join(f"  {name:<13}{value}" for name, value in rows.items()))

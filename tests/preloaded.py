@@ -24,3 +24,6 @@ if not (kernels_under_test.EMULATED or GPU) and importlib.util.find_spec("megatr
         import megatron.core.optimizer
         import megatron.core.pipeline_parallel  # noqa: F401
         import safetensors  # noqa: F401
+
+        if importlib.util.find_spec("megatron.training"):
+            import megatron.training.training  # noqa: F401

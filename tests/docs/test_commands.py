@@ -6,11 +6,13 @@ The commands find only the packages that their page installs (`page_environment`
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import re
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import page_environment
@@ -75,10 +77,20 @@ def needed(block: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    """The interpreter of an environment with the packages of `make build`."""
-    packages = page_environment.installed_by_make("build")
-    return page_environment.create(tmp_path_factory.mktemp("built") / "venv", packages)
+def after_make(tmp_path_factory) -> Callable[[str], Path]:
+    """The interpreter of an environment with the packages of a target of make."""
+
+    @functools.cache
+    def create(target: str) -> Path:
+        packages = page_environment.installed_by_make(target)
+        return page_environment.create(tmp_path_factory.mktemp(target) / "venv", packages)
+
+    return create
+
+
+@pytest.fixture(scope="module")
+def built(after_make) -> Path:
+    return after_make("build")
 
 
 def test_an_environment_has_exactly_the_packages_of_its_page(built):
@@ -113,9 +125,8 @@ def test_make_build_installs_the_packages_of_the_report(built, tmp_path):
         ("build", "tests/megatron/parallelisms.py"),
     ],
 )
-def test_the_commands_of_a_page_find_their_packages_after_its_make(target, script, tmp_path):
-    python = page_environment.create(tmp_path / "venv", page_environment.installed_by_make(target))
-    done = typed(python, "python", *script.split(), "--help")
+def test_the_commands_of_a_page_find_their_packages_after_its_make(target, script, after_make):
+    done = typed(after_make(target), "python", *script.split(), "--help")
     assert done.returncode == 0, done.stderr
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from forked_scripts import Scripts
 from ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,47 +104,27 @@ def losses(text: str, steps: int) -> list[float]:
     return [float(value) for value in found]
 
 
-@dataclass
-class _Job:
-    process: subprocess.Popen
-    log: Path
-
-
-def _start(processes: int, script: str, arguments: str, log: Path, port: int) -> _Job:
+def _start(processes: int, script: str, arguments: str, log: Path, port: int) -> Scripts:
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("VCRD_")},
         "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
         "VCRD_ADDRESS": f"127.0.0.1:{port or free_port()}",
         "VCRD_PAYLOAD": "float32",
         "VCRD_VOCAB_SIZE": "127",
         "VCRD_CONNECT_TIMEOUT": "90",
     }
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    launcher += ["--master-port", str(free_port())]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as out:
-        command = [sys.executable, *launcher, script, *arguments.split()]
-        return _Job(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT), log
-        )
+    return Scripts(processes, [str(ROOT / script), *arguments.split()], environment, log, free_port())
 
 
-def _finish(jobs: list[_Job], seconds: float) -> None:
+def _finish(jobs: list[Scripts], seconds: float) -> None:
     """Waits for all; stops all, and raises Failed, when one fails or takes too long."""
     try:
         for job in reversed(jobs):
-            job.process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        pass
+            job.wait(seconds)
+        failed = [job for job in jobs if job.returncode != 0]
     finally:
-        failed = [job for job in jobs if job.process.poll() != 0]
         for job in jobs:
-            if job.process.poll() is None:
-                job.process.terminate()  # torchrun ends its processes
-                try:
-                    job.process.wait(30)
-                except subprocess.TimeoutExpired:
-                    job.process.kill()
+            job.kill()
     if failed:
-        raise Failed("\n".join(f"{job.log.name}:\n{job.log.read_text()[-4000:]}" for job in failed))
+        raise Failed("\n".join(f"{job.output.name}:\n{job.output.read_text()[-4000:]}" for job in failed))

@@ -23,9 +23,10 @@ CLEAN = {
 }
 
 
-def check(config=None, args=None, settings=None, **model):
+def check(config=None, args=None, settings=None, remote=True, **model):
+    model = {"forward": lambda input_ids: input_ids, **model}
     chunk = SimpleNamespace(config=SimpleNamespace(**{**CLEAN, **(config or {})}), **model)
-    check_compatibility(chunk, settings or DistillSettings(), SimpleNamespace(**(args or {})))
+    check_compatibility(chunk, settings or DistillSettings(), SimpleNamespace(**(args or {})), remote)
 
 
 def test_what_does_not_clash_passes():
@@ -61,6 +62,21 @@ def test_a_clash_is_one_sentence_that_names_the_argument(config, args, model, na
         ValueError, match=f"^{name}: expected .*, got .*; vcrd does not work with it, because "
     ):
         check(config, args, **model)
+
+
+def test_the_schedule_that_overlaps_experts_needs_an_output_processor_and_a_teacher_in_another_job():
+    config = {"overlap_moe_expert_parallel_comm": True}
+
+    def forward(input_ids, *, output_processor=None):
+        return input_ids
+
+    check(config, forward=forward)
+    with pytest.raises(
+        ValueError, match="because its schedule never calls the student's forward, in which a"
+    ):
+        check(config, remote=False, forward=forward)
+    with pytest.raises(ValueError, match="output_processor alone, and this model has none"):
+        check(config)
 
 
 def test_a_teacher_in_the_same_ranks_is_given_what_the_dataset_made():

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jobs
 import pytest
+from forked_scripts import Script
 from ports import free_port
 from worlds import World, Worlds
 
@@ -48,10 +47,9 @@ class Run:
         for rank in range(size):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "USE_LIBUV": "0"}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": master, "LONG_RUN_RECORD": str(self.record)}
-            with open(self.output[rank], "w") as log:
-                command = [sys.executable, str(SCRIPT), *MEGATRON, *arguments.split()]
-                variables = {**os.environ, **own, "LOCAL_WORLD_SIZE": str(size), **link, **environment}
-                self.students.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log))
+            command = [str(SCRIPT), *MEGATRON, *arguments.split()]
+            variables = {**os.environ, **own, "LOCAL_WORLD_SIZE": str(size), **link, **environment}
+            self.students.append(Script(command, variables, self.output[rank]))
 
     def finish(self) -> list[int]:
         """Exit codes of the student's ranks; the teacher ended well."""

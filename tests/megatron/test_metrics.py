@@ -20,10 +20,10 @@ SUMS = {"vcrd weight": torch.tensor([3.0, 2.0])}
 
 def test_a_report_of_either_form_is_extended_and_the_rest_is_the_scripts():
     own = {"lm loss": torch.tensor([4.0, 2.0])}
-    three = with_step_sums(lambda output, scale: (output * scale, 7, own), SUMS)(2.0, scale=3)
+    three = with_step_sums(lambda output, scale: (output * scale, 7, own), lambda: SUMS)(2.0, scale=3)
     assert three == (6.0, 7, {**own, **SUMS}) and "vcrd weight" not in own
-    assert with_step_sums(lambda output: (output, own), SUMS)(1.0) == (1.0, {**own, **SUMS})
-    assert with_step_sums(lambda output: [output], SUMS)(1.0) == [1.0]
+    assert with_step_sums(lambda output: (output, own), lambda: SUMS)(1.0) == (1.0, {**own, **SUMS})
+    assert with_step_sums(lambda output: [output], lambda: SUMS)(1.0) == [1.0]
 
 
 def observed(weight: torch.Tensor, rho: torch.Tensor) -> SimpleNamespace:

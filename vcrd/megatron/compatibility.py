@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vcrd.errors import expected
+from vcrd.megatron.hooks import takes_output_processor
 from vcrd.settings import DistillSettings
 
 
@@ -26,9 +27,7 @@ def check_compatibility(
     config = chunk.config
     args = _megatron_args() if args is None else args
     if getattr(config, "overlap_moe_expert_parallel_comm", False):
-        _refuse(
-            "overlap_moe_expert_parallel_comm", "False", "True", "its schedule never calls the model's loss"
-        )
+        _refuse_unusual_plans(chunk, remote)
     if getattr(config, "hybrid_context_parallel", False):
         _refuse(
             "hybrid_context_parallel",
@@ -68,6 +67,22 @@ def check_compatibility(
         for name in ("rampup_batch_size", "step_batch_size_schedule"):
             if getattr(args, name, None):
                 _refuse_mean(f"'mean' with {name} {getattr(args, name)}")
+
+
+def _refuse_unusual_plans(chunk: torch.nn.Module, remote: bool) -> None:
+    """The overlapped schedule carries a plan out, layer by layer, after the forward step has returned."""
+    if remote and takes_output_processor(chunk):
+        return
+    _refuse(
+        "overlap_moe_expert_parallel_comm",
+        "False unless the teacher runs in another job and the model is Megatron-Core 0.19's GPTModel",
+        "True",
+        (
+            "its schedule never calls the student's forward, in which a teacher in the same ranks would run"
+            if takes_output_processor(chunk)
+            else "its schedule takes a loss by the argument output_processor alone, and this model has none"
+        ),
+    )
 
 
 def _refuse_other_losses(args: Any) -> None:

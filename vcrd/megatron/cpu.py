@@ -95,6 +95,12 @@ class _Redirect(TorchFunctionMode):
             kwargs = {**kwargs, "pin_memory": False}
         if func in _IDENTITY:
             return args[0]
+        if func is torch.distributed.all_to_all_single:
+            # Megatron's dispatcher of experts turns counts that are on a GPU into numbers, and only these.
+            kwargs = {
+                name: value.tolist() if name in _SPLIT_SIZES and isinstance(value, torch.Tensor) else value
+                for name, value in kwargs.items()
+            }
         if func is torch.Tensor.to:
             args = (args[0], *(torch.device("cpu") if _is_cuda(value) else value for value in args[1:]))
         elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -104,6 +110,7 @@ class _Redirect(TorchFunctionMode):
 
 
 _IDENTITY = (torch.Tensor.cuda, torch.Tensor.pin_memory)
+_SPLIT_SIZES = ("output_split_sizes", "input_split_sizes")
 
 
 def _is_cuda(device: Any) -> bool:
@@ -133,6 +140,9 @@ class _Stream:
 
     def query(self) -> bool:
         return True
+
+    def is_capturing(self) -> bool:
+        return False
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
@@ -281,7 +291,10 @@ def _stand_ins(rng: types.ModuleType) -> list[tuple[Any, dict[str, Any]]]:
         (rng, {"_set_cuda_rng_state": lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)}),
     ]
     if hasattr(torch, "accelerator"):
-        replaced.append((torch.accelerator, {"current_device_index": _zero, "synchronize": _nothing}))
+        # torch's optimizers ask this stream from 2.15 on.
+        stream = streams["current_stream"]
+        accelerator = {"current_device_index": _zero, "synchronize": _nothing, "current_stream": stream}
+        replaced.append((torch.accelerator, accelerator))
     return replaced
 
 

@@ -147,9 +147,11 @@ class Distillation:
         with timed, self._teacher.alongside(chunk), self._loss.of_one_micro_batch():
             result = run(iterator)
         if megatron_globals() is not None and chunk.training and isinstance(result, tuple):
-            sums = {key: self.report.last(field) for key, field in STEP_KEYS.items()}
-            result = (*result[:-1], with_step_sums(result[-1], sums))
+            result = (*result[:-1], with_step_sums(result[-1], self._step_sums))
         return result
+
+    def _step_sums(self) -> dict[str, torch.Tensor]:
+        return {key: self.report.last(field) for key, field in STEP_KEYS.items()}
 
     def _prepare(self, chunk: torch.nn.Module, last_stage: bool) -> None:
         """Before each micro-batch. With the first ones: checks, hooks, telemetry, and the teacher job's arrival."""
@@ -263,7 +265,8 @@ class StudentLoss:
             self._tokenizer = tokenizer_of(self._tokenizer)
             sizes = (self._settings.vocab_size, self._tokenizer and self._tokenizer.size)
             self._check.place(self.layout, [size for size in sizes if size], self._teacher)
-            self._hook = LossHook(chunk, self.compute, self._teacher.given)
+            capture = self._fused_head.captured if self._fused_head else contextlib.nullcontext
+            self._hook = LossHook(chunk, self.compute, self._teacher.given, capture)
         elif self._hook.chunk is not chunk:
             raise expected("model", "the model that was distilled before", "another one")
         if self.layout.tensor_rank == 0 and not self.measuring:
@@ -278,14 +281,14 @@ class StudentLoss:
     def of_one_micro_batch(self) -> Iterator[None]:
         """Around the script's forward step: the model's loss is `compute`. ValueError unless it was computed once."""
         before = self._done
-        captured = contextlib.nullcontext() if self._fused_head is None else self._fused_head.captured()
-        with self._hook.active(), captured:
+        with self._hook.active():
             yield
-        if self._done != before + 1:
+        losses = self._done + self._hook.planned - before
+        if losses != 1:
             raise expected(
                 "forward_step",
                 "one loss from labels given to the model",
-                f"{self._done - before}; vcrd works where the model itself computes its loss per token",
+                f"{losses}; vcrd works where the model itself computes its loss per token",
             )
 
     def compute(self, labels: Tensor, loss_mask: Tensor | None, logits: Tensor) -> Tensor:

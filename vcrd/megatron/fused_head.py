@@ -45,8 +45,8 @@ class FusedHeadLoss:
 
     @contextlib.contextmanager
     def captured(self) -> Iterator[None]:
-        """While open, the model passes to its loss, in place of logits, what only `loss` can use."""
-        with self._output.replaced() as self._captured:
+        """While open, what the model's output layer returns in place of logits is for `loss` alone."""
+        with self._output.captured() as self._captured:
             try:
                 yield
             finally:

@@ -42,8 +42,10 @@ def megatron_globals() -> Any:
     return module if module is not None and getattr(module, "_GLOBAL_ARGS", None) is not None else None
 
 
-def with_step_sums(loss_func: Callable[..., Any], sums: dict[str, Tensor]) -> Callable[..., Any]:
-    """The script's `loss_func`, with `sums`, pairs [sum over tokens, tokens], added to its report.
+def with_step_sums(
+    loss_func: Callable[..., Any], sums: Callable[[], dict[str, Tensor]]
+) -> Callable[..., Any]:
+    """The script's `loss_func`, with `sums()`, pairs [sum over tokens, tokens], added to its report.
 
     Megatron adds up such pairs over micro-batches and over data- and context-parallel ranks before it divides, and
     shows them in its log line, in TensorBoard and in W&B. A return of (loss, report) or (loss, tokens, report) is
@@ -53,7 +55,7 @@ def with_step_sums(loss_func: Callable[..., Any], sums: dict[str, Tensor]) -> Ca
     def reporting(*args: Any, **kwargs: Any) -> Any:
         found = loss_func(*args, **kwargs)
         if isinstance(found, tuple) and len(found) in (2, 3) and isinstance(found[-1], dict):
-            return (*found[:-1], {**found[-1], **sums})
+            return (*found[:-1], {**found[-1], **sums()})
         return found
 
     return reporting

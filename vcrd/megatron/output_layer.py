@@ -18,8 +18,7 @@ the logits that the model makes of them with the expected ones:
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,15 +40,6 @@ _LARGEST_PRODUCT = 32768.0  # the largest float16 is twice as much
 _GOLDEN = 0.6180339887498949  # its multiples modulo 1 spread evenly
 # Configuration fields in which models keep a soft-cap of their logits. Megatron-Core's own models have none.
 _CAPS = ("final_logit_softcapping", "output_logit_softcapping", "logit_softcap")
-
-
-def takes_output_processor(chunk: torch.nn.Module) -> bool:
-    """Whether the model's forward takes a function that computes its output from the last hidden states.
-
-    `GPTModel` does from Megatron-Core 0.19 on; `HybridModel` does not. A forward that someone has wrapped counts as one
-    that does not, since the wrapper may not pass the argument on.
-    """
-    return "output_processor" in inspect.signature(chunk.forward, follow_wrapped=False).parameters
 
 
 @dataclass
@@ -112,62 +102,39 @@ class OutputLayer:
             return self._chunk.shared_embedding_or_output_weight()
         return self._layer.weight
 
-    def captured(self) -> contextlib.AbstractContextManager[Captured]:
-        """While open, a pass of the model without labels makes no logits; its output is for `check` alone.
-
-        A model whose forward takes an `output_processor` gets one. In any other `replaced` is used.
-        """
-        return self._processed() if takes_output_processor(self._chunk) else self.replaced()
-
     @contextlib.contextmanager
-    def replaced(self) -> Iterator[Captured]:
-        """While open, the layer's forward returns logits of test states, or one column of NaN, for `check` alone.
+    def captured(self) -> Iterator[Captured]:
+        """While open, the layer multiplies test states or one row of zeros; the model's output is for `check` alone.
 
-        The fused head always uses this, because its layer must still be called as a module: Megatron's data parallelism
-        gathers the layer's parameters in a hook of that call (overlap_param_gather), and hooks of the model's own may
-        add a term of the logits to the loss, which backward must see to refuse it.
+        No method is replaced: hooks of the layer exchange its input and guard its output. The layer is still called as
+        a module, because Megatron's data parallelism gathers the layer's parameters in a hook of that call
+        (overlap_param_gather), and hooks of the model's own may add a term of the logits to the loss, which backward
+        must see to refuse it. One row for each sample costs a reading of the weight.
         """
-        captured, layer = Captured(), self._layer
-        plain = layer.forward
-        own = vars(layer).get("forward")  # someone may have replaced it before
-        self._begin()
-
-        def forward(states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-            weight = kwargs.get("weight", args[0] if args else None)
-            captured.states, captured.weight = states, self.weight if weight is None else weight
-            logits, bias = self._stand_in(states, lambda rows: plain(rows, *args, **kwargs))
-            followed = states if states.requires_grad else captured.weight
-            return _ForTheLossAlone.apply(logits, followed, self._messages), bias
-
-        layer.forward = forward
-        try:
-            yield captured
-        finally:
-            del layer.forward
-            if own is not None:
-                layer.forward = own
-
-    @contextlib.contextmanager
-    def _processed(self) -> Iterator[Captured]:
         captured = Captured()
         self._begin()
 
-        def process(
-            *, hidden_states, output_layer, output_weight, runtime_gather_output, scale_logits, **_
-        ) -> Tensor:
-            captured.states = hidden_states
-            captured.weight = self.weight if output_weight is None else output_weight
-            given = {"weight": output_weight, "runtime_gather_output": runtime_gather_output}
-            logits, _ = self._stand_in(hidden_states, lambda rows: output_layer(rows, **given))
-            return scale_logits(logits).transpose(0, 1).contiguous()
+        def exchange(layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+            states, *rest = args
+            weight = kwargs.get("weight", rest[0] if rest else None)
+            captured.states, captured.weight = states, self.weight if weight is None else weight
+            return (self._rows(states), *rest), kwargs
 
-        hook = self._chunk.register_forward_pre_hook(
-            lambda module, args, kwargs: (args, {**kwargs, "output_processor": process}), with_kwargs=True
+        def guard(layer: torch.nn.Module, args: tuple, output: tuple) -> tuple:
+            logits, *bias = output
+            followed = captured.states if captured.states.requires_grad else captured.weight
+            return _ForTheLossAlone.apply(logits.detach(), followed, self._messages), *bias
+
+        # The first of the forward hooks: others must see a guarded output.
+        hooks = (
+            self._layer.register_forward_pre_hook(exchange, with_kwargs=True),
+            self._layer.register_forward_hook(guard, prepend=True),
         )
         try:
             yield captured
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def whole(self, states: Tensor) -> Tensor:
         """[s, b, size] of this rank's part of s; with sequence parallelism one all-gather over the tensor ranks."""
@@ -220,19 +187,17 @@ class OutputLayer:
         self._asked = None
 
     @torch.no_grad()
-    def _stand_in(
-        self, states: Tensor, multiply: Callable[[Tensor], tuple[Tensor, Any]]
-    ) -> tuple[Tensor, Any]:
-        """What takes the place of the logits of `states` [s, b, size]: logits of test states, or one column of NaN."""
+    def _rows(self, states: Tensor) -> Tensor:
+        """What the layer multiplies in place of `states` [s, b, size]: this rank's test states, or zeros."""
         if not self._due:
-            return states.new_full((*states.shape[:-1], 1), torch.nan), None
+            return states.new_zeros(1, *states.shape[1:])
         parts = self.group.size() if self.sequence_parallel else 1
         positions = -(-_ROWS // (states.shape[1] * parts)) * parts  # at least one on each rank
         rows, size = positions * states.shape[1], states.shape[-1]
         with torch.device(states.device):
             asked = _test_states(rows, size, self._passes // EVERY * rows)
         self._asked = asked.view(positions, *states.shape[1:]).to(states.dtype)
-        return multiply(self._asked if parts == 1 else self._asked.chunk(parts)[self.group.rank()])
+        return self._asked if parts == 1 else self._asked.chunk(parts)[self.group.rank()]
 
     def _difference(self, asked: Tensor, logits: Tensor, weight: Tensor) -> Tensor:
         """The largest difference as a multiple of the tolerance."""
