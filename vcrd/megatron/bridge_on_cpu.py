@@ -1,7 +1,7 @@
 """Lets Megatron-Bridge be imported on the CPU, where packages that it imports unconditionally are missing or hidden.
 
-A stand-in has every name that is asked of it, as a class that cannot be constructed. So modules of Bridge that mention
-the package can be imported, and using them raises ImportError. An installed package is preferred to its stand-in. Only
+A stand-in has every name that is asked of it, as something that cannot be called. So modules of Bridge that mention the
+package can be imported, and using them raises ImportError. An installed package is preferred to its stand-in.
 Transformer Engine is always replaced, because CPU mode hides it.
 """
 
@@ -18,22 +18,21 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Found by the import system if no real package is, with all their submodules or with these alone.
-_PACKAGES = ("megatron.energon", "webdataset")
-_MODULES = ("nvidia_resiliency_ext", "nvidia_resiliency_ext.inprocess")
-# Modules of Bridge that import Transformer Engine unconditionally. Only they see its stand-in: all others, and
+# Modules of Bridge and a package that each imports unconditionally. They alone see its stand-in: all others, and
 # Megatron-Core, ask whether it can be imported, and must hear that it cannot.
-_ENGINE = "transformer_engine"
-_NEED_ENGINE = (
-    "megatron.bridge.models.gpt_full_te_layer_autocast_spec",
-    "megatron.bridge.peft.lora_layers",
-)
-_DECORATORS = ("stateless",)  # names that Bridge uses at import
+_IMPORTERS = {
+    "megatron.bridge.models.gpt_full_te_layer_autocast_spec": "transformer_engine",
+    "megatron.bridge.peft.lora_layers": "transformer_engine",
+    "megatron.bridge.training.pretrain": "nvidia_resiliency_ext",
+}
+# Packages that nobody asks for in this way.
+_PACKAGES = ("megatron.energon", "webdataset")
+_DECORATORS = ("stateless",)  # names that Bridge calls at import
 
 
 def install(stack: contextlib.ExitStack) -> None:
     """Makes the stand-ins available until `stack` closes. Bridge's modules keep those that they have imported."""
-    first, last = _EngineFinder(), _StandInFinder()
+    first, last = _ImporterFinder(), _StandInFinder()
     sys.meta_path.insert(0, first)
     stack.callback(sys.meta_path.remove, first)
     sys.meta_path.append(last)
@@ -52,20 +51,8 @@ def keep_compiled_helpers(stack: contextlib.ExitStack) -> None:
         utils.compile_helpers = lambda: None
 
 
-class _Missing(type):
-    """The class of a stand-in's classes."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise ImportError(
-            f"{cls.__module__}.{cls.__name__}: expected an installed package, got a stand-in of vcrd"
-        )
-
-    def __getitem__(cls, parameters: Any) -> _Missing:
-        return cls
-
-
 class _StandIn(types.ModuleType):
-    """A module that has every name."""
+    """A module that has every name: classes, and further modules, which also stand for functions."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -74,9 +61,31 @@ class _StandIn(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        found = _decorate if name in _DECORATORS else _Missing(name, (), {"__module__": self.__name__})
+        if name in _DECORATORS:
+            found = _decorate
+        elif name[0].isupper():
+            found = _Missing(name, (), {"__module__": self.__name__})
+        else:
+            found = _StandIn(f"{self.__name__}.{name}")
         setattr(self, name, found)
         return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise _not_installed(self.__name__)
+
+
+class _Missing(type):
+    """The class of a stand-in's classes."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise _not_installed(f"{cls.__module__}.{cls.__name__}")
+
+    def __getitem__(cls, parameters: Any) -> _Missing:
+        return cls
+
+
+def _not_installed(name: str) -> ImportError:
+    return ImportError(f"{name}: expected an installed package, got a stand-in of vcrd's CPU mode")
 
 
 def _decorate(function: Any = None, **options: Any) -> Any:
@@ -89,8 +98,8 @@ class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        whole = any(name == package or name.startswith(f"{package}.") for package in _PACKAGES)
-        return importlib.machinery.ModuleSpec(name, self) if whole or name in _MODULES else None
+        ours = any(name == package or name.startswith(f"{package}.") for package in _PACKAGES)
+        return importlib.machinery.ModuleSpec(name, self) if ours else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _StandIn(spec.name)
@@ -105,35 +114,31 @@ def _forget() -> None:
             del sys.modules[name]
 
 
-class _EngineFinder(importlib.abc.MetaPathFinder):
-    """The first finder: loads the modules that need Transformer Engine by `_EngineLoader`."""
+class _ImporterFinder(importlib.abc.MetaPathFinder):
+    """The first finder: loads the modules of `_IMPORTERS` by `_ImporterLoader`."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in _NEED_ENGINE:
+        if name not in _IMPORTERS:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None:
-            spec.loader = _EngineLoader(spec.loader.name, spec.loader.path)
+            spec.loader = _ImporterLoader(spec.loader.name, spec.loader.path)
         return spec
 
 
-class _EngineLoader(importlib.machinery.SourceFileLoader):
+class _ImporterLoader(importlib.machinery.SourceFileLoader):
     """Runs a module with an import statement of its own, which no other module uses."""
 
     def exec_module(self, module: types.ModuleType) -> None:
-        vars(module)["__builtins__"] = {
-            **vars(builtins),
-            "__import__": _import_with_engine(builtins.__import__),
-        }
+        import_ = _import_with_stand_in(_IMPORTERS[module.__name__])
+        vars(module)["__builtins__"] = {**vars(builtins), "__import__": import_}
         super().exec_module(module)
 
 
-def _import_with_engine(plain: Callable[..., Any]) -> Callable[..., Any]:
-    engine = _StandIn(_ENGINE)
-    engine.pytorch = _StandIn(f"{_ENGINE}.pytorch")
-    engine.pytorch.ops = _StandIn(f"{_ENGINE}.pytorch.ops")
+def _import_with_stand_in(package: str) -> Callable[..., Any]:
+    plain, stand_in = builtins.__import__, _StandIn(package)
 
     def import_(
         name: str,
@@ -142,8 +147,15 @@ def _import_with_engine(plain: Callable[..., Any]) -> Callable[..., Any]:
         fromlist: Sequence[str] | None = (),
         level: int = 0,
     ) -> Any:
-        if name.split(".")[0] != _ENGINE or level:
+        try:
             return plain(name, globals, locals, fromlist, level)
-        return engine.pytorch if fromlist else engine  # as the import statement wants it
+        except ImportError:
+            root, *others = name.split(".")
+            if root != package:
+                raise
+            found = stand_in
+            for other in others if fromlist else ():  # as the import statement wants it
+                found = getattr(found, other)
+            return found
 
     return import_
