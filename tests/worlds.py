@@ -18,7 +18,10 @@ from fork_server import context
 
 @dataclass(frozen=True)
 class World:
-    """`run(*arguments)` on size processes with Megatron's parallel state of tensor x pipeline (x data) ranks."""
+    """`run(*arguments)` on size processes with Megatron's parallel state of tensor x pipeline (x data) ranks.
+
+    tensor 0: without that state, for a script that initializes it.
+    """
 
     run: Callable[..., Any]
     size: int = 1
@@ -63,8 +66,9 @@ class Started:
 class Worlds:
     """Starts worlds one after another, and ends them with the block."""
 
-    def __init__(self) -> None:
-        self._context = context()
+    def __init__(self, processes: Any = None) -> None:
+        """processes: a multiprocessing context; default: that of the fork server."""
+        self._context = context() if processes is None else processes
         self._started: list[Started] = []
 
     def __enter__(self) -> Worlds:
@@ -129,10 +133,11 @@ def _in_world(world: World, rank: int, store: Path) -> Any:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world.size)
-    parallel_state.initialize_model_parallel(
-        world.tensor, world.pipeline, virtual_pipeline_model_parallel_size=world.virtual
-    )
-    model_parallel_cuda_manual_seed(1)
+    if world.tensor:
+        parallel_state.initialize_model_parallel(
+            world.tensor, world.pipeline, virtual_pipeline_model_parallel_size=world.virtual
+        )
+        model_parallel_cuda_manual_seed(1)
     try:
         return world.run(*world.arguments)
     finally:

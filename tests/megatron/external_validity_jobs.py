@@ -172,7 +172,7 @@ def direct(settings) -> dict[str, SimpleNamespace]:
 
 
 def layout(tensor: tuple[int, int] = (0, 1), context: tuple[int, int] = (0, 1)):
-    """A layout of (rank, size) in this world, as `Layout.of` would find it in Megatron's state."""
+    """A layout of (rank, size), in a world that is the one group of the parallelism that it has."""
     from vcrd.megatron.layout import Layout
 
     return Layout(
@@ -187,6 +187,7 @@ def layout(tensor: tuple[int, int] = (0, 1), context: tuple[int, int] = (0, 1)):
         padded_vocab_size=jobs.TRUE_VOCAB,
         sequence_length=jobs.SEQUENCE,
         device=torch.device("cpu"),
+        groups=SimpleNamespace(context=dist.group.WORLD),
     )
 
 
@@ -304,7 +305,7 @@ def context_parallel(size: int, edges: list[int], judged: bool) -> dict[str, Ten
     verifier = (lambda tokens, *actions: [verdict(tokens, a) for a in actions]) if judged else None
     external = ExternalValidity(settings, "tokens", verifier)
     external.take_steps()
-    external.place(layout(context=(rank, size)), dist.group.WORLD)
+    external.place(layout(context=(rank, size)))
     next(external.watched(iter([batch])))
     labels = batch["tokens"][:, columns]
     out = vcrd.validity_calibrated_kl(

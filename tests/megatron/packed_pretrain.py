@@ -44,7 +44,8 @@ def attend_within_documents() -> None:
     ) -> Any:
         if packed_seq_params is None:
             return whole(self, query, key, value, mask, **rest)
-        edges = packed_seq_params.cu_seqlens_q
+        edges = packed_seq_params.cu_seqlens_q_padded
+        edges = packed_seq_params.cu_seqlens_q if edges is None else edges
         position = torch.arange(len(query))
         which = torch.bucketize(position, edges[1:], right=True)
         hidden = (which[:, None] != which) | (position[:, None] < position)

@@ -11,6 +11,7 @@ import pytest
 
 from vcrd.megatron import DistillSettings
 from vcrd.megatron.compatibility import check_compatibility
+from vcrd.megatron.layout import Groups
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = re.compile(r"`(--[a-z0-9-]+)")
@@ -21,6 +22,10 @@ CLEAN = {
     "cuda_graph_scope": "attn",
     "tensor_model_parallel_size": 2,
 }
+
+
+def of_replicas(count):
+    return lambda chunk: SimpleNamespace(data_context=SimpleNamespace(size=lambda: count))
 
 
 def check(config=None, args=None, settings=None, remote=True, **model):
@@ -86,10 +91,10 @@ def test_a_teacher_in_the_same_ranks_is_given_what_the_dataset_made():
 
 @pytest.mark.parametrize(("parts", "replicas", "refused"), [(1, 1, False), (2, 1, True), (1, 2, True)])
 def test_a_mean_over_more_than_one_micro_batch_is_refused(monkeypatch, parts, replicas, refused):
-    from megatron.core import num_microbatches_calculator, parallel_state
+    from megatron.core import num_microbatches_calculator
 
     monkeypatch.setattr(num_microbatches_calculator, "get_num_microbatches", lambda: parts)
-    monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda **_: replicas)
+    monkeypatch.setattr(Groups, "of", of_replicas(replicas))
     settings = DistillSettings(normalization="mean")
     if not refused:
         check(settings=settings)
@@ -102,10 +107,10 @@ def test_a_mean_over_more_than_one_micro_batch_is_refused(monkeypatch, parts, re
 
 @pytest.mark.parametrize("name", ["rampup_batch_size", "step_batch_size_schedule"])
 def test_a_mean_is_refused_before_the_number_of_micro_batches_grows(monkeypatch, name):
-    from megatron.core import num_microbatches_calculator, parallel_state
+    from megatron.core import num_microbatches_calculator
 
     monkeypatch.setattr(num_microbatches_calculator, "get_num_microbatches", lambda: 1)
-    monkeypatch.setattr(parallel_state, "get_data_parallel_world_size", lambda **_: 1)
+    monkeypatch.setattr(Groups, "of", of_replicas(1))
     check(args={name: None}, settings=DistillSettings(normalization="mean"))
     with pytest.raises(ValueError, match=f"normalization: .* got 'mean' with {name} 2 2 10"):
         check(args={name: "2 2 10"}, settings=DistillSettings(normalization="mean"))

@@ -13,7 +13,8 @@ from worlds import World, run_worlds
 
 from examples.demo.model import configure
 from vcrd.link import Tokenizer
-from vcrd.megatron.identity import checkpoint_name, tokenizer_of, weights_of
+from vcrd.megatron.identity import tokenizer_of, weights_of
+from vcrd.megatron.training_loop import training_loop
 
 MODULUS = 1 << 62
 
@@ -164,13 +165,13 @@ def test_what_has_no_vocabulary_states_type_and_size():
 
 
 def test_megatrons_own_is_found_where_it_runs(monkeypatch):
-    assert tokenizer_of() is None and checkpoint_name() == ""
+    assert tokenizer_of() is None and training_loop() is None
     args = SimpleNamespace(load="/some/where")
     running = SimpleNamespace(
         _GLOBAL_ARGS=args, get_args=lambda: args, _GLOBAL_TOKENIZER=holding(vocab=VOCABULARY)
     )
     monkeypatch.setitem(sys.modules, "megatron.training.global_vars", running)
     assert tokenizer_of().digest == tokenizer_of(holding(vocab=VOCABULARY)).digest
-    assert checkpoint_name() == "/some/where"
+    assert training_loop().arguments.load == "/some/where"
     running._GLOBAL_TOKENIZER = None
     assert tokenizer_of() is None

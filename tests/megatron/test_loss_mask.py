@@ -220,7 +220,7 @@ def context_parallel_mask(edges: list[int]) -> tuple[torch.Tensor, torch.Tensor,
     if edges:
         batch["cu_seqlens"] = torch.tensor([edges])
     external = ExternalValidity(DistillSettings(), "tokens", None)
-    external.place(external_validity_jobs.layout(context=(rank, size)), dist.group.WORLD)
+    external.place(external_validity_jobs.layout(context=(rank, size)))
     external.take_mask()
     next(external.watched(iter([batch])))
     spans = context_rows(24, rank, size, edges)

@@ -12,8 +12,10 @@ from test_distillation import settings
 from worlds import World, run_worlds
 
 from vcrd.link.student import Waits
+from vcrd.megatron.layout import Groups
 from vcrd.megatron.metrics import IntervalLog, scalars, with_step_sums
 from vcrd.megatron.report import Report
+from vcrd.megatron.training_loop import training_loop
 
 SUMS = {"vcrd weight": torch.tensor([3.0, 2.0])}
 
@@ -82,10 +84,10 @@ def written_of_an_interval() -> dict[str, float]:
     )
     teacher = SimpleNamespace(waits=Waits(), bytes_received=0, served_by=(None, 0))
     log, report = IntervalLog(settings(), teacher), Report()
-    log.begin(None)
+    log.begin(SimpleNamespace(groups=Groups.of(None)))
     half = torch.full((torch.distributed.get_rank() + 1, 1), 0.5)
     report.add(observed(half, half), None)
-    log.end_step(report)
+    log.end_step(report, training_loop())
     return written
 
 

@@ -298,3 +298,15 @@ def test_an_iterator_that_someone_else_has_wrapped_since_is_left_alone():
     iterator.iterable = wrapped = map(dict, iterator.iterable)
     teacher.close()
     assert iterator.iterable is wrapped
+
+
+def test_an_iterator_of_one_step_is_not_drawn_beyond_it():
+    """As the iterators that Megatron-Bridge makes for each step, over one that goes on."""
+    source, asked = Drawing("none"), []
+    for step in range(2):
+        ahead = Prefetcher(source, lambda tokens, _: asked.append(tokens), 2, "tokens", None, lambda: 4)
+        ahead.in_step = True
+        for drawn in range(4):
+            assert sample(ahead)[0] == 4 * step + drawn
+            assert len(asked) == 4 * step + min(drawn + 3, 4)
+        assert ahead.pending == 0

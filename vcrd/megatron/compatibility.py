@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from typing import Any
 
 import torch
 
 from vcrd.errors import expected
 from vcrd.megatron.hooks import takes_output_processor
+from vcrd.megatron.layout import Groups
 from vcrd.settings import DistillSettings
 
 
@@ -18,14 +17,13 @@ def check_compatibility(
 ) -> None:
     """ValueError that names the argument, if a setting of the model or the job does not work with the plug.
 
-    chunk: the unwrapped model. args: Megatron's arguments (default: those of megatron.training, if it runs).
+    chunk: the unwrapped model. args: the job's settings by Megatron's names, as of `TrainingLoop`; None if not known.
     remote: whether the teacher runs in another job. One in the same ranks is given the student's positions and mask.
 
     No collectives. These do work: cross_entropy_loss_fusion, which evaluation and the heads of multi-token prediction
     go on using for their own logits; tp_comm_overlap, which does not touch the output layer; CUDA graphs of layers.
     """
     config = chunk.config
-    args = _megatron_args() if args is None else args
     if getattr(config, "overlap_moe_expert_parallel_comm", False):
         _refuse_unusual_plans(chunk, remote)
     if getattr(config, "hybrid_context_parallel", False):
@@ -58,12 +56,12 @@ def check_compatibility(
             "True",
             "the plug holds the model of the process's first life; let the launcher restart the process",
         )
-    _refuse_other_losses(args)
+    _refuse_other_losses(chunk, args)
     if remote:
         _refuse_half_resets(args)
         _refuse_other_splits(config, args)
     if settings.normalization == "mean":
-        _refuse_mean_of_parts()
+        _refuse_mean_of_parts(chunk)
         for name in ("rampup_batch_size", "step_batch_size_schedule"):
             if getattr(args, name, None):
                 _refuse_mean(f"'mean' with {name} {getattr(args, name)}")
@@ -85,7 +83,11 @@ def _refuse_unusual_plans(chunk: torch.nn.Module, remote: bool) -> None:
     )
 
 
-def _refuse_other_losses(args: Any) -> None:
+def _refuse_other_losses(chunk: torch.nn.Module, args: Any) -> None:
+    if any(kind.__name__ == "DistillationModel" for kind in type(chunk).__mro__):
+        raise expected(
+            "model", "one without ModelOpt's distillation, which has a loss of its own", type(chunk).__name__
+        )
     if getattr(args, "logits_load_dir", None) is not None:
         _refuse(
             "logits_load_dir", "None", repr(args.logits_load_dir), "cached logits bring a loss of their own"
@@ -140,7 +142,7 @@ class MeanOfStep:
         """Before each training micro-batch of a chunk of the model. ValueError; no collectives."""
         if not self._used:
             return
-        _refuse_mean_of_parts()
+        _refuse_mean_of_parts(chunk)
         if not torch.is_grad_enabled():
             return
         if id(chunk) in self._begun:
@@ -151,15 +153,14 @@ class MeanOfStep:
         self._begun.clear()
 
 
-def _refuse_mean_of_parts() -> None:
-    from megatron.core import parallel_state
+def _refuse_mean_of_parts(chunk: torch.nn.Module) -> None:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
     try:
         parts = get_num_microbatches()
     except AttributeError:  # the calculator was never set up
         _refuse_mean("'mean' where Megatron's init_num_microbatches_calculator was not called")
-    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    replicas = Groups.of(chunk).data_context.size()
     if parts * replicas > 1:
         _refuse_mean(f"'mean' with {parts} micro-batches on {replicas} ranks")
 
@@ -175,16 +176,6 @@ def _refuse_mean(got: str) -> None:
 
 def _refuse(name: str, allowed: str, got: str, reason: str) -> None:
     raise expected(name, allowed, f"{got}; vcrd does not work with it, because {reason}")
-
-
-def _megatron_args() -> Any:
-    """The arguments of megatron.training; None if the script does not use it or has not set them."""
-    if "megatron.training.global_vars" not in sys.modules:
-        return None
-    try:
-        return importlib.import_module("megatron.training.global_vars").get_args()
-    except AssertionError:
-        return None
 
 
 def refuse_delayed_scaling(config: Any) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from vcrd.megatron import bridge_on_cpu
+
 # If these can be imported, Megatron uses their norms and optimizers, which need a GPU, even with `local` layers.
 HIDDEN_PACKAGES = (
     "transformer_engine",
@@ -49,6 +51,8 @@ def on_cpu() -> Iterator[None]:
         _set_environment(stack)
         # Megatron is imported before torch.cuda is touched: names it imports from there stay the real ones.
         rng = importlib.import_module("megatron.core.tensor_parallel.random")
+        bridge_on_cpu.keep_compiled_helpers(stack)
+        bridge_on_cpu.install(stack)
         for owner, names in _stand_ins(rng):
             for name, value in names.items():
                 _replace(stack, owner, name, value)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,7 +21,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from vcrd.errors import expected
@@ -34,11 +34,12 @@ from vcrd.megatron.hooks import LossHook, StepEndHook
 from vcrd.megatron.identity import tokenizer_of
 from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.loss_mask import LossMask
-from vcrd.megatron.metrics import STEP_KEYS, IntervalLog, megatron_globals, start_telemetry, with_step_sums
+from vcrd.megatron.metrics import STEP_KEYS, IntervalLog, start_telemetry, with_step_sums
 from vcrd.megatron.prefetch import TokensOf, running_again
 from vcrd.megatron.remote_teacher import RemoteTeacher
 from vcrd.megatron.report import Figures, Report, raise_if_invalid
 from vcrd.megatron.teacher_check import TeacherCheck
+from vcrd.megatron.training_loop import TrainingLoop, bridge_state, signature_for_bridge, training_loop
 from vcrd.settings import DistillSettings
 from vcrd.teacher_logits import TeacherLogits
 
@@ -66,7 +67,8 @@ def distill(
 ) -> Distillation:
     """Turns a script's `forward_step(data_iterator, model, ...)` into one that distills from a teacher.
 
-    Positional arguments may come before these two, such as Megatron-Bridge's `state`.
+    Positional arguments may come before these two, such as Megatron-Bridge's `state`. Bridge gives the result its state
+    also if it would not give it to the script's own step.
 
     The script's model, `loss_func`, masks, token counts, schedules and reporting stay as they are: only the
     per-token loss [b, s] that the model computes becomes the validity-calibrated one. Evaluation
@@ -81,9 +83,9 @@ def distill(
         called at the first training step. `ColocatedTeacher` says what it must have in common with the student and how
         to build it.
     tokenizer: the one that made the data, to be compared with the teacher job's: Megatron's, Hugging Face's or a
-        `vcrd.link.Tokenizer`, the same on every rank. None: that of `megatron.training`, if it runs.
+        `vcrd.link.Tokenizer`, the same on every rank. None: that of `megatron.training` or Megatron-Bridge, if it runs.
 
-    Every rank calls it. The process group and Megatron's parallel state must exist by the first training step,
+    Every rank calls it. The process group and the model's groups (`Groups`) must exist by the first training step,
     where rank 0 opens the rendezvous and the ranks of the last stage wait for the teacher job. That step raises
     ValueError if the script or the model cannot be distilled, and LinkError if the teacher job does not come or does
     not fit.
@@ -98,8 +100,8 @@ def distill(
 class Distillation:
     """The forward step that `distill` returns: call it, read `report`, and `close` it when the run ends.
 
-    report: sums over the tokens of this rank's training micro-batches; see `Report.take`. With `megatron.training`
-    it is taken every --log-interval iterations and written to Megatron's logs (`vcrd.megatron.metrics`).
+    report: sums over the tokens of this rank's training micro-batches; see `Report.take`. With `megatron.training` and
+    Megatron-Bridge it is taken every log interval and written to their logs (`vcrd.megatron.metrics`).
     If a run does not call `close`, the interpreter does at its end.
     """
 
@@ -113,7 +115,11 @@ class Distillation:
         self.settings = settings
         self._forward_step = forward_step
         # Megatron-Bridge reads the parameters of the script's forward step before it passes its state.
-        self.__wrapped__ = forward_step
+        functools.update_wrapper(self, forward_step, updated=())
+        self._takes_state_alone = (signature := signature_for_bridge(forward_step)) is not None
+        if self._takes_state_alone:
+            self.__signature__ = signature
+        self._loop: TrainingLoop | None = None
         self._teacher = teacher
         self._loss = loss
         self._log = IntervalLog(settings, teacher)
@@ -128,6 +134,9 @@ class Distillation:
         return self._loss.report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._loop = training_loop((*args, *kwargs.values()))
+        if self._takes_state_alone and bridge_state(args[:1]) is not None:
+            args = args[1:]
         before, data_iterator, model, after, kwargs = _split_call(self._forward_step, args, kwargs)
 
         def run(iterator: Any) -> Any:
@@ -146,7 +155,7 @@ class Distillation:
         iterator = self._loss.watched(data_iterator)
         with timed, self._teacher.alongside(chunk), self._loss.of_one_micro_batch():
             result = run(iterator)
-        if megatron_globals() is not None and chunk.training and isinstance(result, tuple):
+        if self._loop is not None and chunk.training and isinstance(result, tuple):
             result = (*result[:-1], with_step_sums(result[-1], self._step_sums))
         return result
 
@@ -156,7 +165,9 @@ class Distillation:
     def _prepare(self, chunk: torch.nn.Module, last_stage: bool) -> None:
         """Before each micro-batch. With the first ones: checks, hooks, telemetry, and the teacher job's arrival."""
         if not self._checked:
-            check_compatibility(chunk, self.settings, remote=isinstance(self._teacher, RemoteTeacher))
+            arguments = None if self._loop is None else self._loop.arguments
+            remote = isinstance(self._teacher, RemoteTeacher)
+            check_compatibility(chunk, self.settings, arguments, remote)
             self._checked = True
         if chunk.training:
             self._mean.begin(chunk)
@@ -165,7 +176,7 @@ class Distillation:
                 self._log.telemetry = start_telemetry(chunk, self.settings, "student", self._teacher)
         self._teacher.host()
         if last_stage:
-            self._loss.attach(chunk)
+            self._loss.attach(chunk, self._loop)
         if chunk.training:
             self._log.begin(self._loss.layout if last_stage else None)
 
@@ -180,10 +191,10 @@ class Distillation:
         repeated = running_again()
         self._loss.end_step(repeated)
         if not repeated:
-            self._log.end_step(self.report if self._loss.attached else None)
+            self._log.end_step(self.report if self._loss.attached else None, self._loop)
 
     def record(self, iteration: int, figures: Figures) -> None:
-        """For scripts without `megatron.training`: adds figures that this rank took to its records, if
+        """For scripts with a training loop of their own: adds figures that this rank took to its records, if
         `telemetry_dir` names a folder, and writes to the log what the rank waited for. Not a collective.
         """
         self._log.record(iteration, figures)
@@ -248,7 +259,7 @@ class StudentLoss:
     def attached(self) -> bool:
         return self._hook is not None
 
-    def attach(self, chunk: torch.nn.Module) -> None:
+    def attach(self, chunk: torch.nn.Module, loop: TrainingLoop | None) -> None:
         """Takes over the loss of the model, with the first micro-batch, and waits for the teacher job."""
         if self._hook is None:
             self.layout = Layout.of(chunk, self._settings)
@@ -262,7 +273,7 @@ class StudentLoss:
                 self._fused_head = FusedHeadLoss(
                     chunk, self.layout.tensor_group, self._settings.fused_head == "recompute"
                 )
-            self._tokenizer = tokenizer_of(self._tokenizer)
+            self._tokenizer = tokenizer_of(self._tokenizer, loop)
             sizes = (self._settings.vocab_size, self._tokenizer and self._tokenizer.size)
             self._check.place(self.layout, [size for size in sizes if size], self._teacher)
             capture = self._fused_head.captured if self._fused_head else contextlib.nullcontext
@@ -344,8 +355,7 @@ class StudentLoss:
             raise_if_invalid(counts, 0 if self.layout is None else self.layout.data_rank)
         if self.attached and not self._first_step_checked:
             self._first_step_checked = True
-            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            self._check.tell("in the first step", group)
+            self._check.tell("in the first step", self.layout.groups.data_context)
 
     @contextlib.contextmanager
     def measured(self, observer: Observer | None) -> Iterator[Report]:

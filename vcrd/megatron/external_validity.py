@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from vcrd.errors import expected, wrong_type
@@ -72,7 +71,6 @@ class ExternalValidity:
         self._wants_batch = verifier is not None and "batch" in _parameters(verifier)
         self._tokens_of = tokens_of
         self._layout: Layout | None = None
-        self._groups: tuple[Any, Any] = (None, None)  # tensor, context
         self._drawn: list[Any] = []
         # Arguments of the model's forward for this micro-batch, which may have the edges of packed sequences.
         self.given: dict[str, Any] = {}
@@ -85,12 +83,9 @@ class ExternalValidity:
     def used(self) -> bool:
         return bool(self.keys) or self._verifier is not None
 
-    def place(self, layout: Layout, context_group: dist.ProcessGroup | None = None) -> None:
-        """Tells this rank's place, before the first micro-batch. context_group: default Megatron's."""
-        if layout.context_size > 1 and context_group is None:
-            context_group = parallel_state.get_context_parallel_group()
+    def place(self, layout: Layout) -> None:
+        """Tells this rank's place, before the first micro-batch."""
         self._layout = layout
-        self._groups = (layout.tensor_group, context_group)
         self._defers = layout.device.type == "cuda"
 
     def watched(self, data_iterator: Any) -> Any:
@@ -154,7 +149,8 @@ class ExternalValidity:
             rows = dict(zip(self.keys, sent.view(len(self.keys), *labels.shape), strict=True))
             if STEPS_KEY in rows:
                 found["steps"] = rows[STEPS_KEY].t().long()
-                found["steps_group"] = self._groups[1]
+                split = self._layout.context_size > 1
+                found["steps_group"] = self._layout.groups.context if split else None
             for key, name in zip(SCORE_KEYS, ("student_validity", "teacher_validity"), strict=True):
                 if key in rows:
                     found[name] = rows[key].t().contiguous().view(torch.float32)
@@ -194,7 +190,7 @@ class ExternalValidity:
         Raises `error` on every tensor rank if `make` failed. neutral: int32 [count] that takes the place of the values
         in that case, if the check comes with the next micro-batch.
         """
-        layout, (group, _) = self._layout, self._groups
+        layout, group = self._layout, self._layout.tensor_group
         message = torch.zeros(_HEADER + count, dtype=torch.int32)
         cause = None
         if layout.tensor_rank == 0:

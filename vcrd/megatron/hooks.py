@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -170,6 +170,8 @@ class StepEndHook:
             return
         plain = config.finalize_model_grads_func
 
+        # Megatron-Bridge writes the names of functions into its checkpoints, and imports them by name.
+        @wraps(plain.func if isinstance(plain, partial) else plain)
         def finalize(*args: Any, **kwargs: Any) -> None:
             self._before()
             if plain is not None:

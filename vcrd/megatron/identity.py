@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vcrd.errors import expected, wrong_type
 from vcrd.link.handshake import LONGEST_NAME, Tokenizer
-from vcrd.megatron.layout import plain_copy
-from vcrd.megatron.metrics import megatron_globals
+from vcrd.megatron.layout import Groups, plain_copy
+from vcrd.megatron.training_loop import TrainingLoop, training_loop
 
 _log = logging.getLogger("vcrd")
 _BLOCK = 1 << 22  # elements that are mixed at once, with some 100 MB of int64 temporaries
@@ -25,16 +25,16 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by b
 _FACTORS = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
 
 
-def tokenizer_of(tokenizer: Any = None) -> Tokenizer | None:
+def tokenizer_of(tokenizer: Any = None, loop: TrainingLoop | None = None) -> Tokenizer | None:
     """The statement of a tokenizer: Megatron's, Hugging Face's, or any with a `vocab_size` and maybe a vocabulary.
 
-    tokenizer: None for that of `megatron.training`, if it runs and has built one. Returns None if there is none.
-    TypeError for an object that is no tokenizer.
+    tokenizer: None for that of the training loop, if there is one. loop: default `training_loop()`. Returns None if
+    there is no tokenizer. TypeError for an object that is none.
     """
     given = tokenizer is not None
     if not given:
-        found = megatron_globals()
-        tokenizer = None if found is None else getattr(found, "_GLOBAL_TOKENIZER", None)
+        loop = training_loop() if loop is None else loop
+        tokenizer = None if loop is None else loop.tokenizer
     if tokenizer is None or isinstance(tokenizer, Tokenizer):
         return tokenizer
     # Megatron's classes hold a tokenizer of a library, whose class name says more.
@@ -70,12 +70,6 @@ def _text(token: Any) -> str:
     return token.decode("latin-1") if isinstance(token, bytes) else str(token)
 
 
-def checkpoint_name() -> str:
-    """The folder that `megatron.training` loaded the model from; "" if it does not run."""
-    found = megatron_globals()
-    return "" if found is None else str(getattr(found.get_args(), "load", None) or "")
-
-
 def weights_of(chunk: torch.nn.Module, vocab_size: int) -> int:
     """This rank's share of a digest of the model's weights: `TeacherLink.connect` adds the shares up.
 
@@ -85,7 +79,8 @@ def weights_of(chunk: torch.nn.Module, vocab_size: int) -> int:
     distributed checkpoint.
     """
     try:
-        parts = list(_sharded(chunk.sharded_state_dict()))
+        state = chunk.sharded_state_dict(metadata={"dp_cp_group": Groups.of(chunk).data_context})
+        parts = list(_sharded(state))
     except Exception as error:  # another model's code may raise anything
         raise expected("model", "a sharded_state_dict", f"{error!r:.300}") from None
     total = None

@@ -6,7 +6,6 @@ import logging
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from vcrd.errors import expected
@@ -66,7 +65,7 @@ class LossMask:
         steps_here = layout.tensor_rank == 0 and self._external.has_steps()
         found = [given is not None, given is None, not lacking, bool((labels < 0).any()), steps_here]
         found = _any(found, layout.tensor_group, layout.device)
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        group = layout.groups.data_context
         in_batch_here, steps_here = found[2], found[4]
         # All data-parallel ranks must have masks, or none, and so with steps. Labels below 0 may be on some ranks only.
         found = _any([*found, not in_batch_here, not steps_here], group, layout.device)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from vcrd.link.student import Waits
-from vcrd.megatron.layout import Layout
+from vcrd.megatron.layout import Groups, Layout
 from vcrd.megatron.report import Figures, Report
+from vcrd.megatron.training_loop import TrainingLoop
 from vcrd.monitor.bottleneck import Setup, Wait, cause, sentence
 from vcrd.monitor.telemetry import FIELDS, Telemetry
 from vcrd.settings import DistillSettings
@@ -34,12 +33,6 @@ STEP_KEYS = {
     "vcrd cross entropy": "cross_entropy",
     "vcrd weight": "weight",
 }
-
-
-def megatron_globals() -> Any:
-    """`megatron.training.global_vars` if the script uses it and has set it up, else None."""
-    module = sys.modules.get("megatron.training.global_vars")
-    return module if module is not None and getattr(module, "_GLOBAL_ARGS", None) is not None else None
 
 
 def with_step_sums(
@@ -64,9 +57,9 @@ def with_step_sums(
 class IntervalLog:
     """Writes the figures of every --log-interval iterations, on the last rank, and records the waits of each step.
 
-    teacher: `RemoteTeacher` or `ColocatedTeacher`, whose waits and bytes are written. Collectives, with
-    `megatron.training` only, once per interval: `Report.take` over the data-parallel group with context parallelism on
-    ranks of the last stage, and one all-gather of one `Row` over the world.
+    teacher: `RemoteTeacher` or `ColocatedTeacher`, whose waits and bytes are written. Collectives, where the training
+    loop is known, once per interval: `Report.take` over the data-parallel group with context parallelism on ranks of
+    the last stage, and one all-gather of one `Row` over the world.
     """
 
     def __init__(self, settings: DistillSettings, teacher: Any) -> None:
@@ -88,20 +81,21 @@ class IntervalLog:
             self._layout = layout
             self._start_anew()
 
-    def end_step(self, report: Report | None) -> None:
-        """At the end of a step, on every rank. report: on ranks of the last stage; taken when the interval ends."""
+    def end_step(self, report: Report | None, loop: TrainingLoop | None) -> None:
+        """At the end of a step, on every rank. report: on ranks of the last stage; taken when the interval ends.
+
+        loop: None if the script trains by a loop of its own; it takes the report itself.
+        """
         self._steps += 1
-        found = megatron_globals()
-        iteration = None if found is None else found.get_args().curr_iteration + 1
+        iteration = None if loop is None else loop.iteration
         self._tell_step(iteration)
-        if found is None or iteration % found.get_args().log_interval:
+        if loop is None or iteration % loop.log_interval:
             return
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        figures = report.take(group) if report is not None else None
+        figures = None if report is None else report.take(self._layout.groups.data_context)
         rows = gathered(self._row())
-        # Megatron's writers and log line belong to the last rank.
+        # The writers and the log line belong to the last rank, in both loops.
         if dist.get_rank() == dist.get_world_size() - 1:
-            self._write(found, iteration, figures, rows)
+            self._write(loop, iteration, figures, rows)
         self._start_anew()
 
     def record(self, iteration: int, figures: Figures) -> None:
@@ -149,8 +143,7 @@ class IntervalLog:
         self._of_interval, self._bytes_of_interval = self._teacher.waits, self._teacher.bytes_received
         self._parts_of_interval = self.clock.parts
 
-    def _write(self, found: Any, iteration: int, figures: Figures, rows: list[Row]) -> None:
-        args = found.get_args()
+    def _write(self, loop: TrainingLoop, iteration: int, figures: Figures, rows: list[Row]) -> None:
         values = scalars(figures, max(row.waited for row in rows), sum(row.received for row in rows))
         if figures.invalid_rows:
             _log.warning(
@@ -159,10 +152,10 @@ class IntervalLog:
                 iteration,
             )
         text = " | ".join(f"{name.replace('_', ' ')}: {value:.6g}" for name, value in values.items())
-        print(f" [vcrd] iteration {iteration:8d}/{args.train_iters:8d} | {text} |", flush=True)
+        print(f" [vcrd] iteration {iteration:8d}/{loop.iterations:8d} | {text} |", flush=True)
         self._warn_if_starved(iteration, rows)
         self._record(values, figures, rows)
-        writer, wandb = found.get_tensorboard_writer(), found.get_wandb_writer()
+        writer, wandb = loop.tensorboard, loop.wandb
         share = values["teacher_wait"] / self._seconds()
         tagged = {**values, "teacher_wait_share": share, **over_ranks(rows)}
         tagged = {f"vcrd/{name}": value for name, value in tagged.items()}
@@ -376,13 +369,13 @@ def start_telemetry(
         properties = torch.cuda.get_device_properties(device)
         uuid, name = str(properties.uuid), properties.name
     found = Telemetry(settings.telemetry_dir, role, dist.get_rank(), uuid=uuid)
-    found.write("start", device=name, **_facts(settings))
+    found.write("start", device=name, **_facts(settings, Groups.of(chunk)))
     if teacher is not None:
         found.follow("link_bytes", lambda: teacher.bytes_received)
     return found
 
 
-def _facts(settings: DistillSettings) -> dict[str, Any]:
+def _facts(settings: DistillSettings, groups: Groups) -> dict[str, Any]:
     """The run and this rank's place in it, as `python -m vcrd report` shows them."""
     names = (
         "divergence",
@@ -396,13 +389,13 @@ def _facts(settings: DistillSettings) -> dict[str, Any]:
     link = ("payload", "transport", "credits")
     return {
         "world": dist.get_world_size(),
-        "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
-        "tensor_size": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline_rank": parallel_state.get_pipeline_model_parallel_rank(),
-        "pipeline_size": parallel_state.get_pipeline_model_parallel_world_size(),
-        "context_size": parallel_state.get_context_parallel_world_size(),
-        "data_rank": parallel_state.get_data_parallel_rank(),
-        "data_size": parallel_state.get_data_parallel_world_size(),
+        "tensor_rank": groups.tensor.rank(),
+        "tensor_size": groups.tensor.size(),
+        "pipeline_rank": groups.pipeline.rank(),
+        "pipeline_size": groups.pipeline.size(),
+        "context_size": groups.context.size(),
+        "data_rank": groups.data.rank(),
+        "data_size": groups.data.size(),
         "torch": torch.__version__,
         "validity": settings.validity if isinstance(settings.validity, str) else "a function",
         "settings": {name: getattr(settings, name) for name in names}

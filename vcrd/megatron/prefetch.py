@@ -35,6 +35,7 @@ class Prefetcher:
 
     number: what `ask` returned for the micro-batch that was drawn last; -1 before the first. batch: that micro-batch.
     drawn: how many were drawn. late: while true, it asks nothing and draws nothing ahead; its owner asks for `batch`.
+    in_step: whether it draws ahead within the present step only, by `step_size`.
     tokens_of: the key of the tokens in a micro-batch, or a function that finds them; int [b, s]. Edges of packed
     sequences are taken from the micro-batch (`packing.packed`).
     who_draws: watches the generators and decides whether to draw ahead at all. Default: always.
@@ -63,6 +64,7 @@ class Prefetcher:
         self.drawn = 0
         self.batch: Any = None
         self.late = False
+        self.in_step = False
         self._ask = ask
         self._ahead = ahead
         self._tokens_of = tokens_of
@@ -134,7 +136,10 @@ class Prefetcher:
 
     def _wanted(self) -> int:
         may = not self.late and (self._who_draws is None or self._who_draws.may_draw_ahead())
-        return 1 + self._ahead if may else 1
+        ahead = self._ahead if may else 0
+        if self.in_step:
+            ahead = min(ahead, max(0, self._step_size() - len(self._step) - 1))
+        return 1 + ahead
 
     def _fill(self, now: dict[str, Any]) -> None:
         """Draws and asks for the next micro-batch and those ahead. The random state stays `now`."""

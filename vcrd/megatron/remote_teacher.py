@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from vcrd.errors import expected
@@ -120,10 +119,10 @@ class RemoteTeacher:
         The script goes on drawing from Megatron's iterator that can rewind, whose source becomes the one that draws
         ahead. So what that iterator keeps and saves in a checkpoint are the micro-batches of the step alone.
         """
-        if self._layout.asks and data_iterator is not None:
-            self._draw_ahead_of(data_iterator)
         again, before = running_again(), self._running_again
         self._running_again = again
+        if self._layout.asks and data_iterator is not None and not again:
+            self._draw_ahead_of(data_iterator)
         if again and not before:
             self._take_what_is_pending()
         if not self._layout.asks or data_iterator is None:
@@ -141,7 +140,7 @@ class RemoteTeacher:
     def _draw_ahead_of(self, data_iterator: Any) -> None:
         if self._source is not data_iterator:
             self._replace_iterator(data_iterator)
-        if self._step_ended and not running_again():
+        if self._step_ended:
             self._step_ended = False
             self._ahead.begin_step()
 
@@ -164,6 +163,7 @@ class RemoteTeacher:
         self._ahead = Prefetcher(
             source, self._link.request, credit, self._tokens_of, self._who_draws, _micro_batches_of_step
         )
+        self._ahead.in_step = _of_one_step(data_iterator)
         self._ahead.late = self._late
         if rewinds:
             data_iterator.iterable = self._ahead
@@ -181,7 +181,7 @@ class RemoteTeacher:
         pending = 0 if self._ahead is None else self._ahead.pending
         if self._layout.tensor_size * self._layout.context_size > 1:
             told = torch.tensor([pending], device=self._layout.device)  # 0 on ranks that do not ask
-            dist.all_reduce(told, group=parallel_state.get_tensor_and_context_parallel_group())
+            dist.all_reduce(told, group=self._layout.groups.tensor_context)
             pending = int(told)
         while len(self._kept) < pending:
             self._kept.append(self._receive())
@@ -270,7 +270,7 @@ class RemoteTeacher:
         """Spreads what the rank that asks found with the first micro-batch to the ranks that share its answers."""
         said = [None if problem is None else str(problem), self._late]
         layout = self._layout
-        context = parallel_state.get_context_parallel_group() if layout.context_size > 1 else None
+        context = layout.groups.context if layout.context_size > 1 else None
         for group in (context, layout.tensor_group):
             if group is not None:
                 dist.broadcast_object_list(said, dist.get_global_rank(group, 0), group=group)
@@ -326,6 +326,11 @@ def _micro_batches_of_step() -> int:
         return get_num_microbatches()
     except AttributeError:  # there is no calculator
         return 0
+
+
+def _of_one_step(data_iterator: Any) -> bool:
+    """Whether this is an iterator that Megatron-Bridge makes for each step, over one that its other chunks share."""
+    return type(data_iterator).__module__ == "megatron.bridge.data.iterator_utils"
 
 
 def _saves_unseen(source: Any, rewinds: bool) -> bool:

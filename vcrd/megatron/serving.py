@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from vcrd.errors import expected
@@ -21,11 +19,12 @@ from vcrd.link.handshake import LONGEST_NAME, Head, Identity, TeacherPlace
 from vcrd.link.teacher import Request, TeacherLink
 from vcrd.megatron.compatibility import refuse_delayed_scaling, refuse_uneven_tokens
 from vcrd.megatron.hooks import ExtraHeads
-from vcrd.megatron.identity import checkpoint_name, tokenizer_of, weights_of
-from vcrd.megatron.layout import Layout, plain_copy, unwrap
+from vcrd.megatron.identity import tokenizer_of, weights_of
+from vcrd.megatron.layout import Layout, plain_copy, schedule_of, unwrap
 from vcrd.megatron.metrics import start_telemetry
 from vcrd.megatron.output_layer import Captured, OutputLayer
 from vcrd.megatron.packing import PackedInputs
+from vcrd.megatron.training_loop import training_loop
 from vcrd.monitor.bottleneck import idle_sentence
 from vcrd.monitor.telemetry import Telemetry
 from vcrd.settings import DistillSettings
@@ -78,13 +77,13 @@ def serve(
     layout = Layout.of(chunk, settings)
     refuse_delayed_scaling(chunk.config)
     head = None
-    if settings.link.payload == "hidden" and parallel_state.is_pipeline_last_stage():
+    if settings.link.payload == "hidden" and layout.groups.last_stage:
         head = ServedHead(chunk, layout.tensor_group)
     identity = _identity(chunk, layout, tokenizer, checkpoint)
-    limit = microbatches or 2 * parallel_state.get_pipeline_model_parallel_world_size()
+    limit = microbatches or 2 * layout.groups.pipeline.size()
     served = 0
     training = chunk.training
-    serving = Serving(start_telemetry(chunk, settings, "teacher"), layout.data_rank)
+    serving = Serving(start_telemetry(chunk, settings, "teacher"), layout)
     chunk.eval()
     try:
         for link in _links(settings, layout, head, identity, stay):
@@ -110,8 +109,10 @@ def _identity(chunk: torch.nn.Module, layout: Layout, tokenizer: Any, checkpoint
     except ValueError as error:
         weights = None
         _log.warning("a teacher that comes back with other weights will not be noticed: %s", error)
-    name = checkpoint_name() if checkpoint is None else checkpoint
-    return Identity(found, weights, name[-LONGEST_NAME:])
+    if checkpoint is None:
+        loop = training_loop()
+        checkpoint = str(getattr(loop and loop.arguments, "load", None) or "")
+    return Identity(found, weights, checkpoint[-LONGEST_NAME:])
 
 
 def _links(
@@ -154,9 +155,9 @@ def _connect(
             replicas=layout.data_size,
             tensor_rank=layout.tensor_rank,
             tensor_size=layout.tensor_size,
-            is_last_stage=parallel_state.is_pipeline_last_stage(),
+            is_last_stage=layout.groups.last_stage,
         ),
-        group=parallel_state.get_model_parallel_group(),
+        group=layout.groups.model,
         tensor_group=layout.tensor_group,
         head=head.facts if head else None,
         head_weight=head.weight if head else None,
@@ -212,7 +213,7 @@ def _answer(
         return output, partial(_respond, link, request, head, captured)
 
     with ExtraHeads(unwrap(model)).off():
-        get_forward_backward_func()(
+        schedule_of(unwrap(model))(
             forward_step_func=forward_step,
             data_iterator=iter(requests),
             model=model,
@@ -273,12 +274,10 @@ class Serving:
     tells the two apart.
     """
 
-    def __init__(self, telemetry: Telemetry | None, replica: int) -> None:
+    def __init__(self, telemetry: Telemetry | None, layout: Layout) -> None:
         self._telemetry = telemetry
-        self._replica = replica
-        self._reports = (
-            parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
-        )
+        self._replica = layout.data_rank
+        self._reports = layout.groups.last_stage and layout.tensor_rank == 0
         self._mark = time.perf_counter()
         self._idle = self._busy = self._blocked = 0.0
 
