@@ -28,7 +28,7 @@ if not ON_GPU:
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 
-from examples.on_policy import plot, train  # noqa: E402
+from examples.on_policy import train  # noqa: E402
 
 
 def main() -> None:
@@ -53,6 +53,8 @@ def main() -> None:
     for seed in range(1, sizes.seeds + 1):
         runs += train.compare(teacher, about, seed, sizes, say)
         if dist.get_rank() == 0:
+            from examples.on_policy import plot
+
             results = {
                 "layout": {"tensor": options.tensor, "pipeline": options.pipeline},
                 "sizes": asdict(sizes),

@@ -17,12 +17,6 @@ _STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "vcrd",
 }
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "svg.hashsalt": "vcrd",
-}
 
 
 def draw(path: Path, results: dict[str, Any]) -> None:

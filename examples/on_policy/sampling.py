@@ -11,6 +11,13 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+# What Megatron's static cache does not support; its own engines turn sequence parallelism off to sample.
+_CANNOT = {
+    "sequence_parallel": False,
+    "context_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+}
+
 
 @torch.no_grad()
 def sample(
@@ -25,13 +32,23 @@ def sample(
 ) -> list[list[int]]:
     """A response to each prompt, up to and with the token `end`, the same on every rank that has a part of the model.
 
-    model: this rank's part, which is one chunk: Megatron's interleaved schedule is not supported. length: the most
-    tokens of a prompt and its response together. vocab_size: without padding, which is never sampled. temperature: 0
-    for the most probable tokens. The samples depend on the weights, the prompts and the seed alone, and not on the
-    parallel layout, as far as its rounding goes.
+    model: this rank's part. length: the most tokens of a prompt and its response together. vocab_size: without padding,
+    which is never sampled. temperature: 0 for the most probable tokens. The samples depend on the weights, the prompts
+    and the seed alone; not on the parallel layout, as far as its rounding goes.
 
+    ValueError, before any collective, for prompts that leave no room, and for a kind of parallelism in `_CANNOT`.
     Collectives, per token: those of the forward, which gathers the logits, and one broadcast over the pipeline.
     """
+    for name, value in _CANNOT.items():
+        if getattr(model.config, name, value) != value:
+            raise ValueError(
+                f"{name}: expected {value} in a model that samples, got {getattr(model.config, name)}"
+            )
+    if not prompts or not all(0 < len(prompt) < length for prompt in prompts):
+        got = sorted({len(prompt) for prompt in prompts})
+        raise ValueError(
+            f"prompts: expected at least one, each of 1 to {length - 1} tokens, got lengths {got}"
+        )
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

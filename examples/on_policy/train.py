@@ -14,8 +14,7 @@ from examples.on_policy.model import VOCAB, Learner, forward_step, shape
 from examples.on_policy.problems import LENGTH, draw, is_right, micro_batches, right_steps, solution
 from examples.on_policy.sampling import sample
 from examples.verified.arithmetic import END, Chain, decode, encode
-from vcrd.megatron import distill
-from vcrd.settings import DistillSettings
+from vcrd.megatron import DistillSettings, distill
 
 Say = Callable[[str], None]
 
@@ -34,11 +33,11 @@ class Sizes:
     student_updates: int = 250
     first_rows: int = 64
     first_rate: float = 5e-3
-    updates: int = 120
+    updates: int = 150
     fresh: int = 5
     rows: int = 32
     parts: int = 2
-    rate: float = 2e-3
+    rate: float = 3e-3
     held_out: int = 200
     interval: int = 30
     seeds: int = 3

@@ -32,6 +32,31 @@ def samples(temperature: float, seed: int, prompts: list[list[int]] = PROMPTS) -
     return found
 
 
+def refusals() -> list[str]:
+    """What `sample` says about prompts and models that it does not take."""
+    from examples.on_policy.sampling import sample
+
+    part, found = model(), []
+    for prompts, name, value in (
+        ([], None, None),
+        ([[1], []], None, None),
+        ([[1], [2] * LENGTH], None, None),
+        (PROMPTS, "sequence_parallel", True),
+        (PROMPTS, "context_parallel_size", 2),
+    ):
+        if name is not None:
+            before = getattr(part.config, name)
+            setattr(part.config, name, value)
+        try:
+            sample(part, prompts, LENGTH, END, vocab_size=TRUE_VOCAB)
+            found.append("nothing")
+        except ValueError as error:
+            found.append(str(error))
+        if name is not None:
+            setattr(part.config, name, before)
+    return found
+
+
 def many_samples(options: list[tuple[float, int]]) -> list[list[list[int]]]:
     return [samples(*each) for each in options]
 
@@ -59,9 +84,9 @@ def step_by_step(temperature: float, seed: int) -> list[list[int]]:
     return found
 
 
-def both(options: list[tuple[float, int]]) -> list[tuple]:
-    """Of each option, the samples and what they should be."""
-    return [(samples(*each), step_by_step(*each)) for each in options]
+def both(options: list[tuple[float, int]]) -> tuple[list[tuple], list[str]]:
+    """Of each option, the samples and what they should be; and the refusals."""
+    return [(samples(*each), step_by_step(*each)) for each in options], refusals()
 
 
 def resumed(method_name: str) -> SimpleNamespace:

@@ -28,8 +28,9 @@ def test_samples_are_those_of_each_row_alone_on_every_rank_and_in_every_layout()
         World(jobs.both, arguments=(OPTIONS,)),
         World(jobs.many_samples, 4, tensor=2, pipeline=2, arguments=(OPTIONS,)),
     )
-    found = [samples for samples, _ in alone[0]]
-    for samples, expected in alone[0]:
+    pairs, refusals = alone[0]
+    found = [samples for samples, _ in pairs]
+    for samples, expected in pairs:
         assert samples == expected
     assert split == [found] * 4
     greedy, one, other, cold = found
@@ -43,6 +44,13 @@ def test_samples_are_those_of_each_row_alone_on_every_rank_and_in_every_layout()
         for prompt, row in zip(jobs.PROMPTS, samples, strict=True):
             assert row[-1] == jobs.END or len(prompt) + len(row) == jobs.LENGTH
     assert len(rows) > len(ended)  # both ways to end occur
+    assert refusals == [
+        "prompts: expected at least one, each of 1 to 13 tokens, got lengths []",
+        "prompts: expected at least one, each of 1 to 13 tokens, got lengths [0, 1]",
+        "prompts: expected at least one, each of 1 to 13 tokens, got lengths [1, 14]",
+        "sequence_parallel: expected False in a model that samples, got True",
+        "context_parallel_size: expected 1 in a model that samples, got 2",
+    ]
 
 
 def test_steps_are_judged_as_the_verifier_judges_each_symbol():
