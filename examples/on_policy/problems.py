@@ -59,9 +59,9 @@ def micro_batches(
 ) -> list[dict[str, Tensor]]:
     """Micro-batches of `size` samples, with Megatron's keys [size, LENGTH]; the loss is on the responses alone.
 
-    With `teacher_validity`, the share of the teacher's steps that are right, also the scores of the steps: the
-    student's validity is 1 in a right step and 0 in the first wrong one. In later steps nothing can be right any more,
-    so both are equally valid there.
+    With `teacher_validity`, how often the teacher's steps are right, also the scores of the steps: the student's
+    validity is 1 in a right step and 0 in the first wrong one. In later steps nothing can be right any more, so both
+    are equally valid there.
     """
     rows = [
         _row(chain, response, teacher_validity) for chain, response in zip(problems, responses, strict=True)
