@@ -1,4 +1,4 @@
-"""The curves of solved problems, as a picture."""
+"""How many more problems the students solve, as a picture."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ _STYLE = {
 
 
 def draw(path: Path, results: dict[str, Any]) -> None:
-    """Writes the median over the seeds of each method, and the range. results: as in results.json."""
+    """Writes each method's gain since the start of the distillation: the median over the seeds, and the range.
+
+    results: as in results.json. The gain, because students of different seeds start far apart.
+    """
     interval = results["sizes"]["interval"]
     curves: dict[str, list[list[float]]] = {}
     for run in results["runs"]:
-        curves.setdefault(run["method"], []).append([100 * share for share in run["solved"]])
+        curves.setdefault(run["method"], []).append(
+            [100 * (share - run["solved"][0]) for share in run["solved"]]
+        )
     with rc_context(_STYLE):
         figure = Figure(figsize=(7.5, 4.2), layout="constrained")  # not pyplot, which needs a screen
         axes = figure.subplots()
@@ -33,9 +38,7 @@ def draw(path: Path, results: dict[str, Any]) -> None:
             middle, low, high = (list(map(pick, zip(*each, strict=True))) for pick in (median, min, max))
             axes.plot(updates, middle, color=colour, linewidth=2, label=name)
             axes.fill_between(updates, low, high, color=colour, alpha=0.12, linewidth=0)
-        axes.axhline(
-            100 * results["teacher"]["solved"], color="#22262b", linewidth=1, linestyle=":", label="teacher"
-        )
-        axes.set(xlabel="updates", ylabel="held-out problems solved (%)", ylim=(0, 100))
+        axes.axhline(0, color="#22262b", linewidth=1, linestyle=":")
+        axes.set(xlabel="updates", ylabel="held-out problems solved, gain in points")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         figure.savefig(path, metadata={"Date": None})
