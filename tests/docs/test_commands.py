@@ -25,6 +25,10 @@ PAGES = (ROOT / "README.md", ROOT / "docker/README.md", *sorted((ROOT / "docs").
 RUN = {
     ("README.md", 0): "tests/demo/test_demo.py::test_demo_distils_and_shows_it",
     ("docs/cluster.md", 1): "tests/slurm/test_slurm.py::test_the_example_of_the_page_runs",
+    (
+        "docs/on-policy.md",
+        0,
+    ): "tests/examples/test_on_policy.py::test_the_command_compares_all_methods_and_draws_them",
     ("docs/pretraining.md", 0): "tests/megatron/pretrain_jobs.py::CPU",
     **{
         (
