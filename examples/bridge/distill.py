@@ -175,12 +175,12 @@ def colocated(args: argparse.Namespace, student: Any) -> Callable[[], list[Any]]
         built = provider.provide_distributed_model(
             wrap_with_ddp=False,
             use_cpu_initialization=models.ON_CPU,
-            pg_collection=students[0].module.pg_collection,
+            pg_collection=students[0].pg_collection,
         )
         chunks.extend(chunk.eval().requires_grad_(False) for chunk in built)
         return students
 
-    student.register_post_wrap_hook(build)
+    student.register_pre_wrap_hook(build)
     return lambda: chunks
 
 

@@ -306,6 +306,7 @@ def test_a_run_goes_on_from_its_checkpoint(linked, bridge, checkpoints, tmp_path
             (*DISTILL, *SHORT, "train.no=1"),
             "section.name=value: expected a setting of Bridge's ConfigContainer",
         ),
+        ((*DISTILL, *SHORT, "--teacher", "cache"), "VCRD_ADDRESS: expected host:port "),
         (
             ("export.py", "--checkpoint", "/nowhere", "--out", "HF/out"),
             "--checkpoint: expected the folder of a ",
