@@ -113,6 +113,8 @@ def config_of(args: argparse.Namespace, hf: str, provider: Any, overrides: list[
 
     provider.context_parallel_size = args.cp
     provider.calculate_per_token_loss = True  # each token of a step counts alike, whatever is masked
+    # Megatron's distributed optimizer cannot resume with torch's Adam, which takes the place of Transformer Engine's.
+    distributed = not models.ON_CPU
     fixed_length = args.pp > 1 or args.cp > 1  # pipeline stages expect one shape
     config = bridge.ConfigContainer(
         model=provider,
@@ -126,7 +128,7 @@ def config_of(args: argparse.Namespace, hf: str, provider: Any, overrides: list[
             min_lr=1e-5,
             adam_beta2=0.98,
             clip_grad=1.0,
-            use_distributed_optimizer=True,
+            use_distributed_optimizer=distributed,
             bf16=args.dtype == "bfloat16",
         ),
         scheduler=bridge.SchedulerConfig(
@@ -135,8 +137,11 @@ def config_of(args: argparse.Namespace, hf: str, provider: Any, overrides: list[
             start_weight_decay=0.0,
             end_weight_decay=0.0,
             weight_decay_incr_style="constant",
+            override_opt_param_scheduler=True,  # a resumed run may have more iterations
         ),
-        ddp=bridge.DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        ddp=bridge.DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed
+        ),
         dataset=GPTSFTDatasetConfig(
             dataset_root=str(args.data.absolute()),
             seq_length=args.seq_length,
@@ -165,8 +170,9 @@ def colocated(args: argparse.Namespace, student: Any) -> Callable[[], list[Any]]
     provider = models.provider_of(models.bridge_of(args.teacher_hf), args)
     for name in ("context_parallel_size", "sequence_parallel", "virtual_pipeline_model_parallel_size"):
         setattr(provider, name, getattr(student, name))
-    # The stages exchange the hidden states of both models.
-    student.variable_seq_lengths = provider.variable_seq_lengths = args.pp > 1
+    if args.pp > 1:
+        # The stages exchange the hidden states of both models. Megatron's default dispatcher of experts refuses this.
+        student.variable_seq_lengths, student.moe_token_dispatcher_type = True, "alltoall"
     chunks: list[Any] = []
 
     def build(students: list[Any]) -> list[Any]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import hugging_face
 import pytest
 import torch
-from bridge_forks import Forks, Job, script
+from bridge_forks import ROOT, Forks, Job, script
 
 from examples.bridge.prune import parse_layers, prune
 
@@ -102,8 +105,8 @@ def test_what_cannot_be_pruned_is_refused_and_leaves_nothing(checkpoints, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def convert(folder: Path, out: Path, tensor: int, stages: int) -> dict[str, Any]:
-    """Of both checkpoints: the logits of a Megatron model in this layout, on the last stage; saves it as well."""
+def convert(folder: Path, out: Path, kinds: tuple[str, ...], tensor: int, stages: int) -> dict[str, Any]:
+    """Of each checkpoint: the logits of a Megatron model in this layout, on the last stage; saves it as well."""
     from examples.bridge import models
 
     models.start()
@@ -112,20 +115,20 @@ def convert(folder: Path, out: Path, tensor: int, stages: int) -> dict[str, Any]
     from megatron.core import parallel_state
 
     found = {}
-    for kind in ("qwen3", "llama"):
+    for kind in kinds:
         bridge = models.bridge_of(str(folder / kind))
         args = Namespace(tp=tensor, pp=stages, seq_length=SEQUENCE, dtype="float32")
         provider = models.provider_of(bridge, args)
         provider.finalize()
         provider.initialize_model_parallel(seed=0)
         chunks = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-        found[kind] = logits_of(chunks[0])
+        found[kind] = logits_of(chunks[0], bridge.hf_pretrained.config.vocab_size)
         bridge.save_megatron_model(chunks, out / kind, hf_tokenizer_path=folder / kind)
         parallel_state.destroy_model_parallel()
     return found
 
 
-def logits_of(chunk: torch.nn.Module) -> torch.Tensor | None:
+def logits_of(chunk: torch.nn.Module, vocabulary: int) -> torch.Tensor | None:
     """Through Megatron's schedule, [b, s, true vocabulary], on the last stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -145,7 +148,7 @@ def logits_of(chunk: torch.nn.Module) -> torch.Tensor | None:
         )
     if not collected:
         return None
-    return gather_from_tensor_model_parallel_region(collected[0])[..., : hugging_face.VOCABULARY]
+    return gather_from_tensor_model_parallel_region(collected[0])[..., :vocabulary]
 
 
 def some_tokens() -> torch.Tensor:
@@ -157,8 +160,14 @@ def some_tokens() -> torch.Tensor:
 def test_a_checkpoint_becomes_a_megatron_model_and_comes_back_bit_for_bit(
     bridge, checkpoints, tmp_path, tensor, stages
 ):
+    check_conversions(bridge, checkpoints, tmp_path, ("qwen3", "llama"), tensor, stages)
+
+
+def check_conversions(
+    bridge: Forks, checkpoints: Path, tmp_path: Path, kinds: tuple[str, ...], tensor: int, stages: int
+) -> None:
     ranks = tensor * stages
-    job = Job(convert, (checkpoints, tmp_path, tensor, stages), tmp_path / "convert.log", ranks)
+    job = Job(convert, (checkpoints, tmp_path, kinds, tensor, stages), tmp_path / "convert.log", ranks)
     (found,) = bridge.run(job)
     exports = []
     for kind in found[0]:
@@ -190,7 +199,7 @@ class Pair:
         self, steps: int = STEPS, layout: tuple = ("--tp", 2), teacher: tuple | None = ("--tp", 2)
     ) -> None:
         """teacher: the layout of its job; None for one in the student's ranks."""
-        environment = {"VCRD_ADDRESS": f"file:{self.folder}/address", "VCRD_CONNECT_TIMEOUT": "90"}
+        environment = {"VCRD_ADDRESS": f"file:{self.folder}/address", "VCRD_PAYLOAD": "float32"}
         words = [
             "examples/bridge/distill.py",
             "--student-hf",
@@ -289,8 +298,8 @@ def test_a_run_goes_on_from_its_checkpoint(linked, bridge, checkpoints, tmp_path
     ("words", "says"),
     [
         (
-            ("teacher.py", "--hf", "/nowhere"),
-            "Hugging Face checkpoint: expected one that Bridge converts, got /n",
+            ("teacher.py", "--hf", "HF/none"),
+            "Hugging Face checkpoint: expected one that Bridge converts, got ",
         ),
         (
             ("teacher.py", "--hf", "HF/llama", "--pp", 3, *SHORT),
@@ -306,9 +315,9 @@ def test_a_run_goes_on_from_its_checkpoint(linked, bridge, checkpoints, tmp_path
             (*DISTILL, *SHORT, "train.no=1"),
             "section.name=value: expected a setting of Bridge's ConfigContainer",
         ),
-        ((*DISTILL, *SHORT, "--teacher", "cache"), "VCRD_ADDRESS: expected host:port "),
+        ((*DISTILL, *SHORT, "--teacher", "cache"), "VCRD_ADDRESS (--vcrd-address): expected host:port "),
         (
-            ("export.py", "--checkpoint", "/nowhere", "--out", "HF/out"),
+            ("export.py", "--checkpoint", "HF/none", "--out", "HF/out"),
             "--checkpoint: expected the folder of a ",
         ),
     ],
@@ -318,3 +327,32 @@ def test_wrong_arguments_are_refused_in_one_sentence(bridge, checkpoints, tmp_pa
     with pytest.raises(AssertionError, match=r"^exit codes \[78\]") as raised:
         bridge.run(Job(script, (f"examples/bridge/{name}", *rest), tmp_path / "log"))
     assert f"{name}: {says}" in str(raised.value)
+
+
+@needs_bridge
+@pytest.mark.slow
+def test_the_real_smollm2_comes_back_bit_for_bit(bridge, tmp_path):
+    pytest.importorskip("gguf")
+    from examples.bridge.smollm2 import write
+
+    write(tmp_path / "from")
+    check_conversions(bridge, tmp_path / "from", tmp_path, ("smollm2",), 3, 1)
+
+
+@needs_bridge
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_distils_the_real_smollm2(tmp_path):
+    """In fresh processes, as a user types it. With two short steps."""
+    pytest.importorskip("gguf")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VCRD_")}
+    environment |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "STEPS": "2"}
+    environment |= {"EXTRA": "train.global_batch_size=2"}
+    command = ["examples/bridge/demo.sh", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=850)
+    assert done.returncode == 0, done.stdout + done.stderr
+    divergences = [float(value) for value in re.findall(r"vcrd divergence: (\S+)", done.stdout)]
+    assert len(divergences) == 2 and all(1 < value < 10 for value in divergences)
+    (difference,) = re.findall(r"largest difference of a logit from Megatron's: (\S+)", done.stdout)
+    assert float(difference) < 1e-3
+    assert load(tmp_path / "exported").config.num_hidden_layers == 10
