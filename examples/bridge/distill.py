@@ -119,7 +119,11 @@ def config_of(args: argparse.Namespace, hf: str, provider: Any, overrides: list[
     config = bridge.ConfigContainer(
         model=provider,
         train=bridge.TrainingConfig(
-            train_iters=1000, global_batch_size=64, micro_batch_size=1, exit_signal_handler=True
+            train_iters=1000,
+            global_batch_size=64,
+            micro_batch_size=1,
+            exit_signal_handler=True,
+            exit_signal_handler_for_dataloader=True,  # Slurm signals every process
         ),
         validation=bridge.ValidationConfig(eval_interval=100, eval_iters=0),
         optimizer=bridge.OptimizerConfig(

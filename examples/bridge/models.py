@@ -42,7 +42,6 @@ def start() -> None:
     """Without a GPU, opens the CPU mode. To be called before anything of Megatron is imported."""
     if ON_CPU:
         cpu.enable()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def refuse(error: object) -> NoReturn:

@@ -18,10 +18,10 @@ MISSING = why_not() or (
 )
 pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=MISSING or ""),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.slow,
 ]
-ITERATIONS = 60
+ITERATIONS = 30
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 
 
@@ -62,7 +62,7 @@ def test_a_student_job_that_is_told_to_stop_saves_and_runs_again(tmp_path_factor
                 text = log.read_text() if log.exists() else ""
                 return bool(re.search(words, text)) or cluster.job(student) in ENDED
 
-            wait_until(found, 200, f"the log has {words!r}", lambda: log.read_text()[-3000:])
+            wait_until(found, 300, f"the log has {words!r}", lambda: log.read_text()[-3000:])
             assert re.search(words, log.read_text()), log.read_text()[-3000:]
 
         says(r"iteration +3/")
@@ -70,7 +70,7 @@ def test_a_student_job_that_is_told_to_stop_saves_and_runs_again(tmp_path_factor
         says("stopped and saved with status 0")
         wait_until(
             lambda: cluster.job(student) in ENDED,
-            240,
+            400,
             "the student has ended",
             lambda: log.read_text()[-3000:],
         )
@@ -78,7 +78,7 @@ def test_a_student_job_that_is_told_to_stop_saves_and_runs_again(tmp_path_factor
         text = log.read_text()
         assert "successfully loaded checkpoint" in text
         # No iteration runs twice, and none is left out.
-        assert [int(n) for n in re.findall(r"iteration +(\d+)/ +\d+ ", text)] == list(
+        assert [int(n) for n in re.findall(r"iteration +(\d+)/.*?lm loss", text)] == list(
             range(1, ITERATIONS + 1)
         )
         cluster.run("scancel", teacher)
