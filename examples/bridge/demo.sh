@@ -8,6 +8,7 @@ cd "$(dirname "$0")/../.."
 folder=$(realpath -m "${1:-bridge-results}")
 python=${PYTHON:-python}
 mkdir -p "$folder"
+echo '*' >"$folder/.gitignore"
 rm -rf "$folder/run" "$folder/exported" # of an earlier run
 export VCRD_ADDRESS=file:$folder/address OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES='' PYTHONWARNINGS=ignore
 read -ra extra <<<"${EXTRA:-}"

@@ -117,6 +117,7 @@ def _rank(job: Job, rank: int, port: int) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.size, "LOCAL_WORLD_SIZE": job.size}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "USE_LIBUV": 0}
     os.environ.update({name: str(value) for name, value in place.items()}, **job.environment)
+    torch.set_num_threads(1)  # as torchrun sets OMP_NUM_THREADS
     try:
         torch.save(job.run(*job.arguments), _result(job, rank))
     except BaseException:

@@ -110,7 +110,6 @@ def convert(folder: Path, out: Path, kinds: tuple[str, ...], tensor: int, stages
     from examples.bridge import models
 
     models.start()
-    torch.set_num_threads(1)
     models.init_process_group()
     from megatron.core import parallel_state
 
