@@ -40,10 +40,11 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help environment constraints demo test test-all test-durations bench bench-link evidence estimators mutants build lint format cuda-check cuda-home container-check gpu-check clean always
+.PHONY: help environment constraints demo bridge-demo test test-all test-durations bench bench-link evidence estimators mutants build lint format cuda-check cuda-home container-check gpu-check clean always
 
 help:
 	@echo "make demo     distil a real model; the first run installs and builds"
+	@echo "make bridge-demo  distil a Hugging Face checkpoint by Megatron-Bridge and export it; needs Python 3.12"
 	@echo "make test     run the fast tests, which find nearly every error: some minutes"
 	@echo "make test-all  run every test   make test-durations  show the slowest tests of the last run"
 	@echo "make mutants  plant errors in a copy, one at a time, and check that the tests find them: long"
@@ -62,6 +63,9 @@ help:
 
 demo: $(DONE)/demo $(DONE)/extension
 	@$(RUN) -m examples.demo $(ARGS)
+
+bridge-demo: $(DONE)/demo $(DONE)/integrations $(DONE)/extension
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/bridge/demo.sh $(ARGS)
 
 # All tests of a file run in one process, because they share fixtures. The slowest files start first.
 PYTEST = $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --junitxml=build/tests-$(TAG).xml \

@@ -9,20 +9,9 @@ examples/serve_teacher.py, or runs in the same processes with --vcrd-local-teach
 from __future__ import annotations
 
 if __name__ == "__mp_main__":
-    # A helper process that Megatron spawned to write checkpoints. Slurm signals every process of a job before the last
-    # checkpoint is written. So the helper ignores the signal, and ends when its parent has ended.
-    import os
-    import signal
-    import threading
-    import time
+    from examples.checkpoint_writer import ignore_signals
 
-    def _end_with_parent(parent: int = os.getppid()) -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    ignore_signals()
 
 import argparse
 import sys

@@ -1,5 +1,7 @@
 """Converts weights between Hugging Face Llama and Megatron shards with tensor and pipeline parallelism.
 
+Megatron-Bridge could do this too (examples/bridge), but it needs Python 3.12, and the demo runs on 3.10 and newer.
+
 The differences, besides names:
 - Megatron has query, key and value in one matrix, group after group, each group with its query, key and value;
 - gate and up projection are one matrix; each tensor shard has its part of the gate above its part of the up;

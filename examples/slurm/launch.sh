@@ -51,6 +51,12 @@ port() { echo $((10000 + SLURM_JOB_ID % 5000 * 4 + $1)); }
 # Exit status of examples/serve_teacher.py for wrong arguments (EX_CONFIG of sysexits.h). A restart would not help.
 WRONG_ARGUMENTS=78
 
+# What the scripts of Megatron-LM need besides STUDENT_ARGS and TEACHER_ARGS, and which folders a container mounts.
+# examples/bridge has its own.
+STUDENT_FIXED=(--save "$RUN_DIR/student" --load "$RUN_DIR/student" --exit-signal-handler)
+TEACHER_FIXED=(--load "$TEACHER_CHECKPOINT" --use-checkpoint-args)
+MOUNTED=("$PWD" "$RUN_DIR" "$STUDENTS_DIR" "$TEACHER_CHECKPOINT")
+
 # Exists when the job was told to stop and its student saves.
 export STOP_FILE=$RUN_DIR/.stopped-$SLURM_JOB_ID
 trap 'rm -f "$STOP_FILE"' EXIT
@@ -62,7 +68,7 @@ mounts() {
         echo "$CONTAINER_MOUNTS"
         return
     fi
-    for path in "$PWD" "$RUN_DIR" "$STUDENTS_DIR" "$TEACHER_CHECKPOINT"; do
+    for path in "${MOUNTED[@]}"; do
         if [[ -e $path ]]; then found+=("$path"); fi
     done
     local IFS=,
@@ -112,8 +118,7 @@ run_student() {
     local arguments component=$1 nodes=$2
     mapfile -d '' -t arguments < <(split "$STUDENT_ARGS")
     rm -f "$STOP_FILE"
-    start "$component" "$nodes" "$(port 0)" "$STUDENT_SCRIPT" "${arguments[@]}" \
-        --save "$RUN_DIR/student" --load "$RUN_DIR/student" --exit-signal-handler
+    start "$component" "$nodes" "$(port 0)" "$STUDENT_SCRIPT" "${arguments[@]}" "${STUDENT_FIXED[@]}"
 }
 
 # Runs the teacher, and restarts it after failures, until it ends with its student. Returns 1 after too many failures.
@@ -125,8 +130,8 @@ run_teacher() {
     export IGNORE_TERM=1
     while true; do
         began=$SECONDS
-        start "$component" "$nodes" "$(port 1)" "$TEACHER_SCRIPT" --load "$TEACHER_CHECKPOINT" \
-            --use-checkpoint-args "${arguments[@]}" "$@" && return
+        start "$component" "$nodes" "$(port 1)" "$TEACHER_SCRIPT" "${TEACHER_FIXED[@]}" \
+            "${arguments[@]}" "$@" && return
         status=$?
         running || return 1 # the job ends, or runs again with a new teacher
         if ((status == WRONG_ARGUMENTS)); then

@@ -1,0 +1,1 @@
+"""Distillation by Megatron-Bridge from Hugging Face checkpoints, and back to one."""
