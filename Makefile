@@ -16,6 +16,9 @@ TAG := $(PYTHON_TAG)$(TORCH:%=-torch%)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV := .venv/$(TAG)
 DONE := $(VENV)/.done
+# The systems that vcrd/integrations adapts to, on top of $(VENV). They are apart because Megatron imports ModelOpt
+# wherever it finds it, which takes seconds in every process.
+SYSTEMS := $(VENV)-systems
 LINT := .venv/lint-$(PYTHON_TAG)
 CUDA := .venv/cuda-$(PYTHON_TAG)
 CONTAINER := .venv/container-$(PYTHON_TAG)
@@ -25,9 +28,11 @@ CONTAINER := .venv/container-$(PYTHON_TAG)
 CONSTRAINTS := $(patsubst %,PIP_CONSTRAINT=%,$(wildcard requirements/constraints-py$(VERSION).txt))
 PIP_FLAGS := --disable-pip-version-check --no-input -qq
 PIP = $(CONSTRAINTS) $(VENV)/bin/python -m pip $(PIP_FLAGS) install
+PIP_SYSTEMS = $(CONSTRAINTS) $(SYSTEMS)/bin/python -m pip $(PIP_FLAGS) install
 CORE := $(if $(TORCH),$(VENV)/core.txt,requirements/core.txt)
 # torch needs ninja on the PATH, and torchrun jobs need python on it.
 RUN = PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python
+RUN_SYSTEMS = PATH="$(CURDIR)/$(SYSTEMS)/bin:$(CURDIR)/$(VENV)/bin:$$PATH" $(SYSTEMS)/bin/python
 
 EXTENSION_SOURCES := setup.py $(wildcard pyproject.toml) $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
@@ -64,30 +69,39 @@ help:
 demo: $(DONE)/demo $(DONE)/extension
 	@$(RUN) -m examples.demo $(ARGS)
 
-bridge-demo: $(DONE)/demo $(DONE)/integrations $(DONE)/extension
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/bridge/demo.sh $(ARGS)
+bridge-demo: $(SYSTEMS)/.done $(DONE)/extension
+	@PATH="$(CURDIR)/$(SYSTEMS)/bin:$(CURDIR)/$(VENV)/bin:$$PATH" examples/bridge/demo.sh $(ARGS)
 
 # All tests of a file run in one process, because they share fixtures. The slowest files start first.
-PYTEST = $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --junitxml=build/tests-$(TAG).xml \
-    $(if $(filter no,$(EMULATED)),--ignore=tests/cuda_emulation/test_emulated.py)
-# The systems of vcrd/integrations are tested together, on the Python and torch for which all of them exist.
-INTEGRATIONS := $(if $(filter 3.12-,$(VERSION)-$(TORCH)),$(DONE)/integrations)
-PACKAGES := $(DONE)/demo $(DONE)/test $(DONE)/evidence $(INTEGRATIONS)
+PYTEST = -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# The systems of vcrd/integrations are tested on the Python and torch for which all of them exist. Their tests run in a
+# second pytest. With ARGS only one of the two runs: the second if ARGS names its files.
+WITH_SYSTEMS := $(filter 3.12-,$(VERSION)-$(TORCH))
+OF_SYSTEMS := tests/integrations tests/slurm/test_bridge_jobs.py
+NAMED := $(if $(WITH_SYSTEMS),$(filter tests/integrations% tests/slurm/test_bridge_jobs.py%,$(ARGS)))
+SECOND := $(if $(WITH_SYSTEMS),$(if $(ARGS),$(NAMED),both))
+LEFT_OUT := $(if $(WITH_SYSTEMS),$(OF_SYSTEMS)) $(if $(filter no,$(EMULATED)),tests/cuda_emulation/test_emulated.py)
+# Argument: which tests.
+run_first = $(if $(NAMED),,$(RUN) $(PYTEST) --junitxml=build/tests-$(TAG).xml $(LEFT_OUT:%=--ignore=%) $(1) $(ARGS))
+run_second = $(if $(SECOND),$(RUN_SYSTEMS) $(PYTEST) --junitxml=build/tests-$(TAG)-systems.xml $(1) $(or $(ARGS),$(OF_SYSTEMS)))
+PACKAGES := $(DONE)/demo $(DONE)/test $(DONE)/evidence $(if $(WITH_SYSTEMS),$(SYSTEMS)/.done)
 TESTS := $(PACKAGES) $(DONE)/extension $(if $(filter no,$(EMULATED)),,$(DONE)/emulation)
 
 environment: $(PACKAGES)
 
 # After a change of the pins: write down what they bring along now.
 constraints: $(PACKAGES)
-	@$(RUN) requirements/constrain.py
+	@$(if $(WITH_SYSTEMS),$(RUN_SYSTEMS),$(RUN)) requirements/constrain.py
 
 test: $(TESTS)
 	@echo "==> running the fast tests with $(VENV)"
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(call run_first,-m "not slow")
+	@$(call run_second,-m "not slow")
 
 test-all: $(TESTS)
 	@echo "==> running every test with $(VENV)"
-	@$(PYTEST) --hypothesis-profile thorough $(ARGS)
+	@$(call run_first,--hypothesis-profile thorough)
+	@$(call run_second,--hypothesis-profile thorough)
 
 test-durations:
 	@$(PYTHON) tests/durations.py build/tests-$(TAG).xml
@@ -141,9 +155,13 @@ $(DONE)/evidence: $(DONE)/core requirements/evidence.txt
 	@echo "==> installing the evidence: generated problems with verifiers"
 	@$(PIP) -r requirements/evidence.txt && touch $@
 
-$(DONE)/integrations: $(DONE)/core requirements/integrations.txt requirements/integrations-no-deps.txt
-	@echo "==> installing the systems that vcrd/integrations adapts to"
-	@$(PIP) -r requirements/integrations.txt && $(PIP) --no-deps -r requirements/integrations-no-deps.txt && touch $@
+$(SYSTEMS)/.done: $(DONE)/demo $(DONE)/test requirements/integrations.txt requirements/integrations-no-deps.txt
+	@echo "==> creating $(SYSTEMS) with the systems that vcrd/integrations adapts to"
+	@rm -rf $(SYSTEMS) && $(VENV)/bin/python -m venv --without-pip $(SYSTEMS)
+	@echo "import site; site.addsitedir('$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	    > "$$($(SYSTEMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	@$(PIP_SYSTEMS) -r requirements/integrations.txt
+	@$(PIP_SYSTEMS) --no-deps -r requirements/integrations-no-deps.txt && touch $@
 
 $(DONE)/bench: $(DONE)/core requirements/bench.txt requirements/bench-no-deps.txt
 	@echo "==> installing the peers of the benchmark"
