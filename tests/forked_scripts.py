@@ -7,6 +7,7 @@ each job. A fork has both already. Start a fresh one, or torchrun, only to test 
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
 import runpy
@@ -86,6 +87,10 @@ def _run(arguments: list[str], environment: dict[str, str], output: str, folder:
     import torch
 
     torch.set_num_threads(1)  # torch read OMP_NUM_THREADS when the server imported it
+    if preloaded := sys.modules.get("preloaded"):
+        level, handlers = preloaded.SCRIPT_LOGGING
+        logging.root.setLevel(level)
+        logging.root.handlers[:] = handlers
     sys.argv = arguments
     multiprocessing.set_start_method(None, force=True)  # that of a fresh interpreter
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import kernels_under_test
@@ -11,6 +12,7 @@ import torch.distributed  # noqa: F401
 import vcrd.link
 import vcrd.loss.api  # noqa: F401
 
+_before = logging.root.level, list(logging.root.handlers)
 # Emulated kernels need only the loss. CUDA does not work in forks of a process that has looked for a GPU, and the
 # import of Megatron may look for one.
 GPU = any(Path("/dev").glob("nvidia[0-9]*"))
@@ -27,3 +29,8 @@ if not (kernels_under_test.EMULATED or GPU) and importlib.util.find_spec("megatr
 
         if importlib.util.find_spec("megatron.training"):
             import megatron.training.training  # noqa: F401
+
+# Importing Megatron's training loop configures the root logger. Only a script that runs this loop is to have that.
+SCRIPT_LOGGING = logging.root.level, list(logging.root.handlers)
+logging.root.setLevel(_before[0])
+logging.root.handlers[:] = _before[1]

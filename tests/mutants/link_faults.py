@@ -128,8 +128,8 @@ FAULTS = [
     _fault(
         "figures leave out the tokens of other context ranks",
         "megatron/metrics.py",
-        "parallel_state.get_data_parallel_group(with_context_parallel=True)",
-        "parallel_state.get_data_parallel_group()",
+        "report.take(self._layout.groups.data_context)",
+        "report.take(self._layout.groups.data)",
         _METRICS,
         "-k",
         "context_ranks",
