@@ -18,7 +18,7 @@ read -ra extra <<<"${EXTRA:-}"
 "$python" -m torch.distributed.run --nproc-per-node 3 --rdzv-backend c10d --rdzv-endpoint localhost:0 \
     examples/bridge/teacher.py --hf "$folder/smollm2" --tp 3 --seq-length 256 >"$folder/teacher.log" 2>&1 &
 teacher=$!
-trap 'kill "$teacher" 2>/dev/null' EXIT
+trap 'kill "$teacher" 2>/dev/null || true' EXIT # it may have ended with its student
 
 "$python" -m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0 \
     examples/bridge/distill.py --student-hf "$folder/smollm2" --keep-layers 0-2,8,19,20,24,27-29 \
