@@ -24,7 +24,7 @@ class Script:
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
         given = list(arguments), dict(environment), str(output), os.getcwd()
-        # Not daemonic, because a script may start processes of its own.
+        # Not daemonic, because a script may start processes itself.
         self._process = context().Process(target=_run, args=given)
         self._process.start()
 

@@ -65,7 +65,7 @@ def sample(
     while place < length and not bool(ended.all()):
         logits = _last_logits(model, rows[:, first:place], first, cache)
         chosen = _choose(logits, vocab_size, temperature, chances[:, place])
-        spoken = (place >= begun) & ~ended  # a longer prompt still has tokens of its own
+        spoken = (place >= begun) & ~ended  # a longer prompt is not at its end yet
         rows[:, place] = torch.where(spoken, chosen, rows[:, place])
         ended |= spoken & (chosen == end)
         first, place = place, place + 1
