@@ -130,7 +130,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 class Stream:
-    """Micro-batches of `Samples` from an iterator with a state of its own, as Energon's loaders have."""
+    """Micro-batches of `Samples` from an iterator that has a state, as Energon's loaders do."""
 
     def __init__(self, count: int, packed: str = "") -> None:
         self._samples, self._size, self._position = Samples(count, packed), 1 if packed else MICRO_BATCH, 0
