@@ -125,7 +125,7 @@ bench-link: $(DONE)/core $(DONE)/extension
 # The errors are planted in a copy below build/, never in this checkout.
 mutants: $(TESTS)
 	@echo "==> testing mutants in a copy"
-	@$(RUN) tests/mutants/campaign.py $(ARGS)
+	@$(RUN) tests/mutants/campaign.py $(if $(WITH_SYSTEMS),--systems $(CURDIR)/$(SYSTEMS)/bin/python) $(ARGS)
 
 build: $(DONE)/extension
 

@@ -18,6 +18,7 @@ def per_token(
     temperature: float = 1.0,
     ce_weight: float = 0.0,
     vocab_size: int | None = None,
+    normalization: str = "none",
 ) -> Tensor:
     """Logits [..., vocabulary], labels and mask [...] -> [...], differentiable in the student's logits."""
     stats = reference.statistics(
@@ -29,5 +30,6 @@ def per_token(
         mask=mask,
         vocab_size=vocab_size,
     )
-    weight, _ = reference.weights(*reference.log_validities(stats, validity), mask=mask)
+    log_validities = reference.log_validities(stats, validity)
+    weight, _ = reference.weights(*log_validities, mask=mask, normalization=normalization)
     return weight * stats["divergence"] + ce_weight * stats["cross_entropy"]

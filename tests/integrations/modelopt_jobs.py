@@ -22,6 +22,7 @@ from vcrd.integrations.modelopt import MegatronLogitsLoss, attach
 # ModelOpt compares shards of equal width. The hidden states are of different sizes.
 TEACHER = replace(STUDENT, hidden=24, heads=6)
 CALIBRATED = LossConfig(divergence="jsd", temperature=2.0, ce_weight=0.1, vocab_size=TRUE_VOCAB)
+MEAN = replace(CALIBRATED, normalization="mean")
 UNIFORM = LossConfig(validity="uniform", temperature=2.0)
 HIDDEN = [("decoder.final_layernorm", "decoder.final_layernorm")]
 
@@ -47,7 +48,8 @@ def all_layouts(layouts: list[tuple[int, int]]) -> dict[tuple[int, int], dict[st
             runs["accumulated"] = step(CALIBRATED, micro_batches=1)
             runs["hidden"] = step(CALIBRATED, intermediate_layer_pairs=HIDDEN)
             runs["own hidden"] = step(None, intermediate_layer_pairs=HIDDEN)
-            runs["reference"] = reference()
+            runs["mean"] = step(MEAN)
+            runs["reference"], runs["reference mean"] = reference(CALIBRATED), reference(MEAN)
             check_refusals()
         found[tensor, pipeline] = runs
     return found
@@ -151,15 +153,15 @@ def place() -> Place:
     )
 
 
-def reference() -> SimpleNamespace:
+def reference(config: LossConfig) -> SimpleNamespace:
     """The same step from both models' whole logits, by autograd and in float64 from the logits on."""
     student, teacher = jobs.model(STUDENT, 1), jobs.model(TEACHER, 2)
     losses, total, count = [], 0.0, 0.0
     for batch in jobs.batches(4):
         positions = torch.arange(SEQUENCE).expand_as(batch["tokens"])
         q, p = (model(batch["tokens"], positions, None) for model in (student, teacher))
-        fields = ("divergence", "validity", "temperature", "ce_weight", "vocab_size")
-        options = {name: getattr(CALIBRATED, name) for name in fields}
+        fields = ("divergence", "validity", "temperature", "ce_weight", "vocab_size", "normalization")
+        options = {name: getattr(config, name) for name in fields}
         losses.append(per_token(q, p, batch["labels"], batch["loss_mask"], **options))
         total, count = total + losses[-1].sum(), count + batch["loss_mask"].sum()
     (total / count).backward()

@@ -77,6 +77,19 @@ def test_a_pruned_checkpoint_is_the_model_without_the_layers(checkpoints, tmp_pa
         prune(checkpoints / kind, [0, 1], tmp_path / "pruned")
 
 
+def test_kept_layers_keep_their_kinds(tmp_path):
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    sliding = {"layer_types": kinds, "use_sliding_window": True, "sliding_window": 4}
+    hugging_face.save(tmp_path / "whole", "Qwen3", 3, **sliding)
+    prune(tmp_path / "whole", [0, 2, 3], tmp_path / "pruned")
+    whole, pruned = load(tmp_path / "whole"), load(tmp_path / "pruned")
+    assert pruned.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
+    whole.model.layers = torch.nn.ModuleList(whole.model.layers[layer] for layer in (0, 2, 3))
+    whole.config.num_hidden_layers, whole.config.layer_types = 3, pruned.config.layer_types
+    with torch.no_grad():
+        assert torch.equal(pruned(some_tokens()).logits, whole(some_tokens(), use_cache=False).logits)
+
+
 def test_a_checkpoint_of_several_files_is_pruned_to_the_same_weights(checkpoints, tmp_path):
     load(checkpoints / "llama").save_pretrained(tmp_path / "several", max_shard_size="30KB")
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 2
@@ -160,6 +173,14 @@ def test_a_checkpoint_becomes_a_megatron_model_and_comes_back_bit_for_bit(
     bridge, checkpoints, tmp_path, tensor, stages
 ):
     check_conversions(bridge, checkpoints, tmp_path, ("qwen3", "llama"), tensor, stages)
+    if tensor * stages == 1:
+        words = ("--checkpoint", tmp_path / "llama", "--out", tmp_path / "half", "--dtype", "bfloat16")
+        bridge.run(Job(script, ("examples/bridge/export.py", *words), tmp_path / "half.log"))
+        weights, half = load(checkpoints / "llama").state_dict(), load(tmp_path / "half").state_dict()
+        assert all(torch.equal(half[name], weights[name].bfloat16()) for name in weights)
+        assert (tmp_path / "half/model.safetensors").stat().st_size < 0.6 * (
+            tmp_path / "hf-llama/model.safetensors"
+        ).stat().st_size
 
 
 def check_conversions(

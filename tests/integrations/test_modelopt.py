@@ -42,10 +42,11 @@ def assert_same(found, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize(
-    ("layout", "run"), [((1, 1), "without mask"), *((layout, "calibrated") for layout in LAYOUTS)]
+    ("layout", "run"),
+    [((1, 1), "without mask"), ((1, 1), "mean"), *((layout, "calibrated") for layout in LAYOUTS)],
 )
 def test_value_and_gradient_are_those_of_the_reference(ranks, layout, run):
-    expected = ranks[(1, 1), "reference"][0]
+    expected = ranks[(1, 1), "reference mean" if run == "mean" else "reference"][0]
     found = ranks[layout, run]
     for one in found:
         if one.place.stage == one.place.stages - 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import tiny_models as tiny
@@ -12,7 +13,13 @@ from tiny_models import VOCABULARY, assert_close, gradients, reference_losses
 from worlds import World, run_worlds
 
 import vcrd
-from vcrd.integrations.transformers import CalibratedTrainer, DistillationLoss, OutputLayer, check_trainer
+from vcrd.integrations.transformers import (
+    CalibratedTrainer,
+    DistillationLoss,
+    OutputLayer,
+    check_trainer,
+    step_sum,
+)
 
 from transformers import Trainer, TrainingArguments, default_data_collator  # isort: skip
 
@@ -121,7 +128,31 @@ def test_one_optimizer_step_is_the_gradient_of_the_mean_loss_for_any_accumulatio
     (logged, *_) = trainer.state.log_history
     assert logged["loss"] == pytest.approx(mean.item(), rel=1e-5)
     assert 0.1 <= logged["weight"] <= 1.9 and 0 <= logged["relative_validity"] <= 1
-    assert logged["divergence"] > 0 and logged["cross_entropy"] > 0
+    divergences, _ = reference_losses(tiny.model(), teacher, batch, validity="uniform")
+    assert logged["divergence"] == pytest.approx(divergences.sum().item() / mask.sum().item(), rel=1e-5)
+    logits = tiny.model()(batch["input_ids"]).logits[:, :-1, :VOCABULARY]
+    entropies = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert logged["cross_entropy"] == pytest.approx(entropies.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_what_ddp_makes_of_the_parts_of_two_processes(average):
+    """The mean of both. `average`: the Trainer's count is that of both, or else each one's own."""
+    student, teacher, batch = tiny.model(), tiny.model(seed=2), tiny.rows()
+    truth, mask = reference_losses(student, teacher, batch)
+    calibrated = DistillationLoss(student, teacher, vcrd.LossConfig(vocab_size=VOCABULARY))
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(num_processes=2),
+        args=SimpleNamespace(average_tokens_across_devices=average),
+    )
+    found = right = 0.0
+    for own in (slice(0, 2), slice(2, 4)):
+        losses = calibrated(student, {"input_ids": batch["input_ids"][own]}, batch["labels"][own]).loss
+        count = mask.sum() if average else mask[own].sum()
+        found = found + step_sum(trainer, losses, count) / 2
+        right = right + truth[own].sum() / (count if average else 2 * count)
+    torch.testing.assert_close(found.double(), right, atol=0, rtol=1e-5)
+    assert_close(gradients(found, student), gradients(right, student))
 
 
 VARIANTS = ((2, True, False), (1, True, True), (1, False, False))  # accumulation, average, fused head

@@ -115,6 +115,28 @@ def test_four_micro_batches_are_one(aggregation):
     assert sum(weights) == pytest.approx(figures["distillation/weight"].aggregate(), rel=1e-6)
 
 
+def test_two_data_parallel_ranks_are_one():
+    """verl takes the mean over these ranks, of their gradients and of their figures."""
+    from verl.utils.metric import Metric
+
+    verl.register()
+    case = Case()
+    logits, total, figures = case.student.clone().requires_grad_(), 0.0, []
+    for rows in ((0, 1), (1, 4)):
+        loss, found = run(*configs(), case.data(*rows, dp_size=2), logits[case.rows(*rows)][None])
+        (loss / 2).backward()
+        total += loss.detach() / 2
+        figures.append(found)
+    true_loss, true_gradient = truth(case, "label", "forward_kl")
+    torch.testing.assert_close(total.double(), true_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits.grad.double(), true_gradient, rtol=1e-4, atol=1e-6)
+    whole = ours(case)[2]
+    for name in ("weight", "relative_validity", "teacher_mass"):
+        key = f"distillation/{name}"
+        mean = Metric.aggregate_dp([each[key] for each in figures])
+        assert mean == pytest.approx(whole[key].aggregate(), rel=1e-5)
+
+
 def test_verls_fsdp_engine_calls_it_and_carries_its_results():
     """The method of the engine that has the logits and makes the model's output of them."""
     engine = pytest.importorskip("verl.workers.engine.fsdp.transformer_impl", reason="peft is not installed")

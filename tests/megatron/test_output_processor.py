@@ -19,6 +19,7 @@ from vcrd.settings import DistillSettings
 
 CASES = {
     "logits": {"payload": "float32", "ce_weight": 0.3},
+    "scaled logits": {"payload": "float32"},
     "fused head": {"payload": "float32", "fused_head": "on"},
     "hidden": {"payload": "hidden"},
     "hidden, fused head": {"payload": "hidden", "fused_head": "on", "divergence": "jsd"},
@@ -30,7 +31,10 @@ def models(case: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     if case == "extra heads":
         teacher = replace(jobs.TEACHER, vocab_size=jobs.STUDENT.vocab_size)
         return extra_heads_jobs.model(jobs.STUDENT, 1).train(), extra_heads_jobs.model(teacher, 2)
-    return build(tied=False), build(tied=True)
+    student = build(tied=False)
+    if case == "scaled logits":  # read when the model runs; 0.16 has no such scale
+        student.config.use_mup, student.config.mup_output_mult = True, 0.25
+    return student, build(tied=True)
 
 
 def one_step(case: str, processor: bool) -> SimpleNamespace:

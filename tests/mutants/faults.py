@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KERNELS, LOSS, LINK = "kernels", "loss", "link and plug"
-AREAS = {KERNELS: 20, LOSS: 15, LINK: 20}  # number of mutants in each area
+KERNELS, LOSS, LINK, INTEGRATIONS = "kernels", "loss", "link and plug", "integrations"
+AREAS = {KERNELS: 20, LOSS: 15, LINK: 20, INTEGRATIONS: 20}  # number of mutants in each area
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Fault:
     name: describes the error. old: occurs exactly once in `file`. tests: arguments of pytest for a few tests that
     should fail; files come first. emulated: only a GPU runs this code, so `tests` are of tests/loss, run on the
     emulated CUDA kernels as in tests/cuda_emulation: files, or functions as `file::function`. harmless: why no test can
-    kill it, if so.
+    kill it, if so. The tests of the area "integrations" run where its systems are installed.
     """
 
     name: str
@@ -33,8 +33,9 @@ class Fault:
 
 
 def all_faults() -> list[Fault]:
+    from integration_faults import FAULTS as integrations
     from kernel_faults import FAULTS as kernels
     from link_faults import FAULTS as link
     from loss_faults import FAULTS as loss
 
-    return [*kernels, *loss, *link]
+    return [*kernels, *loss, *link, *integrations]

@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build/mutants"
-_MARK = "VCRD_MUTANTS_RUN"  # in the environment of all processes that this module starts
+# In the environment of all processes that this module starts. VCRD_ would make it the name of a setting.
+_MARK = "MUTANTS_OF_VCRD"
 _BUILD_SECONDS = 1800  # the first build of the emulation takes minutes
 
 
@@ -40,10 +41,14 @@ class Ended:
 
 
 class Tree:
-    """The copy. Only one process may use it at a time."""
+    """The copy. Only one process may use it at a time.
 
-    def __init__(self) -> None:
+    systems: the interpreter where the systems of vcrd/integrations are installed, or None.
+    """
+
+    def __init__(self, systems: Path | None = None) -> None:
         self.root = FOLDER / "tree"
+        self._systems = systems
         self._saved = FOLDER / "built"  # the builds of the copy without a mutant
         self._planted = FOLDER / "planted"  # while a mutant is active: the changed file
         self._mark = uuid.uuid4().hex
@@ -102,9 +107,10 @@ class Tree:
 
     def check_imports(self) -> None:
         """Checks that tests in the copy import the package of the copy."""
-        done = self.run([sys.executable, "-c", "import vcrd; print(vcrd.__file__)"], 120)
-        if done.code != 0 or str(self.root) not in done.output:
-            raise Broken(f"the copy does not import its own vcrd: {done.output[-500:]}")
+        for python in filter(None, (sys.executable, self._systems)):
+            done = self.run([str(python), "-c", "import vcrd; print(vcrd.__file__)"], 120)
+            if done.code != 0 or str(self.root) not in done.output:
+                raise Broken(f"the copy does not import its own vcrd: {done.output[-500:]}")
 
     @contextlib.contextmanager
     def planted(self, file: str, old: str, new: str, emulated: bool) -> Iterator[float]:
@@ -162,10 +168,17 @@ class Tree:
             elif not _same_times(file, copy):
                 shutil.copy2(copy, file)
 
-    def pytest(self, arguments: Sequence[str], seconds: float, emulated: bool = False) -> Ended:
-        """Runs pytest in the copy, up to the first failure."""
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
-        return self.run(command, seconds, self._emulation if emulated else None)
+    def pytest(
+        self, arguments: Sequence[str], seconds: float, emulated: bool = False, systems: bool = False
+    ) -> Ended:
+        """Runs pytest in the copy, up to the first failure. systems: where the systems are installed."""
+        python, environment = sys.executable, self._emulation if emulated else None
+        if systems:
+            python = str(self._systems)
+            path = f"{self._systems.parent}{os.pathsep}{os.environ['PATH']}"
+            environment = {**self._environment, "PATH": path}
+        command = [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+        return self.run(command, seconds, environment)
 
     def run(self, command: list[str], seconds: float, environment: dict[str, str] | None = None) -> Ended:
         """Runs a command in the copy, in a new session. Ends all of its processes afterwards."""
