@@ -193,7 +193,8 @@ class LinkSettings:
         "host:port where rank 0 of the student's world hosts the rendezvous ([::1]:port for IPv6); it listens on that "
         f"host's interface only. none: {DEFAULT_ADDRESS}, unless `teacher` is set. Or file:/path on a file system that "
         "both jobs share: rank 0 listens on a free port of `interface` and writes the address there. A teacher that "
-        "serves one student after another may have a pattern, file:/path/*. Several teachers of one student: math=host:port,code=host:port, in the student job.",
+        "serves one student after another may have a pattern, file:/path/*. Several teachers of one student: "
+        "math=host:port,code=host:port, in the student job.",
         _ADDRESS,
     )
     teacher: str | None = setting(
