@@ -174,7 +174,7 @@ class Student(_Side):
     def linked(self, payload: str, steps: int, compute: bool) -> dict:
         """Runs steps with answers over the link, with `credits` prefetched micro-batches."""
         link, first = self._links[payload], self._asked[payload]
-        waited = [link.waited]
+        waited = [link.waits.seconds]
 
         def step(number: int) -> None:
             while self._asked[payload] <= min(first + number + self._work.credits, first + steps - 1):
@@ -183,7 +183,7 @@ class Student(_Side):
             if compute:
                 with record_function(f"compute {number}"):
                     self._model.step(answer)
-            waited.append(link.waited)
+            waited.append(link.waits.seconds)
 
         return {**timed(step, steps), "waited": waited}
 

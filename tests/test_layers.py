@@ -174,6 +174,11 @@ LAYERS = (
             "vcrd.settings",
         ),
     ),
+    Layer(
+        "vcrd/cache/*.py",
+        ("vcrd.cache", "vcrd.link", "vcrd.settings", "vcrd.teacher_logits"),
+        packages=("torch", "numpy", "safetensors"),
+    ),
     Layer("vcrd/megatron/random_state.py", packages=("torch", "numpy")),
     Layer(
         "vcrd/megatron/*.py",
@@ -185,6 +190,7 @@ LAYERS = (
             "vcrd.loss.divergence",
             "vcrd.teacher_logits",
             "vcrd.link",
+            "vcrd.cache",
             "vcrd.monitor.bottleneck",
             "vcrd.monitor.telemetry",
             "vcrd.settings",

@@ -43,6 +43,7 @@ OTHER = dict(
     sequence_length=9,
     telemetry_dir="/records",
     address="file:/a",
+    teacher="cache:/a",
     interface="ib0",
     payload="hidden",
     top_k=3,
@@ -62,6 +63,45 @@ def test_a_setting_is_defined_once():
     own, link = ({each.name for each in fields(kind)} for kind in (DistillSettings, LinkSettings))
     assert own & link == set() and (own - {"link"}) | link == set(NAMES) == set(OTHER)
     assert PAYLOAD_NAMES == tuple(payload.name for payload in PAYLOADS)
+
+
+@pytest.mark.parametrize(
+    "given, teachers",
+    [
+        ({}, [("", "127.0.0.1:29600", None)]),
+        ({"teacher": "cache:/a"}, [("", None, "/a")]),
+        ({"teacher": "cache:/a", "address": "file:/b=c,d"}, [("", "file:/b=c,d", "/a")]),
+        (
+            {"address": "math=h:1,code=cache:/b", "teacher": "math=cache:/a,law=cache:/c"},
+            [("math", "h:1", "/a"), ("code", None, "/b"), ("law", None, "/c")],
+        ),
+    ],
+)
+def test_the_teachers_of_a_student(given, teachers):
+    variables = {variable_of(name): text for name, text in given.items()}
+    assert list(DistillSettings.from_environment(variables).link.teachers()) == teachers
+
+
+@pytest.mark.parametrize(
+    "given, why",
+    [
+        ({"teacher": "cache:a"}, "VCRD_TEACHER .*: expected cache:/absolute/path, .* got 'cache:a'"),
+        ({"teacher": "math=h:1"}, "VCRD_TEACHER .* got 'math=h:1'"),
+        ({"address": "math=h:1,math=h:2"}, "VCRD_ADDRESS .* got 'math=h:1,math=h:2'"),
+        ({"address": "math=h:1,h:2"}, "VCRD_ADDRESS .* got 'math=h:1,h:2'"),
+        (
+            {"address": "math=h:1", "teacher": "cache:/a"},
+            "VCRD_TEACHER .*: expected names like those of the address",
+        ),
+        (
+            {"address": "math=cache:/b", "teacher": "math=cache:/a"},
+            "VCRD_ADDRESS .*: expected host:port or file:/path where `teacher` names the cache",
+        ),
+    ],
+)
+def test_teachers_that_cannot_be_told_apart_are_refused(given, why):
+    with pytest.raises(ValueError, match=why):
+        LinkSettings(**given)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,6 +8,7 @@ A field holds its default, its help text and its check (`setting`). The name of 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import partial
@@ -23,6 +24,8 @@ IDENTITIES = ("check", "insist", "warn")
 FUSED_HEADS = ("off", "on", "recompute")
 MOST_SOCKETS = 16
 FILE_SCHEME = "file:"  # how an address begins that names a file
+CACHE_SCHEME = "cache:"  # how a teacher begins that is a folder of answers
+DEFAULT_ADDRESS = "127.0.0.1:29600"
 _PREFIX = "VCRD_"
 # VCRD_* variables that other parts of vcrd read.
 _OTHER_VARIABLES = ("VCRD_CPU_INSTRUCTION_SET",)
@@ -126,14 +129,58 @@ def _check_validity(name: str, value: Any) -> None:
         raise wrong_type(name, "the name of an estimator or a callable", value)
 
 
+def named(text: str) -> dict[str, str] | None:
+    """The parts of "name=value,name=value" by name; {"": text} for a text without names; None for another text."""
+    if not _NAMED.match(text):
+        return {"": text} if text else None
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if not _NAMED.match(part.strip()) or not value or name in found:
+            return None
+        found[name] = value
+    return found
+
+
+def _all_named(right: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Whether every part of a text is right, whether it has names or not."""
+    return lambda text: bool(parts := named(text)) and all(map(right, parts.values()))
+
+
+def _is_cache(text: str) -> bool:
+    return text.startswith(CACHE_SCHEME) and os.path.isabs(text.removeprefix(CACHE_SCHEME))
+
+
 def _is_address(text: str) -> bool:
     if text.startswith(FILE_SCHEME):
         return os.path.isabs(text.removeprefix(FILE_SCHEME))
-    return host_and_port(text) is not None
+    return _is_cache(text) or host_and_port(text) is not None
 
 
+_NAMED = re.compile(r"[A-Za-z0-9_.-]+=")  # the name of a teacher, where there are several
 _PATH = Kind(_check_path, what="a path", optional=True)
-_ADDRESS = _text(_is_address, "host:port with a port from 1 to 65535, or file:/absolute/path")
+_ADDRESS = _text(
+    _all_named(_is_address),
+    "host:port with a port from 1 to 65535, file:/absolute/path, cache:/absolute/path, or several of them as "
+    "name=address,name=address",
+    optional=True,
+)
+_TEACHER = _text(
+    _all_named(_is_cache),
+    "cache:/absolute/path, or several of them as name=cache:/absolute/path,..",
+    optional=True,
+)
+
+
+class TeacherSource(NamedTuple):
+    """Where one teacher's answers come from. name: "" if there is one teacher without a name. address: of its job, or
+    None. cache: the folder with its answers, or None. At least one of both; with both, what the cache lacks is asked
+    of the job and added to the cache.
+    """
+
+    name: str
+    address: str | None
+    cache: str | None
 
 
 @dataclass(frozen=True)
@@ -141,13 +188,22 @@ class LinkSettings:
     """How a teacher job and a student job find each other, and what travels between them; equal in both jobs except
     where a help text says otherwise. Raises ValueError or TypeError that names the setting."""
 
-    address: str = setting(
-        "127.0.0.1:29600",
+    address: str | None = setting(
+        None,
         "host:port where rank 0 of the student's world hosts the rendezvous ([::1]:port for IPv6); it listens on that "
-        "host's interface only. Or file:/path on a file system that both jobs share: rank 0 listens on a free port of "
-        "`interface` and writes the address there. A teacher that serves one student after another may have a "
-        "pattern, file:/path/*.",
+        f"host's interface only. none: {DEFAULT_ADDRESS}, unless `teacher` is set. Or file:/path on a file system that "
+        "both jobs share: rank 0 listens on a free port of `interface` and writes the address there. A teacher that "
+        "serves one student after another may have a pattern, file:/path/*. Several teachers of one student: "
+        "math=host:port,code=host:port, in the student job.",
         _ADDRESS,
+    )
+    teacher: str | None = setting(
+        None,
+        "In the student job: cache:/path takes the teacher's answers from a folder that `python -m vcrd cache` has "
+        "written, and no teacher job is needed. If `address` is set as well, answers that the folder lacks are asked "
+        "of the teacher job there and added to the folder. Several teachers: math=cache:/path,code=cache:/path. none: "
+        "a teacher job at `address`.",
+        _TEACHER,
     )
     interface: str | None = setting(
         None,
@@ -227,8 +283,36 @@ class LinkSettings:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        self.teachers()
         if self.secret and self.secret_file:
             raise expected(label("secret_file"), f"none where {variable_of('secret')} is set", "both")
+
+    @property
+    def rendezvous(self) -> str:
+        """The one address where this job meets the other one."""
+        return DEFAULT_ADDRESS if self.address is None else self.address
+
+    def teachers(self) -> tuple[TeacherSource, ...]:
+        """The teachers of a student job, in the order of `address` and then of `teacher`. ValueError if the names of
+        the two settings differ in kind, or a teacher has two caches."""
+        address = self.rendezvous if self.teacher is None else self.address
+        addresses, caches = named(address or "") or {}, named(self.teacher or "") or {}
+        names = list(dict.fromkeys([*addresses, *caches]))
+        if "" in names and len(names) > 1:
+            got = f"{self.teacher!r} beside the address {self.address!r}"
+            raise expected(label("teacher"), "names like those of the address, or none in both", got)
+        found = []
+        for name in names:
+            address, cache = addresses.get(name), caches.get(name)
+            if address is not None and _is_cache(address):
+                if cache is not None:
+                    got = f"{address!r} beside the teacher {cache!r}"
+                    raise expected(
+                        label("address"), "host:port or file:/path where `teacher` names the cache", got
+                    )
+                address, cache = None, address
+            found.append(TeacherSource(name, address, cache and cache.removeprefix(CACHE_SCHEME)))
+        return tuple(found)
 
     def shared_secret(self) -> str:
         """The secret, from its file where one is named; ValueError if that cannot be read or is empty."""

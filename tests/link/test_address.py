@@ -35,7 +35,8 @@ def teacher_of(settings: LinkSettings) -> TeacherLink:
 def test_an_address_that_is_none_is_one_sentence(address):
     with pytest.raises(ValueError) as error:
         LinkSettings(address=address)
-    expected = "host:port with a port from 1 to 65535, or file:/absolute/path"
+    expected = "host:port with a port from 1 to 65535, file:/absolute/path, cache:/absolute/path, or "
+    expected += "several of them as name=address,name=address"
     assert str(error.value) == f"VCRD_ADDRESS (--vcrd-address): expected {expected}, got {address!r}"
 
 

@@ -68,7 +68,7 @@ def receive_all(link: StudentLink, layout: Layout, settings: LinkSettings, data_
     senders = len(link._connections.session.expected)
     # A header a piece, and READY.
     assert link.bytes_received == moved + HEADER_BYTES * (senders * count + asks)
-    assert 0 < link.waited
+    assert 0 < link.waits.seconds
     assert (beside == float(layout.students) ** count).all()
     dist.barrier()
     if asks:  # what was asked for and is never received must not keep anyone from parting

@@ -159,8 +159,8 @@ def test_only_the_main_head_of_a_model_is_distilled(extra):
 def test_looking_ahead_keeps_the_order_and_asks_for_each_micro_batch_once(ahead):
     asked = []
 
-    def ask(tokens, boundaries):
-        asked.append(int(tokens[0, 0]))
+    def ask(question):
+        asked.append(int(question.tokens[0, 0]))
         return len(asked) - 1
 
     iterator = Prefetcher(({"tokens": torch.tensor([[n]])} for n in range(5)), ask, ahead, "tokens")
@@ -174,9 +174,9 @@ def test_looking_ahead_keeps_the_order_and_asks_for_each_micro_batch_once(ahead)
 
 def test_a_micro_batch_without_tokens_is_one_sentence():
     with pytest.raises(ValueError, match="expected a micro-batch with 'tokens', got the keys .'text'."):
-        next(Prefetcher(iter([{"text": 1}]), lambda tokens, boundaries: 0, 1, "tokens"))
+        next(Prefetcher(iter([{"text": 1}]), lambda question: 0, 1, "tokens"))
     with pytest.raises(ValueError, match=r"expected a tensor \[b, s\] in the micro-batch, got \[3\]"):
-        next(Prefetcher(iter([torch.zeros(3)]), lambda tokens, boundaries: 0, 1, lambda batch: batch))
+        next(Prefetcher(iter([torch.zeros(3)]), lambda question: 0, 1, lambda batch: batch))
 
 
 def test_settings_come_from_the_environment():

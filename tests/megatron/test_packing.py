@@ -15,7 +15,7 @@ from worlds import World, run_worlds
 from vcrd.link.requests import Request
 from vcrd.megatron.compatibility import check_compatibility
 from vcrd.megatron.packing import PackedInputs, packed
-from vcrd.megatron.prefetch import question
+from vcrd.megatron.prefetch import question_of
 from vcrd.settings import DistillSettings
 
 ROW = torch.arange(12).view(1, 12)
@@ -160,7 +160,7 @@ UNTIL_5 = torch.tensor([[1.0] * 5 + [0.0] * 7])
     ],
 )
 def test_what_shows_no_border_is_asked_for(batch):
-    tokens, _ = question(batch, "tokens")
+    tokens, *_ = question_of(batch, "tokens")
     assert tokens.numel() == 12
 
 
@@ -188,7 +188,7 @@ def test_what_shows_no_border_is_asked_for(batch):
 def test_borders_without_edges_are_one_sentence(batch):
     name = "position_ids" if "position_ids" in batch else "attention_mask"
     with pytest.raises(ValueError, match=f"^{name}: expected .* edges of the sequences .*, got "):
-        question(batch, "tokens")
+        question_of(batch, "tokens")
 
 
 def check_no_divergence(losses: list, count: int) -> None:

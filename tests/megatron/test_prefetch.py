@@ -57,7 +57,7 @@ class Saving(Drawing):
 
 
 def look_ahead(source, ahead: int, who_draws: WhoDraws | None = None) -> Prefetcher:
-    return Prefetcher(source, lambda tokens, edges: 0, ahead, "tokens", who_draws)
+    return Prefetcher(source, lambda question: 0, ahead, "tokens", who_draws)
 
 
 def sample(iterator) -> list[int]:
@@ -236,7 +236,7 @@ def test_a_loaders_own_state_is_taken_for_the_ends_of_steps_alone(ahead, step_si
             taken.append(self._state["next"])
             return super().save_state()
 
-    iterator = Prefetcher(Counting("none"), lambda tokens, edges: 0, ahead, "tokens", None, lambda: step_size)
+    iterator = Prefetcher(Counting("none"), lambda question: 0, ahead, "tokens", None, lambda: step_size)
     for step in range(1, 5):
         for number in range(step_size):
             if step == 1 and number:
@@ -255,7 +255,7 @@ def linked_teacher() -> RemoteTeacher:
     numbers = iter(range(10**6))
     teacher._late = False  # as after the first micro-batch
     teacher._layout = SimpleNamespace(asks=True, tensor_size=1, context_size=1)
-    teacher._link = SimpleNamespace(request=lambda tokens, edges: next(numbers), close=lambda: None)
+    teacher._teachers = SimpleNamespace(request=lambda question: next(numbers), close=lambda: None)
     return teacher
 
 
@@ -304,7 +304,9 @@ def test_an_iterator_of_one_step_is_not_drawn_beyond_it():
     """As the iterators that Megatron-Bridge makes for each step, over one that goes on."""
     source, asked = Drawing("none"), []
     for step in range(2):
-        ahead = Prefetcher(source, lambda tokens, _: asked.append(tokens), 2, "tokens", None, lambda: 4)
+        ahead = Prefetcher(
+            source, lambda question: asked.append(question.tokens), 2, "tokens", None, lambda: 4
+        )
         ahead.in_step = True
         for drawn in range(4):
             assert sample(ahead)[0] == 4 * step + drawn

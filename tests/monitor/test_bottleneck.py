@@ -70,7 +70,7 @@ def test_a_slow_teacher_is_not_reported_as_a_slow_network():
         serving.result()
     assert found.seconds > 0.1 * ANSWERS and found.answers == found.late == ANSWERS
     assert found.arriving < 0.5 * found.seconds and found.while_lost == 0
-    assert found.seconds == student.waited
+    assert found.seconds == student.waits.seconds
 
 
 def test_a_slow_network_is_not_reported_as_a_slow_teacher(monkeypatch):

@@ -180,8 +180,8 @@ def folder_of(job: Job) -> str | None:
     """--run-dir, or else the folder of the file in VCRD_ADDRESS."""
     if job.options.run_dir is not None:
         return os.path.abspath(job.options.run_dir)
-    if job.link.address.startswith(FILE_SCHEME):
-        return os.path.dirname(job.link.address.removeprefix(FILE_SCHEME))
+    if job.link.rendezvous.startswith(FILE_SCHEME):
+        return os.path.dirname(job.link.rendezvous.removeprefix(FILE_SCHEME))
     return None
 
 

@@ -97,13 +97,13 @@ def address(job: Job) -> list[Finding]:
     if not job.first_on_node:
         return []
     if "VCRD_ADDRESS" not in job.environment and not job.on_one_node:
-        text = f"VCRD_ADDRESS is not set; its default, {job.link.address}, is for jobs on one machine"
+        text = f"VCRD_ADDRESS is not set; its default, {job.link.rendezvous}, is for jobs on one machine"
         return [unchecked("address", text)]
     return [_address(job)]
 
 
 def _address(job: Job) -> Finding:
-    given = job.link.address
+    given = job.link.rendezvous
     label = f"VCRD_ADDRESS={given}" if "VCRD_ADDRESS" in job.environment else f"the default address {given}"
     if given.startswith(FILE_SCHEME):
         return ok("address", f"{label}, a file that the student writes when it starts")
@@ -180,8 +180,8 @@ def own_address(job: Job) -> str:
     """The IP address that a student rank would listen on; LinkError if there is none."""
     if job.link.interface is not None:
         return local_host(job.link)
-    if not job.link.address.startswith(FILE_SCHEME):
-        (place,) = candidates(job.link.address)
+    if not job.link.rendezvous.startswith(FILE_SCHEME):
+        (place,) = candidates(job.link.rendezvous)
         if not _is_loopback(place[0]):
             return local_host(job.link)
     return outward_address() if job.world.size > 1 and not job.on_one_node else "127.0.0.1"

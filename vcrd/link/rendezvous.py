@@ -48,7 +48,7 @@ _MOST_RUNS = 1024  # of one rendezvous
 
 
 def host_rendezvous(settings: LinkSettings) -> Rendezvous:
-    """Opens the rendezvous at `settings.address`, an address of this machine, or writes its file. Does not block.
+    """Opens the rendezvous at `settings.rendezvous`, an address of this machine, or writes its file. Does not block.
 
     Called on rank 0 of the student's world, which keeps the result and closes it when the run ends. LinkError when the
     address is taken or is not of this machine, or when the file cannot be written.
@@ -66,14 +66,14 @@ class Rendezvous:
         self._settings = settings
         self._listener = Listener(_listening(settings), secret, self._answer)
         try:
-            publish(settings.address, self._listener.address)
+            publish(settings.rendezvous, self._listener.address)
         except LinkError:
             self._listener.close()
             raise
 
     def close(self) -> None:
         """Closes the rendezvous. Idempotent. Open links do not notice, but a lost teacher cannot come back."""
-        withdraw(self._settings.address, self._listener.address)
+        withdraw(self._settings.rendezvous, self._listener.address)
         self._listener.close()
 
     def _answer(self, hello: dict) -> tuple[Reply, None]:
@@ -207,13 +207,13 @@ def ask(settings: LinkSettings, hello: dict) -> Reply:
         if reply["state"] not in ("waiting", "ready"):
             raise ValueError
     except UNREADABLE:
-        raise LinkError(f"{settings.address} answers what cannot be read: {str(reply):.200}") from None
+        raise LinkError(f"{settings.rendezvous} answers what cannot be read: {str(reply):.200}") from None
     return reply
 
 
 def _dial_first(settings: LinkSettings, hello: dict) -> tuple[Connection, Reply]:
     """Some of the files that a pattern finds may be left over from runs that were killed."""
-    *others, last = candidates(settings.address)
+    *others, last = candidates(settings.rendezvous)
     for address in others:
         with suppress(ConnectionError):
             return dial(address, settings.shared_secret(), hello)
@@ -326,10 +326,10 @@ def _read_address(path: str) -> Address | None:
 
 
 def _listening(settings: LinkSettings) -> socket.socket:
-    if settings.address.startswith(FILE_SCHEME):
+    if settings.rendezvous.startswith(FILE_SCHEME):
         own = outward_address() if settings.interface is None else _interface_address(settings.interface)
         return listen(own, 0)
-    ((host, port),) = candidates(settings.address)
+    ((host, port),) = candidates(settings.rendezvous)
     return listen(host, port)
 
 
@@ -362,7 +362,7 @@ def local_host(settings: LinkSettings) -> str:
     deadline = time.monotonic() + settings.connect_timeout
     while True:
         try:
-            host, port = candidates(settings.address)[0]
+            host, port = candidates(settings.rendezvous)[0]
             break
         except ConnectionError as error:
             if time.monotonic() > deadline:

@@ -21,6 +21,7 @@ from .connection import dial
 from .errors import HandshakeRefused, LinkError, TeacherLost
 from .handshake import Handshake, Tokenizer, served_by
 from .plan import Place, check_boundaries
+from .question import NO_CONTEXT, Context
 from .reassembly import Reassembly
 from .rendezvous import ask, ask_until, listen, local_host
 from .student_connections import StudentConnections
@@ -155,11 +156,6 @@ class StudentLink:
         return link
 
     @property
-    def waited(self) -> float:
-        """Seconds spent waiting in `receive`."""
-        return self.waits.seconds
-
-    @property
     def served_by(self) -> tuple[int | None, int]:
         """The teacher replica that serves this rank (None before one has connected), and the number of replicas."""
         session = self._connections.session
@@ -170,7 +166,9 @@ class StudentLink:
         """Bytes received from the teacher so far: payloads, headers, and its output layer if it was sent."""
         return self._connections.bytes_received
 
-    def request(self, tokens: Tensor, boundaries: Tensor | Sequence[int] = ()) -> int:
+    def request(
+        self, tokens: Tensor, boundaries: Tensor | Sequence[int] = (), context: Context = NO_CONTEXT
+    ) -> int:
         """Requests the answer of the teacher to tokens [b, s] of any integer dtype. Only on request leaders (tensor
         and context rank 0). Blocks only where a teacher has stopped and megabytes of tokens are unsent, and then for at
         most `timeout` seconds.
@@ -250,7 +248,7 @@ class StudentLink:
         if not self._place.is_request_leader:
             self._join_leader(tuple(reply["leader"]), deadline)
         if self._place.is_request_leader:
-            _log.info("waiting for a teacher at %s", self._settings.address)
+            _log.info("waiting for a teacher at %s", self._settings.rendezvous)
         next_question = time.monotonic()
         while True:
             with self._changed:
@@ -303,9 +301,7 @@ class StudentLink:
         return f"teacher replica {replica} {how} {self._within()}"
 
     def _within(self) -> str:
-        return (
-            f"to {self._settings.address} within {self._settings.connect_timeout:g} seconds (connect_timeout)"
-        )
+        return f"to {self._settings.rendezvous} within {self._settings.connect_timeout:g} seconds (connect_timeout)"
 
     def _wait_for(self, number: int) -> Arrived:
         begun = said = time.monotonic()

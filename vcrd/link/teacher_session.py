@@ -292,7 +292,7 @@ class _Admission:
 
     def _within(self) -> str:
         seconds = self._settings.connect_timeout
-        return f"at {self._settings.address} within {seconds:g} seconds (connect_timeout)"
+        return f"at {self._settings.rendezvous} within {seconds:g} seconds (connect_timeout)"
 
 
 def _dial_students(

@@ -71,10 +71,9 @@ class ColocatedTeacher:
     default, or "float32" they are stored and read as they are, which is faster and takes one more tensor [s, b, v/tp]
     while the loss is computed. Nothing is encoded, because no logits travel.
 
-    Collectives: the teacher's own, and Megatron's exchange of shapes between stages. waited: 0.0. bytes_received: 0.
+    Collectives: the teacher's own, and Megatron's exchange of shapes between stages. bytes_received: 0.
     """
 
-    waited = 0.0
     waits = Waits()
     served_by = (None, 0)
     bytes_received = 0

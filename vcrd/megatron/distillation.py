@@ -331,7 +331,7 @@ class StudentLoss:
         """Adds one micro-batch, all of it [s, b], to the report and to the checks of the teacher."""
         # Bytes also arrive between two losses: they are counted with the later one.
         waited, received = self._reported
-        self._reported = (self._teacher.waited, self._teacher.bytes_received)
+        self._reported = (self._teacher.waits.seconds, self._teacher.bytes_received)
         self.report.add_link(self._reported[0] - waited, self._reported[1] - received)
         self.report.add(out, mask)
         if out.loss.requires_grad:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vcrd.errors import expected
+from vcrd.link.question import Question
 from vcrd.megatron.packing import Doubts, edges_in, field, look_for_borders, packed
 from vcrd.megatron.random_state import WhoDraws, changed, names_of, random_state, set_random_state
 
@@ -31,7 +32,7 @@ class _Asked(NamedTuple):
 
 
 class Prefetcher:
-    """An iterator over `source` that calls `ask(tokens, edges)` for `ahead` micro-batches more than were drawn.
+    """An iterator over `source` that calls `ask(question)` for `ahead` micro-batches more than were drawn.
 
     number: what `ask` returned for the micro-batch that was drawn last; -1 before the first. batch: that micro-batch.
     drawn: how many were drawn. late: while true, it asks nothing and draws nothing ahead; its owner asks for `batch`.
@@ -53,7 +54,7 @@ class Prefetcher:
     def __init__(
         self,
         source: Iterator[Any],
-        ask: Callable[[Tensor, Tensor], int],
+        ask: Callable[[Question], int],
         ahead: int,
         tokens_of: TokensOf,
         who_draws: WhoDraws | None = None,
@@ -127,7 +128,7 @@ class Prefetcher:
 
     def stop(self) -> None:
         """Asks for nothing more. Drawing goes on with what is pending, then from the source."""
-        self._ask, self._ahead = lambda tokens, edges: -1, 0
+        self._ask, self._ahead = lambda question: -1, 0
 
     def _move(self, moved: dict[str, tuple[Any, Any]], now: dict[str, Any]) -> None:
         after = {name: states[1] for name, states in moved.items()}
@@ -157,7 +158,7 @@ class Prefetcher:
                 except StopIteration:
                     self._exhausted = True
                     break
-                number = -1 if self.late else self._ask(*question(batch, self._tokens_of))
+                number = -1 if self.late else self._ask(question_of(batch, self._tokens_of))
                 before, state = state, random_state()
                 moved = {name: (before.get(name), after) for name, after in changed(before, state).items()}
                 self._asked.append(_Asked(number, batch, moved, loader_state))
@@ -188,8 +189,8 @@ def _before(moved: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
     return {name: states[0] for name, states in moved.items()}
 
 
-def question(batch: Any, tokens_of: TokensOf, arguments: Any = None) -> tuple[Tensor, Tensor]:
-    """What a teacher in another job is asked about a micro-batch: tokens [b, s], and the edges of packed sequences.
+def question_of(batch: Any, tokens_of: TokensOf, arguments: Any = None) -> Question:
+    """What a teacher in another job is asked about a micro-batch.
 
     arguments: those of the model's forward, if they are known. If the micro-batch has no edges, edges and tokens are
     taken from them, because a script may pack in its forward step.
@@ -199,13 +200,13 @@ def question(batch: Any, tokens_of: TokensOf, arguments: Any = None) -> tuple[Te
         tokens = field(arguments, "input_ids")
         if not isinstance(tokens, Tensor):
             tokens = tokens_in(batch, tokens_of)
-        return packed(batch, tokens, arguments)
+        return Question(*packed(batch, tokens, arguments))
     tokens, edges = packed(batch, tokens_in(batch, tokens_of))
     doubts = Doubts()
     look_for_borders(doubts, batch, edges, torch.arange(tokens.shape[1]), tokens.shape[0], (batch,))
     doubts.send()
     doubts.check()
-    return tokens, edges
+    return Question(tokens, edges)
 
 
 def tokens_in(batch: Any, tokens_of: TokensOf) -> Tensor:
@@ -242,13 +243,13 @@ def keeps_micro_batches(data_iterator: Any) -> bool:
 
 
 class ReplayIterator:
-    """An iterator over a rewound `source` that calls `ask(tokens, edges)` for each micro-batch when it is drawn.
+    """An iterator over a rewound `source` that calls `ask(question)` for each micro-batch when it is drawn.
 
     batch, late: as in `Prefetcher`. ahead: the prefetcher that drew them first; it moves the random state again.
     """
 
     def __init__(
-        self, source: Any, ask: Callable[[Tensor, Tensor], int], tokens_of: TokensOf, ahead: Prefetcher
+        self, source: Any, ask: Callable[[Question], int], tokens_of: TokensOf, ahead: Prefetcher
     ) -> None:
         self.source = source
         self.drawn = 0
@@ -265,6 +266,6 @@ class ReplayIterator:
         self.batch = next(self.source)
         self._ahead.draw_again(self.drawn)
         if not self.late:
-            self._ask(*question(self.batch, self._tokens_of))
+            self._ask(question_of(self.batch, self._tokens_of))
         self.drawn += 1
         return self.batch

@@ -16,7 +16,7 @@ from vcrd.errors import expected
 from vcrd.link.handshake import Tokenizer
 from vcrd.link.plan import context_rows
 from vcrd.link.rendezvous import Rendezvous, host_rendezvous
-from vcrd.link.student import StudentLink, Waits
+from vcrd.link.student import Waits
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.packing import (
     Doubts,
@@ -31,11 +31,12 @@ from vcrd.megatron.prefetch import (
     ReplayIterator,
     TokensOf,
     keeps_micro_batches,
-    question,
+    question_of,
     running_again,
     tokens_in,
 )
 from vcrd.megatron.random_state import EvaluationState, WhoDraws
+from vcrd.megatron.teachers import Teachers
 from vcrd.settings import DistillSettings
 from vcrd.teacher_logits import TeacherLogits
 
@@ -45,7 +46,7 @@ _log = logging.getLogger("vcrd")
 class RemoteTeacher:
     """On every rank `host`, then on ranks of the last stage `connect`, and for each micro-batch `watched` and `answer`.
 
-    waited: seconds that this rank waited for answers. waits: what it waited for. bytes_received: payload bytes.
+    waits: how long this rank waited for answers, and for what. bytes_received: payload bytes.
 
     When Megatron runs a step again, it rewinds its micro-batches, and the teacher is asked for them again. Answers to
     what was asked ahead arrive first, and every rank keeps them for later. The rank that asks tells the others their
@@ -62,7 +63,7 @@ class RemoteTeacher:
         self._settings = settings
         self._tokens_of = tokens_of
         self._rendezvous: Rendezvous | None = None
-        self._link: StudentLink | None = None
+        self._teachers: Teachers | None = None
         self._layout: Layout | None = None
         self._credit = settings.link.credits
         self._ahead: Prefetcher | None = None
@@ -82,36 +83,32 @@ class RemoteTeacher:
         self._kept: deque[TeacherLogits] = deque()
 
     @property
-    def waited(self) -> float:
-        return 0.0 if self._link is None else self._link.waited
-
-    @property
     def waits(self) -> Waits:
-        return Waits() if self._link is None else replace(self._link.waits)
+        return Waits() if self._teachers is None else replace(self._teachers.waits)
 
     @property
     def served_by(self) -> tuple[int | None, int]:
         """The replica that serves this rank, or None, and the number of replicas."""
-        return (None, 0) if self._link is None else self._link.served_by
+        return (None, 0) if self._teachers is None else self._teachers.served_by
 
     @property
     def bytes_received(self) -> int:
-        return 0 if self._link is None else self._link.bytes_received
+        return 0 if self._teachers is None else self._teachers.bytes_received
 
     def host(self) -> None:
         """Opens the rendezvous on rank 0 of the job, the first time."""
-        if self._rendezvous is None and self._link is None and dist.get_rank() == 0:
+        if self._rendezvous is None and self._teachers is None and dist.get_rank() == 0:
             self._rendezvous = host_rendezvous(self._settings.link)
 
     def connect(self, layout: Layout, tokenizer: Tokenizer | None) -> None:
         """Waits for the teacher job, the first time. tokenizer: the student's, to be compared with the teacher's."""
-        if self._link is None:
+        if self._teachers is None:
             if tokenizer is None and layout.asks and layout.data_rank == 0:
                 _log.warning(
                     "tokenizer: not known in the student job, so it is not compared: pass one to distill()"
                 )
             self._layout = layout
-            self._link = layout.connect(self._settings, tokenizer)
+            self._teachers = Teachers(layout.connect(self._settings, tokenizer))
 
     def watched(self, data_iterator: Any) -> Any:
         """On the rank that asks: the iterator that draws ahead. On other ranks: the script's own.
@@ -129,7 +126,9 @@ class RemoteTeacher:
             return data_iterator
         if again:
             if not before:
-                self._replay = ReplayIterator(data_iterator, self._link.request, self._tokens_of, self._ahead)
+                self._replay = ReplayIterator(
+                    data_iterator, self._teachers.request, self._tokens_of, self._ahead
+                )
                 self._replay.late = self._late
             return self._replay
         if self._replay is not None:
@@ -161,7 +160,7 @@ class RemoteTeacher:
         source = data_iterator.iterable if rewinds else data_iterator
         credit = 0 if self._credit and _saves_unseen(source, rewinds) else self._credit
         self._ahead = Prefetcher(
-            source, self._link.request, credit, self._tokens_of, self._who_draws, _micro_batches_of_step
+            source, self._teachers.request, credit, self._tokens_of, self._who_draws, _micro_batches_of_step
         )
         self._ahead.in_step = _of_one_step(data_iterator)
         self._ahead.late = self._late
@@ -188,7 +187,7 @@ class RemoteTeacher:
 
     def _receive(self) -> TeacherLogits:
         self._received += 1
-        return self._link.receive(self._received - 1)
+        return self._teachers.receive(self._received - 1)
 
     def alongside(self, chunk: Any) -> contextlib.AbstractContextManager[None]:
         """Around a forward step of a chunk of the student. Opens nothing, because this teacher runs in another job."""
@@ -242,8 +241,9 @@ class RemoteTeacher:
                 self._late = self._credit == 0 or (by_batch is None and by_model is not None)
             # With context parallelism the model is given only a part of the tokens.
             known = {**arguments, "input_ids": None} if split else arguments
-            tokens, edges = question(batch, self._tokens_of, known)
-            self._link.request(tokens, edges)
+            question = question_of(batch, self._tokens_of, known)
+            self._teachers.request(question)
+            tokens, edges = question.tokens, question.edges
         elif by_batch is None and by_model is not None:
             raise expected(
                 by_model[0],
@@ -311,9 +311,9 @@ class RemoteTeacher:
                     self._ahead.pending,
                 )
             self._let_go_of_iterator()
-        if self._link is not None:
-            self._link.close()
-            self._link = None
+        if self._teachers is not None:
+            self._teachers.close()
+            self._teachers = None
         if self._rendezvous is not None:
             self._rendezvous.close()
             self._rendezvous = None
