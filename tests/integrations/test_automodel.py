@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import automodel_jobs
 import pytest
 import torch
+import yaml
 from automodel_jobs import IGNORED, batch, loss_and_gradient
 from calibrated import per_token
 from sharded_jobs import spawn
@@ -110,13 +112,13 @@ def test_labels_of_another_size_are_refused():
         CalibratedKDLoss()(student, teacher, labels[:3])
 
 
-def test_a_recipes_configuration_makes_this_loss():
+def test_the_configuration_of_the_page_makes_this_loss():
     from nemo_automodel.components.loss.loss import build_loss_module
 
     loader = pytest.importorskip("nemo_automodel.components.config.loader")
-    target = "vcrd.integrations.automodel.CalibratedKDLoss"
-    node = loader.ConfigNode({"kd_loss_fn": {"_target_": target, "temperature": 2.0, "divergence": "jsd"}})
-    found = node.kd_loss_fn.instantiate()
+    page = Path(__file__).parents[2] / "docs/integrations/automodel.md"
+    (of_the_page,) = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    found = loader.ConfigNode(yaml.safe_load(of_the_page)).kd_loss_fn.instantiate()
     assert isinstance(found, CalibratedKDLoss) and found.config.divergence == "jsd"
     # What it does with a class of the name KDLoss is to make its own.
     assert isinstance(build_loss_module(CalibratedKDLoss, temperature=2.0), CalibratedKDLoss)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import modelopt_jobs
 import pytest
 import torch
@@ -106,6 +109,22 @@ class Logits:
 def plain_model(criterion) -> torch.nn.Module:
     options = {"teacher_model": Output(2), "criterion": criterion}
     return mtd.convert(Output(1), mode=[("kd_loss", options)])
+
+
+def test_the_code_of_the_page_for_a_plain_model_runs():
+    page = Path(__file__).parents[2] / "docs/integrations/modelopt.md"
+    code = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[-1]
+    names = {
+        "student": Output(1),
+        "teacher": Output(2),
+        "config": LossConfig(divergence="jsd"),
+        "tokens": torch.randn(2, 4, 8),
+        "labels": torch.zeros(2, 4, dtype=torch.long),
+        "tokens_that_count": 8,
+    }
+    exec(code, names)
+    names["loss"].backward()
+    assert names["student"].layer.weight.grad.abs().max() > 0
 
 
 def test_a_plain_model_has_the_value_and_the_gradient_of_the_reference():

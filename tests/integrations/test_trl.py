@@ -86,12 +86,12 @@ def prompts(count: int = 8) -> object:
 
 
 # Every column is a token of the tokenizer, for TRL counts all columns.
-def models():
-    return tiny.model(columns=VOCABULARY), tiny.model(columns=VOCABULARY, seed=2)
+def models(columns: int = VOCABULARY):
+    return tiny.model(columns=columns), tiny.model(columns=columns, seed=2)
 
 
-def gkd(folder, *, loss_config=None, fused_head=False, **changes) -> CalibratedGKDTrainer:
-    student, teacher = models()
+def gkd(folder, *, loss_config=None, fused_head=False, columns=VOCABULARY, **changes) -> CalibratedGKDTrainer:
+    student, teacher = models(columns)
     return CalibratedGKDTrainer(
         student,
         teacher,
@@ -119,8 +119,10 @@ def test_uniform_is_the_loss_of_gkd(fused, tmp_path):
         assert torch.equal(trainer.compute_loss(student.eval(), batch), theirs), "evaluation stays theirs"
 
 
-def distillation(folder, *, loss_config=None, family="llama", **changes) -> CalibratedDistillationTrainer:
-    student, teacher = (tiny.model(family, columns=VOCABULARY, seed=seed) for seed in (1, 2))
+def distillation(
+    folder, *, loss_config=None, family="llama", columns=VOCABULARY, **changes
+) -> CalibratedDistillationTrainer:
+    student, teacher = (tiny.model(family, columns=columns, seed=seed) for seed in (1, 2))
     return CalibratedDistillationTrainer(
         student,
         teacher,
@@ -232,6 +234,15 @@ def test_the_distillation_trainer_trains_on_its_samples(tmp_path):
     )
     assert [count for _, count in seen] == [total, total]
     assert logged["weight"] > 0 and logged["entropy"] > 0
+
+
+@pytest.mark.parametrize("make", [gkd, distillation])
+def test_the_padding_of_the_output_layer_is_never_sampled(make, tmp_path):
+    """Nearly all columns are padding here, and an id past the vocabulary is an error in the loss."""
+    options = {"lmbda": 1.0} if make is gkd else {}
+    trainer = make(tmp_path, columns=8 * VOCABULARY, **options)
+    trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def _train_on_a_rank(port: int, folder: str) -> list:

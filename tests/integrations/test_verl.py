@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -191,9 +193,9 @@ def test_logits_that_verl_overwrites_later_do_not_reach_the_gradient():
 @pytest.mark.slow
 def test_the_module_of_the_page_registers_while_verl_is_imported(tmp_path):
     """And the adapter alone does not import verl."""
-    (tmp_path / "my_vcrd.py").write_text(
-        "import vcrd\nfrom vcrd.integrations.verl import register\n\nregister(vcrd.LossConfig(validity='confidence'))\n"
-    )
+    page = Path(__file__).parents[2] / "docs/integrations/verl.md"
+    (module,) = re.findall(r"```python\n# my_vcrd.py\n(.*?)```", page.read_text(), re.DOTALL)
+    (tmp_path / "my_vcrd.py").write_text(module)
     path = os.pathsep.join([str(tmp_path), os.getcwd(), os.environ.get("PYTHONPATH", "")])
     code = (
         "import sys, vcrd.integrations.verl\n"

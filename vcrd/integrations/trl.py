@@ -55,6 +55,18 @@ def config_for_samples(
     return config
 
 
+def never_sample_padding(trainer: Any) -> None:
+    """Keeps columns past the vocabulary out of completions: the loss has no probability for them.
+
+    GKDTrainer refuses two models with different numbers of columns, and DistillationTrainer does too, so those of the
+    student are those of a teacher that samples. vLLM does not read this.
+    """
+    columns = trainer.model.get_output_embeddings().weight.shape[0]
+    padding = range(trainer.distillation.config.vocab_size or columns, columns)
+    config = trainer.generation_config
+    config.suppress_tokens = [*(config.suppress_tokens or ()), *padding] or None
+
+
 class CalibratedGKDTrainer(LogsTokenMeans, GKDTrainer):
     """GKDTrainer with this loss: its data, its sampling by `lmbda` and `seq_kd`, its evaluation.
 
@@ -87,6 +99,7 @@ class CalibratedGKDTrainer(LogsTokenMeans, GKDTrainer):
             fused_head=fused_head,
             product_dtype=head_dtype(self),
         )
+        never_sample_padding(self)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -149,6 +162,7 @@ class CalibratedDistillationTrainer(LogsTokenMeans, DistillationTrainer):
             fused_head=True,
             product_dtype=head_dtype(self),
         )
+        never_sample_padding(self)
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
         """Loss of the batch, its sum of entropies and its tokens. In evaluation those of DistillationTrainer."""
