@@ -23,7 +23,7 @@ texts = {Kind.LOST: st.integers(0, wire.LONGEST_TEXT)}
 @st.composite
 def good_headers(draw) -> Header:
     kind = draw(st.sampled_from(list(Kind)))
-    return Header(kind, *(draw(fields) for _ in range(7)), length=draw(texts.get(kind, st.just(0))))
+    return Header(kind, *(draw(fields) for _ in range(8)), length=draw(texts.get(kind, st.just(0))))
 
 
 @given(good_headers())
