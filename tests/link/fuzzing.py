@@ -58,7 +58,9 @@ def header_bytes(draw) -> bytes:
     """A header whose fields are anything, often all but right, sometimes damaged."""
     kind = draw(st.one_of(st.sampled_from([int(kind) for kind in Kind]), st.integers(0, (1 << 32) - 1)))
     good = draw(
-        st.sampled_from([(0, 4, 2, 0, 3, 0, 9, 1, 0), (1, 16, 1, 3, 0, 0, 9, 1, 0), (8, 0, 0, 0, 0, 0, 9, 0, 0)])
+        st.sampled_from(
+            [(0, 4, 2, 0, 3, 0, 9, 1, 0), (1, 16, 1, 3, 0, 0, 9, 1, 0), (8, 0, 0, 0, 0, 0, 9, 0, 0)]
+        )
     )
     fields = [draw(_NUMBERS) if draw(st.integers(0, 4)) == 0 else field for field in good]
     protocol = draw(st.sampled_from([wire.PROTOCOL] * 9 + [0, 1, (1 << 32) - 1]))

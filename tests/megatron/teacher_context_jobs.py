@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import colocated_jobs
 import jobs
+import packing_jobs
 import torch
 from torch import Tensor
 
-from examples.demo.convert import load
+from examples.demo.convert import Place, load, to_hugging_face
 from examples.demo.model import Shape, build, configure
 from vcrd.link import host_rendezvous
 from vcrd.link.plan import context_rows
 from vcrd.link.question import Context
 from vcrd.link.student import StudentLink
+from vcrd.megatron.teacher_context import CONTEXT_KEY, POSITIONS_KEY
 from vcrd.teacher_logits import HiddenStates, TopKLogits
 
 LONGEST = 9  # tokens of context that a sequence may have
+LOCAL, DEEP = colocated_jobs.TEACHER, colocated_jobs.INTERLEAVED_TEACHER
 
 
 class Case(NamedTuple):
@@ -24,7 +29,9 @@ class Case(NamedTuple):
 
     tokens: Tensor
     edges: list[int]
-    contexts: list[tuple[list[int], list[int]]]  # of each: tokens, and the positions before which they are seen
+    contexts: list[
+        tuple[list[int], list[int]]
+    ]  # of each: tokens, and the positions before which they are seen
 
     @property
     def cuts(self) -> list[tuple[int, int]]:
@@ -66,7 +73,9 @@ def cases(seed: int, packed: bool, step: int = 1, count: int = 4) -> list[Case]:
     return found
 
 
-def model(shape: Shape = jobs.TEACHER, seed: int = 2, longest: int = jobs.SEQUENCE + LONGEST) -> torch.nn.Module:
+def model(
+    shape: Shape = jobs.TEACHER, seed: int = 2, longest: int = jobs.SEQUENCE + LONGEST
+) -> torch.nn.Module:
     """This rank's part of a model that takes longer sequences than the student's."""
     part = build(shape, configure(shape, shape.layers), longest)
     load(part, jobs.weights(shape, seed).__getitem__, shape, range(shape.layers))
@@ -145,3 +154,142 @@ def part_of(truth: Tensor, case: Case, rank: int, size: int) -> Tensor:
     """The positions that a context-parallel rank holds."""
     spans = context_rows(jobs.SEQUENCE, rank, size, case.edges)
     return torch.cat([truth[span.start : span.stop] for span in spans])
+
+
+def micro_batches(group: list[Case]) -> list[dict]:
+    """As a data loader makes them: the context as a padded tensor, or as lists; without positions before the sample."""
+    generator = torch.Generator().manual_seed(9)
+    found = []
+    for number, case in enumerate(group):
+        shape = case.tokens.shape
+        batch = {
+            "tokens": case.tokens,
+            "labels": torch.randint(jobs.TRUE_VOCAB, shape, generator=generator),
+            "loss_mask": (torch.rand(shape, generator=generator) < 0.7).float(),
+        }
+        if case.edges:
+            batch["cu_seqlens"] = torch.tensor([case.edges])
+        tokens, positions = zip(*case.contexts, strict=True)
+        if number % 2:
+            tokens, positions = _padded(tokens), _padded(positions)
+        if number:
+            batch |= {CONTEXT_KEY: tokens, POSITIONS_KEY: positions}
+        found.append(batch)
+    return found
+
+
+def _padded(rows: tuple[list[int], ...]) -> Tensor:
+    parts = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)
+
+
+def step_of(losses: list[Tensor]):
+    """A script's forward step that draws on every stage and keeps packed sequences apart by a mask."""
+
+    def forward_step(data_iterator, chunk):
+        from megatron.core import parallel_state
+
+        batch = next(data_iterator)
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            assert not any(key.startswith("vcrd_") for key in batch)
+        edges, mask = [0, jobs.SEQUENCE], None
+        if "cu_seqlens" in batch:
+            edges = batch["cu_seqlens"][0].tolist()
+            mask = packing_jobs.blocks(edges)
+        positions = torch.cat([torch.arange(b - a) for a, b in zip(edges, edges[1:], strict=False)])
+        positions = positions.expand_as(batch["tokens"])
+        output = chunk(batch["tokens"], positions, mask, labels=batch["labels"], loss_mask=batch["loss_mask"])
+
+        def loss_func(output):
+            losses.append(output.detach().clone())
+            return (output * batch["loss_mask"]).sum(), batch["loss_mask"].sum().int(), {}
+
+        return output, loss_func
+
+    return forward_step
+
+
+def train(settings, group: list[Case], local: bool, per_rank: int | None = None) -> SimpleNamespace:
+    """Losses [b, s] and gradients of one step of the student. local: whether the teacher is in the same ranks."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed import finalize_model_grads as finalize
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from vcrd.megatron import distill
+
+    mine = jobs.chunks(jobs.STUDENT, 1, per_rank)
+    wrapped = []
+    for _, part in mine:
+        part.config.variable_seq_lengths = local
+        part.config.finalize_model_grads_func = finalize
+        wrapped.append(DistributedDataParallel(part.config, DistributedDataParallelConfig(), part))
+    teacher = None
+    if local:
+        theirs = [part for _, part in jobs.chunks(LOCAL if per_rank is None else DEEP, 2, per_rank)]
+        for part in theirs:
+            part.max_sequence_length += LONGEST
+        teacher = theirs if per_rank else theirs[0]
+    losses: list[Tensor] = []
+    plug = distill(step_of(losses), settings, teacher=teacher)
+    batches = micro_batches(group)
+    for chunk in wrapped:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    iterators = [iter(batches) for _ in mine]
+    try:
+        get_forward_backward_func()(
+            forward_step_func=plug,
+            data_iterator=iterators if per_rank else iterators[0],
+            model=wrapped,
+            num_microbatches=len(batches),
+            seq_length=jobs.SEQUENCE,
+            micro_batch_size=len(group[0].tokens),
+            forward_only=False,
+        )
+        gradients = {
+            place: {name: p.main_grad.clone() for name, p in part.named_parameters()} for place, part in mine
+        }
+    finally:
+        plug.close()
+    return SimpleNamespace(losses=losses, gradients=gradients)
+
+
+def trained(settings, variants: list[dict], local: bool) -> list[SimpleNamespace]:
+    """One student after another. variants: arguments of `train`, and a payload."""
+    found = []
+    for variant in variants:
+        variant = dict(variant)
+        chosen = settings.replaced(payload=variant.pop("payload", "float32"))
+        found.append(train(chosen, local=local, **variant))
+    return found
+
+
+def reference_step(settings, group: list[Case], shape: Shape) -> SimpleNamespace:
+    """The same step in one process: the teacher alone on each concatenation, reference losses, autograd."""
+    from vcrd.loss import reference
+
+    student, teacher = jobs.model(jobs.STUDENT, seed=1), model(shape).eval()
+    losses, total = [], 0.0
+    for case, batch in zip(group, micro_batches(group), strict=True):
+        edges, mask = case.edges or [0, jobs.SEQUENCE], None
+        if case.edges:
+            mask = packing_jobs.blocks(edges)
+        positions = torch.cat([torch.arange(b - a) for a, b in zip(edges, edges[1:], strict=False)])
+        q = student(case.tokens, positions.expand_as(case.tokens), mask)
+        p = alone(teacher, case).transpose(0, 1)
+        options = {"name": settings.divergence, "temperature": 1.0, "alpha": 0.1, "beta": 0.5}
+        labels, counts = batch["labels"], batch["loss_mask"]
+        stats = reference.statistics(q, p, labels, vocab_size=jobs.TRUE_VOCAB, mask=counts, **options)
+        weight, _ = reference.weights(
+            *reference.log_validities(stats, settings.validity), sharpness=settings.sharpness, mask=counts
+        )
+        loss = weight * stats["divergence"]
+        losses.append(loss.detach())
+        total = total + (loss * counts).sum() / counts.sum() / len(group)
+    total.backward()
+    gradients = {name: p.grad for name, p in student.named_parameters()}
+    return SimpleNamespace(losses=losses, gradients=to_hugging_face({Place(): gradients}, jobs.STUDENT, 4))
+
+
+def references(settings, groups: list[tuple[list[Case], Shape]]) -> list[SimpleNamespace]:
+    return [reference_step(settings, group, shape) for group, shape in groups]

@@ -91,8 +91,9 @@ class Header:
 
     number: the number of the micro-batch within its student replica, or of the epoch. sequence, batch: the shape of the
     whole micro-batch. boundaries: how many edges of packed sequences it has; in a request they follow the tokens.
-    context: how many tokens of a request only the teacher sees; they and their places follow the boundaries. start, stop: the vocabulary columns of this piece. payload: the code of its encoding. length: bytes of text that
-    follow. Fields without meaning are 0.
+    context: how many tokens of a request only the teacher sees; they and their places follow the boundaries. start,
+    stop: the vocabulary columns of this piece. payload: the code of its encoding. length: bytes of text that follow.
+    Fields without meaning are 0.
     """
 
     kind: Kind

@@ -49,7 +49,14 @@ class Question(NamedTuple):
 
 
 def check_context(
-    context: Context, batch: int, sequence: int, edges: Sequence[int], *, vocab_size: int, longest: int, most: int
+    context: Context,
+    batch: int,
+    sequence: int,
+    edges: Sequence[int],
+    *,
+    vocab_size: int,
+    longest: int,
+    most: int,
 ) -> None:
     """ValueError unless this is a context for a micro-batch of [batch, sequence] tokens with these edges.
 

@@ -23,8 +23,8 @@ from .errors import LinkError, StudentLost
 from .handshake import Handshake, Head, Identity, TeacherPlace, Tokenizer
 from .payload import STATE_DTYPES, encode, payload_named, row_max, top_k_of
 from .plan import Place, context_rows
-from .replica_group import KEEPALIVE, Outcome, ReplicaGroup, outcome_of
 from .question import Context
+from .replica_group import KEEPALIVE, Outcome, ReplicaGroup, outcome_of
 from .requests import Request
 from .teacher_session import TeacherSession, join
 from .tracing import span

@@ -49,9 +49,9 @@ def serve(
     model: this rank's part of the teacher, in a list or not, wrapped or not. It is called as
         model(tokens [b, s], position_ids [b, s], None), applies a causal mask of its own, and must return logits
         [b, s, padded vocabulary / tensor size] on the last stage. For packed sequences see `PackedInputs`. Heads of
-        multi-token prediction are not run. A request with a context that the student does not see gets longer rows,
-        and is answered for the student's positions (`TeacherRows`). With the payload "hidden" its output layer runs on a few test states only,
-        in one pass of 16, the first among them.
+        multi-token prediction are not run. A request with a context that the student does not see gets longer rows, and
+        is answered for the student's positions (`TeacherRows`). With the payload "hidden" its output layer runs on a
+        few test states only, in one pass of 16, the first among them.
     settings: default `DistillSettings.from_environment()`; the loss fields are not read.
     microbatches: the most queued requests that go through the pipeline together, so that its stages overlap.
         Default: twice the number of stages.

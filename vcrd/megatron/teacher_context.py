@@ -63,6 +63,28 @@ def context_of(batch: Any, tokens: Tensor, edges: Tensor, arguments: Any = None)
     return Context(torch.cat(found), torch.cat(places)) if found else NO_CONTEXT
 
 
+def without_context(source: Iterator[Any] | None) -> Iterator[Any] | None:
+    """An iterator over `source` whose micro-batches lack the fields; None for None."""
+    return None if source is None else map(_stripped, source)
+
+
+def recorded(source: Iterator[Any] | None, drawn: list[Any]) -> Iterator[Any] | None:
+    """An iterator over `source` that appends each micro-batch to `drawn`; None for None."""
+
+    def note(batch: Any) -> Any:
+        # A copy, because Megatron's functions remove and move the entries of the dictionary.
+        drawn.append(dict(batch) if isinstance(batch, dict) else batch)
+        return batch
+
+    return None if source is None else map(note, source)
+
+
+def _stripped(batch: Any) -> Any:
+    if not isinstance(batch, dict):
+        return batch
+    return {key: value for key, value in batch.items() if key not in CONTEXT_KEYS}
+
+
 def _ends_in_padding(batch: Any, arguments: Any, width: int) -> bool:
     named = edges_in(batch) or (None if arguments is None else edges_in(arguments))
     edges = torch.as_tensor(named[1])
@@ -191,7 +213,9 @@ def for_students_alone(
             parts = [torch.empty_like(states) for _ in range(group.size())]
             dist.all_gather(parts, states.contiguous(), group=group)
             states = torch.cat(parts)
-            layer.sequence_parallel = False  # as Megatron's own inference does where it gathers before the layer
+            layer.sequence_parallel = (
+                False  # as Megatron's own inference does where it gathers before the layer
+            )
         return (rows.take(states), *rest), kwargs
 
     hook = layer.register_forward_pre_hook(pick, with_kwargs=True)
