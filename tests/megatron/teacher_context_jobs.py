@@ -293,3 +293,35 @@ def reference_step(settings, group: list[Case], shape: Shape) -> SimpleNamespace
 
 def references(settings, groups: list[tuple[list[Case], Shape]]) -> list[SimpleNamespace]:
     return [reference_step(settings, group, shape) for group, shape in groups]
+
+
+def refusals(settings, wrongs: list[dict], local: bool) -> list[str]:
+    """The sentence of each wrong micro-batch, the first of a student."""
+    from vcrd.megatron import distill
+
+    (case,) = cases(0, packed=False, count=1)
+    student, teacher = jobs.model(jobs.STUDENT, seed=1).train(), None
+    if local:
+        teacher = jobs.model(LOCAL, seed=2)
+        teacher.max_sequence_length += LONGEST
+    sentences = []
+    for wrong in wrongs:
+        plug = distill(step_of([]), settings, teacher=teacher)
+        try:
+            plug(iter([{**micro_batches([case])[0], **wrong}]), student)
+        except ValueError as error:
+            sentences.append(str(error))
+        else:
+            sentences.append("accepted")
+        plug.close()
+    return sentences
+
+
+def shapes_of_logits(settings, asked: list[Case]) -> list[list[int]]:
+    """Of each answer of a served teacher, what its output layer made."""
+    from vcrd.megatron import serve
+
+    teacher, shapes = model(), []
+    teacher.output_layer.register_forward_hook(lambda *call: shapes.append(list(call[-1][0].shape)))
+    assert serve(teacher, settings) == len(asked)
+    return shapes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jobs
 import pytest
 import teacher_context_jobs
@@ -11,6 +13,7 @@ from test_distillation import settings
 from worlds import World, run_worlds
 
 from examples.demo.convert import to_hugging_face
+from vcrd.megatron.teacher_context import CONTEXT_KEY, POSITIONS_KEY
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,8 @@ ROWS, PACKED = cases(5, packed=False), cases(6, packed=True)
 
 
 def chosen_for_training(**changes):
-    return settings(sequence_length=jobs.SEQUENCE, teacher_context_length=LONGEST, credits=2, **changes)
+    own = {"sequence_length": jobs.SEQUENCE, "teacher_context_length": LONGEST, "credits": 2}
+    return settings(**{**own, **changes})
 
 
 def test_a_student_of_a_linked_teacher_learns_what_the_reference_does():
@@ -108,3 +112,55 @@ def test_a_student_of_a_teacher_in_its_ranks_learns_what_the_reference_does(tens
         World(teacher_context_jobs.references, arguments=(chosen, [(v["group"], shape) for v in variants])),
     )
     check_steps(ranks, truths)
+
+
+WRONG = [
+    ({CONTEXT_KEY: torch.zeros(2, 2)}, "vcrd_teacher_context: expected integers .*, got torch.float32"),
+    ({CONTEXT_KEY: [[1]]}, "vcrd_teacher_context: expected .* a list of 2 tensors .*, got 1"),
+    ({POSITIONS_KEY: [[1], []]}, "vcrd_teacher_context: expected in the micro-batch, beside .*, got none"),
+    (
+        {CONTEXT_KEY: [[1] * (LONGEST + 1), []]},
+        f"teacher_context: expected at most {LONGEST} tokens per sequence, by VCRD_TEACHER_CONTEXT_LENGTH .*, got 10",
+    ),
+    (
+        {CONTEXT_KEY: [[jobs.TRUE_VOCAB], []]},
+        r"teacher_context: expected tokens in \[0, 45\), got 45 to 45",
+    ),
+]
+
+
+def test_wrong_fields_are_refused_on_every_rank_alike():
+    chosen = chosen_for_training()
+    wrongs = [wrong for wrong, _ in WRONG]
+    local, none, linked, _ = run_worlds(
+        World(teacher_context_jobs.refusals, 2, tensor=2, arguments=(chosen, wrongs, True)),
+        World(
+            teacher_context_jobs.refusals,
+            2,
+            tensor=2,
+            arguments=(chosen.replaced(teacher_context_length=0), [{CONTEXT_KEY: [[1], []]}], True),
+        ),
+        World(teacher_context_jobs.refusals, 2, tensor=2, arguments=(chosen, wrongs[:1], False)),
+        World(teacher_context_jobs.serve, arguments=(chosen,)),
+    )
+    for ranks in (local, none, linked):
+        assert ranks[0] == ranks[1]
+    for found, (_, sentence) in zip([*local[0], *linked[0]], [*WRONG, WRONG[0]], strict=True):
+        assert re.match(sentence, found), found
+    assert none[0][0].startswith("teacher_context: expected at most 0 tokens per sequence")
+
+
+def test_a_teacher_in_the_same_ranks_needs_positions_for_the_context():
+    chosen = chosen_for_training(teacher_context_length=LONGEST + 1)
+    ((found,),) = run_worlds(World(teacher_context_jobs.refusals, arguments=(chosen, [{}], True)))
+    assert found == ["teacher: expected sequences of up to 22 tokens, got a model of 21"]
+
+
+def test_the_context_has_no_logits():
+    chosen = settings(credits=8, sequence_length=jobs.SEQUENCE, teacher_context_length=LONGEST)
+    asked = [*ROWS, *PACKED]
+    _, (shapes,) = run_worlds(
+        World(teacher_context_jobs.ask, arguments=(chosen, asked)),
+        World(teacher_context_jobs.shapes_of_logits, arguments=(chosen, asked)),
+    )
+    assert shapes == [[jobs.SEQUENCE, len(case.tokens), jobs.TEACHER.vocab_size] for case in asked]

@@ -25,11 +25,6 @@ class Context(NamedTuple):
     tokens: Tensor = _NONE
     places: Tensor = _NONE
 
-    def within(self, start: int, stop: int) -> Context:
-        """The context of tokens start:stop of the micro-batch, its places counted from `start`."""
-        first, last = torch.searchsorted(self.places, torch.tensor([start, stop])).tolist()
-        return Context(self.tokens[first:last], self.places[first:last] - start)
-
 
 NO_CONTEXT = Context()
 

@@ -38,7 +38,7 @@ def context_of(batch: Any, tokens: Tensor, edges: Tensor, arguments: Any = None)
     rows, width = tokens.shape
     cuts = edges.tolist() or list(range(0, rows * width + 1, width))
     lengths = [stop - start for start, stop in zip(cuts, cuts[1:], strict=False)]
-    if len(edges) and len(given) == len(lengths) - 1 and _ends_in_padding(batch, arguments, rows * width):
+    if len(edges) and _count(given) == len(lengths) - 1 and _ends_in_padding(batch, arguments, rows * width):
         lengths.pop()
     contexts = _entries(CONTEXT_KEY, given, len(lengths))
     if positions is None:
@@ -91,17 +91,17 @@ def _ends_in_padding(batch: Any, arguments: Any, width: int) -> bool:
     return (edges.dim() < 2 or len(edges) == 1) and int(edges.max()) < width
 
 
+def _count(given: Any) -> int | str:
+    """How many entries a field has; another type's name."""
+    listed = isinstance(given, (list, tuple)) or (isinstance(given, Tensor) and given.dim() == 2)
+    return len(given) if listed else type(given).__name__
+
+
 def _entries(key: str, given: Any, count: int) -> list[Tensor]:
     """int64 [c] on the CPU for each sequence."""
     what = f"integers [{count}, c], or a list of {count} tensors [c] or lists of integers: one per sequence"
-    if isinstance(given, Tensor):
-        right = given.dim() == 2 and len(given) == count
-        got = list(given.shape)
-    else:
-        right = isinstance(given, (list, tuple)) and len(given) == count
-        got = len(given) if isinstance(given, (list, tuple)) else type(given).__name__
-    if not right:
-        raise expected(key, what, got)
+    if _count(given) != count:
+        raise expected(key, what, list(given.shape) if isinstance(given, Tensor) else _count(given))
     entries = []
     for each in given:
         try:
