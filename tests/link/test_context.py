@@ -119,7 +119,10 @@ def test_an_answer_has_the_same_bytes_with_a_context():
 WRONG = [
     (context([1], [0, 0]), r"teacher_context: expected tokens \[c\] and as many places, got \[1\] and \[2\]"),
     (Context(torch.tensor([[1]]), torch.tensor([[0]])), r"teacher_context: expected tokens \[c\]"),
-    (Context(torch.tensor([1.0]), torch.tensor([0])), "teacher_context: expected integers, got torch.float32"),
+    (
+        Context(torch.tensor([1.0]), torch.tensor([0])),
+        "teacher_context: expected integers, got torch.float32",
+    ),
     (context([50], [0]), r"teacher_context: expected tokens in \[0, 50\), got 50 to 50"),
     (context([-1], [0]), r"teacher_context: expected tokens in \[0, 50\), got -1 to -1"),
     (context([1], [8]), r"teacher_context: expected ascending places in \[0, 8\), got \[8\]"),

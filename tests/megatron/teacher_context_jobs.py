@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -9,6 +11,7 @@ import colocated_jobs
 import jobs
 import packing_jobs
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from examples.demo.convert import Place, load, to_hugging_face
@@ -73,11 +76,9 @@ def cases(seed: int, packed: bool, step: int = 1, count: int = 4) -> list[Case]:
     return found
 
 
-def model(
-    shape: Shape = jobs.TEACHER, seed: int = 2, longest: int = jobs.SEQUENCE + LONGEST
-) -> torch.nn.Module:
+def model(shape: Shape = jobs.TEACHER, seed: int = 2, **config) -> torch.nn.Module:
     """This rank's part of a model that takes longer sequences than the student's."""
-    part = build(shape, configure(shape, shape.layers), longest)
+    part = build(shape, replace(configure(shape, shape.layers), **config), jobs.SEQUENCE + LONGEST)
     load(part, jobs.weights(shape, seed).__getitem__, shape, range(shape.layers))
     return part
 
@@ -112,8 +113,6 @@ def truths(groups: list[list[Case]]) -> list[list[Tensor]]:
 
 def ask(settings, asked: list[Case], context_size: int = 1) -> list[Tensor]:
     """Log-probabilities [s / context_size, b, v] that this rank receives from the teacher."""
-    import torch.distributed as dist
-
     rank = dist.get_rank()
     rendezvous = host_rendezvous(settings.link) if rank == 0 else None
     link = StudentLink.connect(
@@ -183,6 +182,12 @@ def _padded(rows: tuple[list[int], ...]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-1)
 
 
+def counted(edges: list[int]) -> Tensor:
+    """The position of each token of a row in its packed sequence."""
+    edges = edges or [0, jobs.SEQUENCE]
+    return torch.cat([torch.arange(b - a) for a, b in zip(edges, edges[1:], strict=False)])
+
+
 def step_of(losses: list[Tensor]):
     """A script's forward step that draws on every stage and keeps packed sequences apart by a mask."""
 
@@ -192,12 +197,11 @@ def step_of(losses: list[Tensor]):
         batch = next(data_iterator)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             assert not any(key.startswith("vcrd_") for key in batch)
-        edges, mask = [0, jobs.SEQUENCE], None
+        edges, mask = [], None
         if "cu_seqlens" in batch:
             edges = batch["cu_seqlens"][0].tolist()
             mask = packing_jobs.blocks(edges)
-        positions = torch.cat([torch.arange(b - a) for a, b in zip(edges, edges[1:], strict=False)])
-        positions = positions.expand_as(batch["tokens"])
+        positions = counted(edges).expand_as(batch["tokens"])
         output = chunk(batch["tokens"], positions, mask, labels=batch["labels"], loss_mask=batch["loss_mask"])
 
         def loss_func(output):
@@ -271,11 +275,8 @@ def reference_step(settings, group: list[Case], shape: Shape) -> SimpleNamespace
     student, teacher = jobs.model(jobs.STUDENT, seed=1), model(shape).eval()
     losses, total = [], 0.0
     for case, batch in zip(group, micro_batches(group), strict=True):
-        edges, mask = case.edges or [0, jobs.SEQUENCE], None
-        if case.edges:
-            mask = packing_jobs.blocks(edges)
-        positions = torch.cat([torch.arange(b - a) for a, b in zip(edges, edges[1:], strict=False)])
-        q = student(case.tokens, positions.expand_as(case.tokens), mask)
+        mask = packing_jobs.blocks(case.edges) if case.edges else None
+        q = student(case.tokens, counted(case.edges).expand_as(case.tokens), mask)
         p = alone(teacher, case).transpose(0, 1)
         options = {"name": settings.divergence, "temperature": 1.0, "alpha": 0.1, "beta": 0.5}
         labels, counts = batch["labels"], batch["loss_mask"]
@@ -325,3 +326,74 @@ def shapes_of_logits(settings, asked: list[Case]) -> list[list[int]]:
     teacher.output_layer.register_forward_hook(lambda *call: shapes.append(list(call[-1][0].shape)))
     assert serve(teacher, settings) == len(asked)
     return shapes
+
+
+def attend_over_context_ranks() -> None:
+    """Megatron's local attention works with context parallelism: it gathers keys and values.
+
+    It reads the edges of packed sequences, and has the name of Transformer Engine's, which does both by itself.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    build_whole, attend = DotProductAttention.__init__, DotProductAttention.forward
+
+    def init(self, config, *args, **rest):
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1
+        build_whole(self, alone, *args, **rest)
+
+    def forward(self, query, key, value, mask, packed_seq_params=None, **rest):
+        rank, size = parallel_state.get_context_parallel_rank(), 2
+        width, edges = len(query) * size, [0, len(query) * size]
+        if packed_seq_params is not None:
+            edges = packed_seq_params.cu_seqlens_q.tolist()
+            query, key, value = (each.unsqueeze(1) for each in (query, key, value))
+        held = [context_rows(width, each, size, edges) for each in range(size)]
+        held = [torch.cat([torch.arange(span.start, span.stop) for span in spans]) for spans in held]
+        whole = []
+        for each in (key, value):
+            parts = [torch.empty_like(each) for _ in held]
+            dist.all_gather(parts, each.contiguous(), group=parallel_state.get_context_parallel_group())
+            whole.append(torch.cat(parts)[torch.cat(held).argsort()])
+        found = attend(self, query, *whole, packing_jobs.blocks(edges)[:, :, held[rank]], **rest)
+        return found if packed_seq_params is None else found.squeeze(1)
+
+    DotProductAttention.__init__, DotProductAttention.forward = init, forward
+    DotProductAttention.__name__ = "TEDotProductAttention"
+
+
+@torch.no_grad()
+def beside_context_ranks(settings, group: list[Case]) -> list[Tensor]:
+    """Losses [b, s / 2] of this one of two context-parallel ranks, whose teacher is in the same ranks."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from vcrd.megatron import distill
+
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    model_parallel_cuda_manual_seed(1)
+    attend_over_context_ranks()
+    student, teacher = (
+        model(shape, seed, context_parallel_size=2) for shape, seed in ((jobs.STUDENT, 1), (LOCAL, 2))
+    )
+    rank = parallel_state.get_context_parallel_rank()
+
+    def forward_step(data_iterator, chunk):
+        batch = next(data_iterator)
+        edges = batch["cu_seqlens"][0].tolist() if "cu_seqlens" in batch else []
+        spans = context_rows(jobs.SEQUENCE, rank, 2, edges)
+        columns = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+        positions = counted(edges).expand_as(batch["tokens"])
+        given = {name: batch[name][:, columns] for name in ("labels", "loss_mask")}
+        if edges:
+            whole = packing_jobs.parametrized({**batch, "position_ids": positions}, edges)
+            given["packed_seq_params"] = whole["packed_seq_params"]
+        return chunk(batch["tokens"][:, columns], positions[:, columns], None, **given), None
+
+    plug = distill(forward_step, settings, teacher=teacher)
+    iterator, student = iter(micro_batches(group)), student.train()
+    try:
+        return [plug(iterator, student)[0] for _ in group]
+    finally:
+        plug.close()

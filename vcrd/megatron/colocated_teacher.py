@@ -25,7 +25,9 @@ from vcrd.megatron.packing import Doubts, PackedInputs, by_engine, field, look_f
 from vcrd.megatron.prefetch import TokensOf, question_of
 from vcrd.megatron.teacher_context import (
     CONTEXT_KEYS,
+    SplitRows,
     TeacherRows,
+    columns_of,
     for_students_alone,
     recorded,
     row_multiple,
@@ -88,11 +90,12 @@ class ColocatedTeacher:
     `teacher_context_length`. The teacher then has longer rows, positions and masks of its own, and its answer has the
     student's positions. Between stages its states fill more columns beside the student's (`_joined`). The first and
     the last stage draw each micro-batch, as Megatron's scripts do, and a stage between them that is given packed
-    sequences must draw it too. No context with context parallelism.
+    sequences must draw it too. With context parallelism the teacher's rows are divided like the student's.
 
     Collectives: the teacher's own, and Megatron's exchange of shapes between stages. With `teacher_context_length` on
     each stage a broadcast of each question over the tensor ranks, for which the host waits; without it one with the
-    first micro-batch. bytes_received: 0.
+    first micro-batch. For a context, an all-gather of the last hidden states over the context-parallel ranks.
+    bytes_received: 0.
     """
 
     waits = Waits()
@@ -216,8 +219,10 @@ class _Part:
         self._first, self._last = student.pre_process, student.post_process
         self._widths = student.config.hidden_size, teacher.config.hidden_size
         self._asked = asked
-        # Tensor ranks among which sequence parallelism divides the positions, and the student's positions on each.
-        self._parts = asked.layout.tensor_size if getattr(student.config, "sequence_parallel", False) else 1
+        # Ranks among which sequence and context parallelism divide the positions, and the student's positions on each.
+        self._parts = asked.layout.context_size
+        if getattr(student.config, "sequence_parallel", False):
+            self._parts *= asked.layout.tensor_size
         self._length: int | None = None
         self._inputs: PackedInputs | None = None  # of a teacher with rows of its own
         self._output_layer: OutputLayer | None = None
@@ -235,7 +240,7 @@ class _Part:
         self._refuse_other_borders(given)
         received = None if self._first else self._split()
         if self._first and (tokens := given.get("input_ids")) is not None:
-            self._length = tokens.shape[1] // self._parts
+            self._length = tokens.shape[1] * self._asked.layout.context_size // self._parts
         rows, given = self._as_seen(question, given, received)
         teacher = self._teacher
         if self._first and (tokens := given.get("input_ids")) is not None:
@@ -256,7 +261,7 @@ class _Part:
 
     def _as_seen(
         self, question: Question | None, given: dict[str, Any], received: Tensor | None
-    ) -> tuple[TeacherRows | None, dict[str, Any]]:
+    ) -> tuple[TeacherRows | SplitRows | None, dict[str, Any]]:
         """The teacher's own rows, None if they are the student's; and the arguments of its forward.
 
         question: None if this stage has not drawn the micro-batch. received: the teacher's states of the stage before.
@@ -277,20 +282,25 @@ class _Part:
 
     def _with_context(
         self, question: Question, given: dict[str, Any], mine: dict[str, Any]
-    ) -> tuple[TeacherRows, dict[str, Any]]:
+    ) -> tuple[TeacherRows | SplitRows, dict[str, Any]]:
         tokens, edges, (context, places), _ = question
-        doubts, (batch, sequence) = Doubts(), tokens.shape
-        look_for_borders(doubts, given, edges, torch.arange(sequence), batch, (given,))
+        layout, doubts, (batch, sequence) = self._asked.layout, Doubts(), tokens.shape
+        size = layout.context_size
+        columns = columns_of(sequence, layout.context_rank, size, edges)
+        look_for_borders(doubts, given, edges, columns, batch, (given,))
         doubts.send()
         doubts.check()
-        device = self._asked.layout.device
         multiple = self._unit(sequence // self._parts) * self._parts
-        rows = TeacherRows.of(batch, sequence, edges, places, multiple)
+        rows = TeacherRows.of(batch, sequence, edges, places, multiple, 2 * size if size > 1 else 1)
         seen = Request(0, 0, rows.fill(tokens, context), rows.edges)
         if self._inputs is None:
-            self._inputs = PackedInputs(self._teacher, device)
+            self._inputs = PackedInputs(self._teacher, layout.device)
         positions, mask, packed = self._inputs.of(seen)
-        own = {"input_ids": seen.tokens.to(device), "position_ids": positions, "attention_mask": mask}
+        tokens = seen.tokens
+        if size > 1:
+            rows = SplitRows(rows, edges, layout.groups.context)
+            tokens, positions = tokens[:, rows.columns], positions[:, rows.columns.to(layout.device)]
+        own = {"input_ids": tokens.to(layout.device), "position_ids": positions, "attention_mask": mask}
         absent = {name: None for name in _VISIBILITY if name in mine}
         return rows, {**mine, **absent, **own, **packed}
 
@@ -300,7 +310,10 @@ class _Part:
         At least length / hidden size, so that one column more or less in `_joined` is another length.
         """
         least = -(-length // self._widths[1])
-        base = lcm(row_multiple(self._teacher.config), self._parts) // self._parts
+        base = (
+            lcm(row_multiple(self._teacher.config, self._asked.layout.context_size), self._parts)
+            // self._parts
+        )
         return -(-least // base) * base
 
     def _refuse_other_borders(self, given: dict[str, Any]) -> None:
@@ -354,17 +367,21 @@ class _Part:
         self._length = len(both)
         return _parted(both[..., own:].detach(), length, others)
 
-    def _captured(self, rows: TeacherRows | None) -> contextlib.AbstractContextManager[Captured | None]:
+    def _captured(
+        self, rows: TeacherRows | SplitRows | None
+    ) -> contextlib.AbstractContextManager[Captured | None]:
         if self._output_layer is None:
             return for_students_alone(self._teacher, rows, self._asked.layout.tensor_group)
         self._output_layer.raise_if_different()
         return self._output_layer.captured()
 
-    def _form(self, output: Tensor, captured: Captured | None, rows: TeacherRows | None) -> TeacherLogits:
+    def _form(
+        self, output: Tensor, captured: Captured | None, rows: TeacherRows | SplitRows | None
+    ) -> TeacherLogits:
         logits, layer = output.transpose(0, 1), self._output_layer
 
         def students(found: Tensor) -> Tensor:
-            return found if rows is None or len(found) != rows.shape[1] else rows.take(found)
+            return found if rows is None or len(found) != rows.width else rows.take(found)
 
         if captured is None or captured.states is None:
             return DenseLogits(students(logits))
@@ -413,10 +430,9 @@ class _Asked:
             if len(self._drawn) != 1:
                 what = "forward_step to draw one micro-batch from it per call"
                 raise expected("data_iterator", what, len(self._drawn))
-            if self.layout.context_size > 1:
-                what = "none with context parallelism and a teacher in the same ranks"
-                raise expected(CONTEXT_KEYS[0], what, f"context_parallel_size {self.layout.context_size}")
-            question = question_of(self._drawn[0], self._tokens_of, given)
+            # With context parallelism the model is given only a part of the tokens.
+            known = {**given, "input_ids": None} if self.layout.context_size > 1 else given
+            question = question_of(self._drawn[0], self._tokens_of, known)
             sizes = {"vocab_size": self.layout.vocab_size, "longest": self._longest, "most": MOST_TOKENS}
             check_context(question.context, *question.tokens.shape, question.edges.tolist(), **sizes)
         except ValueError as error:

@@ -258,7 +258,7 @@ def _respond(
     else:
         head.layer.check(output.transpose(0, 1), head.weight)
         found = head.layer.whole(captured.states)
-    if rows is not None and len(found) == rows.shape[1]:
+    if rows is not None and len(found) == rows.width:
         found = rows.take(found)
     link.respond(request, found)
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.errors import expected
+from vcrd.link.plan import context_rows
 from vcrd.link.question import NO_CONTEXT, Context
 from vcrd.megatron.packing import edges_in, field
 
@@ -168,6 +169,10 @@ class TeacherRows(NamedTuple):
         rows[self.others.to(rows.device)] = context.to(rows)
         return rows.view(batch, width)
 
+    @property
+    def width(self) -> int:
+        return self.shape[1]
+
     def take(self, states: Tensor, columns: Tensor | None = None) -> Tensor:
         """The part [s, b, ..] of the teacher's [w, b, ..] that belongs to the student's positions.
 
@@ -180,19 +185,48 @@ class TeacherRows(NamedTuple):
         return picked.view(*index.shape, *states.shape[2:])
 
 
+class SplitRows:
+    """The student's positions of one rank, out of rows that context parallelism divides.
+
+    edges: of the student's packed sequences. width: the length of the teacher's rows on this rank. columns: the
+    positions of the teacher's rows that this rank holds.
+    """
+
+    def __init__(self, rows: TeacherRows, edges: Tensor, group: dist.ProcessGroup) -> None:
+        rank, self._group, self._rows = group.rank(), group, rows
+        self._all = [columns_of(rows.width, each, group.size(), rows.edges) for each in range(group.size())]
+        self._students = columns_of(rows.students.shape[1], rank, group.size(), edges)
+        self.columns = self._all[rank]
+        self.width = len(self.columns)
+
+    def take(self, states: Tensor) -> Tensor:
+        """[s / size, b, ..] of [w / size, b, ..]. One all-gather over the context-parallel ranks."""
+        parts = [torch.empty_like(states) for _ in self._all]
+        dist.all_gather(parts, states.contiguous(), group=self._group)
+        order = torch.cat(self._all).argsort().to(states.device, non_blocking=True)
+        return self._rows.take(torch.cat(parts).index_select(0, order), self._students)
+
+
+def columns_of(width: int, rank: int, size: int, edges: Tensor) -> Tensor:
+    """int64: the positions of rows of `width` that a context-parallel rank holds, in its order."""
+    spans = context_rows(width, rank, size, edges.tolist())
+    return torch.cat([torch.arange(span.start, span.stop) for span in spans])
+
+
 def _up(length: Tensor, multiple: int) -> Tensor:
     return -(-length // multiple) * multiple
 
 
-def row_multiple(config: Any) -> int:
-    """Of which the teacher's longer rows are multiples: what sequence parallelism and products in FP8 need."""
+def row_multiple(config: Any, context_size: int = 1) -> int:
+    """Of which the teacher's longer rows are multiples: what their division among ranks and products in FP8 need."""
     parts = config.tensor_model_parallel_size if getattr(config, "sequence_parallel", False) else 1
-    return lcm(_STEP, 32 * parts if getattr(config, "fp8", None) else parts)
+    parts *= context_size
+    return lcm(_STEP, 2 * context_size, 32 * parts if getattr(config, "fp8", None) else parts)
 
 
 @contextlib.contextmanager
 def for_students_alone(
-    chunk: torch.nn.Module, rows: TeacherRows | None, group: dist.ProcessGroup | None
+    chunk: torch.nn.Module, rows: TeacherRows | SplitRows | None, group: dist.ProcessGroup | None
 ) -> Iterator[None]:
     """While open, the model's output layer multiplies the student's positions only.
 
