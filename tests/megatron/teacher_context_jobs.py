@@ -188,12 +188,15 @@ def counted(edges: list[int]) -> Tensor:
     return torch.cat([torch.arange(b - a) for a, b in zip(edges, edges[1:], strict=False)])
 
 
-def step_of(losses: list[Tensor]):
-    """A script's forward step that draws on every stage and keeps packed sequences apart by a mask."""
+def step_of(losses: list[Tensor], packs: bool = True):
+    """A script's forward step, which keeps packed sequences apart by a mask. packs: whether it draws on every stage, or
+    like Megatron's scripts on the first and the last one."""
 
     def forward_step(data_iterator, chunk):
         from megatron.core import parallel_state
 
+        if not (packs or chunk.module.pre_process or chunk.module.post_process):
+            return chunk(None, None, None), None
         batch = next(data_iterator)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             assert not any(key.startswith("vcrd_") for key in batch)
@@ -213,6 +216,11 @@ def step_of(losses: list[Tensor]):
     return forward_step
 
 
+def local_shape(chunks: int, stages: int) -> Shape:
+    """Of a teacher with a layer for each of them."""
+    return LOCAL if chunks * stages <= LOCAL.layers else DEEP
+
+
 def train(settings, group: list[Case], local: bool, per_rank: int | None = None) -> SimpleNamespace:
     """Losses [b, s] and gradients of one step of the student. local: whether the teacher is in the same ranks."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -229,12 +237,12 @@ def train(settings, group: list[Case], local: bool, per_rank: int | None = None)
         wrapped.append(DistributedDataParallel(part.config, DistributedDataParallelConfig(), part))
     teacher = None
     if local:
-        theirs = [part for _, part in jobs.chunks(LOCAL if per_rank is None else DEEP, 2, per_rank)]
+        theirs = [part for _, part in jobs.chunks(local_shape(len(mine), mine[0][0].stages), 2, per_rank)]
         for part in theirs:
             part.max_sequence_length += LONGEST
         teacher = theirs if per_rank else theirs[0]
     losses: list[Tensor] = []
-    plug = distill(step_of(losses), settings, teacher=teacher)
+    plug = distill(step_of(losses, bool(group[0].edges)), settings, teacher=teacher)
     batches = micro_batches(group)
     for chunk in wrapped:
         chunk.train()
@@ -397,3 +405,30 @@ def beside_context_ranks(settings, group: list[Case]) -> list[Tensor]:
         return [plug(iterator, student)[0] for _ in group]
     finally:
         plug.close()
+
+
+def picked_logits() -> list[tuple[bool, bool]]:
+    """Whether a layer of Megatron with its shard of columns multiplies the student's positions, and whether it is as it
+    was before; with and without sequence parallelism."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from vcrd.megatron.teacher_context import TeacherRows, for_students_alone
+
+    group, found = parallel_state.get_tensor_model_parallel_group(), []
+    rows = TeacherRows.of(2, 5, torch.empty(0, dtype=torch.int64), torch.tensor([0, 3, 9]), 8)
+    states = torch.randn(8, 2, jobs.STUDENT.hidden, generator=torch.Generator().manual_seed(1))
+    for sequence_parallel in (False, True):
+        config = configure(jobs.STUDENT, 1)
+        config.sequence_parallel = sequence_parallel
+        layer = tensor_parallel.ColumnParallelLinear(
+            jobs.STUDENT.hidden, 12, config=config, init_method=None, bias=False, gather_output=False
+        )
+        torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(2 + group.rank()))
+        own = states.chunk(2)[group.rank()] if sequence_parallel else states
+        with torch.no_grad(), for_students_alone(SimpleNamespace(output_layer=layer), rows, group):
+            logits, _ = layer(own)
+        whole = states @ layer.weight.T
+        expected = torch.stack([whole[[1, 2, 3, 5, 6], 0], whole[[0, 1, 2, 3, 5], 1]], 1)
+        same = torch.allclose(logits, expected, atol=1e-5) and logits.shape == expected.shape
+        found.append((same, layer.sequence_parallel == sequence_parallel and not layer._forward_pre_hooks))
+    return found

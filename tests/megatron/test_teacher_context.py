@@ -90,7 +90,7 @@ def test_a_student_of_a_linked_teacher_learns_what_the_reference_does():
     check_steps(ranks, truths)
 
 
-@pytest.mark.parametrize(("tensor", "pipeline", "per_rank"), [(1, 1, None), (2, 2, None), (1, 2, 2)])
+@pytest.mark.parametrize(("tensor", "pipeline", "per_rank"), [(1, 1, None), (2, 2, None), (1, 2, 2), (1, 4, None)])
 def test_a_student_of_a_teacher_in_its_ranks_learns_what_the_reference_does(tensor, pipeline, per_rank):
     chosen = chosen_for_training()
     variants = [
@@ -99,7 +99,7 @@ def test_a_student_of_a_teacher_in_its_ranks_learns_what_the_reference_does(tens
         for payload in ("float32", "hidden")
     ]
     size = tensor * pipeline
-    shape = teacher_context_jobs.LOCAL if per_rank is None else teacher_context_jobs.DEEP
+    shape = teacher_context_jobs.local_shape(per_rank or 1, pipeline)
     ranks, (truths,) = run_worlds(
         World(
             teacher_context_jobs.trained,
@@ -178,3 +178,8 @@ def test_context_parallel_ranks_with_a_teacher_have_their_part_of_the_losses(pay
         for case, loss, whole in zip(group, losses, truth.losses, strict=True):
             expected = part_of(whole.t(), case, rank, 2).t()
             torch.testing.assert_close(loss.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_the_output_layer_of_two_ranks_multiplies_the_students_positions():
+    (ranks,) = run_worlds(World(teacher_context_jobs.picked_logits, 2, tensor=2))
+    assert ranks == [[(True, True), (True, True)]] * 2

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vcrd.link.question import NO_CONTEXT
+from vcrd.megatron.colocated_teacher import _joined, _parted, _teachers_length
 from vcrd.megatron.prefetch import question_of
 from vcrd.megatron.teacher_context import (
     CONTEXT_KEY,
@@ -191,3 +192,19 @@ def test_a_script_does_not_see_the_fields():
     assert drawn == [batch, (batch,)] and drawn[0] is not batch
     assert without_context(None) is None and recorded(None, drawn) is None
     assert question().context is NO_CONTEXT
+
+
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 4))
+def test_the_shape_of_both_models_states_tells_the_teachers_length(length, batch, own, others, extra):
+    """Where lengths are multiples of a unit of at least length / size."""
+    unit = -(-length // others)
+    longer = -(-length // unit) * unit + (extra - 1) * unit
+    student = torch.randn(length, batch, own)
+    for t in {length, longer} - set(range(length)):
+        teacher = torch.randn(t, batch, others)
+        both = _joined(student, teacher)
+        assert both.shape == (length, batch, own + -(-t * others // length))
+        assert torch.equal(both[..., :own], student)
+        assert _teachers_length(both, own, others, unit) == t
+        assert torch.equal(_parted(both[..., own:], t, others), teacher)
+    assert _teachers_length(both[..., : own + others - 1], own, others, unit) is None

@@ -89,8 +89,8 @@ class ColocatedTeacher:
     A micro-batch may have tokens that the teacher alone sees (`teacher_context.context_of`), up to the setting
     `teacher_context_length`. The teacher then has longer rows, positions and masks of its own, and its answer has the
     student's positions. Between stages its states fill more columns beside the student's (`_joined`). The first and
-    the last stage draw each micro-batch, as Megatron's scripts do, and a stage between them that is given packed
-    sequences must draw it too. With context parallelism the teacher's rows are divided like the student's.
+    the last stage draw each micro-batch, as Megatron's scripts do, and a stage between them must draw it only if it is
+    given a mask or packed sequences. With context parallelism the teacher's rows are divided like the student's.
 
     Collectives: the teacher's own, and Megatron's exchange of shapes between stages. With `teacher_context_length` on
     each stage a broadcast of each question over the tensor ranks, for which the host waits; without it one with the
@@ -271,11 +271,13 @@ class _Part:
             return self._with_context(question, given, mine)
         if received is None or len(received) == self._length:
             return None, mine
-        if self._last or given.get("packed_seq_params") is not None:
+        told = [name for name in _VISIBILITY if given.get(name) is not None]
+        if self._last or told:
             raise expected(
                 "data_iterator",
-                f"a micro-batch to be drawn on the last stage and where sequences are packed, for {CONTEXT_KEYS[0]}",
-                "none on this stage",
+                f"a micro-batch with {CONTEXT_KEYS[0]} to be drawn on the last stage, and on a stage that is given "
+                f"{' or '.join(_VISIBILITY)}",
+                f"none on {'the last stage' if self._last else 'a stage that is given ' + told[0]}",
             )
         # A stage in between needs to know the length of its rows only, and its states have it.
         return None, {**mine, "position_ids": None, "attention_mask": None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ def context_of(batch: Any, tokens: Tensor, edges: Tensor, arguments: Any = None)
 
 def without_context(source: Iterator[Any] | None) -> Iterator[Any] | None:
     """An iterator over `source` whose micro-batches lack the fields; None for None."""
-    return None if source is None else map(_stripped, source)
+    return None if source is None else _each(source, _stripped)
 
 
 def recorded(source: Iterator[Any] | None, drawn: list[Any]) -> Iterator[Any] | None:
@@ -77,7 +77,17 @@ def recorded(source: Iterator[Any] | None, drawn: list[Any]) -> Iterator[Any] | 
         drawn.append(dict(batch) if isinstance(batch, dict) else batch)
         return batch
 
-    return None if source is None else map(note, source)
+    return None if source is None else _each(source, note)
+
+
+def _each(source: Iterator[Any], change: Callable[[Any], Any]) -> Iterator[Any]:
+    # Not `map`: a source may have __next__ alone.
+    while True:
+        try:
+            batch = next(source)
+        except StopIteration:
+            return
+        yield change(batch)
 
 
 def _stripped(batch: Any) -> Any:
