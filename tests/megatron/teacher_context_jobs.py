@@ -83,6 +83,16 @@ def model(shape: Shape = jobs.TEACHER, seed: int = 2, **config) -> torch.nn.Modu
     return part
 
 
+def check_positions(teacher: torch.nn.Module) -> None:
+    """It is given no position that it may lack."""
+
+    def check(chunk, args, kwargs):
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        assert positions is None or int(positions.max()) < chunk.max_sequence_length
+
+    teacher.register_forward_pre_hook(check, with_kwargs=True)
+
+
 def serve(settings, microbatches: int | None = None) -> int:
     from vcrd.megatron import serve
 
@@ -188,15 +198,15 @@ def counted(edges: list[int]) -> Tensor:
     return torch.cat([torch.arange(b - a) for a, b in zip(edges, edges[1:], strict=False)])
 
 
-def step_of(losses: list[Tensor], packs: bool = True):
+def step_of(losses: list[Tensor], packs: bool = True, mask_between: Tensor | None = None):
     """A script's forward step, which keeps packed sequences apart by a mask. packs: whether it draws on every stage, or
-    like Megatron's scripts on the first and the last one."""
+    like Megatron's scripts on the first and the last one, with `mask_between` on the others."""
 
     def forward_step(data_iterator, chunk):
         from megatron.core import parallel_state
 
         if not (packs or chunk.module.pre_process or chunk.module.post_process):
-            return chunk(None, None, None), None
+            return chunk(None, None, mask_between), None
         batch = next(data_iterator)
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             assert not any(key.startswith("vcrd_") for key in batch)
@@ -221,7 +231,14 @@ def local_shape(chunks: int, stages: int) -> Shape:
     return LOCAL if chunks * stages <= LOCAL.layers else DEEP
 
 
-def train(settings, group: list[Case], local: bool, per_rank: int | None = None) -> SimpleNamespace:
+def train(
+    settings,
+    group: list[Case],
+    local: bool,
+    per_rank: int | None = None,
+    packs: bool = False,
+    mask_between: Tensor | None = None,
+) -> SimpleNamespace:
     """Losses [b, s] and gradients of one step of the student. local: whether the teacher is in the same ranks."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed import finalize_model_grads as finalize
@@ -240,9 +257,10 @@ def train(settings, group: list[Case], local: bool, per_rank: int | None = None)
         theirs = [part for _, part in jobs.chunks(local_shape(len(mine), mine[0][0].stages), 2, per_rank)]
         for part in theirs:
             part.max_sequence_length += LONGEST
+            check_positions(part)
         teacher = theirs if per_rank else theirs[0]
     losses: list[Tensor] = []
-    plug = distill(step_of(losses, bool(group[0].edges)), settings, teacher=teacher)
+    plug = distill(step_of(losses, packs, mask_between), settings, teacher=teacher)
     batches = micro_batches(group)
     for chunk in wrapped:
         chunk.train()
@@ -331,6 +349,7 @@ def shapes_of_logits(settings, asked: list[Case]) -> list[list[int]]:
     from vcrd.megatron import serve
 
     teacher, shapes = model(), []
+    check_positions(teacher)
     teacher.output_layer.register_forward_hook(lambda *call: shapes.append(list(call[-1][0].shape)))
     assert serve(teacher, settings) == len(asked)
     return shapes

@@ -90,11 +90,13 @@ def test_a_student_of_a_linked_teacher_learns_what_the_reference_does():
     check_steps(ranks, truths)
 
 
-@pytest.mark.parametrize(("tensor", "pipeline", "per_rank"), [(1, 1, None), (2, 2, None), (1, 2, 2), (1, 4, None)])
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "per_rank"), [(1, 1, None), (2, 2, None), (1, 2, 2), (1, 4, None)]
+)
 def test_a_student_of_a_teacher_in_its_ranks_learns_what_the_reference_does(tensor, pipeline, per_rank):
     chosen = chosen_for_training()
     variants = [
-        {"group": group, "payload": payload, "per_rank": per_rank}
+        {"group": group, "payload": payload, "per_rank": per_rank, "packs": group is PACKED}
         for group in (ROWS, PACKED)
         for payload in ("float32", "hidden")
     ]
@@ -148,6 +150,21 @@ def test_wrong_fields_are_refused_on_every_rank_alike():
     for found, (_, sentence) in zip([*local[0], *linked[0]], [*WRONG, WRONG[0]], strict=True):
         assert re.match(sentence, found), found
     assert none[0][0].startswith("teacher_context: expected at most 0 tokens per sequence")
+
+
+def test_a_stage_that_does_not_know_the_context_does_not_guess_a_mask():
+    variant = {
+        "group": ROWS[1:],
+        "mask_between": torch.zeros(1, 1, jobs.SEQUENCE, jobs.SEQUENCE, dtype=torch.bool),
+    }
+    sentence = (
+        "data_iterator: expected a micro-batch with vcrd_teacher_context to be drawn on the last stage, and on a stage "
+        "that is given packed_seq_params or packing_kwargs or attention_mask, got none on a stage that is given "
+        "attention_mask"
+    )
+    arguments = (chosen_for_training(), [variant], True)
+    with pytest.raises(AssertionError, match=sentence):
+        run_worlds(World(teacher_context_jobs.trained, 4, pipeline=4, arguments=arguments))
 
 
 def test_a_teacher_in_the_same_ranks_needs_positions_for_the_context():

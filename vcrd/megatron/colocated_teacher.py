@@ -298,7 +298,7 @@ class _Part:
         if self._inputs is None:
             self._inputs = PackedInputs(self._teacher, layout.device)
         positions, mask, packed = self._inputs.of(seen)
-        tokens = seen.tokens
+        tokens, positions = seen.tokens, rows.real(positions)
         if size > 1:
             rows = SplitRows(rows, edges, layout.groups.context)
             tokens, positions = tokens[:, rows.columns], positions[:, rows.columns.to(layout.device)]

@@ -221,6 +221,7 @@ def _answer(
         request, seen, rows = next(data_iterator)
         tokens = seen.tokens.to(layout.device)
         positions, mask, packed = inputs.of(seen)
+        positions = positions if rows is None else rows.real(positions)
         capture = head.captured() if head else for_students_alone(chunk, rows, layout.tensor_group)
         with capture as captured:
             output = model(tokens, positions, mask, **packed)

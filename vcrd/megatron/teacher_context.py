@@ -183,6 +183,10 @@ class TeacherRows(NamedTuple):
     def width(self) -> int:
         return self.shape[1]
 
+    def real(self, positions: Tensor) -> Tensor:
+        """Position ids [b, w] in which padding has no position that the model may lack."""
+        return positions.clamp(max=int(self.students.max()))  # a token of the student ends each row
+
     def take(self, states: Tensor, columns: Tensor | None = None) -> Tensor:
         """The part [s, b, ..] of the teacher's [w, b, ..] that belongs to the student's positions.
 
