@@ -269,9 +269,8 @@ class StudentConnections:
         self.taken = 0  # of these, responses that the training thread has taken
         # A loader thread may call `request` while the training thread takes responses.
         self._requesting = threading.Lock()
-        self._unsettled: dict[
-            int, tuple[Tensor, Tensor, Context]
-        ] = {}  # requests that a teacher may still need
+        # Requests that a teacher may still need: tokens, boundaries, context.
+        self._unsettled: dict[int, tuple[Tensor, Tensor, Context]] = {}
         self._sent = 0  # requests below this number have gone to the teacher of `_sent_epoch`
         self._sent_epoch = 0
         self._joined = 0  # the newest epoch whose senders may connect
