@@ -189,8 +189,8 @@ class ColocatedTeacher:
                     f"{count} model chunk(s) per rank, as the student has",
                     [type(c).__name__ for c in chunks],
                 )
-            questions = _Questions(chunk, self._settings, self._tokens_of, self._drawn)
-            self._parts[number] = _Part(chunk, unwrap(chunks[number]), self._settings, questions)
+            asked = _Asked(chunk, self._settings, self._tokens_of, self._drawn)
+            self._parts[number] = _Part(chunk, unwrap(chunks[number]), self._settings, asked)
         part = self._parts[number]
         if part.student is not chunk:
             raise expected("model", "the model that was distilled before", "another one")
@@ -205,7 +205,7 @@ class _Part:
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, settings: DistillSettings, questions: _Questions
+        self, student: nn.Module, teacher: nn.Module, settings: DistillSettings, asked: _Asked
     ) -> None:
         _check(student, teacher, settings)
         self.student = student
@@ -218,16 +218,16 @@ class _Part:
         self._takes = inspect.signature(teacher.forward).parameters
         self._first, self._last = student.pre_process, student.post_process
         self._widths = student.config.hidden_size, teacher.config.hidden_size
-        self._questions = questions
+        self._asked = asked
         # Ranks among which sequence and context parallelism divide the positions, and the student's positions on each.
-        self._parts = questions.layout.context_size
+        self._parts = asked.layout.context_size
         if getattr(student.config, "sequence_parallel", False):
-            self._parts *= questions.layout.tensor_size
+            self._parts *= asked.layout.tensor_size
         self._length: int | None = None
         self._inputs: PackedInputs | None = None  # of a teacher with rows of its own
         self._output_layer: OutputLayer | None = None
         if self._last and settings.link.payload == "hidden":
-            group = questions.layout.tensor_group
+            group = asked.layout.tensor_group
             self._output_layer = OutputLayer(teacher, group, "payload 'hidden'", "choose another payload")
             self._weight = _as_multiplied(self._output_layer.weight)
 
@@ -236,11 +236,11 @@ class _Part:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         if given.get("decoder_input") is not None:
             raise expected("decoder_input", "None, because the teacher embeds the tokens itself", "a tensor")
-        question = self._questions.take(given)
+        question = self._asked.take(given)
         self._refuse_other_borders(given)
         received = None if self._first else self._split()
         if self._first and (tokens := given.get("input_ids")) is not None:
-            self._length = tokens.shape[1] * self._questions.layout.context_size // self._parts
+            self._length = tokens.shape[1] * self._asked.layout.context_size // self._parts
         rows, given = self._as_seen(question, given, received)
         teacher = self._teacher
         if self._first and (tokens := given.get("input_ids")) is not None:
@@ -271,7 +271,7 @@ class _Part:
             rows, mine = self._with_context(question, given, mine)
             if (
                 received is not None
-                and len(received) * self._parts != rows.width * self._questions.layout.context_size
+                and len(received) * self._parts != rows.width * self._asked.layout.context_size
             ):
                 raise expected(
                     "data_iterator",
@@ -296,7 +296,7 @@ class _Part:
         self, question: Question, given: dict[str, Any], mine: dict[str, Any]
     ) -> tuple[TeacherRows | SplitRows, dict[str, Any]]:
         tokens, edges, (context, places), _ = question
-        layout, doubts, (batch, sequence) = self._questions.layout, Doubts(), tokens.shape
+        layout, doubts, (batch, sequence) = self._asked.layout, Doubts(), tokens.shape
         size = layout.context_size
         columns = columns_of(sequence, layout.context_rank, size, edges)
         look_for_borders(doubts, given, edges, columns, batch, (given,))
@@ -321,7 +321,7 @@ class _Part:
 
         At least length / hidden size, so that one column more or less in `_joined` is another length.
         """
-        multiple = row_multiple(self._teacher.config, self._questions.layout.context_size)
+        multiple = row_multiple(self._teacher.config, self._asked.layout.context_size)
         base, least = lcm(multiple, self._parts) // self._parts, -(-length // self._widths[1])
         return -(-least // base) * base
 
@@ -380,7 +380,7 @@ class _Part:
         self, rows: TeacherRows | SplitRows | None
     ) -> contextlib.AbstractContextManager[Captured | None]:
         if self._output_layer is None:
-            return for_students_alone(self._teacher, rows, self._questions.layout.tensor_group)
+            return for_students_alone(self._teacher, rows, self._asked.layout.tensor_group)
         self._output_layer.raise_if_different()
         return self._output_layer.captured()
 
@@ -399,7 +399,7 @@ class _Part:
         return HiddenStates(states, self._weight, layer.scale, layer.softcap)
 
 
-class _Questions:
+class _Asked:
     """What the teacher is asked about each micro-batch, told from tensor rank 0 to the other tensor ranks of a stage.
 
     drawn: the micro-batch of this forward step, if this rank has drawn one.
