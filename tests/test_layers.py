@@ -43,7 +43,7 @@ LAYERS = (
     Layer("vcrd/settings.py", ("vcrd.errors",), packages=()),
     Layer(
         "vcrd/__main__.py",
-        ("vcrd.doctor.command", "vcrd.plan", "vcrd.report"),
+        ("vcrd.cache.command", "vcrd.doctor.command", "vcrd.plan", "vcrd.report"),
         packages=(),
     ),
     Layer("vcrd/doctor/findings.py", packages=("rich",)),

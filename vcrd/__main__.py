@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from vcrd.cache import command as cache
 from vcrd.doctor import command as doctor
 from vcrd.errors import OptionError
 from vcrd.plan import command as plan
@@ -23,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m vcrd", description="Validity-calibrated reasoning distillation.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
-    for name, command in (("plan", plan), ("doctor", doctor), ("report", report)):
+    for name, command in (("plan", plan), ("doctor", doctor), ("report", report), ("cache", cache)):
         one = commands.add_parser(
             name,
             help=command.SUMMARY,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from vcrd.link.payload import Payload
 from vcrd.link.plan import Shard
 
 FORMAT = "vcrd-answers-1"
-_NAMES = {"topk": ("logprobs", "ids", "log_tail"), "hidden": ("states",)}  # otherwise "logits"
+_NAMES = {"topk": ("logprobs", "ids", "log_tail"), "hidden": ("states",)}
 _DTYPES = {
     torch.uint8: "U8",
     torch.int32: "I32",
@@ -30,6 +32,7 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.float32: "F32",
 }
+_DTYPE_OF = {code: dtype for dtype, code in _DTYPES.items()}
 _ALIGNMENT = 64  # bytes, of the first tensor in the file
 _FIRST_READ = 1 << 16  # bytes; holds header, keys and rows of most files
 _LONGEST_HEADER = 1 << 20
@@ -86,7 +89,7 @@ def _layout(payload: Payload, pieces: int, rows: int, width: int) -> dict[str, A
         "rows": (torch.int64, [pieces, 3]),
         **{
             name: (tensor.dtype, list(tensor.shape))
-            for name, tensor in zip(_NAMES.get(payload.name, ("logits",)), tensors, strict=True)
+            for name, tensor in zip(_names(payload), tensors, strict=True)
         },
     }
     described, start = {}, 0
@@ -95,6 +98,10 @@ def _layout(payload: Payload, pieces: int, rows: int, width: int) -> dict[str, A
         described[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, stop]}
         start = stop
     return described
+
+
+def _names(payload: Payload) -> tuple[str, ...]:
+    return _NAMES.get(payload.name, ("logits",))
 
 
 def _shape_only(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -124,7 +131,6 @@ class AnswerFile:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(error) from error
-        self._tensors: list[Tensor] | None = None
 
     def _read_index(self, file: Any, header: CacheHeader, header_digest: str) -> None:
         start = file.read(_FIRST_READ)
@@ -167,33 +173,38 @@ class AnswerFile:
         self.first = np.cumsum(widths) - widths
 
     def _total(self, described: dict[str, Any]) -> int:
-        return described[_NAMES.get(self._payload.name, ("logits",))[0]]["shape"][0]
+        return described[_names(self._payload)[0]]["shape"][0]
 
-    def tensors(self) -> list[Tensor]:
-        """The contents, mapped: [all rows, ...] in the order of the payload. To be read only.
+    def mapped(self) -> list[Tensor]:
+        """The contents, [all rows, ...] in the order of the payload, mapped anew: to be read only, since writing to
+        them ends the process. The mapping ends with the last of these tensors. CacheError as for `check`."""
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                # Python's map, because that of torch can be written to: where the kernel does not overcommit, it counts
+                # as memory of the process. This one keeps a file descriptor.
+                data = mmap.mmap(file.fileno(), self.bytes, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: the file is shorter than it was
+            raise self._damaged(error) from error
+        tensors = []
+        for name in _names(self._payload):
+            described = self._described[name]
+            dtype, (start, stop) = _DTYPE_OF[described["dtype"]], described["data_offsets"]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given buffer is not writable")
+                flat = torch.frombuffer(
+                    data, dtype=dtype, offset=self._data + start, count=(stop - start) // dtype.itemsize
+                )
+            tensors.append(flat.view(described["shape"]))
+        return tensors
 
-        CacheError if the file is gone, or shorter than it was. Reading its mapping would then end the process.
-        """
+    def check(self) -> None:
+        """CacheError if the file is gone, or shorter than it was: reading its mapping would end the process."""
         try:
             length = os.stat(self.path).st_size
-            if length != self.bytes:
-                raise expected("length", f"{self.bytes} bytes", length)
-            if self._tensors is None:
-                self._tensors = self._mapped()
-        except (OSError, RuntimeError, ValueError) as error:
+        except OSError as error:
             raise self._damaged(error) from error
-        return self._tensors
-
-    def _mapped(self) -> list[Tensor]:
-        # Unlike a map of Python or numpy, this one keeps no file descriptor: a cache may have thousands of files.
-        data = torch.from_file(os.fspath(self.path), shared=False, size=self.bytes, dtype=torch.uint8)
-        dtypes = {code: dtype for dtype, code in _DTYPES.items()}
-        tensors = []
-        for name in _NAMES.get(self._payload.name, ("logits",)):
-            described = self._described[name]
-            start, stop = (self._data + offset for offset in described["data_offsets"])
-            tensors.append(data[start:stop].view(dtypes[described["dtype"]]).view(described["shape"]))
-        return tensors
+        if length != self.bytes:
+            raise self._damaged(expected("length", f"{self.bytes} bytes", length))
 
     def verify(self) -> None:
         """Reads the whole file; CacheError unless it has the digest that its writer has put into it."""
@@ -210,7 +221,7 @@ class AnswerFile:
             raise self._damaged(expected("digest", self.digest[:12], digest.hexdigest()[:12]))
 
     def _damaged(self, error: Exception) -> CacheError:
-        got = error.strerror if isinstance(error, OSError) else error
+        got = (error.strerror or error) if isinstance(error, OSError) else error
         text = f"{self.path}: expected a whole file of answers of this cache, got one with {got}"
         return CacheError(f"{text}; delete it, and fill the cache again")
 

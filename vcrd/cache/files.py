@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +37,7 @@ from vcrd.link.plan import Shard, Span
 __all__ = ["Cache", "CacheError", "CacheHeader", "CacheWriter", "key_of"]
 
 HEADER = "header.json"
+_MOST_MAPPED = 128  # files; each keeps a descriptor, of which a process may have as few as 1024
 OUTPUT_LAYER = bytes(KEY_BYTES)  # the key of the output layer
 
 
@@ -155,18 +158,38 @@ class _Pending(NamedTuple):
     tensors: list[Tensor]
 
 
+class Sizes(NamedTuple):
+    """What a cache holds. entries: answers that are there as a whole; tokens: their rows. bytes, files: everything, so
+    also pieces that are there twice. incomplete: answers of which only a part is there.
+    """
+
+    entries: int
+    tokens: int
+    bytes: int
+    files: int
+    incomplete: int
+
+    def __str__(self) -> str:
+        entries = "1 entry" if self.entries == 1 else f"{self.entries:,} entries"
+        files = "1 file" if self.files == 1 else f"{self.files:,} files"
+        incomplete = f" (and parts of {self.incomplete:,} more)" if self.incomplete else ""
+        return f"{entries}{incomplete}, {self.tokens:,} tokens, {self.bytes:,} bytes in {files}"
+
+
 class Cache:
     """The answers that are in a folder when it is opened, and after each `refresh`. Its methods use no collective.
 
     header: what the reader knows about the answers that it needs; CacheError says where the cache is another one. None
-    takes any. Files that `refresh` has seen stay mapped and are never read again as a whole.
+    takes any. files: those that have been opened. It may be read from several threads at once, but not while one of
+    them calls `refresh`.
     """
 
     def __init__(self, folder: str | os.PathLike, header: CacheHeader | None = None) -> None:
         self.folder = Path(folder)
         self.header, self._header_digest = open_header(folder, header)
         self._payload = self.header.content()
-        self._files: list[AnswerFile] = []
+        self.files: list[AnswerFile] = []
+        self._mapped = lru_cache(_MOST_MAPPED)(AnswerFile.mapped)
         self._seen: set[str] = set()
         # Of each key its pieces: the number of the file times 2^32, plus the number of the piece in the file.
         self._pieces: dict[bytes, tuple[int, ...]] = {}
@@ -175,18 +198,26 @@ class Cache:
     def refresh(self) -> int:
         """Looks for files that are new in the folder, and returns how many there are. CacheError for a damaged one."""
         new = [name for name in answer_names(self.folder) if name not in self._seen]
-        for name in new:
-            try:
-                file = AnswerFile(self.folder / name, self._payload, self.header, self._header_digest)
-            except FileNotFoundError:
-                continue  # deleted since the folder was read
-            number = len(self._files) << 32
-            self._files.append(file)
-            self._seen.add(name)
+        files = self._opened(new)
+        for file in files:
+            number = len(self.files) << 32
+            self.files.append(file)
+            self._seen.add(file.path.name)
             pieces = self._pieces
             for place, key in enumerate(file.keys, number):
                 pieces[key] = (*pieces[key], place) if key in pieces else (place,)
-        return len(new)
+        return len(files)
+
+    def _opened(self, names: Sequence[str]) -> list[AnswerFile]:
+        """These files, without those that were deleted since the folder was read."""
+        found = []
+        for name in names:
+            with suppress(FileNotFoundError):
+                found.append(self._open(name))
+        return found
+
+    def _open(self, name: str) -> AnswerFile:
+        return AnswerFile(self.folder / name, self._payload, self.header, self._header_digest)
 
     def __contains__(self, key: bytes) -> bool:
         """Whether the whole answer is there."""
@@ -196,10 +227,21 @@ class Cache:
         """The keys of the whole answers."""
         return (key for key in self._pieces if key != OUTPUT_LAYER and key in self)
 
+    def sizes(self) -> Sizes:
+        keys = [key for key in self._pieces if key != OUTPUT_LAYER]
+        whole = [key for key in keys if key in self]
+        return Sizes(
+            entries=len(whole),
+            tokens=sum(map(self.rows_of, whole)),
+            bytes=sum(file.bytes for file in self.files),
+            files=len(self.files),
+            incomplete=len(keys) - len(whole),
+        )
+
     def rows_of(self, key: bytes) -> int:
         """How many rows an answer has. KeyError if nothing of it is there."""
         number = self._pieces[key][0]
-        return int(self._files[number >> 32].rows[number & 0xFFFFFFFF, 2])
+        return int(self.files[number >> 32].rows[number & 0xFFFFFFFF, 2])
 
     def read(self, key: bytes, rows: Sequence[Span], columns: Shard, out: Sequence[Tensor]) -> None:
         """Copies the rows of an answer into `out`, one span after the other: [rows of all spans, ...].
@@ -239,7 +281,7 @@ class Cache:
         """Pieces of one run that are together the whole answer."""
         runs: dict[str, list[int]] = {}
         for number in self._pieces.get(key, ()):
-            runs.setdefault(self._files[number >> 32].run, []).append(number)
+            runs.setdefault(self.files[number >> 32].run, []).append(number)
         for run in sorted(runs):  # every rank that sees the same files takes the same run
             whole = _Area(0, self.rows_of(key), 0, self.header.vocab_size)
             areas = [(number, self._area(number)) for number in runs[run]]
@@ -248,15 +290,16 @@ class Cache:
         return None
 
     def _area(self, number: int) -> _Area:
-        file = self._files[number >> 32]
+        file = self.files[number >> 32]
         start, stop, _ = file.rows[number & 0xFFFFFFFF].tolist()
         return _Area(start, stop, file.columns.start, file.columns.stop)
 
     def _copy(self, number: int, area: _Area, out: Sequence[Tensor], shift: int, first_column: int) -> None:
         """Copies a part of a piece. shift: what is added to a row of the sequence to get the row of `out`."""
-        file, place = self._files[number >> 32], number & 0xFFFFFFFF
+        file, place = self.files[number >> 32], number & 0xFFFFFFFF
         row = int(file.first[place]) + area.top - int(file.rows[place, 0])
-        for source, target in zip(file.tensors(), out, strict=True):
+        file.check()
+        for source, target in zip(self._mapped(file), out, strict=True):
             source = source[row : row + area.bottom - area.top]
             target = target[area.top + shift : area.bottom + shift]
             if not self._payload.whole:
