@@ -76,7 +76,7 @@ def write_answers(folder: Path, name: str, contents: Contents, payload: Payload,
         for block in blocks:
             file.write(block)
 
-    lost = f"{len(contents.keys)} pieces of answers, {sum(b.nbytes for b in blocks)} bytes, are not stored"
+    lost = f"{sum(block.nbytes for block in blocks):,} bytes of answers are not stored"
     with atomic.writing(f"the cache {folder}: {lost}"):
         atomic.write(folder, name, fill)
 
