@@ -254,7 +254,15 @@ def test_every_flipped_bit_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"\xff" * 100, b"PK\x03\x04 not answers", bytes(8) + b"{}", b"\2" + bytes(7) + b"{}"]
+    "text",
+    [
+        b"",
+        b"\xff" * 100,
+        b"PK\x03\x04 not answers",
+        bytes(8) + b"{}",
+        b"\2" + bytes(7) + b"{}",
+        b"\2" + bytes(7) + b"[]",
+    ],
 )
 def test_a_file_of_another_kind_under_such_a_name_is_refused(one_file, text):
     shutil.copy(one_file, one_file.parent / "answers-0123456789abcdef-000001.safetensors")

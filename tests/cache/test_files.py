@@ -310,6 +310,7 @@ def test_a_reader_may_know_less_than_the_header_and_a_writer_may_not(tmp_path):
         (json.dumps({"version": VERSION, "payload": "topk"}), "fields: expected payload, vocab_size"),
         (SMALL.text().replace("float16", "float8"), "payload: expected one of float16"),
         (SMALL.text().replace("37,", '"37",', 1), "vocab_size: expected an integer"),
+        (SMALL.text().replace('"ab12"', "12"), "weights: expected a text, got int"),
         (HEADERS["hidden"].text().replace("bfloat16", "int4"), "dtype: expected one of float32"),
     ],
 )

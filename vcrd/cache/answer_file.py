@@ -129,7 +129,7 @@ class AnswerFile:
                 self._read_index(file, header, header_digest)
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # a file of another kind may lead to any
             raise self._damaged(error) from error
 
     def _read_index(self, file: Any, header: CacheHeader, header_digest: str) -> None:
@@ -221,7 +221,10 @@ class AnswerFile:
             raise self._damaged(expected("digest", self.digest[:12], digest.hexdigest()[:12]))
 
     def _damaged(self, error: Exception) -> CacheError:
-        got = (error.strerror or error) if isinstance(error, OSError) else error
+        if isinstance(error, OSError):
+            got = error.strerror or str(error)
+        else:
+            got = str(error) if isinstance(error, ValueError) else f"another header ({error!r})"
         text = f"{self.path}: expected a whole file of answers of this cache, got one with {got}"
         return CacheError(f"{text}; delete it, and fill the cache again")
 

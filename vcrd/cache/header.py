@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcrd.errors import check_integer, expected
+from vcrd.errors import check_integer, expected, wrong_type
 from vcrd.link.handshake import Handshake, Head, Tokenizer
 from vcrd.link.payload import STATE_DTYPES, Payload, payload_named
 from vcrd.link.question import NO_CONTEXT, Context
@@ -66,11 +66,14 @@ class CacheHeader:
 
     def __post_init__(self) -> None:
         payload = payload_named(self.payload)
-        check_integer("vocab_size", self.vocab_size, 1)
+        check_integer("vocab_size", self.vocab_size, 1, (1 << 31) - 1)
         if payload.name == "topk":
             check_integer("top_k", self.top_k, 1, self.vocab_size)
         elif self.top_k:
             raise expected("top_k", f"0 with the payload {self.payload!r}", self.top_k)
+        for name in ("weights", "checkpoint"):
+            if not isinstance(getattr(self, name), str):
+                raise wrong_type(name, "a text", getattr(self, name))
         if self.head is not None and payload.name != "hidden":
             raise expected("head", f"None with the payload {self.payload!r}", self.head)
 
