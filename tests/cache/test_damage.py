@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -121,10 +122,11 @@ def test_temporary_files_of_writers_that_live_or_may_live_stay(tmp_path):
     ended = process(print)
     ended.join()
     cases = {
-        f".a.{os.getpid()}@{here}": (True, 9 * day),
+        f".a.{os.getpid()}@{here}": (True, day - 60),
         f".b.{ended.pid}@{here}": (False, 0),
         f".c.{ended.pid}@another.1": (True, day - 60),
         f".d.{os.getpid()}@another.1": (False, day + 60),
+        f".h.{os.getpid()}@{here}": (False, day + 60),  # the number has gone to another process
         f".e.{os.getpid()}@{here[:-1]}0": (True, 0),  # the same number in another name space
         ".f": (True, 9 * day),
     }
@@ -134,6 +136,7 @@ def test_temporary_files_of_writers_that_live_or_may_live_stay(tmp_path):
         path.write_bytes(b"half")
         os.utime(path, (time.time() - age,) * 2)
     CacheWriter(tmp_path, SMALL)
+    assert re.fullmatch(r"[\w-]+\.[0-9a-f]{8}\.\d+", here)
     assert sorted(temporaries(tmp_path)) == sorted(
         f"{name}.tmp" for name, (stays, _) in cases.items() if stays
     )
@@ -172,6 +175,22 @@ def test_a_full_disk(tmp_path, monkeypatch, call):
         assert os.listdir(tmp_path) == ["header.json"]
         add(writer, 0)
     assert Cache(tmp_path).sizes().entries == 1
+
+
+def test_a_full_disk_loses_one_file_of_several(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tensors = answer(SMALL, 0)
+    writer = CacheWriter(tmp_path, SMALL)
+    for left, right in ((0, 20), (20, 37)):
+        writer.add(key(0), [t[:, left:right] for t in tensors], files.Span(0, 3), 3, files.Shard(left, right))
+    with monkeypatch.context() as patched:
+        patched.setattr("os.rename", full)
+        with pytest.raises(CacheError, match=f"{3 * 17 * 2 + 56} bytes of answers are not stored"):
+            writer.flush()
+    writer.close()
+    assert [file.columns for file in Cache(tmp_path).files] == [files.Shard(0, 20)]
 
 
 def test_a_file_that_cannot_grow(tmp_path):

@@ -206,6 +206,27 @@ def test_more_files_than_are_mapped_at_once(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_threads_may_look_for_new_files_while_others_read(tmp_path):
+    cache_jobs.fill(tmp_path, range(2))
+    cache, wrong = Cache(tmp_path), []
+
+    def look(turns: int) -> None:
+        for _ in range(turns):
+            cache.refresh()
+            known = [number for number in range(30) if key(number) in cache]
+            wrong.extend(number for number in known if not same(read(cache, number), answer(SMALL, number)))
+            cache.sizes()
+
+    threads = [threading.Thread(target=look, args=(15,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    cache_jobs.fill(tmp_path, range(2, 30))
+    for thread in threads:
+        thread.join()
+    cache.refresh()
+    assert not wrong and sorted(file.path.name for file in cache.files) == files.answer_names(tmp_path)
+
+
 # The key.
 
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from vcrd.cache.header import CacheError
 
-# A writer on another host cannot be looked for. A file takes it minutes, so after this many seconds it is gone.
+# A writer on another host cannot be looked for. No file takes a day, so after these seconds the writer is gone.
 _ABANDONED = 24 * 3600.0
 _TEMPORARY = re.compile(r"\.(?P<rest>.+)\.(?P<pid>\d+)@(?P<place>.+)\.tmp")
 
@@ -90,10 +90,11 @@ def _write_temporary(path: Path, fill: Callable[[BinaryIO], None]) -> None:
 
 
 def _synchronise(folder: Path) -> None:
-    """Makes the names of a folder durable."""
+    """Makes the names of a folder durable, on file systems that can do this."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -103,27 +104,27 @@ def _temporary(folder: Path, name: str) -> Path:
 
 
 def _place() -> str:
-    """Where a process number has a meaning: the host and, as containers may share a host's name, the name space."""
+    """Where a process number has a meaning, until when: the host, its boot, and the name space of a container. The name
+    of a host is not enough, since containers and clusters share names."""
+    host = re.sub(r"[^A-Za-z0-9-]", "_", socket.gethostname())
     try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
         space = re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
     except OSError:
-        space = "0"
-    return f"{re.sub(r'[^A-Za-z0-9.-]', '_', socket.gethostname())}.{space}"
+        return host
+    return f"{host}.{boot}.{space}"
 
 
 def abandoned(folder: Path) -> list[Path]:
-    """Temporary files whose writer is gone: killed on this host, or on another one long ago."""
+    """Temporary files whose writer is gone: killed on this host, or a day ago."""
     found, here, now = [], _place(), time.time()
     for path in folder.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
         if match is None:
             continue
         with suppress(FileNotFoundError):
-            if match["place"] == here:
-                gone = not _alive(int(match["pid"]))
-            else:
-                gone = now - path.stat().st_mtime > _ABANDONED
-            if gone:
+            killed = match["place"] == here and not _alive(int(match["pid"]))
+            if killed or now - path.stat().st_mtime > _ABANDONED:
                 found.append(path)
     return found
 

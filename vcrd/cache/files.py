@@ -19,6 +19,7 @@ whole files only, whenever a writer is killed, and needs no lock.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -74,7 +75,7 @@ class CacheWriter:
     may differ in rounding. It may stay empty where each rank writes whole answers.
 
     CacheError where a file cannot be written, as on a full disk. Then the pieces of that file are gone, nothing of them
-    is on disk, and the writer may be used further.
+    is on disk, and the writer may be used further: its memory stays bounded.
     """
 
     def __init__(
@@ -131,8 +132,9 @@ class CacheWriter:
 
     def flush(self) -> None:
         """Writes what is in memory: one file for each shard of columns."""
-        pending, self._pending, self._bytes = self._pending, {}, 0
-        for columns, pieces in pending.items():
+        while self._pending:
+            columns, pieces = self._pending.popitem()
+            self._bytes -= sum(t.nbytes for piece in pieces.values() for t in piece.tensors)
             contents = Contents(
                 keys=[key for key, _ in pieces],
                 rows=[(rows.start, rows.stop, piece.of_rows) for (_, rows), piece in pieces.items()],
@@ -180,8 +182,7 @@ class Cache:
     """The answers that are in a folder when it is opened, and after each `refresh`. Its methods use no collective.
 
     header: what the reader knows about the answers that it needs; CacheError says where the cache is another one. None
-    takes any. files: those that have been opened. It may be read from several threads at once, but not while one of
-    them calls `refresh`.
+    takes any. files: those that have been opened. Several threads may use a cache at the same time.
     """
 
     def __init__(self, folder: str | os.PathLike, header: CacheHeader | None = None) -> None:
@@ -193,19 +194,20 @@ class Cache:
         self._seen: set[str] = set()
         # Of each key its pieces: the number of the file times 2^32, plus the number of the piece in the file.
         self._pieces: dict[bytes, tuple[int, ...]] = {}
+        self._refreshing = threading.Lock()
         self.refresh()
 
     def refresh(self) -> int:
         """Looks for files that are new in the folder, and returns how many there are. CacheError for a damaged one."""
-        new = [name for name in answer_names(self.folder) if name not in self._seen]
-        files = self._opened(new)
-        for file in files:
-            number = len(self.files) << 32
-            self.files.append(file)
-            self._seen.add(file.path.name)
-            pieces = self._pieces
-            for place, key in enumerate(file.keys, number):
-                pieces[key] = (*pieces[key], place) if key in pieces else (place,)
+        with self._refreshing:
+            files = self._opened([name for name in answer_names(self.folder) if name not in self._seen])
+            for file in files:
+                number = len(self.files) << 32
+                self.files.append(file)
+                self._seen.add(file.path.name)
+                pieces = self._pieces
+                for place, key in enumerate(file.keys, number):
+                    pieces[key] = (*pieces[key], place) if key in pieces else (place,)
         return len(files)
 
     def _opened(self, names: Sequence[str]) -> list[AnswerFile]:
@@ -225,10 +227,10 @@ class Cache:
 
     def keys(self) -> Iterator[bytes]:
         """The keys of the whole answers."""
-        return (key for key in self._pieces if key != OUTPUT_LAYER and key in self)
+        return (key for key in list(self._pieces) if key != OUTPUT_LAYER and key in self)
 
     def sizes(self) -> Sizes:
-        keys = [key for key in self._pieces if key != OUTPUT_LAYER]
+        keys = [key for key in list(self._pieces) if key != OUTPUT_LAYER]
         whole = [key for key in keys if key in self]
         return Sizes(
             entries=len(whole),
