@@ -207,8 +207,13 @@ def test_more_files_than_are_mapped_at_once(tmp_path, monkeypatch):
 
 
 def test_threads_may_look_for_new_files_while_others_read(tmp_path):
+    class Watched(Cache):
+        def _opened(self, names):
+            assert self._refreshing.locked(), "two threads may add the same file"
+            return super()._opened(names)
+
     cache_jobs.fill(tmp_path, range(2))
-    cache, wrong = Cache(tmp_path), []
+    cache, wrong = Watched(tmp_path), []
 
     def look(turns: int) -> None:
         for _ in range(turns):
