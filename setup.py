@@ -150,7 +150,7 @@ setup(
         "megatron": ["megatron-core>=0.16"],
         "doctor": ["nvidia-ml-py>=12.535", "rich>=13"],
         "telemetry": ["nvidia-ml-py>=12.535"],
-        "cache": ["safetensors>=0.4"],
+        "cache": ["numpy", "safetensors>=0.4"],
         "report": ["matplotlib>=3.8"],
     },
     ext_modules=[extension()],

@@ -179,7 +179,21 @@ def test_the_library_safetensors_reads_the_files(tmp_path, payload):
         assert file.get_tensor("keys").numpy().tobytes() == key(0) + key(6)
         assert file.get_tensor("rows").tolist() == [[0, 3, 3], [0, 4, 4]]
         assert same([file.get_slice(n)[3:] for n in names], answer(header, 6))
-        assert file.metadata()["run"] == "seven" and file.metadata()["columns"] == f"0:{VOCABULARY}"
+        metadata = file.metadata()
+    header_text = (tmp_path / "header.json").read_bytes()
+    assert metadata == {
+        "format": "vcrd-answers-1",
+        "header": hashlib.sha256(header_text).hexdigest(),
+        "run": "seven",
+        "columns": f"0:{VOCABULARY}",
+        "digest": metadata["digest"],
+    }
+    data = (tmp_path / name).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    described = json.loads(data[8:start])
+    del described["__metadata__"]["digest"]
+    hashed = json.dumps(described, sort_keys=True, separators=(",", ":")).encode() + data[start:]
+    assert metadata["digest"] == hashlib.sha256(hashed).hexdigest() and start % 64 == 0
 
 
 def test_more_files_than_are_mapped_at_once(tmp_path, monkeypatch):
