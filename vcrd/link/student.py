@@ -162,6 +162,18 @@ class StudentLink:
         return self._connections.replica, session.teacher.copies if session else 0
 
     @property
+    def teacher(self) -> Handshake:
+        """What the teacher has stated, that of the newest epoch if it has come back."""
+        return self._connections.teacher
+
+    @property
+    def output_layer(self) -> Tensor | None:
+        """With the payload "hidden": the teacher's output layer, [columns.width, size] in its dtype on the CPU, as soon
+        as `receive` has returned an answer. Otherwise None.
+        """
+        return self._connections.head.weight
+
+    @property
     def bytes_received(self) -> int:
         """Bytes received from the teacher so far: payloads, headers, and its output layer if it was sent."""
         return self._connections.bytes_received
@@ -352,7 +364,7 @@ class StudentLink:
             return TopKLogits(*tensors)
         if self._settings.payload != "hidden":
             return DenseLogits(tensors[0])
-        head, states = self._connections.teacher_head, tensors[0]
+        head, states = self._connections.teacher.head, tensors[0]
         if self._head is None:  # as it is multiplied: converted here once, not once per micro-batch
             self._head = factor_of(self._connections.head.weight.to(self._device), states.dtype)
         return HiddenStates(states, self._head, head.scale, head.softcap)
