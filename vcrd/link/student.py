@@ -194,7 +194,7 @@ class StudentLink:
         if not self._place.is_request_leader:
             raise expected("request", "a call on tensor rank 0 and context rank 0", f"one on {self._place}")
         edges = torch.as_tensor(boundaries).flatten().cpu()
-        self._check_tokens(tokens, edges)
+        check_question(self._handshake, tokens, edges)
         if self._connections.failure:
             raise self._connections.failure
         # A copy in any case, because the caller may reuse its buffer.
@@ -369,34 +369,32 @@ class StudentLink:
             self._head = factor_of(self._connections.head.weight.to(self._device), states.dtype)
         return HiddenStates(states, self._head, head.scale, head.softcap)
 
-    def _check_tokens(self, tokens: Tensor, boundaries: Tensor) -> None:
-        if (
-            tokens.dim() != 2
-            or tokens.dtype.is_floating_point
-            or tokens.dtype == torch.bool
-            or not tokens.numel()
-        ):
-            raise expected(
-                "tokens", "a non-empty integer tensor [b, s]", f"{tokens.dtype} {list(tokens.shape)}"
-            )
-        batch, sequence = tokens.shape
-        too_long = sequence > self._handshake.sequence_length and not len(boundaries)
-        if too_long or batch * sequence > self._handshake.max_tokens:
-            raise expected(
-                "tokens",
-                f"rows of at most {self._handshake.sequence_length} and {self._handshake.max_tokens} in all",
-                list(tokens.shape),
-            )
-        low, high = (int(edge) for edge in tokens.aminmax())
-        if low < 0 or high >= self._handshake.vocab_size:
-            raise expected("tokens", f"integers in [0, {self._handshake.vocab_size})", f"{low} to {high}")
-        if len(boundaries) and batch > 1:
-            raise expected("boundaries", "one row of packed sequences", f"{batch} rows")
-        if len(boundaries) and (boundaries.dtype.is_floating_point or boundaries.dtype == torch.bool):
-            raise expected("boundaries", "integers", boundaries.dtype)
-        if len(boundaries) > sequence + 1:
-            raise expected(
-                "boundaries", f"at most {sequence + 1} edges for {sequence} tokens", len(boundaries)
-            )
-        longest = self._handshake.sequence_length
-        check_boundaries(sequence, boundaries.tolist(), self._handshake.context_size, longest)
+
+def check_question(limits: Handshake, tokens: Tensor, boundaries: Tensor) -> None:
+    """ValueError unless these are the tokens and the edges of a micro-batch within the limits of the student."""
+    if (
+        tokens.dim() != 2
+        or tokens.dtype.is_floating_point
+        or tokens.dtype == torch.bool
+        or not tokens.numel()
+    ):
+        raise expected("tokens", "a non-empty integer tensor [b, s]", f"{tokens.dtype} {list(tokens.shape)}")
+    batch, sequence = tokens.shape
+    too_long = sequence > limits.sequence_length and not len(boundaries)
+    if too_long or batch * sequence > limits.max_tokens:
+        raise expected(
+            "tokens",
+            f"rows of at most {limits.sequence_length} and {limits.max_tokens} in all",
+            list(tokens.shape),
+        )
+    low, high = (int(edge) for edge in tokens.aminmax())
+    if low < 0 or high >= limits.vocab_size:
+        raise expected("tokens", f"integers in [0, {limits.vocab_size})", f"{low} to {high}")
+    if len(boundaries) and batch > 1:
+        raise expected("boundaries", "one row of packed sequences", f"{batch} rows")
+    if len(boundaries) and (boundaries.dtype.is_floating_point or boundaries.dtype == torch.bool):
+        raise expected("boundaries", "integers", boundaries.dtype)
+    if len(boundaries) > sequence + 1:
+        raise expected("boundaries", f"at most {sequence + 1} edges for {sequence} tokens", len(boundaries))
+    longest = limits.sequence_length
+    check_boundaries(sequence, boundaries.tolist(), limits.context_size, longest)
