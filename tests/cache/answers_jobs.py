@@ -13,7 +13,7 @@ from typing import Any
 import draw
 import torch
 import torch.distributed as dist
-from draw import Batch, Drawn
+from draw import Drawn
 from link_jobs import Jobs, Layout
 from ports import free_port
 from torch import Tensor
@@ -83,7 +83,8 @@ def _drawn(dice: random.Random, drawn: Drawn) -> list[MicroBatch]:
     generator = torch.Generator().manual_seed(dice.randint(0, 1 << 30))
     found = [
         MicroBatch(
-            torch.randint(drawn.layout.vocab, (batch.rows, batch.sequence), generator=generator), list(batch.edges)
+            torch.randint(drawn.layout.vocab, (batch.rows, batch.sequence), generator=generator),
+            list(batch.edges),
         )
         for batch in drawn.batches
     ]

@@ -78,6 +78,7 @@ class CachedAnswers:
             handshake.tensor_size,
             hear=self._reading.hear,
             fail=self._reading.fail,
+            left=self._reading.expect_no_more,
         )
         self._reading.begin(self._channel)
         # Forgotten answers must not leave threads behind that still run when the interpreter exits.

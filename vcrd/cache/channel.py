@@ -37,7 +37,7 @@ class Channel:
     all of them call `wait`. A single rank has no connections.
 
     hear: called with each message, in a thread of this channel. fail: called once, with the reason why the ranks cannot
-    go on together. Neither may block for long.
+    go on together. left: called on the other ranks when the leader says goodbye. None of them may block for long.
     """
 
     def __init__(
@@ -48,11 +48,13 @@ class Channel:
         tensor_size: int,
         hear: Callable[[dict[str, Any]], None],
         fail: Callable[[LinkError], None],
+        left: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._place = place
         self._hear = hear
         self._fail = fail
+        self._when_left = left
         everyone = places([place.data], context_size, tensor_size)
         self._awaited = set(everyone[1:] if place.is_request_leader else everyone[:1])
         self._changed = threading.Condition()
@@ -164,6 +166,8 @@ class Channel:
                 message = _received(connection)
                 if _GOODBYE in message:
                     self._left.add(place)
+                    if place.is_request_leader:
+                        self._when_left()
                     return
                 if _FAILURE in message:
                     self._end(str(message[_FAILURE]), place)

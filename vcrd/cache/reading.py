@@ -148,6 +148,8 @@ class Reading:
         self._questions: deque[tuple[int, Question]] = deque()
         self._plans: deque[Plan] = deque()
         self._ready: dict[int, tuple[Plan, Upload | None]] = {}
+        self._heard = 0  # plans that the request leader has sent
+        self._no_more = False  # whether it will send no others
         self._taken = 0
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="vcrd-cache-reader", daemon=True)
@@ -176,6 +178,13 @@ class Reading:
             return
         with self._changed:
             self._plans.append(plan)
+            self._heard = plan.number + 1
+            self._changed.notify_all()
+
+    def expect_no_more(self) -> None:
+        """The request leader has ended: there will be no other plans."""
+        with self._changed:
+            self._no_more = True
             self._changed.notify_all()
 
     def fail(self, error: LinkError) -> None:
@@ -195,7 +204,14 @@ class Reading:
         happens for that many seconds.
         """
         with self._changed:
-            ready = self._changed.wait_for(lambda: number in self._ready or self.failure, seconds)
+            ready = self._changed.wait_for(
+                lambda: number in self._ready or self.failure or self._is_too_late(number), seconds
+            )
+            if number not in self._ready and self._is_too_late(number):
+                leader = Place(self._place.data, 0, 0)
+                self.failure = self.failure or LinkError(
+                    f"{leader} has ended and asks for nothing more, micro-batch {number} is not answered"
+                )
             if not ready:
                 raise LinkError(
                     f"the answer to micro-batch {number} was not read within {seconds:g} seconds (timeout)"
@@ -209,6 +225,9 @@ class Reading:
             self._taken = number + 1
             self._changed.notify_all()
             return plan, upload
+
+    def _is_too_late(self, number: int) -> bool:
+        return self._no_more and number >= self._heard
 
     def stop(self) -> None:
         """Makes the thread end; does not wait for it."""
