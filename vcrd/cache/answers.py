@@ -24,7 +24,7 @@ from torch import Tensor
 from vcrd.errors import expected
 from vcrd.link.buffers import HostMemory
 from vcrd.link.errors import HandshakeRefused, LinkError
-from vcrd.link.handshake import Handshake
+from vcrd.link.handshake import Handshake, Tokenizer
 from vcrd.link.plan import Place
 from vcrd.link.question import NO_CONTEXT, Context, Question
 from vcrd.link.student import StudentLink, Waits, check_question
@@ -33,7 +33,7 @@ from vcrd.link.transport.opening import indexed
 from vcrd.settings import LinkSettings, TeacherSource
 from vcrd.teacher_logits import DenseLogits, HiddenStates, TeacherLogits, TopKLogits, factor_of
 
-from .channel import Channel
+from .channel import Channel, spread
 from .files import OUTPUT_LAYER, Cache, CacheHeader, CacheWriter
 from .reading import Planner, Reading
 from .recorder import Recorder
@@ -138,7 +138,7 @@ class CachedAnswers:
                 **stated,
             )
         try:
-            run = _spread(secrets.token_hex(8), group)
+            run = spread(secrets.token_hex(8), group)
             opened = _opened(source.cache, handshake, link, run, group)
             answers = cls(settings, handshake, place, opened, device)
         except BaseException:
@@ -146,25 +146,16 @@ class CachedAnswers:
                 link.close()
             raise
         try:
-            answers._meet(group)
+            answers._channel.meet(group)
         except BaseException:
             answers.close()
             raise
         return answers
 
-    def _meet(self, group: dist.ProcessGroup | None) -> None:
-        address, problem = None, None
-        if self._place.is_request_leader:
-            try:
-                address = self._channel.open()
-            except LinkError as error:
-                problem = str(error)
-        address, problem = _spread((address, problem), group)
-        if problem is not None:
-            raise LinkError(problem)
-        if address is not None and not self._place.is_request_leader:
-            self._channel.join(address)
-        self._channel.wait()
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the teacher of the cache has stated; None if it has stated none."""
+        return self._header.tokenizer
 
     @property
     def waits(self) -> Waits:
@@ -304,14 +295,6 @@ def refusal(folder: str, student: Handshake, header: CacheHeader) -> str | None:
                 "identity is 'insist', and the cache states no digest of the weights of its teacher"
             )
     return f"the cache {folder} is refused: " + "; ".join(reasons) if reasons else None
-
-
-def _spread(value: Any, group: dist.ProcessGroup | None) -> Any:
-    """The value of the first rank of the group, on all of its ranks."""
-    said = [value]
-    if group is not None and group.size() > 1:
-        dist.broadcast_object_list(said, dist.get_global_rank(group, 0), group=group)
-    return said[0]
 
 
 def _end(reading: Reading, link: StudentLink | None, recorder: Recorder | None, channel: Channel) -> None:

@@ -18,6 +18,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
+
 from vcrd.link.connection import Address, Connection, Listener, dial
 from vcrd.link.errors import LinkError
 from vcrd.link.plan import Place, places
@@ -33,8 +35,7 @@ _FAILURE = "failure"
 
 
 class Channel:
-    """One rank's end. The leader calls `open` and spreads the address, the other ranks call `join` with it, and then
-    all of them call `wait`. A single rank has no connections.
+    """One rank's end, which is connected by `meet`. A single rank has no connections.
 
     hear: called with each message, in a thread of this channel. fail: called once, with the reason why the ranks cannot
     go on together. left: called on the other ranks when the leader says goodbye. None of them may block for long.
@@ -48,7 +49,7 @@ class Channel:
         tensor_size: int,
         hear: Callable[[dict[str, Any]], None],
         fail: Callable[[LinkError], None],
-        left: Callable[[], None],
+        left: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
         self._place = place
@@ -64,17 +65,37 @@ class Channel:
         self._over = False
         self._listener: Listener | None = None
 
-    def open(self) -> Address | None:
-        """On the leader: the address where the other ranks join; None where there are none. LinkError where it cannot
-        listen."""
-        if not self._awaited:
-            return None
-        sock = listen(_own_host(self._settings), 0)
-        self._listener = Listener(sock, self._settings.shared_secret(), self._answer)
-        return self._listener.address
+    def meet(self, group: dist.ProcessGroup | None) -> None:
+        """Connects the ranks of the group, the leader first; None for a single rank. One broadcast of some bytes.
 
-    def join(self, address: Address) -> None:
-        """Connects to the leader. LinkError if that takes longer than `connect_timeout`."""
+        LinkError where the leader cannot listen, or the ranks do not meet within `connect_timeout`.
+        """
+        if not self._awaited:
+            return
+        address, problem = None, None
+        if self._place.is_request_leader:
+            try:
+                sock = listen(_own_host(self._settings), 0)
+                self._listener = Listener(sock, self._settings.shared_secret(), self._answer)
+                address = self._listener.address
+            except LinkError as error:
+                problem = str(error)
+        address, problem = spread((address, problem), group)
+        if problem is not None:
+            raise LinkError(problem)
+        if not self._place.is_request_leader:
+            self._join(address)
+        with self._changed:
+            here = self._changed.wait_for(
+                lambda: self._connections.keys() == self._awaited, self._settings.connect_timeout
+            )
+        if self._listener is not None:
+            self._listener.close()
+        if not here:
+            missing = ", ".join(sorted(str(place) for place in self._awaited - self._connections.keys()))
+            raise LinkError(f"{missing} did not join {self._place} {self._within()}")
+
+    def _join(self, address: Address) -> None:
         (leader,) = self._awaited
         hello = {
             "run": self._settings.name,
@@ -94,20 +115,6 @@ class Channel:
             connection.close()
             raise LinkError(f"{leader} refuses {self._place}: {reply.get('reason')}")
         self._keep(leader, connection)
-
-    def wait(self) -> None:
-        """Returns when all ranks have joined. LinkError if that takes longer than `connect_timeout`."""
-        with self._changed:
-            here = self._changed.wait_for(
-                lambda: self._connections.keys() == self._awaited, self._settings.connect_timeout
-            )
-        if self._listener is not None:
-            self._listener.close()
-        if not here:
-            missing = ", ".join(
-                str(place) for place in sorted(self._awaited - self._connections.keys(), key=str)
-            )
-            raise LinkError(f"{missing} did not join {self._place} {self._within()}")
 
     def tell(self, message: dict[str, Any], but: Place | None = None) -> None:
         """Sends a message to all connected ranks except `but`."""
@@ -192,6 +199,14 @@ class Channel:
 
     def _within(self) -> str:
         return f"within {self._settings.connect_timeout:g} seconds (connect_timeout)"
+
+
+def spread(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """The value of the first rank of the group, on all of its ranks. One broadcast, where there are several."""
+    said = [value]
+    if group is not None and group.size() > 1:
+        dist.broadcast_object_list(said, dist.get_global_rank(group, 0), group=group)
+    return said[0]
 
 
 def _received(connection: Connection) -> dict[str, Any]:

@@ -37,8 +37,9 @@ class Plan(NamedTuple):
     """Where the answer to a micro-batch comes from; the request leader makes it, and all its ranks follow it.
 
     edges: of packed sequences, empty if nothing is packed. keys: of its sequences, in order. lacking: the indices of
-    those that the folder does not have. live: the number of the request to the teacher job, which then answers the
-    whole micro-batch; None where everything is read. refusal: why the micro-batch has no answer; "" if it has.
+    those that the folder does not have, and that this run has not added yet. live: the number of the request to the
+    teacher job, which then answers the whole micro-batch; None where everything is read. refusal: why the micro-batch
+    has no answer; "" if it has.
     """
 
     number: int
@@ -85,9 +86,13 @@ class Planner:
             return plan
         if self._link is None:
             return plan._replace(refusal=self._refusal(plan, [tokens for tokens, _ in asked]))
-        new = [index for index in plan.lacking if keys[index] not in self._recorded]
-        self._recorded.update(keys[index] for index in new)
-        return plan._replace(lacking=new, live=self._link.request(*question[:3]))
+        new = []
+        for index in plan.lacking:
+            if keys[index] not in self._recorded:
+                self._recorded.add(keys[index])
+                new.append(index)
+        live = self._link.request(question.tokens, question.edges, question.context)
+        return plan._replace(lacking=new, live=live)
 
     def _lacking(self, keys: list[bytes]) -> list[int]:
         lacking = [index for index, key in enumerate(keys) if key not in self._cache]
@@ -210,7 +215,7 @@ class Reading:
             if number not in self._ready and self._is_too_late(number):
                 leader = Place(self._place.data, 0, 0)
                 self.failure = self.failure or LinkError(
-                    f"{leader} has ended and asks for nothing more, micro-batch {number} is not answered"
+                    f"{leader} has ended, so there is no answer to micro-batch {number}"
                 )
             if not ready:
                 raise LinkError(

@@ -58,7 +58,11 @@ class Recorder:
 
     def add(self, plan: Plan, answer: TeacherLogits) -> None:
         """Adds what the folder lacks of a micro-batch. Blocks where the file system is slower than the teacher."""
-        if not plan.lacking or self._broken or not (self._adds_answers or self._adds_head):
+        if self._broken or not (self._adds_head or (self._adds_answers and plan.lacking)):
+            return
+        now, then = self._link.teacher, self._writer.header
+        if now.weights != then.weights:  # with the setting identity "warn" another teacher may have come back
+            self._break(f"the teacher has the weights {now.named_weights}, the cache is of {then.weights}")
             return
         stream = self._memory.stream(self._memory.device)
         self._queue.put((plan, [Staged(tensor, stream) for tensor in _tensors_of(answer)]))
@@ -80,8 +84,11 @@ class Recorder:
         try:
             write(*arguments)
         except Exception as error:
-            self._broken = True
-            _log.warning("%s adds no more answers to the cache: %s", self._place, error)
+            self._break(error)
+
+    def _break(self, why: object) -> None:
+        self._broken = True
+        _log.warning("%s adds no more answers to the cache: %s", self._place, why)
 
     def _add(self, plan: Plan, staged: list[Staged]) -> None:
         if self._adds_head:
