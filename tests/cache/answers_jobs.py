@@ -137,7 +137,7 @@ def serve(drawn: Drawn, settings: LinkSettings, replica: int, rank: int, group, 
         group=group,
         tensor_group=tensor_group if place.is_last_stage and place.tensor_size > 1 else None,
         **head,
-        identity=IDENTITY if (replica, rank) == (0, 0) else Identity(weights=0),
+        identity=IDENTITY if rank == 0 else Identity(weights=0),
     )
     while (batch := link.next_batch(drawn.limit)) is not None:
         for request in batch:
