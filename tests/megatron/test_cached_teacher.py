@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jobs
 import pytest
 import torch
+from packing_jobs import known_forms
 from resume_jobs import Case, Outcome, stop_and_resume, train
 from test_distillation import settings
 from test_resume import STEPS, check, same
@@ -101,6 +102,22 @@ def test_a_tensor_parallel_run_that_resumes_reads_the_same_answers(tmp_path):
     check_resumed(
         {"data": Case(rejected=(1, 2)), "both": Case(dropout=0.2, rejected=(1,))}, tmp_path, size=2, tensor=2
     )
+
+
+def pack(chosen: list[DistillSettings]) -> list[list[torch.Tensor]]:
+    return [known_forms(each) for each in chosen]
+
+
+@pytest.mark.slow
+def test_packed_sequences_are_found_in_every_form(tmp_path):
+    chosen = chosen_for(tmp_path)
+    ((filled, cached),), _ = run_worlds(
+        World(pack, arguments=([chosen["filling"], chosen["cached"]],)),
+        World(teach, arguments=([chosen["filling"]],)),
+    )
+    same([filled], [cached], "packed")
+    # The student has its teacher's weights, so another sequence's answer would show.
+    assert len(cached) > 5 and all(loss.abs().max() < 1e-4 for loss in cached)
 
 
 def lack(chosen: DistillSettings) -> str:
