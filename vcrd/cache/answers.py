@@ -68,7 +68,7 @@ class CachedAnswers:
         self._recorder = None
         if opened.writer is not None:
             has_head = OUTPUT_LAYER in opened.cache
-            self._recorder = Recorder(opened.writer, link, place, handshake.context_size, memory, has_head)
+            self._recorder = Recorder(opened.writer, link, place, handshake.context_size, device, has_head)
         planner = Planner(opened.cache, link) if place.is_request_leader else None
         self._reading = Reading(opened.cache, place, handshake, memory, planner, settings.timeout)
         self._channel = Channel(

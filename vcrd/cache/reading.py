@@ -285,10 +285,13 @@ class Reading:
         tensors = self._payload.blank(local, plan.batch, self._columns.width, self._memory.empty)
         if any(tensor.numel() for tensor in tensors):
             for key, part in zip(plan.keys, plan.parts, strict=True):
-                self._await(key)
                 held = held_by(part, self._place.context, self._handshake.context_size)
                 out = [tensor[held.here, part.row] for tensor in tensors]
-                self._cache.read(key, held.rows, self._columns, out)
+                try:
+                    self._cache.read(key, held.rows, self._columns, out)
+                except KeyError:
+                    self._await(key)
+                    self._cache.read(key, held.rows, self._columns, out)
         if self._cache.header.head is not None and self.head is None:
             self._await(OUTPUT_LAYER)
             self.head = self._cache.head(self._columns)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vcrd.link.buffers import HostMemory, Staged
@@ -37,7 +38,7 @@ class Recorder:
         link: StudentLink,
         place: Place,
         context_size: int,
-        memory: HostMemory,
+        device: torch.device,
         has_head: bool,
     ) -> None:
         self._writer = writer
@@ -50,7 +51,8 @@ class Recorder:
         self._adds_head = (
             writer.header.head is not None and not has_head and not (place.data or place.context)
         )
-        self._memory = memory
+        # A stream of its own: it waits for the training, for which the copies of answers to the device do not wait.
+        self._stream = HostMemory(device).stream(device)
         self._broken = False
         self._queue: queue.Queue[tuple[Plan, list[Staged]] | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._run, name="vcrd-cache-recorder", daemon=True)
@@ -64,8 +66,7 @@ class Recorder:
         if now.weights != then.weights:  # with the setting identity "warn" another teacher may have come back
             self._break(f"the teacher has the weights {now.named_weights}, the cache is of {then.weights}")
             return
-        stream = self._memory.stream(self._memory.device)
-        self._queue.put((plan, [Staged(tensor, stream) for tensor in _tensors_of(answer)]))
+        self._queue.put((plan, [Staged(tensor, self._stream) for tensor in _tensors_of(answer)]))
 
     def close(self) -> None:
         """Writes what was added, and ends the thread. Idempotent."""
