@@ -20,6 +20,7 @@ from link_jobs import Jobs, Layout, true_logits
 from ports import free_port
 from waiting import wait_until
 
+from vcrd.cache import files
 from vcrd.cache.answers import CachedAnswers
 from vcrd.cache.files import Cache, CacheError, CacheHeader, CacheWriter, key_of
 from vcrd.cache.reading import AnswersMissing
@@ -39,10 +40,11 @@ def batch(number: int) -> torch.Tensor:
     return torch.randint(VOCAB, (2, 8), generator=torch.Generator().manual_seed(number))
 
 
-def fill(folder: Path, numbers: range, **header) -> None:
-    with CacheWriter(folder, CacheHeader("float32", VOCAB, **header)) as writer:
+def fill(folder: Path, numbers: range, run: str = "", other: float = 0.0, **header) -> None:
+    """other: added to the logits."""
+    with CacheWriter(folder, CacheHeader("float32", VOCAB, **header), run=run) as writer:
         for number in numbers:
-            logits = true_logits(batch(number), VOCAB)
+            logits = true_logits(batch(number), VOCAB) + other
             for row, tokens in enumerate(batch(number)):
                 writer.add(key_of(tokens), [logits[:, row]], Span(0, 8), 8, Shard(0, VOCAB))
 
@@ -122,6 +124,34 @@ def test_files_that_are_written_later_are_found(tmp_path):
     answers.request(batch(1))
     assert torch.equal(answers.receive(0).logits, true_logits(batch(1), VOCAB))
     answers.close()
+
+
+def read_twice(rank: int, folder: Path) -> None:
+    """A second answer to the same sequences is written while both ranks train."""
+    layout = Layout(vocab=VOCAB, student_tensor=2)
+    if rank == 1:
+
+        def listed(*_: object) -> None:
+            raise AssertionError("only the request leader may look which files there are")
+
+        files.answer_names = listed
+    answers = opened(folder, rank=rank, layout=layout, group=dist.group.WORLD)
+    if rank == 0:
+        fill(folder, range(3), "a", other=1.0)
+        for number in (0, 2, 0, 1):
+            answers.request(batch(number))
+    width = answers.columns.width
+    for place, (number, other) in enumerate([(0, 0.0), (2, 1.0), (0, 0.0), (1, 0.0)]):
+        wanted = true_logits(batch(number), VOCAB)[..., rank * width : (rank + 1) * width] + other
+        assert torch.equal(answers.receive(place).logits, wanted), place
+    answers.close()
+
+
+def test_every_rank_reads_the_same_one_of_two_answers_and_goes_on_reading_it(tmp_path):
+    fill(tmp_path / "cache", range(2), "b")
+    with Jobs(tmp_path) as jobs:
+        jobs.world("rank", 2, read_twice, tmp_path / "cache")
+        jobs.succeed()
 
 
 def lack(rank: int, folder: Path) -> None:

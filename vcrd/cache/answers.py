@@ -35,7 +35,7 @@ from vcrd.teacher_logits import DenseLogits, HiddenStates, TeacherLogits, TopKLo
 
 from .channel import Channel, spread
 from .files import OUTPUT_LAYER, Cache, CacheHeader, CacheWriter
-from .reading import Planner, Reading
+from .reading import Planner, Reading, open_files
 from .recorder import Recorder
 
 _log = logging.getLogger("vcrd")
@@ -105,8 +105,8 @@ class CachedAnswers:
 
         group: the tensor- and context-parallel ranks of this data-parallel rank, the request leader first; None where
         there is only one. stated: `vocab_size`, `padded_vocab_size`, `sequence_length` and `tokenizer`, which are, like
-        the other arguments, those of `StudentLink.connect`. Collectives in a group of several ranks: two broadcasts and
-        an all-gather of some bytes.
+        the other arguments, those of `StudentLink.connect`. Collectives in a group of several ranks: three broadcasts
+        and an all-gather, of the names of the files and some bytes.
         Raises HandshakeRefused on every rank of the group where the folder is no cache, or where its teacher, payload
         or tokenizer does not fit the student or the teacher job. LinkError where the ranks do not meet within
         `connect_timeout`.
@@ -138,8 +138,7 @@ class CachedAnswers:
                 **stated,
             )
         try:
-            run = spread(secrets.token_hex(8), group)
-            opened = _opened(source.cache, handshake, link, run, group)
+            opened = _opened(settings, source.cache, handshake, place, link, group)
             answers = cls(settings, handshake, place, opened, device)
         except BaseException:
             if link is not None:
@@ -250,18 +249,33 @@ class Opened(NamedTuple):
 
 
 def _opened(
-    folder: str, student: Handshake, link: StudentLink | None, run: str, group: dist.ProcessGroup | None
+    settings: LinkSettings,
+    folder: str,
+    student: Handshake,
+    place: Place,
+    link: StudentLink | None,
+    group: dist.ProcessGroup | None,
 ) -> Opened:
-    """Opens the folder. HandshakeRefused on every rank of the group where one of them cannot use it."""
-    opened, problem = None, None
-    try:
-        writer = None if link is None else CacheWriter(folder, CacheHeader.of(link.teacher), run=run)
-        opened = Opened(Cache(folder), link, writer)
-        problem = refusal(folder, student, opened.cache.header)
-        if link is None and opened.cache.header.head is not None and OUTPUT_LAYER not in opened.cache:
-            problem = problem or f"the cache {folder} is refused: it lacks the output layer of its teacher"
-    except (LinkError, ValueError, OSError) as error:
-        problem = str(error)
+    """Opens the folder, with the same files on every rank of the group. HandshakeRefused on every rank where one of
+    them cannot use it. Two broadcasts and an all-gather of some bytes, where there are several ranks."""
+    run = spread(secrets.token_hex(8), group)
+
+    def attempt(names: Sequence[str] | None) -> tuple[Opened | None, str | None]:
+        try:
+            writer = None if link is None else CacheWriter(folder, CacheHeader.of(link.teacher), run=run)
+            cache = Cache(folder, names=None if names is None else ())
+            open_files(cache, names or (), settings.connect_timeout, lambda: False)
+            return Opened(cache, link, writer), refusal(cache, student, place, link is None)
+        except (LinkError, ValueError, OSError) as error:
+            return None, str(error)
+
+    opened, problem, names = None, None, ()
+    if place.is_request_leader:
+        opened, problem = attempt(None)
+        names = () if opened is None else [file.path.name for file in opened.cache.files]
+    problem, names = spread((problem, names), group)
+    if not place.is_request_leader and problem is None:
+        opened, problem = attempt(names)
     problems = [problem]
     if group is not None and group.size() > 1:
         problems = [None] * group.size()
@@ -272,17 +286,18 @@ def _opened(
     return opened
 
 
-def refusal(folder: str, student: Handshake, header: CacheHeader) -> str | None:
-    """Why a student may not train from a cache, in one sentence; None if it may. Logs a warning for what it lets in.
+def refusal(cache: Cache, student: Handshake, place: Place, alone: bool) -> str | None:
+    """Why a student may not train from a cache, in one sentence; None if it may. One rank warns of what it lets in.
 
-    The setting `identity` of the student means the same as for a teacher job.
+    The setting `identity` of the student means the same as for a teacher job. alone: whether there is no teacher job.
     """
+    header, folder = cache.header, cache.folder
     wanted = CacheHeader(student.payload, student.vocab_size, student.top_k, tokenizer=student.tokenizer)
     reasons, known = [], []
     for reason in header.differences(wanted):
         (known if reason.startswith("tokenizer") else reasons).append(reason)
     if student.identity == "warn":
-        for reason in known:
+        for reason in known if place == Place(0, 0, 0) else ():
             _log.warning("the cache %s: %s", folder, reason)
     else:
         reasons += [f"{reason}; identity 'warn' would let it in" for reason in known]
@@ -294,6 +309,8 @@ def refusal(folder: str, student: Handshake, header: CacheHeader) -> str | None:
             reasons.append(
                 "identity is 'insist', and the cache states no digest of the weights of its teacher"
             )
+    if alone and header.head is not None and OUTPUT_LAYER not in cache:
+        reasons.append("it lacks the output layer of its teacher")
     return f"the cache {folder} is refused: " + "; ".join(reasons) if reasons else None
 
 

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -39,7 +40,9 @@ class Plan(NamedTuple):
     edges: of packed sequences, empty if nothing is packed. keys: of its sequences, in order. lacking: the indices of
     those that the folder does not have, and that this run has not added yet. live: the number of the request to the
     teacher job, which then answers the whole micro-batch; None where everything is read. refusal: why the micro-batch
-    has no answer; "" if it has.
+    has no answer; "" if it has. files: those that the request leader has opened since its last plan. The other ranks
+    open the same ones in the same order. A folder may have two answers to a sequence, which differ in rounding, and so
+    all ranks read the same one.
     """
 
     number: int
@@ -50,6 +53,7 @@ class Plan(NamedTuple):
     lacking: list[int]
     live: int | None = None
     refusal: str = ""
+    files: tuple[str, ...] = ()
 
     @property
     def parts(self) -> list[Part]:
@@ -61,7 +65,8 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Plan:
-        return cls(**values | {"keys": [bytes.fromhex(key) for key in values["keys"]]})
+        keys = [bytes.fromhex(key) for key in values["keys"]]
+        return cls(**values | {"keys": keys, "files": tuple(values["files"])})
 
 
 class Planner:
@@ -71,23 +76,29 @@ class Planner:
         self._cache = cache
         self._link = link
         self._has_head = cache.header.head is None
+        self._told = len(cache.files)  # files of which the other ranks know
         self._looked = time.monotonic()
         self._recorded: set[bytes] = set()  # what this run adds to the folder
 
     def plan(self, number: int, question: Question) -> Plan:
         batch, sequence = question.tokens.shape
         edges = question.edges.tolist()
-        parts = parts_of(batch, sequence, edges)
-        asked = [question_about(part, question.tokens, question.context) for part in parts]
+        asked = [
+            question_about(part, question.tokens, question.context)
+            for part in parts_of(batch, sequence, edges)
+        ]
         keys = [key_of(*each) for each in asked]
-        plan = Plan(number, batch, sequence, edges, keys, self._lacking(keys))
+        lacking = self._lacking(keys)
+        files = tuple(file.path.name for file in self._cache.files[self._told :])
+        self._told += len(files)
+        plan = Plan(number, batch, sequence, edges, keys, lacking, files=files)
         self._has_head = self._has_head or OUTPUT_LAYER in self._cache
-        if not plan.lacking and self._has_head:
+        if not lacking and self._has_head:
             return plan
         if self._link is None:
             return plan._replace(refusal=self._refusal(plan, [tokens for tokens, _ in asked]))
         new = []
-        for index in plan.lacking:
+        for index in lacking:
             if keys[index] not in self._recorded:
                 self._recorded.add(keys[index])
                 new.append(index)
@@ -269,6 +280,7 @@ class Reading:
             with self._changed:
                 self._plans.append(plan)
             return True
+        open_files(self._cache, plan.files, self._patience, lambda: self._stopped)
         with span("read", plan.number):
             upload = None if plan.refusal or plan.live is not None else self._read(plan)
         with self._changed:
@@ -287,13 +299,8 @@ class Reading:
             for key, part in zip(plan.keys, plan.parts, strict=True):
                 held = held_by(part, self._place.context, self._handshake.context_size)
                 out = [tensor[held.here, part.row] for tensor in tensors]
-                try:
-                    self._cache.read(key, held.rows, self._columns, out)
-                except KeyError:
-                    self._await(key)
-                    self._cache.read(key, held.rows, self._columns, out)
+                self._cache.read(key, held.rows, self._columns, out)
         if self._cache.header.head is not None and self.head is None:
-            self._await(OUTPUT_LAYER)
             self.head = self._cache.head(self._columns)
         upload = Upload(tensors, self._memory)
         self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -301,16 +308,20 @@ class Reading:
         self._since = None
         return upload
 
-    def _await(self, key: bytes) -> None:
-        """A rank on another machine may see a new file later than the request leader does."""
-        deadline = time.monotonic() + self._patience
-        while key not in self._cache:
-            self._cache.refresh()
-            if key in self._cache:
-                return
-            if time.monotonic() > deadline or self._stopped:
+
+def open_files(cache: Cache, names: Sequence[str], seconds: float, stopped: Callable[[], bool]) -> None:
+    """Opens files that the request leader has opened. A rank on another machine may see them later.
+
+    LinkError where they are not there within that many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            cache.refresh(names)
+            return
+        except FileNotFoundError as error:
+            if time.monotonic() > deadline or stopped():
                 raise LinkError(
-                    f"the answer {key.hex()[:16]} that the request leader found was not seen here within "
-                    f"{self._patience:g} seconds"
-                )
-            time.sleep(_PAUSE)
+                    f"{error.filename}, which the request leader reads, is not here after {seconds:g} seconds"
+                ) from None
+        time.sleep(_PAUSE)
