@@ -210,12 +210,10 @@ class Cache:
         opened.
         """
         with self._refreshing:
-            new = [name for name in names or () if name not in self._seen]
             if names is None:
-                new = [name for name in answer_names(self.folder) if name not in self._seen]
-                files = self._opened(new)
+                files = self._opened([name for name in answer_names(self.folder) if name not in self._seen])
             else:
-                files = [self._open(name) for name in new]
+                files = [self._open(name) for name in names if name not in self._seen]
             for file in files:
                 number = len(self.files) << 32
                 self.files.append(file)

@@ -156,9 +156,7 @@ class Reading:
         self._columns = handshake.shards()[place.tensor]
         self._memory = memory
         self._planner = planner
-        self.head: Tensor | None = (
-            None  # with the payload "hidden": the rows of the output layer, on the host
-        )
+        self.head: Tensor | None = None  # with "hidden": this rank's rows of the output layer, on the host
         self._patience = patience  # seconds to wait for a file that the request leader sees already
         self._changed = threading.Condition()
         self._questions: deque[tuple[int, Question]] = deque()
@@ -300,7 +298,7 @@ class Reading:
                 held = held_by(part, self._place.context, self._handshake.context_size)
                 out = [tensor[held.here, part.row] for tensor in tensors]
                 self._cache.read(key, held.rows, self._columns, out)
-        if self._cache.header.head is not None and self.head is None:
+        if self._cache.header.head is not None and self.head is None:  # the leader has seen all of it
             self.head = self._cache.head(self._columns)
         upload = Upload(tensors, self._memory)
         self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
