@@ -22,6 +22,7 @@ from waiting import wait_until
 
 from vcrd.__main__ import main
 from vcrd.cache import atomic, files
+from vcrd.cache.answer_file import AnswerFile
 from vcrd.cache.files import Cache, CacheError, CacheWriter
 from vcrd.cache.header import CacheHeader
 from vcrd.cache.verify import verify
@@ -120,15 +121,16 @@ def test_temporary_files_of_writers_that_live_or_may_live_stay(tmp_path):
     ended = process(print)
     ended.join()
     cases = {
-        f".a.{os.getpid()}@{here}": (True, day - 60),
-        f".b.{ended.pid}@{here}": (False, 0),
-        f".c.{ended.pid}@another.1": (True, day - 60),
-        f".d.{os.getpid()}@another.1": (False, day + 60),
-        f".h.{os.getpid()}@{here}": (False, day + 60),  # the number has gone to another process
-        f".e.{os.getpid()}@{here[:-1]}0": (True, 0),  # the same number in another name space
-        ".f": (True, 9 * day),
+        f".answers-a.{os.getpid()}@{here}": (True, day - 60),
+        f".answers-b.{ended.pid}@{here}": (False, 0),
+        f".answers-c.{ended.pid}@another.1": (True, day - 60),
+        f".answers-d.{os.getpid()}@another.1": (False, day + 60),
+        f".answers-h.{os.getpid()}@{here}": (False, day + 60),  # the number has gone to another process
+        f".answers-e.{os.getpid()}@{here[:-1]}0": (True, 0),  # the same number in another name space
+        ".answers-f": (True, 9 * day),
+        ".notes.1@another.1": (True, 9 * day),
     }
-    cases[f".g.{1 << 40}@{here}"] = (True, 0)  # no number of a process, so nobody's
+    cases[f".answers-g.{1 << 40}@{here}"] = (True, 0)  # no number of a process, so nobody's
     for name, (_, age) in cases.items():
         path = tmp_path / f"{name}.tmp"
         path.write_bytes(b"half")
@@ -325,6 +327,19 @@ def test_a_file_that_goes_before_it_is_opened_is_no_error(one_file, monkeypatch)
     assert key(0) not in cache and cache.files == []
 
 
+def test_a_file_that_cannot_be_opened_is_not_called_damaged(one_file):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        with pytest.raises(CacheError) as said:
+            AnswerFile(one_file, SMALL.content(), SMALL, "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert str(said.value) == f"{one_file}: expected a file that can be read, got Too many open files"
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("what", ["gone", "cut"])
 def test_a_file_that_goes_while_it_is_read(one_file, mapped, what):
@@ -335,13 +350,13 @@ def test_a_file_that_goes_while_it_is_read(one_file, mapped, what):
     length = one_file.stat().st_size
     if what == "gone":
         one_file.unlink()
-        reason = "No such file or directory"
+        sentence = f"{one_file}: expected a file that can be read, got No such file or directory"
     else:
         os.truncate(one_file, 100)
-        reason = f"length: expected {length} bytes, got 100"
+        sentence = damaged_sentence(one_file, f"length: expected {length} bytes, got 100")
     with pytest.raises(CacheError) as said:
         read(cache, 0)
-    assert str(said.value) == damaged_sentence(one_file, reason)
+    assert str(said.value) == sentence
 
 
 # The command.
@@ -359,7 +374,7 @@ def test_verify_and_info(tmp_path, capsys):
     holds = f"2 entries (and parts of 1 more), 7 tokens, {size:,} bytes in 3 files"
     assert main(["cache", "--verify", str(folder)]) == 0
     assert capsys.readouterr().out == f"{folder}: {holds}; no file is damaged\n"
-    (folder / f".x.{1 << 22}@{atomic._place()}.tmp").write_text("half")
+    (folder / f".answers-x.{1 << 22}@{atomic._place()}.tmp").write_text("half")
     assert main(["cache", "--info", str(folder)]) == 0
     lines = dict(
         line.split(None, 1) for line in capsys.readouterr().out.replace("output layer", "output").splitlines()

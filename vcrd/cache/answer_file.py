@@ -130,7 +130,7 @@ class AnswerFile:
         except FileNotFoundError:
             raise
         except Exception as error:  # a file of another kind may lead to any
-            raise self._damaged(error) from error
+            raise self._wrong(error) from error
 
     def _read_index(self, file: Any, header: CacheHeader, header_digest: str) -> None:
         start = file.read(_FIRST_READ)
@@ -184,7 +184,7 @@ class AnswerFile:
                 # as memory of the process. This one keeps a file descriptor.
                 data = mmap.mmap(file.fileno(), self.bytes, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: the file is shorter than it was
-            raise self._damaged(error) from error
+            raise self._wrong(error) from error
         tensors = []
         for name in _names(self._payload):
             described = self._described[name]
@@ -202,9 +202,9 @@ class AnswerFile:
         try:
             length = os.stat(self.path).st_size
         except OSError as error:
-            raise self._damaged(error) from error
+            raise self._wrong(error) from error
         if length != self.bytes:
-            raise self._damaged(expected("length", f"{self.bytes} bytes", length))
+            raise self._wrong(expected("length", f"{self.bytes} bytes", length))
 
     def verify(self) -> None:
         """Reads the whole file; CacheError unless it has the digest that its writer has put into it."""
@@ -216,15 +216,14 @@ class AnswerFile:
                 for block in _blocks(file):
                     digest.update(block)
         except OSError as error:
-            raise self._damaged(error) from error
+            raise self._wrong(error) from error
         if digest.hexdigest() != self.digest:
-            raise self._damaged(expected("digest", self.digest[:12], digest.hexdigest()[:12]))
+            raise self._wrong(expected("digest", self.digest[:12], digest.hexdigest()[:12]))
 
-    def _damaged(self, error: Exception) -> CacheError:
+    def _wrong(self, error: Exception) -> CacheError:
         if isinstance(error, OSError):
-            got = error.strerror or str(error)
-        else:
-            got = str(error) if isinstance(error, ValueError) else f"another header ({error!r})"
+            return expected(str(self.path), "a file that can be read", error.strerror or error, CacheError)
+        got = str(error) if isinstance(error, ValueError) else f"another header ({error!r})"
         text = f"{self.path}: expected a whole file of answers of this cache, got one with {got}"
         return CacheError(f"{text}; delete it, and fill the cache again")
 

@@ -18,7 +18,7 @@ from vcrd.cache.header import CacheError
 
 # A writer on another host cannot be looked for. No file takes a day, so after these seconds the writer is gone.
 _ABANDONED = 24 * 3600.0
-_TEMPORARY = re.compile(r"\.(?P<rest>.+)\.(?P<pid>\d+)@(?P<place>.+)\.tmp")
+_TEMPORARY = re.compile(r"\.(answers|header\.json)-.+\.(?P<pid>\d+)@(?P<place>.+)\.tmp")
 
 
 def digest_of(data: bytes) -> str:
