@@ -50,6 +50,7 @@ OTHER = dict(
     transport="tcp",
     sockets=4,
     credits=0,
+    teacher_context_length=5,
     timeout=5.0,
     connect_timeout=6.0,
     name="run",

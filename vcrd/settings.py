@@ -245,6 +245,13 @@ class LinkSettings:
         "an error (docs/metrics.md). The student's setting counts.",
         _integer(0),
     )
+    teacher_context_length: int = setting(
+        0,
+        "The most tokens that the teacher sees beside a sequence and the student does not (docs/context.md): the field "
+        "vcrd_teacher_context of the micro-batches. 0: no micro-batch may have any. A teacher whose model has fewer "
+        "positions than the longest sequence and this together is refused. The student's setting counts.",
+        _integer(0),
+    )
     timeout: float = setting(
         600.0,
         "Seconds without a sign of life after which the other job counts as lost, while the student waits for an "

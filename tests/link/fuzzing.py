@@ -36,7 +36,7 @@ LONG = 60.0  # seconds; whatever takes that long hangs
 MEMORY = 4 << 20  # bytes that Python may allocate for what one trial sends: far more than it sends
 SETTINGS = LinkSettings(address="127.0.0.1:1", timeout=LONG)
 ENDPOINT = Endpoint("auto", torch.device("cpu"))
-STUDENT = Handshake(9, 16, "float16", 64, 9, tensor_size=1, copies=2, credits=2)
+STUDENT = Handshake(9, 16, "float16", 64, 9, tensor_size=1, copies=2, credits=2, teacher_context_length=3)
 WIDE = Handshake(9, 16, "float16", 64, 10, tensor_size=2, copies=1, credits=2)
 TEACHER = Handshake(9, 16, "float16", 64, 9, tensor_size=1, copies=1)
 HIDDEN = Handshake(9, 16, "hidden", 64, 9, tensor_size=1, copies=1, head=Head(8, "float32"))
@@ -58,7 +58,9 @@ def header_bytes(draw) -> bytes:
     """A header whose fields are anything, often all but right, sometimes damaged."""
     kind = draw(st.one_of(st.sampled_from([int(kind) for kind in Kind]), st.integers(0, (1 << 32) - 1)))
     good = draw(
-        st.sampled_from([(0, 4, 2, 0, 0, 9, 1, 0), (1, 16, 1, 3, 0, 9, 1, 0), (8, 0, 0, 0, 0, 9, 0, 0)])
+        st.sampled_from(
+            [(0, 4, 2, 0, 3, 0, 9, 1, 0), (1, 16, 1, 3, 0, 0, 9, 1, 0), (8, 0, 0, 0, 0, 0, 9, 0, 0)]
+        )
     )
     fields = [draw(_NUMBERS) if draw(st.integers(0, 4)) == 0 else field for field in good]
     protocol = draw(st.sampled_from([wire.PROTOCOL] * 9 + [0, 1, (1 << 32) - 1]))
@@ -306,6 +308,9 @@ def request_anything(stream: bytes) -> None:
                     request.tokens.numel() <= 64
                     and 0 <= int(request.tokens.min()) <= int(request.tokens.max()) < 9
                 )
+                tokens, places = request.context
+                assert len(tokens) == len(places) <= 64 and all(0 <= token < 9 for token in tokens.tolist())
+                assert places.tolist() == sorted(places.tolist()) and set(places.tolist()) <= {*range(64)}
         requests.end(LONG)
         assert not any(thread.is_alive() for thread in requests._threads)
 
@@ -366,7 +371,7 @@ def limited_tensors(limit: int) -> Iterator[None]:
         torch.empty = real
 
 
-good_stream = Header(Kind.REQUEST, 0, 4, 2).pack() + bytes(32)
+good_stream = Header(Kind.REQUEST, 0, 4, 2, context=2).pack() + bytes(48)
 
 
 def fake_greeting() -> bytes:

@@ -35,7 +35,7 @@ from vcrd.link.transport.tcp import TcpTransport
 
 LONG = 60.0  # a time-out that no test here may reach
 ENDPOINT = Endpoint("auto", torch.device("cpu"))
-STUDENT = Handshake(9, 16, "float16", 64, 9, tensor_size=1, copies=1, credits=2)
+STUDENT = Handshake(9, 16, "float16", 64, 9, tensor_size=1, copies=1, credits=2, teacher_context_length=3)
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ class FalseTeacher:
 
     def await_request(self) -> Header:
         header = self.requests.receive_header()
-        self.requests.receive(bytearray(4 * (header.tokens + header.boundaries)))
+        self.requests.receive(bytearray(4 * (header.tokens + header.boundaries + 2 * header.context)))
         return header
 
     def close(self) -> None:
@@ -130,8 +130,8 @@ GOOD_RESPONSE = Header(Kind.RESPONSE, 0, sequence=4, batch=2, start=0, stop=50, 
 GOOD_REQUEST = Header(Kind.REQUEST, 0, sequence=4, batch=2)
 NO_HEADER = [
     (bytes(wire.HEADER_BYTES), "it does not begin with the link's mark"),
-    (raw(2, *[0] * 8, protocol=9), f"its protocol version is 9, not {wire.PROTOCOL}"),
-    (raw(77, *[0] * 8), "its kind 77 does not exist"),
+    (raw(2, *[0] * 9, protocol=9), f"its protocol version is 9, not {wire.PROTOCOL}"),
+    (raw(77, *[0] * 9), "its kind 77 does not exist"),
     (changed(GOOD_RESPONSE, batch=1 << 62), "one of its fields is out of range"),
     (changed(GOOD_RESPONSE, batch=-1), "one of its fields is out of range"),
     (changed(GOOD_RESPONSE, length=5), "its text of 5 bytes is longer than 1024 or out of place"),
@@ -272,6 +272,38 @@ def test_a_part_of_the_output_layer_that_is_not_what_was_announced_is_refused(he
             changed(GOOD_REQUEST, batch=1, sequence=65, boundaries=2),
             None,
             "its sequence length 65 is not from 1 to 64",
+        ),
+        (changed(GOOD_REQUEST, context=7), None, "its context of 7 tokens is longer than agreed"),
+        (changed(GOOD_REQUEST, context=1 << 40), None, "tokens is longer than agreed"),
+        (
+            changed(GOOD_REQUEST, batch=1, sequence=62, boundaries=7, context=3),
+            None,
+            "its context of 3 tokens is longer than agreed",
+        ),
+        (
+            changed(GOOD_REQUEST, context=2),
+            torch.tensor([0] * 8 + [3, 9, 0, 0]),
+            "its teacher_context: expected tokens in [0, 9), got 3 to 9",
+        ),
+        (
+            changed(GOOD_REQUEST, context=2),
+            torch.tensor([0] * 8 + [3, 3, 4, 8]),
+            "its teacher_context: expected ascending places in [0, 8), got [4, 8]",
+        ),
+        (
+            changed(GOOD_REQUEST, context=2),
+            torch.tensor([0] * 8 + [3, 3, 4, 1]),
+            "its teacher_context: expected ascending places in [0, 8), got [4, 1]",
+        ),
+        (
+            changed(GOOD_REQUEST, context=4),
+            torch.tensor([0] * 8 + [3] * 4 + [4, 5, 6, 7]),
+            "its teacher_context: expected at most 3 tokens per sequence, by VCRD_TEACHER_CONTEXT_LENGTH",
+        ),
+        (
+            changed(GOOD_REQUEST, batch=60, sequence=1, context=3),
+            torch.tensor([0] * 60 + [3] * 3 + [5] * 3),
+            "its teacher_context: expected at most 64 tokens that the teacher sees in a micro-batch, got 240",
         ),
     ],
 )

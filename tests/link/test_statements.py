@@ -23,7 +23,7 @@ texts = {Kind.LOST: st.integers(0, wire.LONGEST_TEXT)}
 @st.composite
 def good_headers(draw) -> Header:
     kind = draw(st.sampled_from(list(Kind)))
-    return Header(kind, *(draw(fields) for _ in range(7)), length=draw(texts.get(kind, st.just(0))))
+    return Header(kind, *(draw(fields) for _ in range(8)), length=draw(texts.get(kind, st.just(0))))
 
 
 @given(good_headers())
@@ -199,7 +199,7 @@ def test_a_wrong_output_layer_is_named(head, message):
         ),
         ({"address": "host:0"}, "port from 1 to 65535"),
         ({"address": "host:²"}, "port from 1 to 65535"),
-        ({"address": 29600}, "VCRD_ADDRESS .*: expected a text, got int"),
+        ({"address": 29600}, "VCRD_ADDRESS .*: expected a text or None, got int"),
         (
             {"payload": "bfloat16"},
             r"VCRD_PAYLOAD \(--vcrd-payload\): expected one of float16, .*, hidden, got 'bfloat16'",
@@ -230,5 +230,5 @@ def test_wrong_settings_are_named(change, message):
 
 
 def test_addresses_are_taken_apart():
-    assert candidates(LinkSettings().address) == [("127.0.0.1", 29600)]
+    assert candidates(LinkSettings().rendezvous) == [("127.0.0.1", 29600)]
     assert candidates(LinkSettings(address="[::1]:80").address) == [("::1", 80)]

@@ -122,6 +122,7 @@ class CachedAnswers:
             copies=data_size,
             credits=max(1, settings.credits),
             identity=settings.identity,
+            teacher_context_length=settings.teacher_context_length,
             **sizes,
             **stated,
         )
@@ -183,7 +184,7 @@ class CachedAnswers:
         if not self._place.is_request_leader:
             raise expected("request", "a call on tensor rank 0 and context rank 0", f"one on {self._place}")
         edges = torch.as_tensor(boundaries).flatten().cpu()
-        check_question(self._handshake, tokens, edges)
+        check_question(self._handshake, tokens, edges, context)
         if self._reading.failure:
             raise self._reading.failure
         # Copies in any case, because the caller may reuse its buffers.

@@ -37,9 +37,9 @@ from vcrd.errors import expected
 from .errors import HandshakeRefused, LinkError
 
 _log = logging.getLogger("vcrd")
-PROTOCOL = 4
+PROTOCOL = 5
 MAGIC = b"vcrdlink"
-_HEADER = struct.Struct("<8sII8q")
+_HEADER = struct.Struct("<8sII9q")
 HEADER_BYTES = _HEADER.size
 LONGEST_TEXT = 1024  # bytes of a reason that is sent
 LARGEST_FIELD = (
@@ -67,7 +67,7 @@ Address = tuple[str, int]
 class Kind(IntEnum):
     """What a message is. The comments say who sends it to whom, and what follows the header."""
 
-    REQUEST = 1  # request leader to teacher; then the tokens and the boundaries, int32
+    REQUEST = 1  # request leader to teacher; then tokens, boundaries, context tokens and their places, int32
     RESPONSE = 2  # sender to student; then the payload, unless it is empty
     HEAD = 3  # sender to student; then rows of the output layer of the teacher
     READY = 4  # teacher to request leader: all connections of the epoch are open
@@ -91,8 +91,9 @@ class Header:
 
     number: the number of the micro-batch within its student replica, or of the epoch. sequence, batch: the shape of the
     whole micro-batch. boundaries: how many edges of packed sequences it has; in a request they follow the tokens.
-    start, stop: the vocabulary columns of this piece. payload: the code of its encoding. length: bytes of text that
-    follow. Fields without meaning are 0.
+    context: how many tokens of a request only the teacher sees; they and their places follow the boundaries. start,
+    stop: the vocabulary columns of this piece. payload: the code of its encoding. length: bytes of text that follow.
+    Fields without meaning are 0.
     """
 
     kind: Kind
@@ -100,6 +101,7 @@ class Header:
     sequence: int = 0
     batch: int = 0
     boundaries: int = 0
+    context: int = 0
     start: int = 0
     stop: int = 0
     payload: int = 0

@@ -121,7 +121,8 @@ class Handshake:
     replicas. context_size: 1 from the teacher. credits: 0 from the teacher. head: from the teacher, with "hidden" only.
     transport: the setting. nccl: the version of NCCL that this job can use, 22809 for 2.28.9; 0 for none. tokenizer:
     None if not known. weights: from the teacher, the digest of its weights, hexadecimal; "" if not known. checkpoint:
-    from the teacher, the name of these weights. identity: from the student, the setting.
+    from the teacher, the name of these weights. identity: from the student, the setting. teacher_context_length: from
+    the student, the setting. positions: from the teacher, the longest sequence that its model takes; 0 for no limit.
     """
 
     vocab_size: int
@@ -141,6 +142,8 @@ class Handshake:
     weights: str = ""
     checkpoint: str = ""
     identity: str = "check"
+    teacher_context_length: int = 0
+    positions: int = 0
     protocol: int = field(default_factory=lambda: wire.PROTOCOL)
 
     @classmethod
@@ -242,6 +245,12 @@ def refusal(
             _check_layout(handshake)
         except ValueError as error:
             reasons.append(f"the {whose}'s {error}")
+    longest = student.sequence_length + student.teacher_context_length
+    if student.teacher_context_length and 0 < teacher.positions < longest:
+        reasons.append(
+            f"teacher_context_length {student.teacher_context_length} of the student beside sequences of "
+            f"{student.sequence_length} needs {longest} positions, and the teacher's model has {teacher.positions}"
+        )
     if (teacher.payload == "hidden") != (teacher.head is not None):
         states = "no" if teacher.head is None else "an"
         reasons.append(f"the teacher states {states} output layer with the payload {teacher.payload!r}")

@@ -13,6 +13,7 @@ from .connection import Connection, Header, Kind, check_shape
 from .errors import LinkError, StudentLost
 from .handshake import Handshake
 from .plan import Place, check_boundaries
+from .question import NO_CONTEXT, Context, check_context
 
 _PARTING = 5.0  # seconds that sending the answer to a goodbye may take
 
@@ -22,13 +23,15 @@ class Request:
     """A micro-batch to answer.
 
     number: of the micro-batch within student data-parallel rank `data_rank`. tokens: int64 [b, s]. boundaries: edges of
-    the sequences that are packed into it, int64 from 0 to s; empty if it is not packed.
+    the sequences that are packed into it, int64 from 0 to s; empty if it is not packed. context: what the teacher sees
+    besides the tokens.
     """
 
     number: int
     data_rank: int
     tokens: Tensor
     boundaries: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    context: Context = NO_CONTEXT
 
 
 class RequestReceiver:
@@ -111,22 +114,37 @@ class RequestReceiver:
         if header.kind != Kind.REQUEST:
             raise LinkError(f"a {header.kind.name.lower()} from there is not expected")
         check_shape(header, self._student.sequence_length, self._student.max_tokens)
+        sequences = max(header.batch, header.boundaries - 1)
+        most = self._student.max_tokens - header.tokens
+        if header.context > min(most, sequences * self._student.teacher_context_length):
+            raise LinkError(f"its context of {header.context} tokens is longer than agreed")
         with self._changed:
             if sum(request.data_rank == data_rank for request in self._queue) >= self._student.credits:
                 raise LinkError(f"more requests than its {self._student.credits} credits are waiting")
         tokens = torch.empty(header.batch, header.sequence, dtype=torch.int32)
         boundaries = torch.empty(header.boundaries, dtype=torch.int32)
-        connection.receive(tokens, boundaries)
+        context = Context(*(torch.empty(header.context, dtype=torch.int32) for _ in Context._fields))
+        connection.receive(tokens, boundaries, *context)
         low, high = (int(edge) for edge in tokens.aminmax())
         if low < 0 or high >= self._student.vocab_size:
             raise LinkError(f"its tokens reach from {low} to {high}, outside [0, {self._student.vocab_size})")
         try:
             longest = self._student.sequence_length
             check_boundaries(header.sequence, boundaries.tolist(), self._student.context_size, longest)
+            check_context(
+                context,
+                header.batch,
+                header.sequence,
+                boundaries.tolist(),
+                vocab_size=self._student.vocab_size,
+                longest=self._student.teacher_context_length,
+                most=self._student.max_tokens,
+            )
         except ValueError as error:
             raise LinkError(f"its {error}") from None
         with self._changed:
-            self._queue.append(Request(header.number, data_rank, tokens.long(), boundaries.long()))
+            context = Context(*(part.long() for part in context))
+            self._queue.append(Request(header.number, data_rank, tokens.long(), boundaries.long(), context))
             self._changed.notify_all()
 
     def _say_goodbye(self, data_rank: int, connection: Connection) -> None:
@@ -143,5 +161,6 @@ class RequestReceiver:
 
 
 def _shape(request: Request) -> tuple[int, int, int]:
-    """What is equal for all requests of one batch, which the ranks of the replica share and compute together."""
+    """What is equal for all requests of one batch, which the ranks of the replica share and compute together. Their
+    contexts may differ."""
     return (*request.tokens.shape, len(request.boundaries))

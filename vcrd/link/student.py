@@ -21,7 +21,7 @@ from .connection import dial
 from .errors import HandshakeRefused, LinkError, TeacherLost
 from .handshake import Handshake, Tokenizer, served_by
 from .plan import Place, check_boundaries
-from .question import NO_CONTEXT, Context
+from .question import NO_CONTEXT, Context, check_context
 from .reassembly import Reassembly
 from .rendezvous import ask, ask_until, listen, local_host
 from .student_connections import StudentConnections
@@ -142,6 +142,7 @@ class StudentLink:
             nccl=endpoint.nccl_version,
             tokenizer=tokenizer,
             identity=settings.identity,
+            teacher_context_length=settings.teacher_context_length,
         )
         link = cls(settings, handshake, place, endpoint)
         try:
@@ -187,19 +188,22 @@ class StudentLink:
 
         tokens: the whole sequences, before any split over context ranks. boundaries: for sequences that are packed into
         one row (b = 1), their edges from 0 to s, as cu_seqlens in Megatron. No token then attends to another sequence,
-        `sequence_length` limits each sequence, and `max_tokens` limits the row.
+        `sequence_length` limits each sequence, and `max_tokens` limits the row. context: tokens that only the teacher
+        sees; it answers for `tokens` alone. The setting `teacher_context_length` limits it for each sequence.
         Returns the number of the micro-batch: 0, 1, 2 .. The request is sent at once if a credit is free, else as soon
         as `receive` frees one. It is sent again to a teacher that replaces a lost one.
         """
         if not self._place.is_request_leader:
             raise expected("request", "a call on tensor rank 0 and context rank 0", f"one on {self._place}")
         edges = torch.as_tensor(boundaries).flatten().cpu()
-        check_question(self._handshake, tokens, edges)
+        context = Context(*(part.detach().cpu() for part in context))
+        check_question(self._handshake, tokens, edges, context)
         if self._connections.failure:
             raise self._connections.failure
         # A copy in any case, because the caller may reuse its buffer.
         tokens = tokens.detach().to("cpu", torch.int32, copy=True).contiguous()
-        return self._connections.request(tokens, edges.to(torch.int32, copy=True))
+        context = Context(*(part.to(torch.int32, copy=True).contiguous() for part in context))
+        return self._connections.request(tokens, edges.to(torch.int32, copy=True), context)
 
     def receive(self, number: int) -> TeacherLogits:
         """The answer of the teacher to micro-batch `number`, for the positions and columns of this rank.
@@ -370,8 +374,9 @@ class StudentLink:
         return HiddenStates(states, self._head, head.scale, head.softcap)
 
 
-def check_question(limits: Handshake, tokens: Tensor, boundaries: Tensor) -> None:
-    """ValueError unless these are the tokens and the edges of a micro-batch within the limits of the student."""
+def check_question(limits: Handshake, tokens: Tensor, boundaries: Tensor, context: Context) -> None:
+    """ValueError unless these are the tokens, the edges and the context of a micro-batch within the limits of the
+    student."""
     if (
         tokens.dim() != 2
         or tokens.dtype.is_floating_point
@@ -398,3 +403,12 @@ def check_question(limits: Handshake, tokens: Tensor, boundaries: Tensor) -> Non
         raise expected("boundaries", f"at most {sequence + 1} edges for {sequence} tokens", len(boundaries))
     longest = limits.sequence_length
     check_boundaries(sequence, boundaries.tolist(), limits.context_size, longest)
+    check_context(
+        context,
+        batch,
+        sequence,
+        boundaries.tolist(),
+        vocab_size=limits.vocab_size,
+        longest=limits.teacher_context_length,
+        most=limits.max_tokens,
+    )

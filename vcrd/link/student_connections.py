@@ -36,6 +36,7 @@ from .errors import HandshakeRefused, LinkError, TeacherLost
 from .handshake import Handshake
 from .payload import STATE_DTYPES
 from .plan import Piece, Place, Shard, overlaps, pieces_of, places
+from .question import Context
 from .reassembly import Reassembly
 from .rendezvous import UNREADABLE
 from .tracing import span
@@ -268,7 +269,8 @@ class StudentConnections:
         self.taken = 0  # of these, responses that the training thread has taken
         # A loader thread may call `request` while the training thread takes responses.
         self._requesting = threading.Lock()
-        self._unsettled: dict[int, tuple[Tensor, Tensor]] = {}  # requests that a teacher may still need
+        # Requests that a teacher may still need: tokens, boundaries, context.
+        self._unsettled: dict[int, tuple[Tensor, Tensor, Context]] = {}
         self._sent = 0  # requests below this number have gone to the teacher of `_sent_epoch`
         self._sent_epoch = 0
         self._joined = 0  # the newest epoch whose senders may connect
@@ -302,11 +304,11 @@ class StudentConnections:
         """The connection to the request leader, on every other rank."""
         self._peers.join(leader, connection)
 
-    def request(self, tokens: Tensor, boundaries: Tensor) -> int:
+    def request(self, tokens: Tensor, boundaries: Tensor, context: Context) -> int:
         """Sends a request, int32 on the CPU, as soon as the credits allow it. Returns its number."""
         with self._requesting:
             number = self.requested
-            self._unsettled[number] = (tokens, boundaries)
+            self._unsettled[number] = (tokens, boundaries, context)
             self.requested += 1
         self.send_requests()
         return number
@@ -343,14 +345,19 @@ class StudentConnections:
         self.lose(session.epoch, reason)
 
     def _send_request(self, session: StudentSession, number: int) -> None:
-        tokens, boundaries = self._unsettled[number]
+        tokens, boundaries, context = self._unsettled[number]
         batch, sequence = tokens.shape
         self._reassembly.expect(number, (sequence, batch))
         header = Header(
-            Kind.REQUEST, number=number, sequence=sequence, batch=batch, boundaries=len(boundaries)
+            Kind.REQUEST,
+            number=number,
+            sequence=sequence,
+            batch=batch,
+            boundaries=len(boundaries),
+            context=len(context.tokens),
         )
         with span("request", number):
-            session.requests.send(header, tokens, boundaries, seconds=self._settings.timeout)
+            session.requests.send(header, tokens, boundaries, *context, seconds=self._settings.timeout)
 
     def lose(self, epoch: int, reason: str, told_by: Place | None = None) -> None:
         """Ends an epoch, here and on the other ranks of this data-parallel rank. Only the first reason counts."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vcrd.errors import expected
 from vcrd.settings import LinkSettings
@@ -22,6 +23,7 @@ from .errors import LinkError, StudentLost
 from .handshake import Handshake, Head, Identity, TeacherPlace, Tokenizer
 from .payload import STATE_DTYPES, encode, payload_named, row_max, top_k_of
 from .plan import Place, context_rows
+from .question import Context
 from .replica_group import KEEPALIVE, Outcome, ReplicaGroup, outcome_of
 from .requests import Request
 from .teacher_session import TeacherSession, join
@@ -85,6 +87,7 @@ class TeacherLink:
         head_weight: Tensor | None = None,
         device: torch.device | str | None = None,
         identity: Identity = _UNKNOWN,
+        positions: int = 0,
     ) -> TeacherLink:
         """Joins the student job. Every rank of the replica calls it, and blocks until the student ranks are connected.
 
@@ -93,7 +96,8 @@ class TeacherLink:
         tensor_group: the tensor-parallel group, for the row maximum and the top k; None when there is one tensor rank.
         head, head_weight: with the payload "hidden", on the last stage: the output layer, and the rows of it that this
         rank has, [padded_vocab_size / tensor size, head.size]. device: where `respond`'s outputs lie; None: the current
-        GPU, or the CPU where torch finds none. identity: its tokenizer and checkpoint count on rank 0 only.
+        GPU, or the CPU where torch finds none. identity: its tokenizer and checkpoint count on rank 0 only. positions:
+        the longest sequence that the model takes, with the context that the student does not see; 0 for no limit.
 
         Raises on every rank: StudentLost or LinkError after `connect_timeout`, HandshakeRefused
         when the jobs do not fit, ValueError when the arguments of the ranks differ.
@@ -114,6 +118,7 @@ class TeacherLink:
             nccl=endpoint.nccl_version,
             tokenizer=identity.tokenizer,
             checkpoint=identity.checkpoint,
+            positions=positions,
         )
         if settings.payload == "hidden" and place.is_last_stage:
             head_weight = _checked_head(head, head_weight, padded_vocab_size // place.tensor_size)
@@ -129,7 +134,7 @@ class TeacherLink:
 
         Waits without a limit while the students request nothing, and up to `connect_timeout` seconds for a lost
         student. Returns None once every data-parallel rank has said goodbye. Raises StudentLost when no student has
-        come back, LinkError when a rank of this replica is lost. Collectives over `group`: one all-reduce of 6 int64,
+        come back, LinkError when a rank of this replica is lost. Collectives over `group`: one all-reduce of 7 int64,
         about once a second while waiting, and one broadcast per batch.
         """
         if limit < 1:
@@ -277,24 +282,29 @@ class TeacherLink:
             raise StudentLost(f"{reason}, and {error}") from None
 
     def _spread(
-        self, requests: list[Request], count: int, batch: int, sequence: int, edges: int
+        self, requests: list[Request], count: int, batch: int, sequence: int, edges: int, context: int
     ) -> list[Request]:
+        """The requests on every rank. context: the longest; shorter ones are filled up for the one broadcast."""
+        widths = (3, batch * sequence, edges, context, context)
         rows = [
-            torch.cat([torch.tensor([r.number, r.data_rank]), r.tokens.flatten(), r.boundaries])
+            torch.cat(
+                [
+                    torch.tensor([r.number, r.data_rank, len(r.context.tokens)]),
+                    r.tokens.flatten(),
+                    r.boundaries,
+                    *(pad(part, (0, context - len(part))) for part in r.context),
+                ]
+            )
             for r in requests
         ]
-        table = self._replica_group.share(
-            torch.stack(rows) if rows else None, (count, 2 + batch * sequence + edges)
-        )
-        return [
-            Request(
-                int(number),
-                int(data_rank),
-                row[: batch * sequence].view(batch, sequence),
-                row[batch * sequence :],
-            )
-            for (number, data_rank), row in zip(table[:, :2], table[:, 2:], strict=True)
-        ]
+        table = self._replica_group.share(torch.stack(rows) if rows else None, (count, sum(widths)))
+        found = []
+        for row in table:
+            facts, tokens, boundaries, *parts = row.split(widths)
+            number, data_rank, length = facts.tolist()
+            shared = Context(*(part[:length] for part in parts))
+            found.append(Request(number, data_rank, tokens.view(batch, sequence), boundaries, shared))
+        return found
 
 
 def _rows(tensor: Tensor, spans: Sequence) -> Tensor:
@@ -304,12 +314,12 @@ def _rows(tensor: Tensor, spans: Sequence) -> Tensor:
 
 
 def _command(requests: list[Request], done: bool) -> Sequence[int]:
-    """What rank 0 tells the other ranks, which contribute zeros: kind, count, b, s, boundaries."""
-    if done:
-        return (_DONE, 0, 0, 0, 0)
+    """What rank 0 tells the other ranks, which contribute zeros: kind, count, b, s, boundaries, longest context."""
     if not requests:
-        return (_IDLE, 0, 0, 0, 0)
-    return (_BATCH, len(requests), *requests[0].tokens.shape, len(requests[0].boundaries))
+        return (_DONE if done else _IDLE, 0, 0, 0, 0, 0)
+    longest = max(len(request.context.tokens) for request in requests)
+    first = requests[0]
+    return (_BATCH, len(requests), *first.tokens.shape, len(first.boundaries), longest)
 
 
 def _checked_head(head: Head | None, weight: Tensor | None, width: int) -> Tensor:
@@ -336,6 +346,7 @@ def _agreed(replica_group: ReplicaGroup, handshake: Handshake, place: TeacherPla
         handshake.copies,
         handshake.max_tokens,
         handshake.top_k,
+        handshake.positions,
         payload_named(handshake.payload).code,
         place.replica,
     ]

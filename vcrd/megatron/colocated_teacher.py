@@ -5,19 +5,34 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from math import lcm
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vcrd.errors import expected, wrong_type
-from vcrd.link.handshake import Tokenizer
+from vcrd.link.handshake import MOST_TOKENS, Tokenizer
+from vcrd.link.question import Question, check_context
+from vcrd.link.requests import Request
 from vcrd.link.student import Waits
 from vcrd.megatron.compatibility import refuse_delayed_scaling, refuse_uneven_tokens
 from vcrd.megatron.hooks import ExtraHeads
 from vcrd.megatron.layout import Layout, plain_copy, unwrap
 from vcrd.megatron.output_layer import Captured, OutputLayer
-from vcrd.megatron.packing import Doubts, by_engine, look_for_borders
+from vcrd.megatron.packing import Doubts, PackedInputs, by_engine, field, look_for_borders
+from vcrd.megatron.prefetch import TokensOf, question_of
+from vcrd.megatron.teacher_context import (
+    CONTEXT_KEYS,
+    SplitRows,
+    TeacherRows,
+    columns_of,
+    for_students_alone,
+    recorded,
+    row_multiple,
+    without_context,
+)
 from vcrd.settings import DistillSettings
 from vcrd.teacher_logits import DenseLogits, HiddenStates, TeacherLogits, factor_of
 
@@ -71,14 +86,25 @@ class ColocatedTeacher:
     default, or "float32" they are stored and read as they are, which is faster and takes one more tensor [s, b, v/tp]
     while the loss is computed. Nothing is encoded, because no logits travel.
 
-    Collectives: the teacher's own, and Megatron's exchange of shapes between stages. bytes_received: 0.
+    A micro-batch may have tokens that the teacher alone sees (`teacher_context.context_of`), up to the setting
+    `teacher_context_length`. The teacher then has longer rows, positions and masks of its own, and its answer has the
+    student's positions. Between stages its states fill more columns beside the student's (`_joined`). The first and
+    the last stage draw each micro-batch, as Megatron's scripts do, and a stage between them must draw it only if it is
+    given a mask or packed sequences. With context parallelism the teacher's rows are divided like the student's.
+
+    Collectives: the teacher's own, and Megatron's exchange of shapes between stages. With `teacher_context_length` on
+    each stage a broadcast of each question over the tensor ranks, for which the host waits; without it one with the
+    first micro-batch. For a context, an all-gather of the last hidden states over the context-parallel ranks.
+    bytes_received: 0.
     """
 
     waits = Waits()
     served_by = (None, 0)
     bytes_received = 0
 
-    def __init__(self, settings: DistillSettings, model: TeacherModel) -> None:
+    def __init__(
+        self, settings: DistillSettings, model: TeacherModel, tokens_of: TokensOf = "tokens"
+    ) -> None:
         if settings.link.payload not in _PAYLOADS:
             raise expected(
                 "payload",
@@ -90,6 +116,8 @@ class ColocatedTeacher:
         self._settings = settings
         self._model = model
         self._parts: dict[int, _Part] = {}  # by the number of the interleaved pipeline's chunk
+        self._tokens_of = tokens_of
+        self._drawn: list[Any] = []  # the micro-batch of this forward step, where this rank draws it
 
     def host(self) -> None:
         """Does nothing: there is no rendezvous to open."""
@@ -101,8 +129,13 @@ class ColocatedTeacher:
         """Does nothing: this teacher is given the same arguments."""
 
     def watched(self, data_iterator: Any) -> Any:
-        """The script's own iterator: the teacher needs only what the student is given."""
-        return data_iterator
+        """On the last stage: the iterator to draw this micro-batch from. `ExternalValidity` hides the context."""
+        self._drawn.clear()
+        return recorded(data_iterator, self._drawn)
+
+    def watched_before_last(self, data_iterator: Any) -> Any:
+        """On earlier stages: the iterator for the script to draw this micro-batch from, without the context."""
+        return without_context(self.watched(data_iterator))
 
     def evaluation(self) -> contextlib.AbstractContextManager[None]:
         """Opens nothing: no micro-batch is drawn ahead."""
@@ -156,7 +189,8 @@ class ColocatedTeacher:
                     f"{count} model chunk(s) per rank, as the student has",
                     [type(c).__name__ for c in chunks],
                 )
-            self._parts[number] = _Part(chunk, unwrap(chunks[number]), self._settings)
+            asked = _Asked(chunk, self._settings, self._tokens_of, self._drawn)
+            self._parts[number] = _Part(chunk, unwrap(chunks[number]), self._settings, asked)
         part = self._parts[number]
         if part.student is not chunk:
             raise expected("model", "the model that was distilled before", "another one")
@@ -170,7 +204,9 @@ class _Part:
     until the loss takes it.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, settings: DistillSettings) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, settings: DistillSettings, asked: _Asked
+    ) -> None:
         _check(student, teacher, settings)
         self.student = student
         self.hidden: Tensor | None = None
@@ -182,9 +218,16 @@ class _Part:
         self._takes = inspect.signature(teacher.forward).parameters
         self._first, self._last = student.pre_process, student.post_process
         self._widths = student.config.hidden_size, teacher.config.hidden_size
+        self._asked = asked
+        # Ranks among which sequence and context parallelism divide the positions, and the student's positions on each.
+        self._parts = asked.layout.context_size
+        if getattr(student.config, "sequence_parallel", False):
+            self._parts *= asked.layout.tensor_size
+        self._length: int | None = None
+        self._inputs: PackedInputs | None = None  # of a teacher with rows of its own
         self._output_layer: OutputLayer | None = None
         if self._last and settings.link.payload == "hidden":
-            group = Layout.of(student, settings).tensor_group
+            group = asked.layout.tensor_group
             self._output_layer = OutputLayer(teacher, group, "payload 'hidden'", "choose another payload")
             self._weight = _as_multiplied(self._output_layer.weight)
 
@@ -193,8 +236,12 @@ class _Part:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         if given.get("decoder_input") is not None:
             raise expected("decoder_input", "None, because the teacher embeds the tokens itself", "a tensor")
+        question = self._asked.take(given)
         self._refuse_other_borders(given)
-        given = {k: v for k, v in given.items() if k in self._takes and k not in _STUDENTS_OWN}
+        received = None if self._first else self._split()
+        if self._first and (tokens := given.get("input_ids")) is not None:
+            self._length = tokens.shape[1] * self._asked.layout.context_size // self._parts
+        rows, given = self._as_seen(question, given, received)
         teacher = self._teacher
         if self._first and (tokens := given.get("input_ids")) is not None:
             refuse_uneven_tokens(teacher.config, *tokens.shape)
@@ -202,15 +249,81 @@ class _Part:
             teacher.eval()
         with torch.no_grad():
             if not self._first:
-                teacher.set_input_tensor(self._split())
-            with self._extra_heads.off(), self._captured() as captured:
+                teacher.set_input_tensor(received)
+            with self._extra_heads.off(), self._captured(rows) as captured:
                 output = teacher(**given)
             if not self._first:
                 teacher.set_input_tensor(None)
             if self._last:
-                self.answer = self._form(output, captured)
+                self.answer = self._form(output, captured, rows)
             else:
                 self.hidden = output.detach()
+
+    def _as_seen(
+        self, question: Question | None, given: dict[str, Any], received: Tensor | None
+    ) -> tuple[TeacherRows | SplitRows | None, dict[str, Any]]:
+        """The teacher's own rows, None if they are the student's; and the arguments of its forward.
+
+        question: None if this stage has not drawn the micro-batch. received: the teacher's states of the stage before.
+        """
+        mine = {k: v for k, v in given.items() if k in self._takes and k not in _STUDENTS_OWN}
+        if question is not None and len(question.context.places):
+            rows, mine = self._with_context(question, given, mine)
+            if (
+                received is not None
+                and len(received) * self._parts != rows.width * self._asked.layout.context_size
+            ):
+                raise expected(
+                    "data_iterator",
+                    "the same micro-batch on every stage",
+                    "one with another context than before",
+                )
+            return rows, mine
+        if received is None or len(received) == self._length:
+            return None, mine
+        told = [name for name in _VISIBILITY if given.get(name) is not None]
+        if self._last or told:
+            raise expected(
+                "data_iterator",
+                f"a micro-batch with {CONTEXT_KEYS[0]} to be drawn on the last stage, and on a stage that is given "
+                f"{' or '.join(_VISIBILITY)}",
+                f"none on {'the last stage' if self._last else 'a stage that is given ' + told[0]}",
+            )
+        # A stage in between needs to know the length of its rows only, and its states have it.
+        return None, {**mine, "position_ids": None, "attention_mask": None}
+
+    def _with_context(
+        self, question: Question, given: dict[str, Any], mine: dict[str, Any]
+    ) -> tuple[TeacherRows | SplitRows, dict[str, Any]]:
+        tokens, edges, (context, places), _ = question
+        layout, doubts, (batch, sequence) = self._asked.layout, Doubts(), tokens.shape
+        size = layout.context_size
+        columns = columns_of(sequence, layout.context_rank, size, edges)
+        look_for_borders(doubts, given, edges, columns, batch, (given,))
+        doubts.send()
+        doubts.check()
+        multiple = self._unit(sequence // self._parts) * self._parts
+        rows = TeacherRows.of(batch, sequence, edges, places, multiple, 2 * size if size > 1 else 1)
+        seen = Request(0, 0, rows.fill(tokens, context), rows.edges)
+        if self._inputs is None:
+            self._inputs = PackedInputs(self._teacher, layout.device)
+        positions, mask, packed = self._inputs.of(seen)
+        tokens, positions = seen.tokens, rows.real(positions)
+        if size > 1:
+            rows = SplitRows(rows, edges, layout.groups.context)
+            tokens, positions = tokens[:, rows.columns], positions[:, rows.columns.to(layout.device)]
+        own = {"input_ids": tokens.to(layout.device), "position_ids": positions, "attention_mask": mask}
+        absent = {name: None for name in _VISIBILITY if name in mine}
+        return rows, {**mine, **absent, **own, **packed}
+
+    def _unit(self, length: int) -> int:
+        """Of which the length of the teacher's own rows on a rank is a multiple, beside `length` of the student's.
+
+        At least length / hidden size, so that one column more or less in `_joined` is another length.
+        """
+        multiple = row_multiple(self._teacher.config, self._asked.layout.context_size)
+        base, least = lcm(multiple, self._parts) // self._parts, -(-length // self._widths[1])
+        return -(-least // base) * base
 
     def _refuse_other_borders(self, given: dict[str, Any]) -> None:
         """ValueError if the student is told which tokens see each other, and the teacher cannot be told."""
@@ -231,11 +344,11 @@ class _Part:
             doubts.check()
 
     def pass_on(self, student: nn.Module, args: tuple, output: Any) -> Any:
-        """After the student's forward: joins both models' states, [s, b, sum of both sizes], for the next stage."""
+        """After the student's forward: joins both models' states for the next stage."""
         if self._last:
             return None
         hidden, self.hidden = self.hidden, None
-        shape = (*hidden.shape[:2], self._widths[0])
+        shape = (self._length or len(hidden), hidden.shape[1], self._widths[0])
         if output.dtype != hidden.dtype or tuple(output.shape) != shape:
             raise expected(
                 "teacher",
@@ -245,13 +358,14 @@ class _Part:
                 ),
                 _described(hidden),
             )
-        return torch.cat([output, hidden], -1)
+        return _joined(output, hidden)
 
     def _split(self) -> Tensor:
         """Takes the teacher's columns from what the stage received, and leaves the student its own, [s, b, size]."""
         own, others = self._widths
         (both,) = _received(self.student)
-        if both is None or both.shape[-1] != own + others:
+        length = None if both is None else _teachers_length(both, own, others, self._unit(len(both)))
+        if length is None:
             raise expected(
                 "forward_step",
                 f"one call of the model with hidden states [s, b, {own} + {others}] from the previous stage",
@@ -259,20 +373,114 @@ class _Part:
             )
         with torch.enable_grad():
             self.student.set_input_tensor(both[..., :own].contiguous())
-        return both[..., own:].detach().contiguous()
+        self._length = len(both)
+        return _parted(both[..., own:].detach(), length, others)
 
-    def _captured(self) -> contextlib.AbstractContextManager[Captured | None]:
+    def _captured(
+        self, rows: TeacherRows | SplitRows | None
+    ) -> contextlib.AbstractContextManager[Captured | None]:
         if self._output_layer is None:
-            return contextlib.nullcontext()
+            return for_students_alone(self._teacher, rows, self._asked.layout.tensor_group)
         self._output_layer.raise_if_different()
         return self._output_layer.captured()
 
-    def _form(self, output: Tensor, captured: Captured | None) -> TeacherLogits:
+    def _form(
+        self, output: Tensor, captured: Captured | None, rows: TeacherRows | SplitRows | None
+    ) -> TeacherLogits:
         logits, layer = output.transpose(0, 1), self._output_layer
+
+        def students(found: Tensor) -> Tensor:
+            return found if rows is None or len(found) != rows.width else rows.take(found)
+
         if captured is None or captured.states is None:
-            return DenseLogits(logits)
+            return DenseLogits(students(logits))
         layer.check(logits, self._weight)
-        return HiddenStates(layer.whole(captured.states), self._weight, layer.scale, layer.softcap)
+        states = students(layer.whole(captured.states))
+        return HiddenStates(states, self._weight, layer.scale, layer.softcap)
+
+
+class _Asked:
+    """What the teacher is asked about each micro-batch, told from tensor rank 0 to the other tensor ranks of a stage.
+
+    drawn: the micro-batch of this forward step, if this rank has drawn one.
+    """
+
+    def __init__(
+        self, student: nn.Module, settings: DistillSettings, tokens_of: TokensOf, drawn: list[Any]
+    ) -> None:
+        self.layout = Layout.of(student, settings)
+        self._longest = settings.link.teacher_context_length
+        self._tokens_of = tokens_of
+        self._drawn = drawn
+        self._told = False  # whether the other ranks were told once
+
+    def take(self, given: dict[str, Any]) -> Question | None:
+        """The question, if the micro-batch has a context, the same on every tensor rank; else None.
+
+        given: arguments of the student's forward. ValueError on every tensor rank alike for wrong fields; without
+        `teacher_context_length` only with the first micro-batch.
+        """
+        group = self.layout.tensor_group
+        found = self._read(given) if self.layout.tensor_rank == 0 else None
+        if group is not None and (self._longest or not self._told):
+            said = [found]
+            dist.broadcast_object_list(said, dist.get_global_rank(group, 0), group=group)
+            (found,) = said
+        self._told = True
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
+
+    def _read(self, given: dict[str, Any]) -> Question | str | None:
+        """The question; the sentence of an error; None without a context."""
+        if all(field(batch, key) is None for batch in self._drawn for key in CONTEXT_KEYS):
+            return None
+        try:
+            if len(self._drawn) != 1:
+                what = "forward_step to draw one micro-batch from it per call"
+                raise expected("data_iterator", what, len(self._drawn))
+            # With context parallelism the model is given only a part of the tokens.
+            known = {**given, "input_ids": None} if self.layout.context_size > 1 else given
+            question = question_of(self._drawn[0], self._tokens_of, known)
+            sizes = {"vocab_size": self.layout.vocab_size, "longest": self._longest, "most": MOST_TOKENS}
+            check_context(question.context, *question.tokens.shape, question.edges.tolist(), **sizes)
+        except ValueError as error:
+            return str(error)
+        return question._replace(tokens=question.tokens.cpu()) if len(question.context.places) else None
+
+
+def _joined(own: Tensor, others: Tensor) -> Tensor:
+    """The states of both models in one tensor, for the next stage. own: the student's [s, b, size]. others: the
+    teacher's [t, b, other size], t at least s.
+
+    [s, b, size + ceil(t * other size / s)]: the teacher's fill the columns after the student's, sample by sample. So
+    none is sent twice, and for t = s they are the columns of the same positions. The shape alone tells t, which is why
+    t is a multiple of a unit (`_Part._unit`).
+    """
+    if len(own) == len(others):
+        return torch.cat([own, others], -1)
+    length, batch, _ = own.shape
+    flat = others.transpose(0, 1).flatten(1)
+    columns = -(-flat.shape[1] // length)
+    filled = nn.functional.pad(flat, (0, columns * length - flat.shape[1]))
+    return torch.cat([own, filled.view(batch, length, columns).transpose(0, 1)], -1)
+
+
+def _teachers_length(both: Tensor, own: int, others: int, unit: int) -> int | None:
+    """The length of the teacher's rows in what `_joined` made; None if it made no such tensor."""
+    length, columns = len(both), both.shape[-1] - own
+    if columns == others:
+        return length
+    found = columns * length // others // unit * unit
+    return found if found > length and -(-found * others // length) == columns else None
+
+
+def _parted(columns: Tensor, length: int, size: int) -> Tensor:
+    """The teacher's states [t, b, size], in its columns [s, b, ..] of what `_joined` made."""
+    if len(columns) == length:
+        return columns.contiguous()
+    flat = columns.transpose(0, 1).flatten(1)[:, : length * size]
+    return flat.view(len(flat), length, size).transpose(0, 1).contiguous()
 
 
 def _check(student: nn.Module, teacher: nn.Module, settings: DistillSettings) -> None:
@@ -320,10 +528,9 @@ def _check(student: nn.Module, teacher: nn.Module, settings: DistillSettings) ->
                 "None",
             )
     longest = getattr(teacher, "max_sequence_length", None)
-    if isinstance(longest, int) and longest < padded.sequence_length:
-        raise expected(
-            "teacher", f"sequences of up to {padded.sequence_length} tokens", f"a model of {longest}"
-        )
+    needed = padded.sequence_length + settings.link.teacher_context_length
+    if isinstance(longest, int) and longest < needed:
+        raise expected("teacher", f"sequences of up to {needed} tokens", f"a model of {longest}")
 
 
 def _received(student: nn.Module) -> list[Tensor | None]:

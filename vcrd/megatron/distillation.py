@@ -39,6 +39,7 @@ from vcrd.megatron.prefetch import TokensOf, running_again
 from vcrd.megatron.remote_teacher import RemoteTeacher
 from vcrd.megatron.report import Figures, Report, raise_if_invalid
 from vcrd.megatron.teacher_check import TeacherCheck
+from vcrd.megatron.teacher_context import without_context
 from vcrd.megatron.training_loop import TrainingLoop, bridge_state, signature_for_bridge, training_loop
 from vcrd.settings import DistillSettings
 from vcrd.teacher_logits import TeacherLogits
@@ -92,7 +93,7 @@ def distill(
     """
     settings = DistillSettings.from_environment() if settings is None else settings
     remote = teacher is None
-    source = RemoteTeacher(settings, tokens) if remote else ColocatedTeacher(settings, teacher)
+    source = RemoteTeacher(settings, tokens) if remote else ColocatedTeacher(settings, teacher, tokens)
     loss = StudentLoss(settings, source, ExternalValidity(settings, tokens, verifier), tokenizer)
     return Distillation(forward_step, settings, source, loss)
 
@@ -145,13 +146,13 @@ class Distillation:
         chunk = unwrap(model)
         if not (chunk.training or self._loss.measuring):
             with self._teacher.evaluation():
-                return run(data_iterator)
+                return run(without_context(data_iterator))
         last_stage = getattr(chunk, "post_process", True)
         self._prepare(chunk, last_stage)
         timed = self._log.clock.forward() if chunk.training else contextlib.nullcontext()
         if not last_stage:
             with timed, self._teacher.alongside(chunk):
-                return run(data_iterator)
+                return run(self._teacher.watched_before_last(data_iterator))
         iterator = self._loss.watched(data_iterator)
         with timed, self._teacher.alongside(chunk), self._loss.of_one_micro_batch():
             result = run(iterator)

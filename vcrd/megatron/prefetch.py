@@ -15,6 +15,7 @@ from vcrd.errors import expected
 from vcrd.link.question import Question
 from vcrd.megatron.packing import Doubts, edges_in, field, look_for_borders, packed
 from vcrd.megatron.random_state import WhoDraws, changed, names_of, random_state, set_random_state
+from vcrd.megatron.teacher_context import context_of
 
 TokensOf = str | Callable[[Any], Tensor]
 
@@ -194,19 +195,21 @@ def question_of(batch: Any, tokens_of: TokensOf, arguments: Any = None) -> Quest
 
     arguments: those of the model's forward, if they are known. If the micro-batch has no edges, edges and tokens are
     taken from them, because a script may pack in its forward step.
-    ValueError if there are no tokens, if edges are wrong, or if sequences have borders that no edge names.
+    ValueError if there are no tokens, if edges or the teacher's context are wrong, or if sequences have borders that
+    no edge names.
     """
     if edges_in(batch) is None and arguments is not None and edges_in(arguments) is not None:
         tokens = field(arguments, "input_ids")
         if not isinstance(tokens, Tensor):
             tokens = tokens_in(batch, tokens_of)
-        return Question(*packed(batch, tokens, arguments))
+        tokens, edges = packed(batch, tokens, arguments)
+        return Question(tokens, edges, context_of(batch, tokens, edges, arguments))
     tokens, edges = packed(batch, tokens_in(batch, tokens_of))
     doubts = Doubts()
     look_for_borders(doubts, batch, edges, torch.arange(tokens.shape[1]), tokens.shape[0], (batch,))
     doubts.send()
     doubts.check()
-    return Question(tokens, edges)
+    return Question(tokens, edges, context_of(batch, tokens, edges))
 
 
 def tokens_in(batch: Any, tokens_of: TokensOf) -> Tensor:

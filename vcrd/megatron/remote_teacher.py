@@ -37,6 +37,7 @@ from vcrd.megatron.prefetch import (
 )
 from vcrd.megatron.random_state import EvaluationState, WhoDraws
 from vcrd.megatron.sources import host_source, open_source
+from vcrd.megatron.teacher_context import without_context
 from vcrd.megatron.teachers import Teachers
 from vcrd.settings import DistillSettings
 from vcrd.teacher_logits import TeacherLogits
@@ -139,6 +140,10 @@ class RemoteTeacher:
             self._drawn += self._replay.drawn
             self._replay = None
         return data_iterator if keeps_micro_batches(data_iterator) else self._ahead
+
+    def watched_before_last(self, data_iterator: Any) -> Any:
+        """On earlier stages: the script's own iterator, without the teacher's context."""
+        return without_context(data_iterator)
 
     def _draw_ahead_of(self, data_iterator: Any) -> None:
         if self._source is not data_iterator:

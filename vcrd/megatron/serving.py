@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from vcrd.megatron.layout import Layout, plain_copy, schedule_of, unwrap
 from vcrd.megatron.metrics import start_telemetry
 from vcrd.megatron.output_layer import Captured, OutputLayer
 from vcrd.megatron.packing import PackedInputs
+from vcrd.megatron.teacher_context import TeacherRows, for_students_alone, of_any_width, row_multiple
 from vcrd.megatron.training_loop import training_loop
 from vcrd.monitor.bottleneck import idle_sentence
 from vcrd.monitor.telemetry import Telemetry
@@ -47,8 +49,9 @@ def serve(
     model: this rank's part of the teacher, in a list or not, wrapped or not. It is called as
         model(tokens [b, s], position_ids [b, s], None), applies a causal mask of its own, and must return logits
         [b, s, padded vocabulary / tensor size] on the last stage. For packed sequences see `PackedInputs`. Heads of
-        multi-token prediction are not run. With the payload "hidden" its output layer runs on a few test states only,
-        in one pass of 16, the first among them.
+        multi-token prediction are not run. A request with a context that the student does not see gets longer rows, and
+        is answered for the student's positions (`TeacherRows`). With the payload "hidden" its output layer runs on a
+        few test states only, in one pass of 16, the first among them.
     settings: default `DistillSettings.from_environment()`; the loss fields are not read.
     microbatches: the most queued requests that go through the pipeline together, so that its stages overlap.
         Default: twice the number of stages.
@@ -86,9 +89,9 @@ def serve(
     serving = Serving(start_telemetry(chunk, settings, "teacher"), layout)
     chunk.eval()
     try:
-        for link in _links(settings, layout, head, identity, stay):
+        for link in _links(settings, layout, head, identity, _positions(chunk), stay):
             try:
-                served += _serve_job(chunks[0], link, limit, head, layout.device, serving)
+                served += _serve_job(chunks[0], link, limit, head, layout, serving)
             except StudentLost as error:
                 if not stay:
                     raise
@@ -120,13 +123,14 @@ def _links(
     layout: Layout,
     head: ServedHead | None,
     identity: Identity,
+    positions: int,
     stay: bool,
 ) -> Iterator[TeacherLink]:
     """Links to one student job after another; to a single one without `stay`."""
     came = False
     while stay or not came:
         try:
-            link = _connect(settings, layout, head, identity)
+            link = _connect(settings, layout, head, identity, positions)
         except HandshakeRefused as error:
             if not stay:
                 raise
@@ -143,7 +147,7 @@ def _links(
 
 
 def _connect(
-    settings: DistillSettings, layout: Layout, head: ServedHead | None, identity: Identity
+    settings: DistillSettings, layout: Layout, head: ServedHead | None, identity: Identity, positions: int
 ) -> TeacherLink:
     return TeacherLink.connect(
         settings.link,
@@ -163,6 +167,7 @@ def _connect(
         head_weight=head.weight if head else None,
         device=layout.device,
         identity=identity,
+        positions=positions,
     )
 
 
@@ -171,7 +176,7 @@ def _serve_job(
     link: TeacherLink,
     limit: int,
     head: ServedHead | None,
-    device: torch.device,
+    layout: Layout,
     serving: Serving,
 ) -> int:
     """Answers one student job until its goodbye; returns the number of micro-batches."""
@@ -180,7 +185,7 @@ def _serve_job(
         serving.begin(link)
         while (requests := link.next_batch(limit)) is not None:
             serving.idled()
-            _answer(model, requests, link, head, device)
+            _answer(model, requests, link, head, layout)
             served += len(requests)
             serving.answered(len(requests), link)
     finally:
@@ -197,29 +202,39 @@ def _answer(
     requests: list[Request],
     link: TeacherLink,
     head: ServedHead | None,
-    device: torch.device,
+    layout: Layout,
 ) -> None:
-    """One pass through the pipeline, forward only, with one micro-batch per request. All have the same shape."""
-    batch, sequence = requests[0].tokens.shape
-    refuse_uneven_tokens(unwrap(model).config, batch, sequence)
-    inputs = PackedInputs(unwrap(model), device)
+    """One pass through the pipeline, forward only, with one micro-batch per request. All have the same shape.
 
-    def forward_step(data_iterator: Iterator[Request], model: Any) -> tuple[Tensor, Any]:
-        request = next(data_iterator)
-        tokens = request.tokens.to(device)
-        positions, mask, packed = inputs.of(request)
-        with head.captured() if head else contextlib.nullcontext() as captured:
+    Their contexts may differ, and with them the lengths of the teacher's rows. How long they are depends on the request
+    alone, and not on those in the same pass, so that a repeated request gets the same bits.
+    """
+    chunk = unwrap(model)
+    multiple = row_multiple(chunk.config)
+    passes = [(request, *_seen(request, multiple)) for request in requests]
+    shapes = {tuple(seen.tokens.shape) for _, seen, _ in passes}
+    for shape in shapes:
+        refuse_uneven_tokens(chunk.config, *shape)
+    inputs = PackedInputs(chunk, layout.device)
+
+    def forward_step(data_iterator: Iterator[tuple], model: Any) -> tuple[Tensor, Any]:
+        request, seen, rows = next(data_iterator)
+        tokens = seen.tokens.to(layout.device)
+        positions, mask, packed = inputs.of(seen)
+        positions = positions if rows is None else rows.real(positions)
+        capture = head.captured() if head else for_students_alone(chunk, rows, layout.tensor_group)
+        with capture as captured:
             output = model(tokens, positions, mask, **packed)
-        return output, partial(_respond, link, request, head, captured)
+        return output, partial(_respond, link, request, rows, head, captured)
 
-    with ExtraHeads(unwrap(model)).off():
-        schedule_of(unwrap(model))(
+    with ExtraHeads(chunk).off(), of_any_width(chunk.config, len(shapes) > 1):
+        schedule_of(chunk)(
             forward_step_func=forward_step,
-            data_iterator=iter(requests),
+            data_iterator=iter(passes),
             model=model,
             num_microbatches=len(requests),
-            seq_length=sequence,
-            micro_batch_size=batch,
+            seq_length=max(width for _, width in shapes),
+            micro_batch_size=len(requests[0].tokens),
             forward_only=True,
             collect_non_loss_data=True,
         )
@@ -228,6 +243,7 @@ def _answer(
 def _respond(
     link: TeacherLink,
     request: Request,
+    rows: TeacherRows | None,
     head: ServedHead | None,
     captured: Captured | None,
     output: Tensor,
@@ -235,13 +251,33 @@ def _respond(
 ) -> None:
     """Sends the answer to a request as soon as the last stage has it, so that the schedule keeps nothing.
 
-    output: logits [b, s, v/tp]; with a head its states [s, b, hidden size] are sent in place of logits.
+    output: logits [b, s, v/tp]; with a head its states [s, b, hidden size] are sent in place of logits. rows: where the
+    student's positions lie among those of the output or of the states; None if there are no others.
     """
     if head is None or captured.states is None:
-        link.respond(request, output.transpose(0, 1))
-        return
-    head.layer.check(output.transpose(0, 1), head.weight)
-    link.respond(request, head.layer.whole(captured.states))
+        found = output.transpose(0, 1)
+    else:
+        head.layer.check(output.transpose(0, 1), head.weight)
+        found = head.layer.whole(captured.states)
+    if rows is not None and len(found) == rows.width:
+        found = rows.take(found)
+    link.respond(request, found)
+
+
+def _seen(request: Request, multiple: int) -> tuple[Request, TeacherRows | None]:
+    """The request with the rows that the teacher's model is given, and where the student's tokens lie in them."""
+    places = request.context.places
+    if not len(places):
+        return request, None
+    rows = TeacherRows.of(*request.tokens.shape, request.boundaries, places, multiple)
+    tokens = rows.fill(request.tokens, request.context.tokens)
+    return replace(request, tokens=tokens, boundaries=rows.edges), rows
+
+
+def _positions(chunk: torch.nn.Module) -> int:
+    """The longest sequence that the model takes; 0 if it names none."""
+    found = getattr(chunk, "max_sequence_length", None)
+    return found if isinstance(found, int) else 0
 
 
 class ServedHead:
