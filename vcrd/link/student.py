@@ -169,10 +169,17 @@ class StudentLink:
 
     @property
     def output_layer(self) -> Tensor | None:
-        """With the payload "hidden": the teacher's output layer, [columns.width, size] in its dtype on the CPU, as soon
-        as `receive` has returned an answer. Otherwise None.
+        """With the payload "hidden": the teacher's output layer, [columns.width, size] in its dtype on the CPU.
+        Otherwise None. Blocks until all of it has arrived; TeacherLost after `timeout` seconds.
         """
-        return self._connections.head.weight
+        head, seconds = self._connections.head, self._settings.timeout
+        with self._changed:
+            arrived = self._changed.wait_for(lambda: head.complete or self._connections.failure, seconds)
+            if self._connections.failure:
+                raise self._connections.failure
+            if not arrived:
+                raise TeacherLost(f"the output layer did not arrive within {seconds:g} seconds (timeout)")
+            return head.weight
 
     @property
     def bytes_received(self) -> int:
