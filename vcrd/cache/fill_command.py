@@ -16,19 +16,13 @@ from vcrd.errors import OptionError, expected
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-_PATIENCE = timedelta(
-    days=30
-)  # a rank that is done waits for the others; a rank that is gone is noticed at once
+# A rank that is done waits for the others. A rank that is gone is noticed at once.
+_PATIENCE = timedelta(days=30)
 
 
 def add_fill_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--write",
-        metavar="FOLDER",
-        type=Path,
-        help="ask the teacher about --data and write its answers there",
-    )
+    """The options that belong to --write."""
+    add = parser.add_argument_group("with --write").add_argument
     add(
         "--data",
         metavar="FILE",
@@ -54,6 +48,7 @@ def fill(options: argparse.Namespace) -> tuple[str, int]:
     from vcrd.link.errors import LinkError
     from vcrd.settings import DistillSettings
 
+    from .files import CacheError
     from .fill import Filled
     from .fill import fill as fill_from
     from .samples import questions_of
@@ -86,9 +81,11 @@ def fill(options: argparse.Namespace) -> tuple[str, int]:
             )
     except OptionError:
         raise
-    except (LinkError, ValueError, OSError) as error:
+    except (LinkError, CacheError) as error:
         print(f"python -m vcrd cache: {error}", file=sys.stderr)
         return "", 1
+    except ValueError as error:
+        raise OptionError(str(error)) from None
     return f"{options.write}: {filled}" if rank == 0 else "", 0
 
 

@@ -110,7 +110,8 @@ def _rows(path: Path) -> Iterator[Sample]:
         if len(shape) != 2 or not dtype.upper().startswith(("I", "U")):
             raise expected(str(path), "an array of integers [n, s]", f"{dtype} {list(shape)}", OptionError)
         for first in range(0, shape[0], _ROWS):
-            for row, tokens in enumerate(array[first : first + _ROWS].astype(np.int64), first):
+            last = min(first + _ROWS, shape[0])
+            for row, tokens in enumerate(array[first:last].astype(np.int64), first):
                 yield Sample(f"row {row}", tokens)
 
 
