@@ -24,7 +24,6 @@ from vcrd.errors import OptionError
 from vcrd.link.payload import encode, payload_named, row_max, top_k_of
 from vcrd.link.plan import Shard
 from vcrd.link.question import Question
-from vcrd.settings import PAYLOADS
 
 
 def answer(payload: str, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -69,18 +68,23 @@ def serve_all(rank: int, port: int, payloads: tuple[str, ...], log: str) -> None
         teach(rank, settings(port, payload, name=payload).link, log)
 
 
-def test_every_payload_is_written_once_as_the_link_delivers_it(tmp_path):
+@pytest.mark.parametrize(
+    "payloads",
+    [("logits_8bit", "topk", "hidden"), pytest.param(("float16", "float32"), marks=pytest.mark.slow)],
+)
+def test_every_payload_is_written_once_as_the_link_delivers_it(payloads, tmp_path):
     port, tokens = free_port(), samples(2)
     with Jobs(tmp_path) as processes:
-        processes.world("teacher", 2, serve_all, port, PAYLOADS, str(tmp_path / "log"))
-        processes.start("fill", fill_all, port, PAYLOADS, str(tmp_path), tokens, [0, 7, 7, 16])
+        processes.world("teacher", 2, serve_all, port, payloads, str(tmp_path / "log"))
+        processes.start("fill", fill_all, port, payloads, str(tmp_path), tokens, [0, 7, 7, 16])
         processes.succeed()
         said = processes.output("fill").splitlines()
-    for payload in PAYLOADS:
+    for payload in payloads:
         assert_holds(tmp_path / payload, payload, tokens, (0, 7, 16))
-    assert torch.equal(Cache(tmp_path / "hidden").head(Shard(0, LAYOUT.vocab)), output_layer())
+    if "hidden" in payloads:
+        assert torch.equal(Cache(tmp_path / "hidden").head(Shard(0, LAYOUT.vocab)), output_layer())
     assert all(line.startswith("4 sequences written (2 more were there)") for line in said), said
-    assert len(asked(tmp_path / "log")) == 2 * len(PAYLOADS)
+    assert len(asked(tmp_path / "log")) == 2 * len(payloads)
 
 
 def fill_slowly(port: int, folder: str, tokens: torch.Tensor) -> None:
