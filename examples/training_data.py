@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,6 +52,8 @@ def fill_by_link(folder: str, datasets: Callable[..., tuple], settings: DistillS
     draws = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0
     if not (draws and mpu.is_pipeline_first_stage(ignore_virtual=True)):
         return
+    if get_args().exit_signal_handler:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the fill writes what has arrived
     filled = vcrd.megatron.fill_cache_by_link(
         micro_batches,
         folder,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -222,6 +224,11 @@ class _Filling:
                 f"the teacher came back with the weights {now.named_weights}, and the cache is of "
                 f"{self._teacher.named_weights}"
             )
+
+
+def stop_at_sigterm() -> None:
+    """From now on SIGTERM ends this process with exit status 0, after a fill has written what has arrived."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
 
 def tensors_of(answer: TeacherLogits) -> list[Tensor]:

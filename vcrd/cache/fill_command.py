@@ -37,6 +37,11 @@ def add_fill_options(parser: argparse.ArgumentParser) -> None:
         default="256",
         help="of each file; what is not in a file yet is lost when the process is killed (256)",
     )
+    add(
+        "--exit-signal-handler",
+        action="store_true",
+        help="at SIGTERM write what has arrived and exit with 0, as with Megatron's argument of this name",
+    )
 
 
 def fill(options: argparse.Namespace) -> tuple[str, int]:
@@ -51,12 +56,16 @@ def fill(options: argparse.Namespace) -> tuple[str, int]:
     from .files import CacheError
     from .fill import Filled
     from .fill import fill as fill_from
+    from .fill import stop_at_sigterm
     from .samples import questions_of
 
     try:
         settings = DistillSettings.from_environment()
     except (ValueError, TypeError) as error:
         raise OptionError(str(error)) from None
+
+    if options.exit_signal_handler:
+        stop_at_sigterm()
 
     def report(filled: Filled) -> None:
         print(filled, file=sys.stderr, flush=True)

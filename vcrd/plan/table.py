@@ -86,8 +86,8 @@ def _on_disk(run: Scenario) -> list[str]:
     ]
     return [
         f"A cache of the answers about {run.cache_tokens:,} tokens: bytes per token, of a sequence, and of all files;",
-        f"what a step reads; share of its time for this, at {run.disk / 1e9:g} GB/s for all ranks together; time of a step",
-        "from the cache; time of the teacher for all answers.",
+        f"what a step reads, and the share of its time for this at {run.disk / 1e9:g} GB/s for all ranks; time of a",
+        "step from the cache; time of the teacher for all answers.",
         *_aligned([_STORED, *rows]),
         "",
     ]
