@@ -54,9 +54,8 @@ def fill(options: argparse.Namespace) -> tuple[str, int]:
     from vcrd.settings import DistillSettings
 
     from .files import CacheError
-    from .fill import Filled
+    from .fill import Filled, stop_at_sigterm
     from .fill import fill as fill_from
-    from .fill import stop_at_sigterm
     from .samples import questions_of
 
     try:
