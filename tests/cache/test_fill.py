@@ -161,7 +161,22 @@ WRONG = {
         '{"tokens": 3}\n',
         """a.jsonl, line 1: expected {"tokens": [..]} with integers, got b'{"token""",
     ),
-    "no field": ("a.jsonl", '{"tokens": [1]}\n\n{"text": []}\n', "a.jsonl, line 3: expected {"),
+    "no field": ("a.jsonl", '{"tokens": [1]}\n\n{"text": []}\n', "a.jsonl, line 3: expected 1 to 16 tokens"),
+    "a context": (
+        "a.jsonl",
+        '{"tokens": [1], "vcrd_teacher_context": [50]}',
+        "line 1: expected token ids in [0, 50), got",
+    ),
+    "a context's length": (
+        "a.jsonl",
+        '{"tokens": [1], "vcrd_teacher_context": [2, 3], "vcrd_teacher_context_positions": [0]}',
+        "line 1, vcrd_teacher_context_positions: expected a position of each token of the context, got 1 for 2",
+    ),
+    "a context's place": (
+        "a.jsonl",
+        '{"tokens": [1, 2], "vcrd_teacher_context": [2, 3], "vcrd_teacher_context_positions": [1, 0]}',
+        "line 1, vcrd_teacher_context_positions: expected positions in [0, 2) that do not descend, got [1, 0]",
+    ),
     "no JSON": ("a.jsonl", "1, 2\n", "a.jsonl, line 1: expected {"),
     "a boolean": ("a.jsonl", '{"tokens": [1, true]}\n', "a.jsonl, line 1: expected {"),
     "a fraction": ("a.jsonl", '{"tokens": [1, 1.5]}\n', "a.jsonl, line 1: expected {"),
@@ -233,6 +248,17 @@ def test_the_micro_batches_of_a_file_do_not_depend_on_the_number_of_ranks(size, 
     shares = [[q.tokens.tolist() for q in questions_of(path, 2, 50, 16, rank, size)] for rank in range(size)]
     whole = [[[1, 2], [3, 4]], [[5, 6]], [[7]], [[8, 9]]]
     assert shares == [whole[rank::size] for rank in range(size)]
+
+
+def test_contexts_of_a_file_are_those_of_its_micro_batches(tmp_path):
+    lines = [
+        {"tokens": [1, 2], "vcrd_teacher_context": [7, 8], "vcrd_teacher_context_positions": [0, 1]},
+        {"tokens": [3, 4]},
+        {"tokens": [5, 6], "vcrd_teacher_context": [9]},
+    ]
+    path = store(tmp_path / "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    (question,) = questions_of(path, 3, 50, 16)
+    assert question.context.tokens.tolist() == [7, 8, 9] and question.context.places.tolist() == [0, 1, 4]
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])

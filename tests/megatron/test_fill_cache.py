@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jobs
+import pytest
 import torch
 from ports import free_port
 from worlds import World, run_worlds
@@ -11,23 +12,28 @@ from vcrd.cache.files import Cache, key_of
 from vcrd.link.plan import Span
 from vcrd.settings import PAYLOADS, DistillSettings
 
+LENGTH = 8  # of a row; the model has positions for a context as well
+
 
 def settings(payload: str, port: int = 0, **changes) -> DistillSettings:
-    own = DistillSettings(vocab_size=jobs.TRUE_VOCAB, sequence_length=jobs.SEQUENCE)
+    own = DistillSettings(vocab_size=jobs.TRUE_VOCAB, sequence_length=LENGTH)
     address = f"127.0.0.1:{port or free_port()}"
-    return own.replaced(payload=payload, top_k=5, address=address, connect_timeout=100, **changes)
+    own = own.replaced(payload=payload, top_k=5, address=address, connect_timeout=100)
+    return own.replaced(teacher_context_length=jobs.SEQUENCE - LENGTH, **changes)
 
 
 def micro_batches(data_rank: int) -> list[dict[str, torch.Tensor]]:
-    """Two whole micro-batches, and a packed one."""
-    packed = {"tokens": jobs.batches(3, data_rank)[2]["tokens"][:1], "cu_seqlens": torch.tensor([0, 5, 8])}
-    return [*jobs.batches(2, data_rank), packed]
+    """Two micro-batches, one with contexts of the teacher, and a packed one."""
+    first, second, third = (batch["tokens"][:, :LENGTH] for batch in jobs.batches(3, data_rank))
+    context = {"tokens": second, "vcrd_teacher_context": [[1, 2, 3], []]}
+    packed = {"tokens": third[:1], "cu_seqlens": torch.tensor([0, 5, 7])}
+    return [{"tokens": first}, {"tokens": second}, context, packed]
 
 
 def ask(ports: dict[str, int]) -> dict[str, dict[bytes, list[torch.Tensor]]]:
     """What a student of one rank receives of each sequence, by payload and key."""
-    from vcrd.cache.fill import tensors_of
-    from vcrd.cache.sequences import parts_of
+    from vcrd.cache.recorder import tensors_of
+    from vcrd.cache.sequences import parts_of, question_about
     from vcrd.link.rendezvous import host_rendezvous
     from vcrd.link.student import StudentLink
     from vcrd.megatron.prefetch import question_of
@@ -40,7 +46,7 @@ def ask(ports: dict[str, int]) -> dict[str, dict[bytes, list[torch.Tensor]]]:
             chosen.link,
             vocab_size=jobs.TRUE_VOCAB,
             padded_vocab_size=jobs.TRUE_VOCAB,
-            sequence_length=jobs.SEQUENCE,
+            sequence_length=LENGTH,
             tensor_rank=0,
             tensor_size=1,
             data_rank=0,
@@ -49,10 +55,12 @@ def ask(ports: dict[str, int]) -> dict[str, dict[bytes, list[torch.Tensor]]]:
         for data_rank in range(2):
             for batch in micro_batches(data_rank):
                 question = question_of(batch, "tokens")
-                answer = tensors_of(link.receive(link.request(question.tokens, question.edges)))
+                answer = tensors_of(link.receive(link.request(*question[:3])))
                 for part in parts_of(*question.tokens.shape, question.edges.tolist()):
-                    key = key_of(question.tokens[part.row, part.start : part.stop])
-                    own[key] = [tensor[part.start : part.stop, part.row].clone() for tensor in answer]
+                    key = key_of(*question_about(part, question.tokens, question.context))
+                    # The row without a context is the same question as without the field.
+                    if key not in own:
+                        own[key] = [tensor[part.start : part.stop, part.row].clone() for tensor in answer]
         if payload == "hidden":
             own["head"] = link.output_layer.clone()
         received[payload] = own
@@ -98,7 +106,7 @@ def test_every_payload_is_what_the_link_delivers(tmp_path):
     for payload in PAYLOADS:
         cache, own = Cache(tmp_path / payload), received[payload]
         head = own.pop("head", None)
-        assert set(cache.keys()) == set(own) and len(own) == 14
+        assert set(cache.keys()) == set(own) and len(own) == 16
         assert cache.header.weights and cache.header.checkpoint == "here"
         for key, tensors in own.items():
             out = [torch.empty_like(tensor) for tensor in tensors]
@@ -108,5 +116,45 @@ def test_every_payload_is_what_the_link_delivers(tmp_path):
         if head is not None:
             assert torch.equal(cache.head(Span(0, jobs.TRUE_VOCAB)), head)
     first, again = filled[0][0::2], filled[0][1::2]
-    assert [each.written for each in first] == [7] * 5 and [each.found for each in first] == [0] * 5
-    assert [each.written for each in again] == [0] * 5 and [each.found for each in again] == [7] * 5
+    assert [each.written for each in first] == [8] * 5 and [each.found for each in first] == [1] * 5
+    assert [each.written for each in again] == [0] * 5 and [each.found for each in again] == [9] * 5
+
+
+def fill_wrongly(folder: str) -> list[str]:
+    """The error of each rank for data, a model or a folder that do not fit."""
+    from megatron.core import parallel_state
+
+    from vcrd.megatron import fill_cache
+
+    teacher, said = jobs.model(jobs.TEACHER, seed=2), []
+    first = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_first_stage()
+
+    def broken():
+        yield {"tokens": torch.zeros(1, LENGTH, dtype=torch.int64)}
+        raise OSError("the data are gone")
+
+    cases = (
+        (settings("float16"), [{"tokens": torch.full((1, 3), 45)}]),
+        (settings("float16"), [{"ids": torch.zeros(1, 3)}]),
+        (settings("float16"), broken()),
+        (settings("topk"), micro_batches(0)),
+        (settings("float16").replaced(teacher_context_length=9), []),
+    )
+    for chosen, data in cases:
+        with pytest.raises((ValueError, OSError)) as refused:
+            fill_cache(teacher, data if first else None, folder, chosen)
+        said.append(str(refused.value))
+    return said
+
+
+def test_what_does_not_fit_is_one_sentence_on_every_rank(tmp_path):
+    (said,) = run_worlds(World(fill_wrongly, 4, tensor=2, pipeline=2, arguments=(str(tmp_path / "cache"),)))
+    assert said == [said[0]] * 4
+    assert said[0] == [
+        "tokens: expected integers in [0, 45), got 45 to 45",
+        "tokens: expected a micro-batch with 'tokens', got the keys ['ids']",
+        "the data are gone",
+        f"the cache {tmp_path}/cache is refused: payload: expected topk, got float16; top_k: expected 5, got 0",
+        "VCRD_TEACHER_CONTEXT_LENGTH (--vcrd-teacher-context-length): expected at most 4, for the positions of the "
+        "teacher's model, got 9",
+    ]

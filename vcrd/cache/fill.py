@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from vcrd.errors import expected
 from vcrd.link.errors import LinkError
@@ -23,9 +22,9 @@ from vcrd.link.question import Question
 from vcrd.link.rendezvous import host_rendezvous
 from vcrd.link.student import StudentLink
 from vcrd.settings import DistillSettings, label
-from vcrd.teacher_logits import DenseLogits, HiddenStates, TeacherLogits
 
 from .files import OUTPUT_LAYER, Cache, CacheHeader, CacheWriter, key_of
+from .recorder import tensors_of
 from .sequences import Part, parts_of, question_about
 
 FILE_BYTES = 256 << 20
@@ -229,15 +228,6 @@ class _Filling:
 def stop_at_sigterm() -> None:
     """From now on SIGTERM ends this process with exit status 0, after a fill has written what has arrived."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-
-
-def tensors_of(answer: TeacherLogits) -> list[Tensor]:
-    """The tensors of an answer in the order of `Payload.blank`, each [s, b, ..]."""
-    if isinstance(answer, DenseLogits):
-        return [answer.logits]
-    if isinstance(answer, HiddenStates):
-        return [answer.states]
-    return [answer.logprobs, answer.ids, answer.log_tail]
 
 
 def _check(settings: DistillSettings) -> None:

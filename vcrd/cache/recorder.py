@@ -66,7 +66,7 @@ class Recorder:
         if now.weights != then.weights:  # with the setting identity "warn" another teacher may have come back
             self._break(f"the teacher has the weights {now.named_weights}, the cache is of {then.weights}")
             return
-        self._queue.put((plan, [Staged(tensor, self._stream) for tensor in _tensors_of(answer)]))
+        self._queue.put((plan, [Staged(tensor, self._stream) for tensor in tensors_of(answer)]))
 
     def close(self) -> None:
         """Writes what was added, and ends the thread. Idempotent."""
@@ -108,7 +108,7 @@ class Recorder:
                 first += rows.width
 
 
-def _tensors_of(answer: TeacherLogits) -> list[Tensor]:
+def tensors_of(answer: TeacherLogits) -> list[Tensor]:
     """The tensors of an answer, in the order of its payload."""
     if isinstance(answer, DenseLogits):
         return [answer.logits]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from vcrd.cache.files import Cache, CacheError, CacheHeader, CacheWriter, key_of
+from vcrd.cache.files import OUTPUT_LAYER, Cache, CacheError, CacheHeader, CacheWriter, key_of
 from vcrd.cache.fill import FILE_BYTES, Filled, Lacking, Progress, fill
 from vcrd.cache.sequences import Part, parts_of, question_about
 from vcrd.errors import expected
@@ -29,7 +29,7 @@ from vcrd.link.teacher import agreed
 from vcrd.megatron.identity import tokenizer_of
 from vcrd.megatron.prefetch import TokensOf, question_of
 from vcrd.megatron.serving import Prepared, place_of, prepared
-from vcrd.settings import DistillSettings
+from vcrd.settings import DistillSettings, label
 
 
 def fill_cache_by_link(
@@ -95,7 +95,7 @@ def fill_cache(
     """
     settings = DistillSettings.from_environment() if settings is None else settings
     with prepared(model, settings, microbatches, tokenizer, checkpoint) as teacher:
-        _check(teacher)
+        _check(teacher, settings)
         questions = (question_of(batch, tokens_of) for batch in micro_batches or ())
         filling = _Filling(teacher, questions, folder, settings, file_bytes, report)
         try:
@@ -128,6 +128,7 @@ class _Filling:
         self._number = 0
         self._writer: CacheWriter | None = None
         self._draw: _Draw | None = None
+        cache = None
         stated = _stated(self._replica_group, teacher, settings)
         header = CacheHeader.of(stated)
         self._payload, self._shard = header.content(), stated.shards()[layout.tensor_rank]
@@ -137,13 +138,15 @@ class _Filling:
         try:
             if layout.groups.last_stage or self._replica_group.leads:
                 self._writer = CacheWriter(folder, header, file_bytes, run)
-            if self._replica_group.leads:
-                self._draw = _Draw(questions, Lacking(Cache(folder, header)), stated)
-            if teacher.head is not None and layout.data_rank == 0:
-                self._writer.add_head(teacher.head.weight[: self._shard.width], self._shard)
+            cache = Cache(folder, header) if self._replica_group.leads else None
         except (ValueError, OSError) as error:
             self._error = error
         self._raise_together()
+        if cache is not None:
+            self._draw = _Draw(questions, Lacking(cache), stated)
+        (lacks_head,) = self._replica_group.agree([cache is not None and OUTPUT_LAYER not in cache])
+        if lacks_head and teacher.head is not None and layout.data_rank == 0:
+            self._try(self._writer.add_head, teacher.head.weight[: self._shard.width], self._shard)
 
     @property
     def filled(self) -> Filled:
@@ -156,17 +159,14 @@ class _Filling:
             if self._draw is not None and self._error is None:
                 try:
                     drawn = self._draw.next(limit, KEEPALIVE)
-                except (
-                    Exception
-                ) as error:  # a data loader may raise anything, and the other ranks must get it
+                # A data loader may raise anything, and the other ranks must get it.
+                except Exception as error:
                     self._error = error
-            numbers = _numbers(drawn)
-            found, over = (
-                (0, False) if self._draw is None else (self._draw.found, self._draw.over and not drawn)
-            )
-            failed, over, found, length = self._replica_group.agree(
-                [self._error is not None, over, found, len(numbers)]
-            )
+            numbers, found, over = _numbers(drawn), 0, False
+            if self._draw is not None:
+                found, over = self._draw.found, self._draw.over and not drawn
+            said = [self._error is not None, over, found, len(numbers)]
+            failed, over, found, length = self._replica_group.agree(said)
             self._progress.found(found)
             if failed:
                 self._raise_together()
@@ -182,8 +182,9 @@ class _Filling:
             for part in (parts[index] for index in lacking):
                 named.append((key_of(*question_about(part, question.tokens, question.context)), part))
                 self._progress.wrote(part.width, self._payload.bytes(part.width, self._vocab_size))
-            self._lacking[self._number] = named
-            requests.append(Request(self._number, self._layout.data_rank, question.tokens, question.edges))
+            if self._layout.groups.last_stage:
+                self._lacking[self._number] = named
+            requests.append(Request(self._number, self._layout.data_rank, *question[:3]))
             self._number += 1
         return requests
 
@@ -200,18 +201,12 @@ class _Filling:
             tensors = [encode(self._payload, tensors[0], top)]
         for key, part in lacking:
             own = [tensor[part.start : part.stop, part.row] for tensor in tensors]
-            try:
-                self._writer.add(key, own, Span(0, part.width), part.width, self._shard)
-            except CacheError as error:  # the next batch raises it on every rank
-                self._error = self._error or error
+            self._try(self._writer.add, key, own, Span(0, part.width), part.width, self._shard)
 
     def finish(self) -> None:
         """Writes what is left; raises on every rank if one could not."""
-        try:
-            if self._writer is not None:
-                self._writer.close()
-        except CacheError as error:
-            self._error = error
+        if self._writer is not None:
+            self._try(self._writer.close)
         self._raise_together()
 
     def abandon(self) -> None:
@@ -220,11 +215,17 @@ class _Filling:
             with suppress(CacheError):
                 self._writer.close()
 
+    def _try(self, write: Callable[..., None], *arguments: Any) -> None:
+        """An error is kept, because other ranks wait for this one: the next batch raises it on all of them."""
+        try:
+            write(*arguments)
+        except CacheError as error:
+            self._error = self._error or error
+
     def _raise_together(self) -> None:
         """Collective. The error of the first rank that has one, as a ValueError on the others."""
-        said = self._replica_group.first_text(
-            "" if self._error is None else str(self._error) or repr(self._error)
-        )
+        text = "" if self._error is None else str(self._error) or repr(self._error)
+        said = self._replica_group.first_text(text)
         if self._error is not None:
             raise self._error
         if said:
@@ -272,7 +273,7 @@ class _Draw:
             if question is None:
                 self.over = True
                 break
-            check_question(self._limits, question.tokens, question.edges)
+            check_question(self._limits, *question[:3])
             parts, lacking = self._lacking.of(question)
             self.found += len(parts) - len(lacking)
             if lacking:
@@ -321,13 +322,21 @@ def _stated(replica_group: ReplicaGroup, teacher: Prepared, settings: DistillSet
         head=teacher.head.facts if teacher.head else None,
         tokenizer=identity.tokenizer,
         checkpoint=identity.checkpoint,
+        teacher_context_length=settings.link.teacher_context_length,
+        positions=teacher.positions,
     )
     return agreed(replica_group, own, place_of(layout), identity.weights)
 
 
-def _check(teacher: Prepared) -> None:
-    """ValueError for a parallelism in which a replica does not answer alone."""
-    layout = teacher.layout
+def _check(teacher: Prepared, settings: DistillSettings) -> None:
+    """ValueError for contexts that the model has no positions for, or a parallelism in which a replica does not answer
+    alone."""
+    layout, context = teacher.layout, settings.link.teacher_context_length
+    if context and 0 < teacher.positions < layout.sequence_length + context:
+        what = (
+            f"at most {teacher.positions - layout.sequence_length}, for the positions of the teacher's model"
+        )
+        raise expected(label("teacher_context_length"), what, context)
     if layout.context_size > 1:
         raise expected(
             "context_parallel_size", "1, because a teacher sees whole sequences", layout.context_size
