@@ -38,6 +38,7 @@ def figures(before: str, said: str) -> tuple[int, int]:
     return int(written), int(found)
 
 
+@pytest.mark.slow
 def test_a_filled_cache_trains_as_the_live_teacher(tmp_path):
     live = pretrain_jobs.curve(tmp_path, Run(), STEPS)
     served, inside = tmp_path / "served", tmp_path / "inside"
