@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 4 examples/pretrain_vcrd.py <Megatron's arguments> --vcrd-address host:port
 
 Needs Python 3.12 and megatron-core 0.19. Without a GPU it runs on CPU and gloo. The teacher is a job of
-examples/serve_teacher.py, or runs in the same processes with --vcrd-local-teacher CHECKPOINT.
+examples/serve_teacher.py, or runs in the same processes with --vcrd-local-teacher CHECKPOINT. With --vcrd-fill-cache
+FOLDER it does not train: it asks the teacher about all micro-batches of the training and writes the answers there.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from megatron.training.argument_utils import (  # noqa: E402
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
+from megatron.training.initialize import initialize_megatron  # noqa: E402
 from megatron.training.utils import (  # noqa: E402
     get_blend_and_blend_per_split,
     is_first_or_last_pipeline_stage,
@@ -61,6 +63,7 @@ from megatron.training.utils import (  # noqa: E402
 
 import vcrd.megatron  # noqa: E402
 from examples.local_teacher import local_teacher  # noqa: E402
+from examples.training_data import fill_by_link  # noqa: E402
 from examples.verified.dataset import provider  # noqa: E402
 from vcrd.megatron.arguments import add_vcrd_args, settings_from_args  # noqa: E402
 
@@ -220,7 +223,7 @@ def dataset_config(args: Any) -> GPTDatasetConfig:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds the settings of vcrd and two options of this script."""
+    """Adds the settings of vcrd and the options of this script."""
     group = add_vcrd_args(parser).add_argument_group("vcrd, in this script")
     group.add_argument(
         "--vcrd-local-teacher",
@@ -232,6 +235,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--vcrd-samples",
         metavar="JSONL",
         help="samples with steps and scores to train on, as examples/verified/dataset.py describes them",
+    )
+    group.add_argument(
+        "--vcrd-fill-cache",
+        metavar="FOLDER",
+        help="do not train: ask the teacher at --vcrd-address about all micro-batches of the training, and write its "
+        "answers to this folder (docs/cache.md)",
     )
     return parser
 
@@ -249,6 +258,13 @@ def main() -> None:
     if args.vcrd_samples:
         scores = settings.validity == "scores"
         data = provider(args.vcrd_samples, steps=None, scores=scores, vocab_size=settings.vocab_size)
+    if args.vcrd_fill_cache:
+        initialize_megatron()
+        # The teacher compares the vocabulary, and no model says here what it is.
+        vocab_size = settings.vocab_size or args.padded_vocab_size
+        fill_by_link(args.vcrd_fill_cache, data, settings.replaced(vocab_size=vocab_size))
+        torch.distributed.destroy_process_group()
+        return
     plug = vcrd.megatron.distill(forward_step, settings, teacher=teacher)
     pretrain(
         pretrain_cfg_container_from_args(args, config),

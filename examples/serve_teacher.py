@@ -4,8 +4,9 @@
         --pipeline-model-parallel-size 2 --vcrd-address host:port
 
 A checkpoint in the format torch_dist loads with the tensor and pipeline parallelism of the arguments. A legacy
-checkpoint (torch) needs the parallelism that it was saved with. Needs Python 3.12 and megatron-core 0.19. Without a GPU
-it runs on CPU.
+checkpoint (torch) needs the parallelism that it was saved with. With --vcrd-fill-cache FOLDER and the data arguments of
+a training it serves no student, but writes its answers about all micro-batches of that training there (docs/cache.md).
+Needs Python 3.12 and megatron-core 0.19. Without a GPU it runs on CPU.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ require_training()
 if not torch.cuda.is_available():
     cpu.enable()  # before anything of Megatron is imported
 
+from megatron.core import mpu  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer  # noqa: E402
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args  # noqa: E402
@@ -63,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="serve one student job after another, until none has come for --vcrd-connect-timeout seconds",
     )
+    group.add_argument(
+        "--vcrd-fill-cache",
+        metavar="FOLDER",
+        help="serve no student: answer all micro-batches of the data arguments and --train-iters, and write the "
+        "answers to this folder",
+    )
     return parser
 
 
@@ -75,6 +83,18 @@ def tokenizer_of(args: argparse.Namespace) -> Any:
             sentence = f"the tokenizer {args.tokenizer_type} cannot be built: {error!r}"
             print(sentence, file=sys.stderr, flush=True)
         return None
+
+
+def fill_cache(folder: str, model: Any, settings: vcrd.megatron.DistillSettings, **stated: Any) -> None:
+    """Answers all micro-batches of the data arguments. Each data-parallel rank says what it has written."""
+    from examples.pretrain_vcrd import datasets
+    from examples.training_data import micro_batches_of, say
+
+    filled = vcrd.megatron.fill_cache(
+        model, micro_batches_of(datasets), folder, settings, report=say, **stated
+    )
+    if mpu.get_tensor_model_parallel_rank() == 0 and mpu.is_pipeline_first_stage():
+        print(f"{folder}: data-parallel rank {mpu.get_data_parallel_rank()}: {filled}", flush=True)
 
 
 def main() -> None:
@@ -105,15 +125,13 @@ def main() -> None:
             f"--load: expected a checkpoint in {args.load} that fits these arguments, got none; one in the legacy "
             "format (--ckpt-format torch) keeps the tensor and pipeline parallelism it was saved with"
         )
-    served = vcrd.megatron.serve(
-        model,
-        settings_from_args(args),
-        stay=args.vcrd_stay,
-        tokenizer=tokenizer_of(args),
-        checkpoint=f"{args.load}, iteration {iteration}",
-    )
-    if args.rank == 0:
-        print(f"served {served} micro-batches", flush=True)
+    stated = {"tokenizer": tokenizer_of(args), "checkpoint": f"{args.load}, iteration {iteration}"}
+    if args.vcrd_fill_cache:
+        fill_cache(args.vcrd_fill_cache, model, settings_from_args(args), **stated)
+    else:
+        served = vcrd.megatron.serve(model, settings_from_args(args), stay=args.vcrd_stay, **stated)
+        if args.rank == 0:
+            print(f"served {served} micro-batches", flush=True)
     torch.distributed.destroy_process_group()
 
 

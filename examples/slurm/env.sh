@@ -23,6 +23,8 @@
 : "${RESTART_PAUSE=10}"          # seconds between the end of a teacher and its restart
 : "${TEACHER_RESTARTS=5}"        # allowed failures in a row within 10 minutes of a start
 : "${STUDENTS_DIR=$RUN_DIR/students}"   # with two jobs: the folder for the addresses of students, the same for all jobs
+: "${CACHE_DIR=$RUN_DIR/cache}"   # the folder that cache.sbatch fills
+: "${CACHE_ARGS=}"               # options of python -m vcrd cache --write: --data FILES ..; empty: the data of STUDENT_ARGS
 : "${VCRD_CONNECT_TIMEOUT=1800}" # seconds that each job waits for the other one, at the start and when it is lost
 : "${DOCTOR=look}"              # look: the doctor's table at the start of the log; stop: end the job if a check fails; no: no doctor
 : "${DOCTOR_ARGS=}"              # such as --student tp=8,dp=4 --teacher tp=8,pp=2, to measure the link

@@ -12,7 +12,7 @@ split() { xargs -r printf '%s\0' <<<"$1"; }
 # Ends the job with a message if a setting is wrong, before its nodes are busy.
 check_settings() {
     local name
-    for name in STUDENT_ARGS TEACHER_ARGS DOCTOR_ARGS; do
+    for name in STUDENT_ARGS TEACHER_ARGS DOCTOR_ARGS CACHE_ARGS; do
         split "${!name}" >/dev/null 2>&1 || fail "$name has a quote that is not closed: ${!name}"
     done
     mkdir -p "$RUN_DIR" "$STUDENTS_DIR" ||
@@ -55,7 +55,7 @@ WRONG_ARGUMENTS=78
 # examples/bridge has its own.
 STUDENT_FIXED=(--save "$RUN_DIR/student" --load "$RUN_DIR/student" --exit-signal-handler)
 TEACHER_FIXED=(--load "$TEACHER_CHECKPOINT" --use-checkpoint-args)
-MOUNTED=("$PWD" "$RUN_DIR" "$STUDENTS_DIR" "$TEACHER_CHECKPOINT")
+MOUNTED=("$PWD" "$RUN_DIR" "$STUDENTS_DIR" "$TEACHER_CHECKPOINT" "$CACHE_DIR")
 
 # Exists when the job was told to stop and its student saves.
 export STOP_FILE=$RUN_DIR/.stopped-$SLURM_JOB_ID
@@ -119,6 +119,20 @@ run_student() {
     mapfile -d '' -t arguments < <(split "$STUDENT_ARGS")
     rm -f "$STOP_FILE"
     start "$component" "$nodes" "$(port 0)" "$STUDENT_SCRIPT" "${arguments[@]}" "${STUDENT_FIXED[@]}"
+}
+
+# Runs the writers of a cache until they have finished, or have stopped after a signal. Returns their exit status.
+run_writers() {
+    local arguments component=$1 nodes=$2
+    rm -f "$STOP_FILE"
+    if [[ -n $CACHE_ARGS ]]; then
+        mapfile -d '' -t arguments < <(split "$CACHE_ARGS")
+        arguments=(-m vcrd cache --write "$CACHE_DIR" "${arguments[@]}")
+    else
+        mapfile -d '' -t arguments < <(split "$STUDENT_ARGS")
+        arguments=("$STUDENT_SCRIPT" "${arguments[@]}" --vcrd-fill-cache "$CACHE_DIR")
+    fi
+    start "$component" "$nodes" "$(port 0)" "${arguments[@]}" --exit-signal-handler
 }
 
 # Runs the teacher, and restarts it after failures, until it ends with its student. Returns 1 after too many failures.

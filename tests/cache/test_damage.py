@@ -401,5 +401,5 @@ def test_the_command_without_a_cache(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["cache"])
     assert ended.value.code == 2 and capsys.readouterr().err.endswith(
-        "options: expected --info or --verify, got none\n"
+        "options: expected --write, --info or --verify, got none\n"
     )

@@ -33,6 +33,10 @@ RUN = {
         "docs/on-policy.md",
         0,
     ): "tests/examples/test_on_policy.py::test_the_command_compares_all_methods_and_draws_them",
+    **{
+        ("docs/cache.md", place): "tests/docs/test_commands.py::test_the_page_of_the_cache_does_what_it_says"
+        for place in range(2)
+    },
     ("docs/pretraining.md", 0): "tests/megatron/pretrain_jobs.py::CPU",
     **{
         (
@@ -171,16 +175,37 @@ def test_the_call_of_the_readme_runs(tmp_path):
 @pytest.mark.slow
 def test_the_first_page_does_what_it_says(built, tmp_path):
     """All of it in one shell, with other ports and another folder, and without the download."""
-    text = "".join(blocks(ROOT / "docs/getting-started.md"))
+    out = in_a_shell("".join(blocks(ROOT / "docs/getting-started.md")), built, tmp_path)
+    assert "0 problems" in out and "[vcrd] iteration       30/" in out
+    assert re.search(r"served \d+ micro-batches", (tmp_path / "teacher.log").read_text())
+    page = (tmp_path / "records/report.html").read_text(encoding="utf-8")
+    assert "1 to 30" in page and "waiting for teacher replica 0" in page and "% forward" in page
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron.training") is None,
+    reason="megatron.training comes with megatron-core 0.19, which needs Python 3.12",
+)
+@pytest.mark.slow
+def test_the_page_of_the_cache_does_what_it_says(built, tmp_path):
+    """After the steps of the first page that it names."""
+    start, page = blocks(ROOT / "docs/getting-started.md"), blocks(ROOT / "docs/cache.md")
+    out = in_a_shell("".join([*start[:3], *page[:2]]), built, tmp_path)
+    assert re.search(r"cache: \d+ sequences written", out) and "no file is damaged" in out
+    assert "[vcrd] iteration       30/" in out
+
+
+def in_a_shell(text: str, built: Path, folder: Path) -> str:
+    """What the commands of pages print, which must succeed, with other ports and another folder."""
     for word, ours in (
         (
             "make build PYTHON=python3.12\nsource .venv/cp312/bin/activate\n",
             f"source {built.parent}/activate\nset -e\n",
         ),
-        ("RUN=$PWD/first-run", f"RUN={tmp_path}"),
+        ("RUN=$PWD/first-run", f"RUN={folder}"),
         *((port, str(free_port())) for port in ("29600", "29601", "29602")),
     ):
-        assert text.count(word) == 1, word
+        assert word in text, word
         text = text.replace(word, ours)
     shell = subprocess.Popen(
         ["bash", "-c", text],
@@ -198,7 +223,4 @@ def test_the_first_page_does_what_it_says(built, tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(shell.pid, signal.SIGKILL)  # and its jobs
     assert shell.returncode == 0, out[-4000:]
-    assert "0 problems" in out and "[vcrd] iteration       30/" in out
-    assert re.search(r"served \d+ micro-batches", (tmp_path / "teacher.log").read_text())
-    page = (tmp_path / "records/report.html").read_text(encoding="utf-8")
-    assert "1 to 30" in page and "waiting for teacher replica 0" in page and "% forward" in page
+    return out

@@ -40,7 +40,7 @@ def test_text_and_json_have_the_same_values(capsys):
         row = next(line for line in moved if line.startswith(name + " "))
         assert re.split(r" {2,}", row)[1:3] == [f"{cost['received']:,}", f"{cost['sent']:,}"]
         row = next(line for line in taken if line.startswith(name + " "))
-        assert row.split()[-3:] == (
+        assert row.split()[-5:-2] == (
             [str(cost["replicas_needed"]), "x", "16"] if cost["gpus_needed"] else ["8", "x", "16"]
         )
     best = values["best"]
@@ -128,6 +128,8 @@ def test_numbers_may_be_written_with_an_exponent(capsys):
         ({"--network": "inf"}, "--network: expected a positive number, got 'inf'"),
         ({"--student-mfu": "40"}, "--student-mfu: expected a number above 0 and at most 1, got '40'"),
         ({"--teacher-mfu": "0"}, "--teacher-mfu: expected a number above 0 and at most 1, got '0'"),
+        ({"--cache": "0"}, "--cache: expected an integer of at least 1, got '0'"),
+        ({"--cache": "1", "--disk": "-1"}, "--disk: expected a positive number, got '-1'"),
         ({"--gpu": "h1000"}, "--gpu: expected one of a100, h100, h200, b200, or bf16=989,.*, got 'h1000'"),
         (
             {"--teacher-gpu": "bf16=1"},

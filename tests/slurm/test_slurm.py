@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import page_environment
 import pretrain_jobs as pretrain
 import pytest
+import torch
 from cluster import Cluster, why_not
 from waiting import wait_until
+
+from vcrd.cache.files import Cache, key_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = why_not() or (
@@ -220,6 +224,35 @@ def test_one_teacher_job_serves_student_jobs(cluster, teacher, whole, tmp_path):
     serving.finish()  # because no further student came
     served = int(re.search(r"^served (\d+) micro-batches$", serving.log, re.MULTILINE)[1])
     assert served >= 2 * 4 * ITERATIONS  # two students, four micro-batches per step, and some prefetched ones
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["a file", "the training's"])
+def test_a_cache_is_filled_and_filled_again(cluster, teacher, tmp_path, data):
+    """By two writers on two nodes, with the teacher on two others."""
+    np.save(tmp_path / "data.npy", np.random.default_rng(1).integers(0, 127, (10, 16)))
+    settings = {"VCRD_SEQUENCE_LENGTH": "16"}
+    if data == "a file":
+        settings["CACHE_ARGS"] = f"--data '{tmp_path}/data.npy'\n --micro-batch 2"
+    first, again = (
+        Submitted(cluster, tmp_path / "run", teacher, **settings).submit(
+            "--nodes=2", ":", "--nodes=2", "examples/slurm/cache.sbatch"
+        )
+        for _ in range(2)
+    )
+    for job in (first, again):
+        job.finish()
+    figures = re.compile(rf"{tmp_path}/run/cache: (\d+) sequences written \((\d+) more were there\)")
+    (written, found), (more, all_found) = (
+        map(int, figures.search(job.log).groups()) for job in (first, again)
+    )
+    assert written > 0 and more == 0 and all_found == written + found
+    if data == "a file":
+        assert written == 10
+        assert all(
+            key_of(row) in Cache(tmp_path / "run/cache")
+            for row in torch.from_numpy(np.load(tmp_path / "data.npy"))
+        )
 
 
 @pytest.mark.slow

@@ -5,28 +5,40 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vcrd.cache.fill_command import add_fill_options, fill
 from vcrd.errors import OptionError, expected
 
-SUMMARY = "looks at a teacher on disk: what a cache of answers holds, and whether it is whole"
+SUMMARY = "fills a teacher on disk, says what it holds, and whether it is whole"
 DESCRIPTION = """\
 A cache is a folder with the answers of a teacher. A student trains from it with VCRD_TEACHER=cache:/path, and needs no
 teacher job then.
 
+  python -m vcrd cache --write /path --data samples.jsonl     asks a served teacher, and writes its answers
   python -m vcrd cache --info /path       which teacher has answered, and how much is there
   python -m vcrd cache --verify /path     reads every file back and compares the digests
 
-Exit status: 0; 1 if a file is damaged or the folder is no cache; 2 for a wrong option.
+The teacher of --write is found with VCRD_ADDRESS, as in a training. VCRD_VOCAB_SIZE and VCRD_SEQUENCE_LENGTH must be
+set, and VCRD_PAYLOAD as in the teacher job. Under torchrun or examples/slurm/cache.sbatch each process takes its share
+of the samples. What the cache has is not asked again, so that a command that was stopped can be repeated.
+
+Exit status: 0; 1 if a file is damaged, the folder is no cache, or the teacher is lost; 2 for a wrong option or sample.
 """
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--write", metavar="PATH", type=Path, help="ask the teacher about --data and write its answers"
+    )
     what.add_argument("--info", metavar="PATH", type=Path, help="print the header and the sizes of a cache")
     what.add_argument("--verify", metavar="PATH", type=Path, help="read a cache back and compare the digests")
+    add_fill_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
     """The text to print, and the exit status. OptionError without an option that says what to do."""
+    if arguments.write is not None:
+        return fill(arguments)
     for option, act in (("verify", _verify), ("info", _info)):
         folder = getattr(arguments, option)
         if folder is not None:
@@ -36,7 +48,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
                 return act(folder)
             except CacheError as error:
                 return str(error), 1
-    raise expected("options", "--info or --verify", "none", OptionError)
+    raise expected("options", "--write, --info or --verify", "none", OptionError)
 
 
 def _verify(folder: Path) -> tuple[str, int]:

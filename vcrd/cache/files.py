@@ -182,10 +182,16 @@ class Cache:
     """The answers that are in a folder when it is opened, and after each `refresh`. Its methods use no collective.
 
     header: what the reader knows about the answers that it needs; CacheError says where the cache is another one. None
-    takes any. files: those that have been opened. Several threads may use a cache at the same time.
+    takes any. names: of the files to open, in this order; None: all. files: those that have been opened. Several
+    threads may use a cache at the same time.
     """
 
-    def __init__(self, folder: str | os.PathLike, header: CacheHeader | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        header: CacheHeader | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.header, self._header_digest = open_header(folder, header)
         self._payload = self.header.content()
@@ -195,12 +201,19 @@ class Cache:
         # Of each key its pieces: the number of the file times 2^32, plus the number of the piece in the file.
         self._pieces: dict[bytes, tuple[int, ...]] = {}
         self._refreshing = threading.Lock()
-        self.refresh()
+        self.refresh(names)
 
-    def refresh(self) -> int:
-        """Looks for files that are new in the folder, and returns how many there are. CacheError for a damaged one."""
+    def refresh(self, names: Sequence[str] | None = None) -> int:
+        """Looks for files that are new in the folder, and returns how many there are. CacheError for a damaged one.
+
+        names: the files to open instead, in this order. FileNotFoundError if one of them is not there; then none is
+        opened.
+        """
         with self._refreshing:
-            files = self._opened([name for name in answer_names(self.folder) if name not in self._seen])
+            if names is None:
+                files = self._opened([name for name in answer_names(self.folder) if name not in self._seen])
+            else:
+                files = [self._open(name) for name in names if name not in self._seen]
             for file in files:
                 number = len(self.files) << 32
                 self.files.append(file)
@@ -280,15 +293,17 @@ class Cache:
         return weight
 
     def _complete(self, key: bytes) -> list[int] | None:
-        """Pieces of one run that are together the whole answer."""
+        """Pieces of one run that are together the whole answer: of the run that is the first to have all of it, in the
+        order of the files. So files that are opened later change no answer, and ranks that have opened the same files
+        in the same order read the same answer."""
         runs: dict[str, list[int]] = {}
         for number in self._pieces.get(key, ()):
-            runs.setdefault(self.files[number >> 32].run, []).append(number)
-        for run in sorted(runs):  # every rank that sees the same files takes the same run
+            mine = runs.setdefault(self.files[number >> 32].run, [])
+            mine.append(number)
             whole = _Area(0, self.rows_of(key), 0, self.header.vocab_size)
-            areas = [(number, self._area(number)) for number in runs[run]]
+            areas = [(number, self._area(number)) for number in mine]
             if sum(area.size for _, area in _found(whole, areas)) == whole.size:
-                return runs[run]
+                return mine
         return None
 
     def _area(self, number: int) -> _Area:

@@ -103,6 +103,33 @@ def payload_named(name: str) -> Payload:
     raise expected("payload", f"one of {', '.join(p.name for p in PAYLOADS)}", repr(name))
 
 
+def check_output(payload: Payload, output: Tensor, batch: int, sequence: int, width: int) -> None:
+    """ValueError unless this is what a rank of the last stage has to answer with: logits [s, b, width] of any float
+    dtype, or hidden states [s, b, size]."""
+    name = "logits"
+    if payload.name == "hidden":
+        name, width = "states", payload.state_size
+    if output.shape != (sequence, batch, width) or not output.dtype.is_floating_point:
+        got = f"{output.dtype} {list(output.shape)}"
+        raise expected(name, f"a float tensor {[sequence, batch, width]}", got)
+
+
+def whole_rows(
+    payload: Payload, output: Tensor, shard: Shard, group: dist.ProcessGroup | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """The tensors of an answer before they are cut into pieces and encoded, and the row maxima that `encode` needs.
+
+    output: of a rank of the last stage: logits [s, b, padded columns], or hidden states [s, b, size], of which nothing
+    is cut away. shard: the true columns of this rank. Collectives over `group`: those of `row_max` or `top_k_of`.
+    """
+    if payload.name == "hidden":
+        return [output], None
+    logits = output[..., : shard.width]
+    if payload.name == "topk":
+        return list(top_k_of(logits, payload.top_k, shard, group)), None
+    return [logits], row_max(logits, group) if payload.relative else None
+
+
 def row_max(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The maximum of each row of [..., columns] over all ranks of `group`: [..., 1] float32, finite or NaN.
 

@@ -163,6 +163,25 @@ class StudentLink:
         return self._connections.replica, session.teacher.copies if session else 0
 
     @property
+    def teacher(self) -> Handshake:
+        """What the teacher has stated, that of the newest epoch if it has come back."""
+        return self._connections.teacher
+
+    @property
+    def output_layer(self) -> Tensor | None:
+        """With the payload "hidden": the teacher's output layer, [columns.width, size] in its dtype on the CPU.
+        Otherwise None. Blocks until all of it has arrived; TeacherLost after `timeout` seconds.
+        """
+        head, seconds = self._connections.head, self._settings.timeout
+        with self._changed:
+            arrived = self._changed.wait_for(lambda: head.complete or self._connections.failure, seconds)
+            if self._connections.failure:
+                raise self._connections.failure
+            if not arrived:
+                raise TeacherLost(f"the output layer did not arrive within {seconds:g} seconds (timeout)")
+            return head.weight
+
+    @property
     def bytes_received(self) -> int:
         """Bytes received from the teacher so far: payloads, headers, and its output layer if it was sent."""
         return self._connections.bytes_received
@@ -185,7 +204,7 @@ class StudentLink:
             raise expected("request", "a call on tensor rank 0 and context rank 0", f"one on {self._place}")
         edges = torch.as_tensor(boundaries).flatten().cpu()
         context = Context(*(part.detach().cpu() for part in context))
-        self._check_tokens(tokens, edges, context)
+        check_question(self._handshake, tokens, edges, context)
         if self._connections.failure:
             raise self._connections.failure
         # A copy in any case, because the caller may reuse its buffer.
@@ -356,48 +375,47 @@ class StudentLink:
             return TopKLogits(*tensors)
         if self._settings.payload != "hidden":
             return DenseLogits(tensors[0])
-        head, states = self._connections.teacher_head, tensors[0]
+        head, states = self._connections.teacher.head, tensors[0]
         if self._head is None:  # as it is multiplied: converted here once, not once per micro-batch
             self._head = factor_of(self._connections.head.weight.to(self._device), states.dtype)
         return HiddenStates(states, self._head, head.scale, head.softcap)
 
-    def _check_tokens(self, tokens: Tensor, boundaries: Tensor, context: Context) -> None:
-        if (
-            tokens.dim() != 2
-            or tokens.dtype.is_floating_point
-            or tokens.dtype == torch.bool
-            or not tokens.numel()
-        ):
-            raise expected(
-                "tokens", "a non-empty integer tensor [b, s]", f"{tokens.dtype} {list(tokens.shape)}"
-            )
-        batch, sequence = tokens.shape
-        too_long = sequence > self._handshake.sequence_length and not len(boundaries)
-        if too_long or batch * sequence > self._handshake.max_tokens:
-            raise expected(
-                "tokens",
-                f"rows of at most {self._handshake.sequence_length} and {self._handshake.max_tokens} in all",
-                list(tokens.shape),
-            )
-        low, high = (int(edge) for edge in tokens.aminmax())
-        if low < 0 or high >= self._handshake.vocab_size:
-            raise expected("tokens", f"integers in [0, {self._handshake.vocab_size})", f"{low} to {high}")
-        if len(boundaries) and batch > 1:
-            raise expected("boundaries", "one row of packed sequences", f"{batch} rows")
-        if len(boundaries) and (boundaries.dtype.is_floating_point or boundaries.dtype == torch.bool):
-            raise expected("boundaries", "integers", boundaries.dtype)
-        if len(boundaries) > sequence + 1:
-            raise expected(
-                "boundaries", f"at most {sequence + 1} edges for {sequence} tokens", len(boundaries)
-            )
-        longest = self._handshake.sequence_length
-        check_boundaries(sequence, boundaries.tolist(), self._handshake.context_size, longest)
-        check_context(
-            context,
-            batch,
-            sequence,
-            boundaries.tolist(),
-            vocab_size=self._handshake.vocab_size,
-            longest=self._handshake.teacher_context_length,
-            most=self._handshake.max_tokens,
+
+def check_question(limits: Handshake, tokens: Tensor, boundaries: Tensor, context: Context) -> None:
+    """ValueError unless these are the tokens, the edges and the context of a micro-batch within the limits of the
+    student."""
+    if (
+        tokens.dim() != 2
+        or tokens.dtype.is_floating_point
+        or tokens.dtype == torch.bool
+        or not tokens.numel()
+    ):
+        raise expected("tokens", "a non-empty integer tensor [b, s]", f"{tokens.dtype} {list(tokens.shape)}")
+    batch, sequence = tokens.shape
+    too_long = sequence > limits.sequence_length and not len(boundaries)
+    if too_long or batch * sequence > limits.max_tokens:
+        raise expected(
+            "tokens",
+            f"rows of at most {limits.sequence_length} and {limits.max_tokens} in all",
+            list(tokens.shape),
         )
+    low, high = (int(edge) for edge in tokens.aminmax())
+    if low < 0 or high >= limits.vocab_size:
+        raise expected("tokens", f"integers in [0, {limits.vocab_size})", f"{low} to {high}")
+    if len(boundaries) and batch > 1:
+        raise expected("boundaries", "one row of packed sequences", f"{batch} rows")
+    if len(boundaries) and (boundaries.dtype.is_floating_point or boundaries.dtype == torch.bool):
+        raise expected("boundaries", "integers", boundaries.dtype)
+    if len(boundaries) > sequence + 1:
+        raise expected("boundaries", f"at most {sequence + 1} edges for {sequence} tokens", len(boundaries))
+    longest = limits.sequence_length
+    check_boundaries(sequence, boundaries.tolist(), limits.context_size, longest)
+    check_context(
+        context,
+        batch,
+        sequence,
+        boundaries.tolist(),
+        vocab_size=limits.vocab_size,
+        longest=limits.teacher_context_length,
+        most=limits.max_tokens,
+    )

@@ -260,7 +260,7 @@ class StudentConnections:
         self._endpoint = endpoint
         self.head = Head(handshake.shards()[place.tensor])
         self.session: StudentSession | None = None
-        self.teacher_head: stated.Head | None = None
+        self.teacher: Handshake | None = None  # of the newest epoch
         self.replica: int | None = None  # the teacher replica that serves this rank, once one has connected
         self.lost_at = time.monotonic()
         self.lost_because = "none has come yet"
@@ -512,9 +512,9 @@ class StudentConnections:
         teacher = stated.read(hello["handshake"], "teacher")
         if reason := stated.refusal(self._handshake, teacher, teacher.copies):
             raise HandshakeRefused(reason)
-        if self.teacher_head not in (None, teacher.head):
+        if self.teacher is not None and self.teacher.head != teacher.head:
             raise HandshakeRefused(
-                f"the link is refused: the teacher came back with {teacher.head}, before it had {self.teacher_head}"
+                f"the link is refused: the teacher came back with {teacher.head}, before it had {self.teacher.head}"
             )
         replica = stated.served_by(self._handshake, teacher.copies, self._place.data)
         if int(hello["replica"]) != replica or self.replica not in (None, replica):
@@ -526,7 +526,7 @@ class StudentConnections:
 
     def _begin(self, epoch: int, teacher: Handshake, replica: int) -> StudentSession:
         self.replica = replica
-        self.teacher_head = teacher.head
+        self.teacher = teacher
         self.session = session = StudentSession(epoch, self._handshake, teacher, self._place)
         self.head.begin(session)
         self._reassembly.begin(epoch, session.pieces)

@@ -21,7 +21,7 @@ from vcrd.settings import LinkSettings
 from .connection import Header, Kind
 from .errors import LinkError, StudentLost
 from .handshake import Handshake, Head, Identity, TeacherPlace, Tokenizer
-from .payload import STATE_DTYPES, encode, payload_named, row_max, top_k_of
+from .payload import STATE_DTYPES, check_output, encode, payload_named, whole_rows
 from .plan import Place, context_rows
 from .question import Context
 from .replica_group import KEEPALIVE, Outcome, ReplicaGroup, outcome_of
@@ -123,8 +123,7 @@ class TeacherLink:
         if settings.payload == "hidden" and place.is_last_stage:
             head_weight = _checked_head(head, head_weight, padded_vocab_size // place.tensor_size)
         replica_group = ReplicaGroup(group)
-        handshake = _agreed(replica_group, handshake, place)
-        handshake = _identified(replica_group, handshake, identity.weights)
+        handshake = agreed(replica_group, handshake, place, identity.weights)
         link = cls(settings, handshake, replica_group, endpoint, place, tensor_group, head_weight)
         link._join()
         return link
@@ -163,10 +162,11 @@ class TeacherLink:
         """
         if self._place.sender is None:
             raise expected("respond", "a call on a rank of the last stage", "one on another stage")
-        self._check_output(request, output)
+        width = self._handshake.padded_vocab_size // self._handshake.tensor_size
+        check_output(self._payload, output, *request.tokens.shape, width)
         session = self._sessions[0]
         with span("encode", request.number):
-            tensors, top = self._whole_rows(output.detach())
+            tensors, top = whole_rows(self._payload, output.detach(), self._shard, self._tensor_group)
         if session.failure:
             return
         begun = time.perf_counter()
@@ -192,15 +192,6 @@ class TeacherLink:
                 session.finish(min(_PARTING, self._settings.timeout))
             else:  # no goodbye will arrive
                 session.end()
-
-    def _whole_rows(self, output: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """The tensors of the payload before they are cut into pieces, and the row maxima that it needs."""
-        if self._payload.name == "hidden":
-            return [output], None
-        logits = output[..., : self._shard.width]
-        if self._payload.name == "topk":
-            return list(top_k_of(logits, self._payload.top_k, self._shard, self._tensor_group)), None
-        return [logits], row_max(logits, self._tensor_group) if self._payload.relative else None
 
     def _pieces(
         self, session: TeacherSession, request: Request, tensors: list[Tensor], top: Tensor | None
@@ -231,21 +222,6 @@ class TeacherLink:
             )
             response.append((place, header, parts))
         return response
-
-    def _check_output(self, request: Request, output: Tensor) -> None:
-        batch, sequence = request.tokens.shape
-        hidden = self._payload.name == "hidden"
-        width = (
-            self._payload.state_size
-            if hidden
-            else self._handshake.padded_vocab_size // self._handshake.tensor_size
-        )
-        if output.shape != (sequence, batch, width) or not output.dtype.is_floating_point:
-            raise expected(
-                "states" if hidden else "logits",
-                f"a float tensor {[sequence, batch, width]}",
-                f"{output.dtype} {list(output.shape)}",
-            )
 
     def _join(self) -> None:
         session = join(
@@ -333,11 +309,18 @@ def _checked_head(head: Head | None, weight: Tensor | None, width: int) -> Tenso
     return weight.detach().cpu().contiguous()
 
 
-def _agreed(replica_group: ReplicaGroup, handshake: Handshake, place: TeacherPlace) -> Handshake:
-    """The handshake with the output layer of the last stage in it, on every rank.
+def agreed(
+    replica_group: ReplicaGroup, handshake: Handshake, place: TeacherPlace, weights: int | None
+) -> Handshake:
+    """What a replica states, on every rank: with the output layer of the last stage, and with the tokenizer and the
+    checkpoint of rank 0. weights: this rank's share of the digest, as in `Identity`.
 
-    ValueError on every rank if the ranks do not form one replica.
+    ValueError on every rank if the ranks do not form one replica. Collectives: a few of some int64.
     """
+    return _identified(replica_group, _as_one(replica_group, handshake, place), weights)
+
+
+def _as_one(replica_group: ReplicaGroup, handshake: Handshake, place: TeacherPlace) -> Handshake:
     own = [
         handshake.vocab_size,
         handshake.padded_vocab_size,

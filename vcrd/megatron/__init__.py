@@ -11,6 +11,8 @@ _HOME = {
     "DistillSettings": "vcrd.settings",
     "Figures": "vcrd.megatron.report",
     "Report": "vcrd.megatron.report",
+    "fill_cache": "vcrd.megatron.filling",
+    "fill_cache_by_link": "vcrd.megatron.filling",
     "serve": "vcrd.megatron.serving",
 }
 

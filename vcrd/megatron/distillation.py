@@ -79,10 +79,10 @@ def distill(
     settings: default `DistillSettings.from_environment()`, the VCRD_* variables.
     tokens: the key of the input tokens [b, s] in what the data iterator yields, or a function that finds them.
     verifier: judges both models' actions, in place of the settings' validity; see `ExternalValidity` for its arguments.
-    teacher: None for a teacher job at the other end of the link. Or a frozen Megatron model in the student's own ranks:
-        this rank's part, the list of its chunks if the student interleaves, or a function that returns either and is
-        called at the first training step. `ColocatedTeacher` says what it must have in common with the student and how
-        to build it.
+    teacher: None for a teacher job at the other end of the link, or for its answers in a cache. Or a frozen Megatron
+        model in the student's own ranks: this rank's part, the list of its chunks if the student interleaves, or a
+        function that returns either and is called at the first training step. `ColocatedTeacher` says what it must
+        have in common with the student and how to build it.
     tokenizer: the one that made the data, to be compared with the teacher job's: Megatron's, Hugging Face's or a
         `vcrd.link.Tokenizer`, the same on every rank. None: that of `megatron.training` or Megatron-Bridge, if it runs.
 

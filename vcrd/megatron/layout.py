@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vcrd.errors import expected
 from vcrd.link.handshake import Tokenizer
-from vcrd.link.student import StudentLink
 from vcrd.settings import DistillSettings
 
 # For each field of `Groups`: its name in a ProcessGroupCollection, and the same group in `parallel_state`.
@@ -129,10 +128,9 @@ class Layout:
             groups=groups,
         )
 
-    def connect(self, settings: DistillSettings, tokenizer: Tokenizer | None) -> StudentLink:
-        """Opens the student's end of the link; blocks until the teacher job has joined."""
-        return StudentLink.connect(
-            settings.link,
+    def place(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """What a teacher's answers depend on, as the arguments of `StudentLink.connect`."""
+        return dict(
             vocab_size=self.vocab_size,
             padded_vocab_size=self.padded_vocab_size,
             sequence_length=self.sequence_length,

@@ -15,7 +15,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from vcrd.errors import expected
 from vcrd.link.handshake import Tokenizer
 from vcrd.link.plan import context_rows
-from vcrd.link.rendezvous import Rendezvous, host_rendezvous
+from vcrd.link.rendezvous import Rendezvous
 from vcrd.link.student import Waits
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.packing import (
@@ -36,6 +36,7 @@ from vcrd.megatron.prefetch import (
     tokens_in,
 )
 from vcrd.megatron.random_state import EvaluationState, WhoDraws
+from vcrd.megatron.sources import host_source, open_source
 from vcrd.megatron.teacher_context import without_context
 from vcrd.megatron.teachers import Teachers
 from vcrd.settings import DistillSettings
@@ -63,6 +64,7 @@ class RemoteTeacher:
     def __init__(self, settings: DistillSettings, tokens_of: TokensOf) -> None:
         self._settings = settings
         self._tokens_of = tokens_of
+        (self._teacher_source,) = settings.link.teachers()
         self._rendezvous: Rendezvous | None = None
         self._teachers: Teachers | None = None
         self._layout: Layout | None = None
@@ -99,7 +101,7 @@ class RemoteTeacher:
     def host(self) -> None:
         """Opens the rendezvous on rank 0 of the job, the first time."""
         if self._rendezvous is None and self._teachers is None and dist.get_rank() == 0:
-            self._rendezvous = host_rendezvous(self._settings.link)
+            self._rendezvous = host_source(self._settings.link, self._teacher_source)
 
     def connect(self, layout: Layout, tokenizer: Tokenizer | None) -> None:
         """Waits for the teacher job, the first time. tokenizer: the student's, to be compared with the teacher's."""
@@ -109,7 +111,9 @@ class RemoteTeacher:
                     "tokenizer: not known in the student job, so it is not compared: pass one to distill()"
                 )
             self._layout = layout
-            self._teachers = Teachers(layout.connect(self._settings, tokenizer))
+            self._teachers = Teachers(
+                open_source(self._settings.link, self._teacher_source, layout, tokenizer)
+            )
 
     def watched(self, data_iterator: Any) -> Any:
         """On the rank that asks: the iterator that draws ahead. On other ranks: the script's own.

@@ -6,9 +6,9 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,13 @@ from vcrd.settings import DistillSettings
 
 _log = logging.getLogger("vcrd")
 _AFTER_REFUSAL = 5.0  # seconds in which a refused student job ends and closes its rendezvous
+
+
+class Link(Protocol):
+    """Where answers go: `TeacherLink`, or the files of a cache."""
+
+    def respond(self, request: Request, output: Tensor) -> None:
+        """On ranks of the last stage. output: logits [s, b, padded columns], or hidden states [s, b, size]."""
 
 
 def serve(
@@ -71,6 +78,50 @@ def serve(
     a model or micro-batches that cannot be served.
     """
     settings = DistillSettings.from_environment() if settings is None else settings
+    served = 0
+    with prepared(model, settings, microbatches, tokenizer, checkpoint) as teacher:
+        serving = Serving(start_telemetry(teacher.chunk, settings, "teacher"), teacher.layout)
+        try:
+            for link in _links(settings, teacher, stay):
+                try:
+                    served += _serve_job(teacher, link, serving)
+                except StudentLost as error:
+                    if not stay:
+                        raise
+                    _log.warning("%s", error)
+        finally:
+            serving.close()
+    return served
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """This rank's part of a teacher that is ready to answer. limit: of micro-batches in one pass of the pipeline.
+    head: on the last stage with the payload "hidden"."""
+
+    model: Any
+    chunk: torch.nn.Module  # the model without its wrappers
+    layout: Layout
+    head: ServedHead | None
+    identity: Identity
+    limit: int
+
+    @property
+    def positions(self) -> int:
+        """The longest sequence that the model takes; 0 if it names none."""
+        found = getattr(self.chunk, "max_sequence_length", None)
+        return found if isinstance(found, int) else 0
+
+    def answer(self, requests: list[Request], link: Link) -> None:
+        """One pass of the pipeline, in which the last stage calls `link.respond` for each request, in order."""
+        _answer(self.model, requests, link, self.head, self.layout)
+
+
+@contextlib.contextmanager
+def prepared(
+    model: Any, settings: DistillSettings, microbatches: int | None, tokenizer: Any, checkpoint: str | None
+) -> Iterator[Prepared]:
+    """The arguments as of `serve`. The model is in evaluation mode while the block runs."""
     chunks = model if isinstance(model, (list, tuple)) else [model]
     if len(chunks) != 1:
         raise expected("model", "one chunk, because teachers do not interleave stages", len(chunks))
@@ -84,21 +135,11 @@ def serve(
         head = ServedHead(chunk, layout.tensor_group)
     identity = _identity(chunk, layout, tokenizer, checkpoint)
     limit = microbatches or 2 * layout.groups.pipeline.size()
-    served = 0
     training = chunk.training
-    serving = Serving(start_telemetry(chunk, settings, "teacher"), layout)
     chunk.eval()
     try:
-        for link in _links(settings, layout, head, identity, _positions(chunk), stay):
-            try:
-                served += _serve_job(chunks[0], link, limit, head, layout, serving)
-            except StudentLost as error:
-                if not stay:
-                    raise
-                _log.warning("%s", error)
-        return served
+        yield Prepared(chunks[0], chunk, layout, head, identity, limit)
     finally:
-        serving.close()
         chunk.train(training)
 
 
@@ -118,19 +159,12 @@ def _identity(chunk: torch.nn.Module, layout: Layout, tokenizer: Any, checkpoint
     return Identity(found, weights, checkpoint[-LONGEST_NAME:])
 
 
-def _links(
-    settings: DistillSettings,
-    layout: Layout,
-    head: ServedHead | None,
-    identity: Identity,
-    positions: int,
-    stay: bool,
-) -> Iterator[TeacherLink]:
+def _links(settings: DistillSettings, teacher: Prepared, stay: bool) -> Iterator[TeacherLink]:
     """Links to one student job after another; to a single one without `stay`."""
     came = False
     while stay or not came:
         try:
-            link = _connect(settings, layout, head, identity, positions)
+            link = _connect(settings, teacher)
         except HandshakeRefused as error:
             if not stay:
                 raise
@@ -146,46 +180,42 @@ def _links(
         yield link
 
 
-def _connect(
-    settings: DistillSettings, layout: Layout, head: ServedHead | None, identity: Identity, positions: int
-) -> TeacherLink:
+def _connect(settings: DistillSettings, teacher: Prepared) -> TeacherLink:
+    layout, head = teacher.layout, teacher.head
     return TeacherLink.connect(
         settings.link,
         vocab_size=layout.vocab_size,
         padded_vocab_size=layout.padded_vocab_size,
         sequence_length=layout.sequence_length,
-        place=TeacherPlace(
-            replica=layout.data_rank,
-            replicas=layout.data_size,
-            tensor_rank=layout.tensor_rank,
-            tensor_size=layout.tensor_size,
-            is_last_stage=layout.groups.last_stage,
-        ),
+        place=place_of(layout),
         group=layout.groups.model,
         tensor_group=layout.tensor_group,
         head=head.facts if head else None,
         head_weight=head.weight if head else None,
         device=layout.device,
-        identity=identity,
-        positions=positions,
+        identity=teacher.identity,
+        positions=teacher.positions,
     )
 
 
-def _serve_job(
-    model: Any,
-    link: TeacherLink,
-    limit: int,
-    head: ServedHead | None,
-    layout: Layout,
-    serving: Serving,
-) -> int:
+def place_of(layout: Layout) -> TeacherPlace:
+    return TeacherPlace(
+        replica=layout.data_rank,
+        replicas=layout.data_size,
+        tensor_rank=layout.tensor_rank,
+        tensor_size=layout.tensor_size,
+        is_last_stage=layout.groups.last_stage,
+    )
+
+
+def _serve_job(teacher: Prepared, link: TeacherLink, serving: Serving) -> int:
     """Answers one student job until its goodbye; returns the number of micro-batches."""
     served = 0
     try:
         serving.begin(link)
-        while (requests := link.next_batch(limit)) is not None:
+        while (requests := link.next_batch(teacher.limit)) is not None:
             serving.idled()
-            _answer(model, requests, link, head, layout)
+            teacher.answer(requests, link)
             served += len(requests)
             serving.answered(len(requests), link)
     finally:
@@ -200,7 +230,7 @@ def _serve_job(
 def _answer(
     model: Any,
     requests: list[Request],
-    link: TeacherLink,
+    link: Link,
     head: ServedHead | None,
     layout: Layout,
 ) -> None:
@@ -241,7 +271,7 @@ def _answer(
 
 
 def _respond(
-    link: TeacherLink,
+    link: Link,
     request: Request,
     rows: TeacherRows | None,
     head: ServedHead | None,
@@ -272,12 +302,6 @@ def _seen(request: Request, multiple: int) -> tuple[Request, TeacherRows | None]
     rows = TeacherRows.of(*request.tokens.shape, request.boundaries, places, multiple)
     tokens = rows.fill(request.tokens, request.context.tokens)
     return replace(request, tokens=tokens, boundaries=rows.edges), rows
-
-
-def _positions(chunk: torch.nn.Module) -> int:
-    """The longest sequence that the model takes; 0 if it names none."""
-    found = getattr(chunk, "max_sequence_length", None)
-    return found if isinstance(found, int) else 0
 
 
 class ServedHead:

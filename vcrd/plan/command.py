@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from vcrd.errors import OptionError, expected
@@ -49,6 +50,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="as the setting of the link: auto (planned as nccl), nccl, tcp (auto)",
     )
+    add(
+        "--cache",
+        metavar="TOKENS",
+        default=None,
+        help="also price a cache of the answers about that many tokens (docs/cache.md)",
+    )
+    add("--disk", default="2", help="GB/s at which all ranks of the student together read the cache (2)")
     add("--json", action="store_true", help="print everything as JSON")
 
 
@@ -119,6 +127,9 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
         teacher_fp8=options.teacher_fp8,
         vocab_multiple=parse_count("--make-vocab-size-divisible-by", options.make_vocab_size_divisible_by),
     )
+    if getattr(options, "cache", None) is not None:  # the doctor has no such option
+        tokens, disk = parse_count("--cache", options.cache), _positive("--disk", options.disk) * 1e9
+        scenario = replace(scenario, cache_tokens=tokens, disk=disk)
     _check(scenario)
     return scenario
 

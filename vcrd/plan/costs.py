@@ -15,9 +15,9 @@ The slowest of student, teacher, network and PCIe determines the time. If that i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from vcrd.link.payload import PAYLOADS, Payload
+from vcrd.link.payload import PAYLOADS, Payload, payload_named
 from vcrd.plan.scenario import Scenario
 from vcrd.plan.traffic import Traffic
 
@@ -53,7 +53,8 @@ class Cost:
     rank. loss_seconds: time that this payload adds on the last student stage. student_seconds: compute and loss of the
     student. teacher_seconds: of one replica, with its bubble. replicas: those given, or those needed, or one per data
     rank if no number suffices. round_seconds: time of a micro-batch with these replicas. step_seconds: of a step.
-    waiting: share of that time that the student waits. *_gpu_bytes, *_host_bytes: memory of one rank. replicas_needed,
+    waiting: share of that time that the student waits. idle: share of that time that the teacher GPUs do not compute,
+    the mean over the replicas; bubbles count. *_gpu_bytes, *_host_bytes: memory of one rank. replicas_needed,
     gpus_needed: the fewest with which the student never waits; None if no number of replicas suffices. least_gpus: GPUs
     for the FLOPs of the teacher alone, in any layout. error: upper bound for a logit that is d below the row maximum.
     """
@@ -69,6 +70,7 @@ class Cost:
     teacher_seconds: float
     round_seconds: float
     waiting: float
+    idle: float
     step_seconds: float
     student_gpu_bytes: int
     student_host_bytes: int
@@ -124,6 +126,7 @@ def cost(scenario: Scenario, payload: Payload) -> Cost:
         teacher_seconds=teacher,
         round_seconds=round_seconds,
         waiting=1 - student / round_seconds,
+        idle=_idle(scenario, payload.name, replicas, round_seconds),
         step_seconds=round_seconds * scenario.micro_batches,
         student_gpu_bytes=student_gpu_bytes(scenario, traffic),
         student_host_bytes=student_host_bytes(scenario, traffic),
@@ -132,9 +135,30 @@ def cost(scenario: Scenario, payload: Payload) -> Cost:
         replicas=replicas,
         replicas_needed=needed,
         gpus_needed=None if needed is None else needed * scenario.replica_gpus,
-        least_gpus=math.ceil(scenario.student_data * _teacher_gpu_seconds(scenario, payload.name) / student),
+        least_gpus=math.ceil(scenario.student_data * teacher_gpu_seconds(scenario, payload.name) / student),
         error=_ERRORS[payload.name],
     )
+
+
+def _idle(scenario: Scenario, payload: str, replicas: int, round_seconds: float) -> float:
+    busy = scenario.student_data * teacher_gpu_seconds(scenario, payload)
+    return 1 - busy / (replicas * scenario.replica_gpus * round_seconds)
+
+
+def student_step_seconds(scenario: Scenario, payload: Payload) -> float:
+    """A step of the student whose answers are ready. payload: with its sizes."""
+    loss = loss_seconds(scenario, payload, traffic_of(scenario, payload).widest)
+    return scenario.micro_batches * (student_seconds(scenario) + loss)
+
+
+def colocated_step_seconds(scenario: Scenario) -> float:
+    """A step with the teacher in the student's own ranks, which compute one model after the other and read
+    the teacher's logits in 16 bits. The memory of the teacher's weights is not counted."""
+    student = student_step_seconds(scenario, payload_named("float16"))
+    # The same FLOPs, on the GPUs of the student.
+    there = replace(scenario, teacher_gpu=scenario.student_gpu)
+    gpus = scenario.student_gpus // scenario.student_data
+    return student + scenario.micro_batches * teacher_gpu_seconds(there, "float16") / gpus
 
 
 def traffic_of(scenario: Scenario, payload: Payload) -> Traffic:
@@ -166,11 +190,11 @@ def teacher_seconds(scenario: Scenario, payload: str, replicas: int) -> float:
     """
     stages = scenario.teacher_pipeline
     group = min(2 * stages, scenario.credits * scenario.served(replicas))
-    return _teacher_gpu_seconds(scenario, payload) / scenario.replica_gpus * (group + stages - 1) / group
+    return teacher_gpu_seconds(scenario, payload) / scenario.replica_gpus * (group + stages - 1) / group
 
 
-def _teacher_gpu_seconds(scenario: Scenario, payload: str) -> float:
-    """Seconds of one GPU for a forward pass of a micro-batch."""
+def teacher_gpu_seconds(scenario: Scenario, payload: str) -> float:
+    """Seconds of one teacher GPU for a forward pass of a micro-batch."""
     each = scenario.teacher.forward_flops(scenario.sequence)
     if payload == "hidden":  # the student computes the logits
         each -= scenario.teacher.output_layer_flops

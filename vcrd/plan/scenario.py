@@ -65,7 +65,8 @@ class Scenario:
     data rank. network: bytes/s of one rank in each direction. over_nccl: responses travel over NCCL from GPU to GPU;
     otherwise over TCP through both hosts. teacher_mfu, student_mfu: reached share of the peak; that of the student
     includes its pipeline bubbles. recompute: the student repeats its forward pass in backward. vocab_multiple: the
-    vocabulary is padded to a multiple of this times the tensor-parallel size, as in Megatron.
+    vocabulary is padded to a multiple of this times the tensor-parallel size, as in Megatron. cache_tokens: of the data
+    whose answers are to be kept on disk; None for no cache. disk: bytes/s at which all student ranks together read.
     """
 
     teacher: Model
@@ -93,6 +94,8 @@ class Scenario:
     student_fp8: bool = False
     recompute: bool = False
     vocab_multiple: int = 128
+    cache_tokens: int | None = None
+    disk: float = 2e9
 
     @property
     def vocab(self) -> int:

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from vcrd.plan.choice import Choice, percent
-from vcrd.plan.costs import Cost, student_seconds
+from vcrd.plan.costs import Cost, colocated_step_seconds, student_seconds
+from vcrd.plan.disk import stored
 from vcrd.plan.scenario import Gpu, Model, Scenario
 from vcrd.plan.traffic import request_bytes
 
@@ -22,6 +23,18 @@ _TAKEN = (
     "waits",
     "step",
     "GPUs needed",
+    "idle",
+)
+_STORED = (
+    "payload",
+    "per token",
+    "a sequence",
+    "in all",
+    "files",
+    "read per step",
+    "disk busy",
+    "step",
+    "fill",
 )
 
 
@@ -38,9 +51,11 @@ def table(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> str:
         *_aligned([_MOVED, *moved]),
         "",
         "Memory of one rank; time that the payload adds to the compute of the student; share of time that the student",
-        "waits; time of a step; replicas x GPUs with which the student never waits.",
+        "waits; time of a step; replicas x GPUs with which the student never waits; share of time that the teacher",
+        "GPUs do not compute.",
         *_aligned([_TAKEN, *taken]),
         "",
+        *_on_disk(scenario),
         f"best: {choice.payload}, {gpus} ({choice.reason})",
         *(f"  not {payload}: {reason}" for payload, reason in choice.against.items()),
     ]
@@ -48,7 +63,47 @@ def table(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> str:
         lines.append(
             f"  the student still waits {percent(best.waiting)} of its time: {_remedy(scenario, best)}"
         )
+    lines += _without_a_link(scenario, best)
     return "\n".join(lines)
+
+
+def _on_disk(run: Scenario) -> list[str]:
+    if run.cache_tokens is None:
+        return []
+    rows = [
+        (
+            each.payload,
+            f"{each.token_bytes:,}",
+            f"{each.sequence_bytes:,}",
+            _bytes(each.total_bytes),
+            f"{each.files:,}",
+            _bytes(each.step_bytes),
+            percent(each.disk_share),
+            _seconds(max(each.step_seconds, each.read_seconds)),
+            f"{each.fill_gpu_seconds / 3600:,.3g} GPU h",
+        )
+        for each in stored(run)
+    ]
+    return [
+        f"A cache of the answers about {run.cache_tokens:,} tokens: bytes per token, of a sequence, and of all files;",
+        f"what a step reads, and the share of its time for this at {run.disk / 1e9:g} GB/s for all ranks; time of a",
+        "step from the cache; time of the teacher for all answers.",
+        *_aligned([_STORED, *rows]),
+        "",
+    ]
+
+
+def _without_a_link(run: Scenario, best: Cost) -> list[str]:
+    """What the GPUs of a step cost, and what they would cost with the teacher in the student's ranks."""
+    teacher = best.replicas * run.replica_gpus
+    linked = (run.student_gpus + teacher) * best.step_seconds
+    inside = colocated_step_seconds(run)
+    together = run.student_gpus * inside
+    return [
+        f"GPU seconds of a step: {linked:.3g} ({run.student_gpus} student GPUs, {teacher} teacher GPUs, idle "
+        f"{percent(best.idle)} of the time)",
+        f"  teacher in the student's ranks: {together:.3g} ({run.student_gpus} GPUs, steps of {_seconds(inside)})",
+    ]
 
 
 def _remedy(run: Scenario, best: Cost) -> str:
@@ -64,6 +119,7 @@ def _remedy(run: Scenario, best: Cost) -> str:
 
 def json_values(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> dict[str, Any]:
     """The values for JSON. Bytes, seconds, FLOP/s; shares from 0 to 1."""
+    cache = {} if scenario.cache_tokens is None else {each.payload: asdict(each) for each in stored(scenario)}
     return {
         "scenario": asdict(scenario)
         | {"teacher_padded": scenario.teacher_padded, "student_padded": scenario.student_padded},
@@ -74,6 +130,8 @@ def json_values(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> di
             for cost in costs
         },
         "best": choice._asdict(),
+        "colocated_step_seconds": colocated_step_seconds(scenario),
+        "cache": cache,
     }
 
 
@@ -140,6 +198,7 @@ def _taken(cost: Cost, run: Scenario) -> tuple[str, ...]:
         percent(cost.waiting) if cost.waiting > 0 else "-",
         _seconds(cost.step_seconds),
         needed,
+        percent(cost.idle),
     )
 
 
