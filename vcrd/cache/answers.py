@@ -184,6 +184,7 @@ class CachedAnswers:
         if not self._place.is_request_leader:
             raise expected("request", "a call on tensor rank 0 and context rank 0", f"one on {self._place}")
         edges = torch.as_tensor(boundaries).flatten().cpu()
+        context = Context(*(each.detach().cpu() for each in context))
         check_question(self._handshake, tokens, edges, context)
         if self._reading.failure:
             raise self._reading.failure
@@ -191,7 +192,7 @@ class CachedAnswers:
         question = Question(
             tokens.detach().to("cpu", torch.int32, copy=True),
             edges.to(torch.int64, copy=True),
-            Context(*(each.detach().to("cpu", copy=True) for each in context)),
+            Context(*(each.clone() for each in context)),
         )
         with self._requesting:
             number = self._requested
