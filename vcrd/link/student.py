@@ -182,6 +182,11 @@ class StudentLink:
             return head.weight
 
     @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the teacher has stated; None if it has stated none."""
+        return self.teacher.tokenizer
+
+    @property
     def bytes_received(self) -> int:
         """Bytes received from the teacher so far: payloads, headers, and its output layer if it was sent."""
         return self._connections.bytes_received
