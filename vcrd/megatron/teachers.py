@@ -117,7 +117,8 @@ class Answer(NamedTuple):
         for part in self.parts:
             here = self.tokens_of(*part.teachers)
             if validity is not None:
-                arguments["validity"] = validity if here is None else _only(validity, here)
+                judges = callable(validity) and here is not None
+                arguments["validity"] = _only(validity, here) if judges else validity
             of_part = calibrated(
                 logits,
                 part.logits,
