@@ -319,11 +319,11 @@ class Teachers:
 
 @contextlib.contextmanager
 def naming(teacher: str) -> Iterator[None]:
-    """Around whatever reaches one teacher: an error of the link says which one, if it has a name."""
+    """Around whatever reaches one teacher: an error of the link or of its settings says which one, if it has a name."""
     try:
         yield
-    except LinkError as error:
-        if not teacher:
+    except (LinkError, ValueError) as error:
+        if not teacher or not (isinstance(error, LinkError) or type(error) is ValueError):
             raise
         raise type(error)(f"teacher {teacher}: {error}") from error
 
