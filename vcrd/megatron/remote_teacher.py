@@ -107,11 +107,18 @@ class RemoteTeacher:
         """Opens the rendezvous of each teacher job on rank 0 of the job, the first time."""
         if self._rendezvous or self._teachers is not None or dist.get_rank() != 0:
             return
-        for source in self._sources:
-            with naming(source.name):
-                found = host_source(self._settings.link, source)
-            if found is not None:
-                self._rendezvous.append(found)
+        opened: list[Rendezvous] = []
+        try:
+            for source in self._sources:
+                with naming(source.name):
+                    found = host_source(self._settings.link, source)
+                if found is not None:
+                    opened.append(found)
+        except BaseException:
+            for each in opened:
+                each.close()
+            raise
+        self._rendezvous = opened
 
     def connect(self, layout: Layout, tokenizer: Tokenizer | None) -> None:
         """Waits for the teacher jobs, the first time. tokenizer: the student's, to be compared with the teachers'."""

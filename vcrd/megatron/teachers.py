@@ -15,7 +15,6 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.cache.channel import Channel
@@ -256,8 +255,7 @@ class Teachers:
         return Answer(tuple(parts), owners)
 
     def _opened(self) -> Channel:
-        """Connects the ranks that share their micro-batches. One broadcast over the tensor- and context-parallel
-        ranks."""
+        """Connects the ranks that share their micro-batches. One broadcast over them."""
         layout = self._layout
         place = Place(layout.data_rank, layout.context_rank, layout.tensor_rank)
         sizes = (layout.context_size, layout.tensor_size)
@@ -265,14 +263,9 @@ class Teachers:
         address = next((each.address for each in self._settings.teachers() if each.address), None)
         cache = None if address else self._settings.teachers()[0].cache
         settings = self._settings.of(TeacherSource("", address, cache))
-        channel = Channel(settings, place, *sizes, hear=self._hear, fail=self._fail)
-        group = layout.groups.tensor_context
-        told = [channel.address]
+        channel = Channel(settings, place, *sizes, self._hear, self._fail, self._leave)
         try:
-            dist.broadcast_object_list(told, dist.get_global_rank(group, 0), group=group)
-            if not layout.asks:
-                channel.join(told[0])
-            channel.wait()
+            channel.meet(layout.groups.tensor_context)
         except BaseException:
             channel.close()
             raise
@@ -297,6 +290,9 @@ class Teachers:
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
+
+    def _leave(self) -> None:
+        self._fail(LinkError("the rank that asks the teachers has left"))
 
     def _next_split(self, number: int) -> Split:
         """How the next micro-batch is split, on every rank; waits until the rank that asks has told it."""
