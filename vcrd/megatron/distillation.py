@@ -93,6 +93,10 @@ def distill(
     """
     settings = DistillSettings.from_environment() if settings is None else settings
     remote = teacher is None
+    if not remote and settings.teacher_weights is not None:
+        raise expected(
+            "teacher_weights", "none with a teacher in the same ranks", repr(settings.teacher_weights)
+        )
     source = RemoteTeacher(settings, tokens) if remote else ColocatedTeacher(settings, teacher, tokens)
     loss = StudentLoss(settings, source, ExternalValidity(settings, tokens, verifier), tokenizer)
     return Distillation(forward_step, settings, source, loss)

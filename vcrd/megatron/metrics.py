@@ -152,10 +152,12 @@ class IntervalLog:
     def _write(self, loop: TrainingLoop, iteration: int, figures: Figures, rows: list[list[Row]]) -> None:
         values = _written(figures, rows)
         if figures.invalid_rows:
+            wrong = [f"{each.name} ({each.invalid_rows})" for each in figures.teachers if each.invalid_rows]
             _log.warning(
-                "%d tokens up to iteration %d were skipped, because the teacher's logits were no distribution",
+                "%d tokens up to iteration %d were skipped, because the teacher's logits were no distribution%s",
                 figures.invalid_rows,
                 iteration,
+                f": {', '.join(wrong)}" if wrong else "",
             )
         text = " | ".join(f"{name.replace('_', ' ')}: {value:.6g}" for name, value in values.items())
         print(f" [vcrd] iteration {iteration:8d}/{loop.iterations:8d} | {text} |", flush=True)

@@ -25,5 +25,5 @@ def open_source(
     """
     own, place = settings.of(source), layout.place(tokenizer)
     if source.cache is None:
-        return StudentLink.connect(own, **place)
+        return StudentLink.connect(own, **place, called=source.name)
     return CachedAnswers.connect(own, source, group=layout.groups.tensor_context, **place)
