@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from vcrd.cache.channel import Channel
 from vcrd.errors import expected
+from vcrd.link.buffers import Pool
 from vcrd.link.errors import HandshakeRefused, LinkError
 from vcrd.link.handshake import Tokenizer
+from vcrd.link.payload import Empty
 from vcrd.link.plan import Place
 from vcrd.link.question import Context, Question
 from vcrd.link.student import Waits
@@ -32,6 +35,7 @@ from vcrd.settings import LinkSettings, TeacherSource
 from vcrd.teacher_logits import DenseLogits, HiddenStates, TeacherLogits, TopKLogits
 
 _log = logging.getLogger("vcrd")
+_KEPT = 2  # free blocks of host memory that are kept for the next answers
 
 
 class Source(Protocol):
@@ -172,6 +176,8 @@ class Teachers:
         self._splits: deque[Split | ValueError] = deque()  # of micro-batches whose answers were not taken
         self._changed = threading.Condition()
         self._failure: LinkError | None = None
+        on_cpu = layout.device.type == "cpu"
+        self._empty = Pool(_KEPT).empty if on_cpu else partial(torch.empty, device=layout.device)
         _refuse_unlike(self.sources, settings)
         shared = len(sources) > 1 and layout.tensor_size * layout.context_size > 1
         self._channel = self._opened() if shared else None
@@ -247,7 +253,7 @@ class Teachers:
             forms.setdefault(_form(answer, teacher), []).append(teacher)
         parts = [
             Part(
-                _spread(split, layout.context_size, {teacher: answers[teacher] for teacher in teachers}),
+                _spread(split, layout.context_size, {each: answers[each] for each in teachers}, self._empty),
                 tuple(teachers),
             )
             for teachers in forms.values()
@@ -331,12 +337,14 @@ def _form(answer: TeacherLogits, teacher: int) -> tuple:
     return ("topk", answer.ids.shape[-1]) if isinstance(answer, TopKLogits) else ("hidden", teacher)
 
 
-def _spread(split: Split, context_size: int, answers: dict[int, TeacherLogits]) -> TeacherLogits:
-    """The answers, which have one form, as one for all tokens of the micro-batch. What other teachers answer to stays
-    uninitialised. One copy of each answer, and none is read by the host."""
+def _spread(
+    split: Split, context_size: int, answers: dict[int, TeacherLogits], empty: Empty
+) -> TeacherLogits:
+    """The answers, which have one form, as one for all tokens of the micro-batch, in memory from `empty`. What other
+    teachers answer to stays uninitialised. Each answer is copied once, and the host waits for nothing."""
     tensors = {teacher: _tensors(answer) for teacher, answer in answers.items()}
     first, shape = next(iter(tensors.values())), (split.width // context_size, split.rows)
-    whole = [each.new_empty((*shape, *each.shape[2:])) for each in first]
+    whole = [empty(*shape, *each.shape[2:], dtype=each.dtype) for each in first]
     taken = dict.fromkeys(answers, 0)
     for teacher, span in split.runs(context_size):
         if teacher not in answers:
