@@ -109,6 +109,28 @@ def test_a_single_teacher_with_a_name_is_one_without():
         assert all(map(torch.equal, with_name, without))
 
 
+@pytest.mark.slow
+def test_one_teacher_may_be_a_job_and_another_a_folder(tmp_path):
+    """A run whose jobs fill a folder of one teacher's answers, and one that reads them there: the same bits."""
+    one = several.settings(payload="float16")
+    filled = one.replaced(teacher=f"law=cache:{tmp_path}/law")
+    other = several.settings(("math", "code"), payload="float16")
+    read = other.replaced(teacher=f"law=cache:{tmp_path}/law")
+    first, *_ = run_worlds(
+        World(several.student, 2, tensor=2, arguments=(filled, 3)),
+        *[World(several.serve, arguments=(one, name)) for name in several.NAMES],
+    )
+    again, *_ = run_worlds(
+        World(several.student, 2, tensor=2, arguments=(read, 3)),
+        *[World(several.serve, arguments=(other, name)) for name in ("math", "code")],
+    )
+    for mine, before in zip(again, first, strict=True):
+        assert all(map(torch.equal, mine.distilled, before.distilled))
+        assert [each.tokens for each in mine.figures.teachers] == [
+            each.tokens for each in before.figures.teachers
+        ]
+
+
 def reruns(chosen: DistillSettings, rejected: tuple[int, ...]) -> list[list[torch.Tensor]]:
     jobs.batches = several.batches
     return test_metrics.train_with_reruns(chosen, 4, rejected)
