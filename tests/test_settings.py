@@ -37,6 +37,7 @@ OTHER = dict(
     ceiling=1.5,
     normalization="mean",
     ce_weight=0.3,
+    teacher_weights="math=1",
     invalid_rows="stop",
     fused_head="recompute",
     vocab_size=7,
@@ -105,14 +106,91 @@ def test_teachers_that_cannot_be_told_apart_are_refused(given, why):
         LinkSettings(**given)
 
 
+TWO = "math=h:1,code=h:2"
+
+
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ({}, [("float16", 64), ("float16", 64)]),
+        ({"payload": "topk", "top_k": 8}, [("topk", 8), ("topk", 8)]),
+        ({"payload": "math=topk,code=float32", "top_k": "math=8"}, [("topk", 8), ("float32", 64)]),
+        ({"payload": "code=hidden", "top_k": "code=8,math=9"}, [("float16", 9), ("hidden", 8)]),
+    ],
+)
+def test_each_teacher_may_have_a_payload_of_its_own(given, found):
+    variables = {variable_of(name): str(text) for name, text in {"address": TWO, **given}.items()}
+    link = DistillSettings.from_environment(variables).link
+    own = [link.of(source) for source in link.teachers()]
+    assert [(each.payload, each.top_k) for each in own] == found
+    assert [each.rendezvous for each in own] == ["h:1", "h:2"]
+    with pytest.raises(ValueError, match="VCRD_ADDRESS .*: expected one address without names here"):
+        _ = link.rendezvous
+
+
+def test_the_weight_of_a_teacher():
+    chosen = DistillSettings().replaced(address=TWO, teacher_weights="code=0.5")
+    assert [chosen.weight_of(name) for name in ("math", "code")] == [1.0, 0.5]
+    assert DistillSettings().weight_of("") == 1.0
+
+
+@pytest.mark.parametrize(
+    "given, why",
+    [
+        (
+            {"payload": "law=topk"},
+            r"VCRD_PAYLOAD .*: expected the names of teachers .* \(math, code\), got 'law'",
+        ),
+        ({"payload": "math=zip"}, "VCRD_PAYLOAD .* of math: expected one of float16, .* got 'zip'"),
+        (
+            {"payload": "math=topk,math=topk"},
+            "VCRD_PAYLOAD .*: expected name=value,name=value, each teacher once",
+        ),
+        ({"top_k": "math=x"}, "VCRD_TOP_K .* of math: expected an integer, got 'x'"),
+        ({"top_k": "math=0"}, "VCRD_TOP_K .* of math: expected an integer of at least 1, got 0"),
+        (
+            {"teacher_weights": "law=1"},
+            "VCRD_TEACHER_WEIGHTS .*: expected the names of teachers .* got 'law'",
+        ),
+        ({"teacher_weights": "0.5"}, "VCRD_TEACHER_WEIGHTS .*: expected name=value,name=value"),
+        ({"teacher_weights": "math:1"}, "VCRD_TEACHER_WEIGHTS .*: expected name=value,name=value"),
+        (
+            {"teacher_weights": "math=0"},
+            "VCRD_TEACHER_WEIGHTS .* of math: expected a finite number above 0, got 0",
+        ),
+        ({"teacher_weights": "math=much"}, "VCRD_TEACHER_WEIGHTS .* of math: expected a number, got 'much'"),
+        ({"address": "math=h:1,code=h:1"}, "VCRD_ADDRESS .*: expected another address for each teacher"),
+        (
+            {"payload": "code=topk", "temperature": 2.0},
+            "VCRD_TEMPERATURE .*: expected 1 with the payload topk",
+        ),
+        (
+            {"payload": "code=topk", "normalization": "mean"},
+            "VCRD_NORMALIZATION .*: expected none where teachers",
+        ),
+        (
+            {"payload": "hidden", "normalization": "mean"},
+            "VCRD_NORMALIZATION .*: expected none where teachers",
+        ),
+    ],
+)
+def test_a_value_by_teacher_that_means_nothing_is_refused(given, why):
+    variables = {variable_of(name): str(text) for name, text in {"address": TWO, **given}.items()}
+    with pytest.raises(ValueError, match=why):
+        DistillSettings.from_environment(variables)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_setting_comes_from_its_variable_and_from_its_argument(name):
     value = OTHER[name]
+    # The weights are those of teachers that have an address.
+    needed = {"VCRD_ADDRESS": "math=h:1"} if name == "teacher_weights" else {}
     assert DistillSettings().value(name) != value
-    assert DistillSettings.from_environment({variable_of(name): str(value)}).value(name) == value
+    assert DistillSettings.from_environment({**needed, variable_of(name): str(value)}).value(name) == value
     if is_argument(name):
-        parser = add_vcrd_args(argparse.ArgumentParser(), {})
-        assert settings_from_args(parser.parse_args([argument_of(name), str(value)]), {}).value(name) == value
+        parser = add_vcrd_args(argparse.ArgumentParser(), needed)
+        given = parser.parse_args([argument_of(name), str(value)])
+        assert settings_from_args(given, needed).value(name) == value
         assert help_text(name).split()[0] in parser.format_help()
 
 

@@ -142,6 +142,66 @@ def named(text: str) -> dict[str, str] | None:
     return found
 
 
+def of_teacher(name: str, value: Any, teacher: str) -> Any:
+    """What the value of a setting means for that teacher: its part of a value by teacher, else the value itself.
+
+    A teacher without a part has the default of the setting.
+    """
+    if not _is_by_teacher(value):
+        return value
+    part = named(value).get(teacher)
+    each = _FIELDS[name]
+    return each.default if part is None else each.metadata["kind"].read(part)
+
+
+def teachers_in(value: Any) -> tuple[str, ...]:
+    """The names of the teachers in a value by teacher; none in another value."""
+    return tuple(named(value)) if _is_by_teacher(value) else ()
+
+
+def _is_by_teacher(value: Any) -> bool:
+    return isinstance(value, str) and _NAMED.match(value) is not None
+
+
+def _by_teacher(kind: Kind) -> Kind:
+    """A kind whose value may also be given by teacher, as the text "math=value,code=value"."""
+
+    def check_each(name: str, value: Any) -> None:
+        if not _is_by_teacher(value):
+            kind.check(name, value)
+            return
+        parts = named(value)
+        if parts is None:
+            raise expected(name, _PARTS, repr(value))
+        for teacher, text in parts.items():
+            whose = f"{name} of {teacher}"
+            try:
+                part = kind.read(text)
+            except ValueError:
+                raise expected(whose, kind.what, repr(text)) from None
+            kind.check(whose, part)
+
+    def read(text: str) -> Any:
+        return text if _is_by_teacher(text) else kind.read(text)
+
+    return Kind(check_each, read, kind.what, kind.optional)
+
+
+def _check_weights(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise wrong_type(name, "a text or None", value)
+    if not _is_by_teacher(value) or named(value) is None:
+        raise expected(name, _PARTS, repr(value))
+    for teacher, text in named(value).items():
+        try:
+            weight = float(text)
+        except ValueError:
+            raise expected(f"{name} of {teacher}", "a number", repr(text)) from None
+        check_number(f"{name} of {teacher}", weight, above=0)
+
+
 def _all_named(right: Callable[[str], bool]) -> Callable[[str], bool]:
     """Whether every part of a text is right, whether it has names or not."""
     return lambda text: bool(parts := named(text)) and all(map(right, parts.values()))
@@ -158,6 +218,8 @@ def _is_address(text: str) -> bool:
 
 
 _NAMED = re.compile(r"[A-Za-z0-9_.-]+=")  # the name of a teacher, where there are several
+_PARTS = "name=value,name=value, each teacher once"
+_WEIGHTS = Kind(_check_weights, what=_PARTS, optional=True)
 _PATH = Kind(_check_path, what="a path", optional=True)
 _ADDRESS = _text(
     _all_named(_is_address),
@@ -217,11 +279,14 @@ class LinkSettings:
         "What the teacher sends. Logits: float16 (of the distance from the row's maximum; 2 bytes per vocabulary "
         "column), float32 (bit-exact; 4 bytes) or logits_8bit (the square root of that distance; 1 byte). topk: the "
         "most probable tokens and the exact mass of the others (8 top_k + 4 bytes per token). hidden: the teacher's "
-        "last hidden states; the student receives the teacher's output layer once. docs/payloads.md has the errors.",
-        _choice(*PAYLOADS),
+        "last hidden states; the student receives the teacher's output layer once. docs/payloads.md has the errors. "
+        "Several teachers, in the student job: math=topk,code=float16; one that is not named has the default.",
+        _by_teacher(_choice(*PAYLOADS)),
     )
-    top_k: int = setting(
-        64, "Tokens per position that the payload topk carries; at most the vocabulary.", _integer(1)
+    top_k: int | str = setting(
+        64,
+        "Tokens per position that the payload topk carries; at most the vocabulary. By teacher as `payload`.",
+        _by_teacher(_integer(1)),
     )
     transport: str = setting(
         "auto",
@@ -290,19 +355,23 @@ class LinkSettings:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        self.teachers()
+        names = [source.name for source in self.teachers()]
+        for setting in BY_TEACHER:
+            check_teachers(setting, teachers_in(getattr(self, setting)), names)
         if self.secret and self.secret_file:
             raise expected(label("secret_file"), f"none where {variable_of('secret')} is set", "both")
 
     @property
     def rendezvous(self) -> str:
-        """The one address where this job meets the other one."""
+        """The one address where this job meets the other one. ValueError if `address` names several teachers."""
+        if _is_by_teacher(self.address):
+            raise expected(label("address"), "one address without names here", repr(self.address))
         return DEFAULT_ADDRESS if self.address is None else self.address
 
     def teachers(self) -> tuple[TeacherSource, ...]:
         """The teachers of a student job, in the order of `address` and then of `teacher`. ValueError if the names of
         the two settings differ in kind, or a teacher has two caches."""
-        address = self.rendezvous if self.teacher is None else self.address
+        address = DEFAULT_ADDRESS if self.address is None and self.teacher is None else self.address
         addresses, caches = named(address or "") or {}, named(self.teacher or "") or {}
         names = list(dict.fromkeys([*addresses, *caches]))
         if "" in names and len(names) > 1:
@@ -319,7 +388,16 @@ class LinkSettings:
                     )
                 address, cache = None, address
             found.append(TeacherSource(name, address, cache and cache.removeprefix(CACHE_SCHEME)))
+        jobs = [source.address for source in found if source.address is not None]
+        if len(set(jobs)) < len(jobs):
+            raise expected(label("address"), "another address for each teacher", repr(self.address))
         return tuple(found)
+
+    def of(self, source: TeacherSource) -> LinkSettings:
+        """These settings as if `source` were the only teacher."""
+        cache = None if source.cache is None else CACHE_SCHEME + source.cache
+        own = {name: of_teacher(name, getattr(self, name), source.name) for name in BY_TEACHER}
+        return replace(self, address=source.address, teacher=cache, **own)
 
     def shared_secret(self) -> str:
         """The secret, from its file where one is named; ValueError if that cannot be read or is empty."""
@@ -372,6 +450,12 @@ class DistillSettings:
     ce_weight: float = setting(
         0.0, "Weight of the hard-label cross-entropy that is added. Validity does not change it.", _number()
     )
+    teacher_weights: str | None = setting(
+        None,
+        "With several teachers: math=1,code=0.5 multiplies the loss of each token by the number of its teacher, and "
+        "changes nothing else. A teacher without a number has 1 (docs/teachers.md).",
+        _WEIGHTS,
+    )
     invalid_rows: str = setting(
         "skip",
         "What happens to a token whose teacher logits are no distribution (a NaN, +inf, or nothing above -inf). skip: "
@@ -409,7 +493,16 @@ class DistillSettings:
         _check_fields(self)
         if not isinstance(self.link, LinkSettings):
             raise wrong_type("link", "LinkSettings", self.link)
-        if self.link.payload == "topk" and self.temperature != 1:
+        sources = self.link.teachers()
+        names = [source.name for source in sources]
+        check_teachers("teacher_weights", teachers_in(self.teacher_weights), names)
+        payloads = [self.link.of(source).payload for source in sources]
+        if self.normalization == "mean" and (
+            len(set(payloads)) > 1 or ("hidden" in payloads and len(sources) > 1)
+        ):
+            what = "none where teachers answer in several forms, each of which has a loss of its own"
+            raise expected(label("normalization"), what, "mean")
+        if "topk" in payloads and self.temperature != 1:
             what = f"1 with the payload topk ({variable_of('payload')}), whose tail has no mass at another"
             raise expected(label("temperature"), what, self.temperature)
 
@@ -448,6 +541,10 @@ class DistillSettings:
         """Of a setting, here or in `link`."""
         return getattr(self.link if hasattr(self.link, name) else self, name)
 
+    def weight_of(self, teacher: str) -> float:
+        """By which the loss of this teacher's tokens is multiplied."""
+        return float(named(self.teacher_weights).get(teacher, 1)) if self.teacher_weights else 1.0
+
     def loss_arguments(self) -> dict[str, Any]:
         """Fields of `vcrd.LossConfig`, those aside that depend on the model."""
         names = ("divergence", "temperature", "alpha", "beta", "validity", "sharpness", "floor", "ceiling")
@@ -460,6 +557,15 @@ _FIELDS: dict[str, Field] = {
     each.name: each for kind in (DistillSettings, LinkSettings) for each in fields(kind) if each.metadata
 }
 NAMES = tuple(_FIELDS)  # of all settings
+BY_TEACHER = ("payload", "top_k")  # settings of the link that each teacher may have a value of
+
+
+def check_teachers(name: str, given: tuple[str, ...], known: list[str]) -> None:
+    """ValueError if a setting names a teacher that has neither an address nor a cache."""
+    for teacher in given:
+        if teacher not in known:
+            what = f"the names of teachers in address or teacher ({', '.join(filter(None, known)) or 'none'})"
+            raise expected(label(name), what, repr(teacher))
 
 
 def help_text(name: str) -> str:

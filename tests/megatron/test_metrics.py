@@ -15,6 +15,7 @@ from vcrd.link.student import Waits
 from vcrd.megatron.layout import Groups
 from vcrd.megatron.metrics import IntervalLog, scalars, with_step_sums
 from vcrd.megatron.report import Report
+from vcrd.megatron.teachers import Counters
 from vcrd.megatron.training_loop import training_loop
 
 SUMS = {"vcrd weight": torch.tensor([3.0, 2.0])}
@@ -82,7 +83,7 @@ def written_of_an_interval() -> dict[str, float]:
         get_tensorboard_writer=lambda: writer,
         get_wandb_writer=lambda: None,
     )
-    teacher = SimpleNamespace(waits=Waits(), bytes_received=0, served_by=(None, 0))
+    teacher = SimpleNamespace(names=("",), waits=Waits(), each=lambda: [Counters(Waits(), (None, 0), 0)])
     log, report = IntervalLog(settings(), teacher), Report()
     log.begin(SimpleNamespace(groups=Groups.of(None)))
     half = torch.full((torch.distributed.get_rank() + 1, 1), 0.5)

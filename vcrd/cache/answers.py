@@ -137,6 +137,7 @@ class CachedAnswers:
                 device=device,
                 **sizes,
                 **stated,
+                called=source.name,
             )
         try:
             opened = _opened(settings, source.cache, handshake, place, link, group)

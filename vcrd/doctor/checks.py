@@ -61,6 +61,11 @@ class Job:
     secret: str | None = None
 
     @property
+    def first(self) -> LinkSettings:
+        """The settings of the first teacher, which stands for all where one of them is looked at."""
+        return self.link.of(self.link.teachers()[0])
+
+    @property
     def first_on_node(self) -> bool:
         return self.world.local_rank == 0
 

@@ -177,12 +177,11 @@ def locked_memory(job: Job) -> list[Finding]:
 
 
 def folder_of(job: Job) -> str | None:
-    """--run-dir, or else the folder of the file in VCRD_ADDRESS."""
+    """--run-dir, or else the folder of the first file in VCRD_ADDRESS."""
     if job.options.run_dir is not None:
         return os.path.abspath(job.options.run_dir)
-    if job.link.rendezvous.startswith(FILE_SCHEME):
-        return os.path.dirname(job.link.rendezvous.removeprefix(FILE_SCHEME))
-    return None
+    files = [each.address for each in job.link.teachers() if (each.address or "").startswith(FILE_SCHEME)]
+    return os.path.dirname(files[0].removeprefix(FILE_SCHEME)) if files else None
 
 
 def run_directory(job: Job) -> list[Finding]:

@@ -72,7 +72,7 @@ def _check_pairs(job: Job, gather: Gather, nodes: dict[int, str]) -> list[Findin
     names = {r: f"rank {r} ({node})" for r, node in nodes.items()}
     came = gather([secrets.token_hex(8), job.secret is not None])
     able = {r for r, (_, has_secret) in came.items() if has_secret}
-    planned = pairs_of(job.options.scenario, job.link.payload)
+    planned = pairs_of(job.options.scenario, job.first.payload)
     # Other findings already report ranks that are absent or have no secret.
     pairs = [pair for pair in planned if {pair.sender, pair.receiver} <= able]
     measurement = Measurement(pairs, rank, job.secret or "", came[0][0])
@@ -116,7 +116,7 @@ def _check_loopback(job: Job) -> Finding:
     """Sends the bytes of the largest pair from this process to itself."""
     if job.secret is None:
         return unchecked("link", "not measured, because the secret could not be read")
-    largest = max(pair.bytes for pair in pairs_of(job.options.scenario, job.link.payload))
+    largest = max(pair.bytes for pair in pairs_of(job.options.scenario, job.first.payload))
     measurement = Measurement([RankPair(0, 0, largest)], 0, job.secret, secrets.token_hex(8))
     try:
         place = measurement.listen("127.0.0.1")
@@ -161,7 +161,7 @@ def judge(
         text += " (over TCP; the run will use NCCL, which was not measured)"
     if not job.options.models_known:
         return ok("link", f"{text}; give both models, as for `plan`, to compare this with what the run needs")
-    run, payload = job.options.scenario, payload_named(job.link.payload)
+    run, payload = job.options.scenario, payload_named(job.first.payload)
     seconds = max(pair.bytes / rates[pair.sender, pair.receiver] for pair in pairs)
     compute = student_seconds(run)
     text += f"; a micro-batch as {payload.name} takes {seconds:.3g} s on it, the compute of the student {compute:.3g} s"

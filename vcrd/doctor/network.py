@@ -93,18 +93,23 @@ def adapters(job: Job) -> list[Finding]:
 
 
 def address(job: Job) -> list[Finding]:
-    """The address where rank 0 of the student will listen. If it belongs to this node, its port must be free."""
+    """Where rank 0 of the student will listen, for each teacher job. On this node, its port must be free."""
     if not job.first_on_node:
         return []
     if "VCRD_ADDRESS" not in job.environment and not job.on_one_node:
+        if job.link.teacher is not None:
+            return []
         text = f"VCRD_ADDRESS is not set; its default, {job.link.rendezvous}, is for jobs on one machine"
         return [unchecked("address", text)]
-    return [_address(job)]
+    return [
+        _address(job, each.name, each.address) for each in job.link.teachers() if each.address is not None
+    ]
 
 
-def _address(job: Job) -> Finding:
-    given = job.link.rendezvous
+def _address(job: Job, teacher: str, given: str) -> Finding:
     label = f"VCRD_ADDRESS={given}" if "VCRD_ADDRESS" in job.environment else f"the default address {given}"
+    if teacher:
+        label = f"VCRD_ADDRESS={given} of the teacher {teacher}"
     if given.startswith(FILE_SCHEME):
         return ok("address", f"{label}, a file that the student writes when it starts")
     ((host, port),) = candidates(given)
@@ -180,10 +185,11 @@ def own_address(job: Job) -> str:
     """The IP address that a student rank would listen on; LinkError if there is none."""
     if job.link.interface is not None:
         return local_host(job.link)
-    if not job.link.rendezvous.startswith(FILE_SCHEME):
-        (place,) = candidates(job.link.rendezvous)
+    link = job.first
+    if link.address is not None and not link.address.startswith(FILE_SCHEME):
+        (place,) = candidates(link.address)
         if not _is_loopback(place[0]):
-            return local_host(job.link)
+            return local_host(link)
     return outward_address() if job.world.size > 1 and not job.on_one_node else "127.0.0.1"
 
 

@@ -33,14 +33,14 @@ class Question(NamedTuple):
     """What the teachers are asked about a micro-batch.
 
     tokens: the student's, integers [b, s], whole sequences. edges: those of packed sequences, int64 from 0 to s, and
-    then b is 1; empty if nothing is packed. context: what the teacher alone sees. teachers: the name of the teacher of
-    each row, or of each packed sequence; empty for the first teacher.
+    then b is 1; empty if nothing is packed. context: what the teacher alone sees. teachers: the name or the
+    index of the teacher of each row, or of each packed sequence; empty for the first teacher.
     """
 
     tokens: Tensor
     edges: Tensor = _NONE
     context: Context = NO_CONTEXT
-    teachers: tuple[str, ...] = ()
+    teachers: tuple[str | int, ...] = ()
 
 
 def check_context(

@@ -108,6 +108,7 @@ class StudentLink:
         context_size: int = 1,
         device: torch.device | str = "cpu",
         tokenizer: Tokenizer | None = None,
+        called: str = "",
     ) -> StudentLink:
         """Connects to the teacher. Every rank of the last pipeline stage of the student calls it, and blocks until the
         teacher is connected. Rank 0 of the student's world calls `host_rendezvous` before or at the same time.
@@ -115,6 +116,7 @@ class StudentLink:
         vocab_size: true columns. padded_vocab_size: that of the student, a multiple of tensor_size. sequence_length: of
         the longest request, before any split over context_size. data_rank: without context parallelism. device: where
         `receive` puts its result. tokenizer: the one that made the tokens, the same on every rank; None if not known.
+        called: the name of the teacher in the log, where there are several.
         Raises TeacherLost or LinkError after `connect_timeout`, HandshakeRefused when the jobs do not fit.
         """
         for name, rank, size in (
@@ -145,6 +147,7 @@ class StudentLink:
             teacher_context_length=settings.teacher_context_length,
         )
         link = cls(settings, handshake, place, endpoint)
+        link._connections.called = called
         try:
             link._join()
         except HandshakeRefused:
@@ -180,6 +183,11 @@ class StudentLink:
             if not arrived:
                 raise TeacherLost(f"the output layer did not arrive within {seconds:g} seconds (timeout)")
             return head.weight
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that the teacher has stated; None if it has stated none."""
+        return self.teacher.tokenizer
 
     @property
     def bytes_received(self) -> int:
@@ -290,7 +298,7 @@ class StudentLink:
             except ConnectionError:
                 pass  # the next question may get an answer
             next_question = time.monotonic() + self._apart
-        _log.info("%s is linked to teacher replica %d", self._place, self._connections.replica)
+        _log.info("%s is linked to %s", self._place, self._connections.served_by)
 
     def _lose_one_that_stopped(self) -> None:
         """A teacher that stops while it connects must not keep another one out."""
@@ -367,8 +375,8 @@ class StudentLink:
 
     def _log_wait(self, left: float) -> None:
         level = logging.WARNING if self._place.is_request_leader else logging.DEBUG
-        replica, reason = self._connections.replica, self._connections.lost_because
-        _log.log(level, "waiting up to %.0f s for teacher replica %s, lost because %s", left, replica, reason)
+        who, reason = self._connections.served_by, self._connections.lost_because
+        _log.log(level, "waiting up to %.0f s for %s, lost because %s", left, who, reason)
 
     def _formed(self, tensors: list[Tensor]) -> TeacherLogits:
         if self._settings.payload == "topk":

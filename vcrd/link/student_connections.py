@@ -262,6 +262,7 @@ class StudentConnections:
         self.session: StudentSession | None = None
         self.teacher: Handshake | None = None  # of the newest epoch
         self.replica: int | None = None  # the teacher replica that serves this rank, once one has connected
+        self.called = ""  # the name of the teacher, where there are several
         self.lost_at = time.monotonic()
         self.lost_because = "none has come yet"
         self.failure: LinkError | None = None
@@ -373,8 +374,17 @@ class StudentConnections:
                 session.end()
             self._changed.notify_all()
         level = logging.WARNING if self._place.is_request_leader else logging.DEBUG
-        _log.log(level, "teacher replica %s is lost to %s: %s", self.replica, self._place, reason)
+        _log.log(level, "%s is lost to %s: %s", self.served_by, self._place, reason)
         self._peers.tell(_with_text(Kind.LOST, epoch, reason), reason, but=told_by)
+
+    @property
+    def served_by(self) -> str:
+        """The teacher replica that serves this rank, in words."""
+        return (
+            f"replica {self.replica} of teacher {self.called}"
+            if self.called
+            else f"teacher replica {self.replica}"
+        )
 
     def give_up(self, reason: str, told_by: Place | None = None) -> None:
         """Stops waiting for a teacher, here and on the other ranks: TeacherLost with this reason on all of them."""

@@ -33,6 +33,7 @@ from vcrd.megatron.teacher_context import (
     row_multiple,
     without_context,
 )
+from vcrd.megatron.teachers import Counters
 from vcrd.settings import DistillSettings
 from vcrd.teacher_logits import DenseLogits, HiddenStates, TeacherLogits, factor_of
 
@@ -98,8 +99,8 @@ class ColocatedTeacher:
     bytes_received: 0.
     """
 
+    names = ("",)
     waits = Waits()
-    served_by = (None, 0)
     bytes_received = 0
 
     def __init__(
@@ -118,6 +119,10 @@ class ColocatedTeacher:
         self._parts: dict[int, _Part] = {}  # by the number of the interleaved pipeline's chunk
         self._tokens_of = tokens_of
         self._drawn: list[Any] = []  # the micro-batch of this forward step, where this rank draws it
+
+    def each(self) -> list[Counters]:
+        """The running counts of this one teacher, for which nobody waits."""
+        return [Counters(Waits(), (None, 0), 0)]
 
     def host(self) -> None:
         """Does nothing: there is no rendezvous to open."""

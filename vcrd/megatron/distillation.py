@@ -40,9 +40,9 @@ from vcrd.megatron.remote_teacher import RemoteTeacher
 from vcrd.megatron.report import Figures, Report, raise_if_invalid
 from vcrd.megatron.teacher_check import TeacherCheck
 from vcrd.megatron.teacher_context import without_context
+from vcrd.megatron.teachers import Answer, answer_of
 from vcrd.megatron.training_loop import TrainingLoop, bridge_state, signature_for_bridge, training_loop
 from vcrd.settings import DistillSettings
-from vcrd.teacher_logits import TeacherLogits
 
 
 class Observation(NamedTuple):
@@ -93,6 +93,10 @@ def distill(
     """
     settings = DistillSettings.from_environment() if settings is None else settings
     remote = teacher is None
+    if not remote and settings.teacher_weights is not None:
+        raise expected(
+            "teacher_weights", "none with a teacher in the same ranks", repr(settings.teacher_weights)
+        )
     source = RemoteTeacher(settings, tokens) if remote else ColocatedTeacher(settings, teacher, tokens)
     loss = StudentLoss(settings, source, ExternalValidity(settings, tokens, verifier), tokenizer)
     return Distillation(forward_step, settings, source, loss)
@@ -244,15 +248,16 @@ class StudentLoss:
         self._settings = settings
         self._teacher = teacher
         self._tokenizer = tokenizer
-        self._check = TeacherCheck()
-        self.report = Report(self._check)
+        self._names = () if teacher.names == ("",) else teacher.names
+        self._checks = [TeacherCheck(number, name) for number, name in enumerate(teacher.names)]
+        self.report = Report(self._checks, self._names)
+        self._weights: Tensor | None = None  # of the teachers, on the device, if any is not 1
         self._mask = LossMask(settings, external)
         self._hook: LossHook | None = None
         self._fused_head: FusedHeadLoss | None = None
         self._observer: Observer | None = None
         self._done = 0  # micro-batches whose loss was computed
-        # Seconds waited and bytes received that are in the report already.
-        self._reported = (0.0, 0)
+        self._reported = teacher.each()  # what is in the report already
         self._invalid_rows: list[Tensor] = []  # of each micro-batch of the step, with invalid_rows "stop"
         self._first_step_checked = False
 
@@ -276,7 +281,11 @@ class StudentLoss:
                 )
             self._tokenizer = tokenizer_of(self._tokenizer, loop)
             sizes = (self._settings.vocab_size, self._tokenizer and self._tokenizer.size)
-            self._check.place(self.layout, [size for size in sizes if size], self._teacher)
+            for check in self._checks:
+                check.place(self.layout, [size for size in sizes if size], self._teacher)
+            weights = [self._settings.weight_of(name) for name in self._names]
+            if any(weight != 1 for weight in weights):
+                self._weights = torch.tensor(weights, device=self.layout.device)
             capture = self._fused_head.captured if self._fused_head else contextlib.nullcontext
             self._hook = LossHook(chunk, self.compute, self._teacher.given, capture)
         elif self._hook.chunk is not chunk:
@@ -310,35 +319,49 @@ class StudentLoss:
         loss_mask = self._mask.of(self.layout, labels, loss_mask)
         external = self.external.arguments(labels, loss_mask)
         loss_mask = external.pop("loss_mask", loss_mask)
-        answer = self._teacher.answer(number)
+        answer = answer_of(self._teacher.answer(number))
         self._done = number + 1
-        mask = loss_mask.transpose(0, 1)
-        calibrated = self._fused_head.loss if self._fused_head else validity_calibrated_kl
-        out = calibrated(
+        mask = given = loss_mask.transpose(0, 1)
+        weights = None
+        if self._weights is not None:
+            weights = self._weights[0 if answer.owners is None else answer.owners.long()]
+        calibrated = validity_calibrated_kl
+        if self._fused_head:
+            calibrated = self._fused_head.loss
+            if weights is not None:  # its values tell the head which upstream gradient to expect
+                given = mask * weights
+        out = answer.loss(
+            calibrated,
             logits,
-            answer,
             labels.transpose(0, 1),
             config=self._config,
-            mask=mask,
+            mask=given,
             group=self.layout.tensor_group,
             **external,
         )
+        if weights is not None:
+            out = out._replace(loss=out.loss * weights)
         self._count(out, mask, labels.transpose(0, 1), answer)
         if self._observer is not None:
             self._observer(Observation(number, labels, loss_mask, out))
         return out.loss.transpose(0, 1).contiguous()
 
-    def _count(self, out: CalibratedLoss, mask: Tensor, labels: Tensor, answer: TeacherLogits) -> None:
-        """Adds one micro-batch, all of it [s, b], to the report and to the checks of the teacher."""
+    def _count(self, out: CalibratedLoss, mask: Tensor, labels: Tensor, answer: Answer) -> None:
+        """Adds one micro-batch, all of it [s, b], to the report and to the checks of the teachers."""
         # Bytes also arrive between two losses: they are counted with the later one.
-        waited, received = self._reported
-        self._reported = (self._teacher.waits.seconds, self._teacher.bytes_received)
-        self.report.add_link(self._reported[0] - waited, self._reported[1] - received)
-        self.report.add(out, mask)
+        before, self._reported = self._reported, self._teacher.each()
+        for teacher, (now, then) in enumerate(zip(self._reported, before, strict=True)):
+            waited = now.waits.seconds - then.waits.seconds
+            self.report.add_link(waited, now.received - then.received, teacher)
+        self.report.add(out, mask, answer.owners)
         if out.loss.requires_grad:
             out.loss.register_hook(partial(self.report.compare, mask))
         if not self.measuring:
-            self._check.add(out, mask, labels, answer)
+            for part in answer.parts:
+                for teacher in part.teachers:
+                    here = answer.tokens_of(teacher)
+                    own = mask if here is None else torch.where(here, mask, torch.zeros_like(mask))
+                    self._checks[teacher].add(out, own, labels, part.logits)
         if self._settings.invalid_rows == "stop" and not self.measuring and self.layout.tensor_rank == 0:
             self._invalid_rows.append(self.report.last("invalid_rows")[0])
         self.report.add_verifier(self.external.take_seconds())
@@ -356,12 +379,13 @@ class StudentLoss:
             raise_if_invalid(counts, 0 if self.layout is None else self.layout.data_rank)
         if self.attached and not self._first_step_checked:
             self._first_step_checked = True
-            self._check.tell("in the first step", self.layout.groups.data_context)
+            for check in self._checks:
+                check.tell("in the first step", self.layout.groups.data_context)
 
     @contextlib.contextmanager
     def measured(self, observer: Observer | None) -> Iterator[Report]:
         """While open, micro-batches are counted in the yielded report, and not in that of training."""
-        training, self.report = self.report, Report()
+        training, self.report = self.report, Report(names=self._names)
         self.measuring, self._observer = True, observer
         try:
             yield self.report

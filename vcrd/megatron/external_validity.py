@@ -21,6 +21,7 @@ from vcrd.loss.divergence import DivergenceStats
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.packing import field, packed
 from vcrd.megatron.prefetch import TokensOf, tokens_in
+from vcrd.megatron.routing import TEACHER_KEY
 from vcrd.megatron.teacher_context import CONTEXT_KEYS
 from vcrd.settings import DistillSettings
 
@@ -31,7 +32,7 @@ STEPS_KEY = "vcrd_steps"
 SCORE_KEYS = ("vcrd_student_validity", "vcrd_teacher_validity")
 MASK_KEY = "loss_mask"  # Megatron's own
 # What a script does not see of a micro-batch.
-_HIDDEN = frozenset((STEPS_KEY, *SCORE_KEYS, *CONTEXT_KEYS))
+_HIDDEN = frozenset((STEPS_KEY, *SCORE_KEYS, TEACHER_KEY, *CONTEXT_KEYS))
 
 # Values of a token if a message could not be made: no step; both models equally valid, and the token counts.
 _NO_STEP, _ONE = -1, int(torch.ones((), dtype=torch.float32).view(torch.int32))

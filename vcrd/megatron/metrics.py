@@ -22,7 +22,7 @@ from vcrd.megatron.report import Figures, Report
 from vcrd.megatron.training_loop import TrainingLoop
 from vcrd.monitor.bottleneck import Setup, Wait, cause, sentence
 from vcrd.monitor.telemetry import FIELDS, Telemetry
-from vcrd.settings import DistillSettings
+from vcrd.settings import DistillSettings, of_teacher
 
 _log = logging.getLogger("vcrd")
 QUANTILES = (10, 50, 90)
@@ -59,7 +59,7 @@ class IntervalLog:
 
     teacher: `RemoteTeacher` or `ColocatedTeacher`, whose waits and bytes are written. Collectives, where the training
     loop is known, once per interval: `Report.take` over the data-parallel group with context parallelism on ranks of
-    the last stage, and one all-gather of one `Row` over the world.
+    the last stage, and one all-gather of one `Row` per teacher over the world.
     """
 
     def __init__(self, settings: DistillSettings, teacher: Any) -> None:
@@ -69,9 +69,9 @@ class IntervalLog:
         self._begun: float | None = None  # when the interval began
         self._steps = 0  # in the interval
         # The running sums when the last step ended, and when the interval began.
-        self._of_step, self._of_interval = Waits(), Waits()
+        self._of_step = Waits()
+        self._of_interval = teacher.each()
         self._parts_of_step, self._parts_of_interval = Parts(), Parts()
-        self._bytes_of_interval = 0
         self.clock = StepClock()
         self.telemetry: Telemetry | None = None
 
@@ -92,7 +92,7 @@ class IntervalLog:
         if loop is None or iteration % loop.log_interval:
             return
         figures = None if report is None else report.take(self._layout.groups.data_context)
-        rows = gathered(self._row())
+        rows = gathered(self._rows())
         # The writers and the log line belong to the last rank, in both loops.
         if dist.get_rank() == dist.get_world_size() - 1:
             self._write(loop, iteration, figures, rows)
@@ -102,9 +102,9 @@ class IntervalLog:
         """Writes figures that a script took itself to this rank's records. Not a collective."""
         if self.telemetry is not None:
             self.telemetry.at(iteration)
-        rows = [self._row()]
+        rows = [[row] for row in self._rows()]
         self._warn_if_starved(iteration, rows)
-        self._record(scalars(figures, rows[0].waited, rows[0].received), figures, rows)
+        self._record(_written(figures, rows), figures, rows)
         self._start_anew()
 
     def _tell_step(self, iteration: int | None) -> None:
@@ -123,33 +123,41 @@ class IntervalLog:
         )
         self._of_step, self._parts_of_step = waits, self.clock.parts
 
-    def _row(self) -> Row:
-        waits = self._teacher.waits.since(self._of_interval)
-        replica, replicas = self._teacher.served_by
-        return Row(
-            waited=waits.seconds,
-            arriving=waits.arriving,
-            while_lost=waits.while_lost,
-            answers=waits.answers,
-            late=waits.late,
-            received=self._teacher.bytes_received - self._bytes_of_interval,
-            replica=math.nan if replica is None else replica,
-            replicas=replicas,
-            **({} if self.telemetry is None else self.telemetry.latest),
-        )
+    def _rows(self) -> list[Row]:
+        """What this rank measured in the interval, for each teacher."""
+        latest = {} if self.telemetry is None else self.telemetry.latest
+        rows = []
+        for now, before in zip(self._teacher.each(), self._of_interval, strict=True):
+            waits, (replica, replicas) = now.waits.since(before.waits), now.served_by
+            rows.append(
+                Row(
+                    waited=waits.seconds,
+                    arriving=waits.arriving,
+                    while_lost=waits.while_lost,
+                    answers=waits.answers,
+                    late=waits.late,
+                    received=now.received - before.received,
+                    replica=math.nan if replica is None else replica,
+                    replicas=replicas,
+                    **latest,
+                )
+            )
+        return rows
 
     def _start_anew(self) -> None:
         self._begun, self._steps = time.perf_counter(), 0
-        self._of_interval, self._bytes_of_interval = self._teacher.waits, self._teacher.bytes_received
+        self._of_interval = self._teacher.each()
         self._parts_of_interval = self.clock.parts
 
-    def _write(self, loop: TrainingLoop, iteration: int, figures: Figures, rows: list[Row]) -> None:
-        values = scalars(figures, max(row.waited for row in rows), sum(row.received for row in rows))
+    def _write(self, loop: TrainingLoop, iteration: int, figures: Figures, rows: list[list[Row]]) -> None:
+        values = _written(figures, rows)
         if figures.invalid_rows:
+            wrong = [f"{each.name} ({each.invalid_rows})" for each in figures.teachers if each.invalid_rows]
             _log.warning(
-                "%d tokens up to iteration %d were skipped, because the teacher's logits were no distribution",
+                "%d tokens up to iteration %d were skipped, because the teacher's logits were no distribution%s",
                 figures.invalid_rows,
                 iteration,
+                f": {', '.join(wrong)}" if wrong else "",
             )
         text = " | ".join(f"{name.replace('_', ' ')}: {value:.6g}" for name, value in values.items())
         print(f" [vcrd] iteration {iteration:8d}/{loop.iterations:8d} | {text} |", flush=True)
@@ -157,7 +165,7 @@ class IntervalLog:
         self._record(values, figures, rows)
         writer, wandb = loop.tensorboard, loop.wandb
         share = values["teacher_wait"] / self._seconds()
-        tagged = {**values, "teacher_wait_share": share, **over_ranks(rows)}
+        tagged = {**values, "teacher_wait_share": share, **over_ranks(rows[0])}
         tagged = {f"vcrd/{name}": value for name, value in tagged.items()}
         if writer is not None:
             for name, value in tagged.items():
@@ -169,7 +177,7 @@ class IntervalLog:
         """Seconds since the interval began."""
         return max(1e-9, time.perf_counter() - self._begun)
 
-    def _record(self, values: dict[str, float], figures: Figures, rows: list[Row]) -> None:
+    def _record(self, values: dict[str, float], figures: Figures, rows: list[list[Row]]) -> None:
         if self.telemetry is None:
             return
         self.telemetry.write(
@@ -179,49 +187,78 @@ class IntervalLog:
             seconds=self._seconds(),
             **vars(self.clock.parts.since(self._parts_of_interval)),
             teacher_wait_by_replica={
-                wait.replica: wait.share * self._seconds() for wait in self._waits(rows)
+                f"{wait.teacher}/{wait.replica}" if wait.teacher else wait.replica: wait.share
+                * self._seconds()
+                for wait in self._waits(rows)
             },
             weight_histogram=_trimmed(figures.weight_histogram),
             validity_histogram=figures.validity_histogram,
         )
 
-    def _waits(self, rows: list[Row]) -> list:
-        return by_replica(rows, self._seconds())
+    def _waits(self, rows: list[list[Row]]) -> list[Wait]:
+        found = []
+        for name, of_one in zip(self._teacher.names, rows, strict=True):
+            found += by_replica(of_one, self._seconds(), name)
+        return found
 
-    def _warn_if_starved(self, iteration: int, rows: list[Row]) -> None:
+    def _warn_if_starved(self, iteration: int, rows: list[list[Row]]) -> None:
         """Warns, in one line at most, of the teacher replica with the longest wait."""
         worst = max(self._waits(rows), key=lambda wait: wait.share, default=None)
-        said = None if worst is None else sentence(worst, self._setup(rows))
+        said = None if worst is None else sentence(worst, self._setup(worst.teacher, rows))
         if said is None:
             return
         _log.warning("iteration %d: %s", iteration, said)
         if self.telemetry is not None:
             self.telemetry.write(
-                "starved", replica=worst.replica, share=worst.share, cause=cause(worst), sentence=said
+                "starved",
+                **({"teacher": worst.teacher} if worst.teacher else {}),
+                replica=worst.replica,
+                share=worst.share,
+                cause=cause(worst),
+                sentence=said,
             )
 
-    def _setup(self, rows: list[Row]) -> Setup:
+    def _setup(self, teacher: str, rows: list[list[Row]]) -> Setup:
         link = self._settings.link
+        own = rows[self._teacher.names.index(teacher)]
         return Setup(
-            payload=link.payload,
+            payload=of_teacher("payload", link.payload, teacher),
             columns=self._layout.padded_vocab_size // self._layout.tensor_size,
-            top_k=link.top_k,
+            top_k=of_teacher("top_k", link.top_k, teacher),
             temperature=self._settings.temperature,
             credits=link.credits,
-            replicas=int(max(row.replicas for row in rows)),
+            replicas=int(max(row.replicas for row in own)),
             data_ranks=self._layout.data_size,
         )
 
 
-def scalars(figures: Figures, wait: float, received: float) -> dict[str, float]:
-    """The written figures by name. wait: seconds of the rank that waited longest. received: bytes."""
+def _written(figures: Figures, rows: list[list[Row]]) -> dict[str, float]:
+    """The written figures. rows: of each teacher, those of the ranks."""
+    waited = [sum(row.waited for row in of_rank) for of_rank in zip(*rows, strict=True)]
+    received = sum(row.received for of_one in rows for row in of_one)
+    waits = [max(row.waited for row in of_one) for of_one in rows]
+    return scalars(figures, max(waited), received, waits)
+
+
+def scalars(figures: Figures, wait: float, received: float, waits: Sequence[float] = ()) -> dict[str, float]:
+    """The written figures by name. wait: seconds of the rank that waited longest. received: bytes. waits: for each
+    teacher, the seconds of the rank that waited longest for it.
+
+    The figures of a teacher that has a name are "name/tokens" and so on. Means over no token are left out.
+    """
     names = ("tokens", "loss", "divergence", "cross_entropy", "weight")
     values = {name: float(getattr(figures, name)) for name in names}
     for percent in QUANTILES:
         values[f"weight_p{percent}"] = figures.weight_quantile(percent / 100)
     for name in ("student_more_valid", "agreement", "invalid_rows", "verifier_time"):
         values[name] = float(getattr(figures, name))
-    return {**values, "teacher_wait": wait, "link_bytes": received}
+    values = {**values, "teacher_wait": wait, "link_bytes": received}
+    for each, waited in zip(figures.teachers, waits, strict=False):
+        means = ("divergence", "weight", "agreement") if each.tokens else ()
+        for name in ("tokens", *means, "invalid_rows"):
+            values[f"{each.name}/{name}"] = float(getattr(each, name))
+        values[f"{each.name}/teacher_wait"] = waited
+    return values
 
 
 def _trimmed(counts: tuple[int, ...]) -> list:
@@ -253,17 +290,18 @@ class Row(NamedTuple):
     host_memory_bytes: float = math.nan
 
 
-def gathered(row: Row) -> list[Row]:
-    """The rows of all ranks, in rank order: one all-gather of 14 float64 over the world, one wait for the device."""
+def gathered(rows: list[Row]) -> list[list[Row]]:
+    """The rows of each teacher, those of all ranks in rank order: one all-gather of 14 float64 per teacher over the
+    world, one wait for the device. rows: this rank's, one for each teacher."""
     device = "cuda" if "nccl" in dist.get_backend() else "cpu"
-    mine = torch.tensor(row, dtype=torch.float64, device=device)
-    rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, mine)
-    return [Row(*values) for values in torch.stack(rows).tolist()]
+    mine = torch.tensor(rows, dtype=torch.float64, device=device)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine)
+    return [[Row(*values) for values in of_one] for of_one in torch.stack(found, 1).tolist()]
 
 
-def by_replica(rows: Sequence[Row], seconds: float) -> list[Wait]:
-    """For each teacher replica, the longest wait of a rank for it, in an interval of that many seconds."""
+def by_replica(rows: Sequence[Row], seconds: float, teacher: str = "") -> list[Wait]:
+    """For each replica of a teacher, the longest wait of a rank for it, in an interval of that many seconds."""
     worst: dict[int, Row] = {}
     for row in rows:
         if not math.isnan(row.replica):
@@ -277,6 +315,7 @@ def by_replica(rows: Sequence[Row], seconds: float) -> list[Wait]:
             while_lost=row.while_lost / row.waited if row.waited else 0.0,
             late=row.late / row.answers if row.answers else 0.0,
             bytes_per_second=row.received / seconds,
+            teacher=teacher,
         )
         for replica, row in sorted(worst.items())
     ]
@@ -385,6 +424,7 @@ def _facts(settings: DistillSettings, groups: Groups) -> dict[str, Any]:
         "ceiling",
         "normalization",
         "ce_weight",
+        "teacher_weights",
     )
     link = ("payload", "transport", "credits")
     return {

@@ -15,6 +15,7 @@ from vcrd.errors import expected
 from vcrd.link.question import Question
 from vcrd.megatron.packing import Doubts, edges_in, field, look_for_borders, packed
 from vcrd.megatron.random_state import WhoDraws, changed, names_of, random_state, set_random_state
+from vcrd.megatron.routing import teachers_of
 from vcrd.megatron.teacher_context import context_of
 
 TokensOf = str | Callable[[Any], Tensor]
@@ -202,14 +203,17 @@ def question_of(batch: Any, tokens_of: TokensOf, arguments: Any = None) -> Quest
         tokens = field(arguments, "input_ids")
         if not isinstance(tokens, Tensor):
             tokens = tokens_in(batch, tokens_of)
+        shape = tokens.shape
         tokens, edges = packed(batch, tokens, arguments)
-        return Question(tokens, edges, context_of(batch, tokens, edges, arguments))
-    tokens, edges = packed(batch, tokens_in(batch, tokens_of))
+        context = context_of(batch, tokens, edges, arguments)
+        return Question(tokens, edges, context, teachers_of(batch, edges, shape, arguments))
+    own = tokens_in(batch, tokens_of)
+    tokens, edges = packed(batch, own)
     doubts = Doubts()
     look_for_borders(doubts, batch, edges, torch.arange(tokens.shape[1]), tokens.shape[0], (batch,))
     doubts.send()
     doubts.check()
-    return Question(tokens, edges, context_of(batch, tokens, edges))
+    return Question(tokens, edges, context_of(batch, tokens, edges), teachers_of(batch, edges, own.shape))
 
 
 def tokens_in(batch: Any, tokens_of: TokensOf) -> Tensor:

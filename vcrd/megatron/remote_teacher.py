@@ -1,4 +1,4 @@
-"""A teacher in a job of its own: it is asked for micro-batches ahead of time, and answers over the link."""
+"""Teachers in jobs of their own: they are asked for micro-batches ahead of time, and answer over the link."""
 
 from __future__ import annotations
 
@@ -38,9 +38,8 @@ from vcrd.megatron.prefetch import (
 from vcrd.megatron.random_state import EvaluationState, WhoDraws
 from vcrd.megatron.sources import host_source, open_source
 from vcrd.megatron.teacher_context import without_context
-from vcrd.megatron.teachers import Teachers
+from vcrd.megatron.teachers import Answer, Counters, Teachers, naming
 from vcrd.settings import DistillSettings
-from vcrd.teacher_logits import TeacherLogits
 
 _log = logging.getLogger("vcrd")
 
@@ -48,6 +47,7 @@ _log = logging.getLogger("vcrd")
 class RemoteTeacher:
     """On every rank `host`, then on ranks of the last stage `connect`, and for each micro-batch `watched` and `answer`.
 
+    names: of the teachers, in the order of the settings; that of an only teacher may be "".
     waits: how long this rank waited for answers, and for what. bytes_received: payload bytes.
 
     When Megatron runs a step again, it rewinds its micro-batches, and the teacher is asked for them again. Answers to
@@ -64,8 +64,9 @@ class RemoteTeacher:
     def __init__(self, settings: DistillSettings, tokens_of: TokensOf) -> None:
         self._settings = settings
         self._tokens_of = tokens_of
-        (self._teacher_source,) = settings.link.teachers()
-        self._rendezvous: Rendezvous | None = None
+        self._sources = settings.link.teachers()
+        self.names = tuple(source.name for source in self._sources)
+        self._rendezvous: list[Rendezvous] = []
         self._teachers: Teachers | None = None
         self._layout: Layout | None = None
         self._credit = settings.link.credits
@@ -83,37 +84,60 @@ class RemoteTeacher:
         self._doubts = Doubts()
         self._received = 0  # answers taken from the link
         # Of these, answers for micro-batches that are still to be drawn.
-        self._kept: deque[TeacherLogits] = deque()
+        self._kept: deque[Answer] = deque()
 
     @property
     def waits(self) -> Waits:
         return Waits() if self._teachers is None else replace(self._teachers.waits)
 
-    @property
-    def served_by(self) -> tuple[int | None, int]:
-        """The replica that serves this rank, or None, and the number of replicas."""
-        return (None, 0) if self._teachers is None else self._teachers.served_by
+    def each(self) -> list[Counters]:
+        """The running counts of each teacher, in the order of `names`."""
+        if self._teachers is None:
+            return [Counters(Waits(), (None, 0), 0) for _ in self.names]
+        return [
+            Counters(replace(source.waits), source.served_by, source.bytes_received)
+            for source in self._teachers.sources.values()
+        ]
 
     @property
     def bytes_received(self) -> int:
         return 0 if self._teachers is None else self._teachers.bytes_received
 
     def host(self) -> None:
-        """Opens the rendezvous on rank 0 of the job, the first time."""
-        if self._rendezvous is None and self._teachers is None and dist.get_rank() == 0:
-            self._rendezvous = host_source(self._settings.link, self._teacher_source)
+        """Opens the rendezvous of each teacher job on rank 0 of the job, the first time."""
+        if self._rendezvous or self._teachers is not None or dist.get_rank() != 0:
+            return
+        opened: list[Rendezvous] = []
+        try:
+            for source in self._sources:
+                with naming(source.name):
+                    found = host_source(self._settings.link, source)
+                if found is not None:
+                    opened.append(found)
+        except BaseException:
+            for each in opened:
+                each.close()
+            raise
+        self._rendezvous = opened
 
     def connect(self, layout: Layout, tokenizer: Tokenizer | None) -> None:
-        """Waits for the teacher job, the first time. tokenizer: the student's, to be compared with the teacher's."""
+        """Waits for the teacher jobs, the first time. tokenizer: the student's, to be compared with the teachers'."""
         if self._teachers is None:
             if tokenizer is None and layout.asks and layout.data_rank == 0:
                 _log.warning(
                     "tokenizer: not known in the student job, so it is not compared: pass one to distill()"
                 )
             self._layout = layout
-            self._teachers = Teachers(
-                open_source(self._settings.link, self._teacher_source, layout, tokenizer)
-            )
+            link, found = self._settings.link, {}
+            try:
+                for source in self._sources:
+                    with naming(source.name):
+                        found[source.name] = open_source(link, source, layout, tokenizer)
+                self._teachers = Teachers(found, layout, link)
+            except BaseException:
+                for each in found.values():
+                    each.close()
+                raise
 
     def watched(self, data_iterator: Any) -> Any:
         """On the rank that asks: the iterator that draws ahead. On other ranks: the script's own.
@@ -194,7 +218,7 @@ class RemoteTeacher:
         while len(self._kept) < pending:
             self._kept.append(self._receive())
 
-    def _receive(self) -> TeacherLogits:
+    def _receive(self) -> Answer:
         self._received += 1
         return self._teachers.receive(self._received - 1)
 
@@ -289,8 +313,8 @@ class RemoteTeacher:
             self._credit = 0
         return problem if problem is not None or sentence is None else ValueError(sentence)
 
-    def answer(self, number: int) -> TeacherLogits:
-        """The teacher's answer to micro-batch `number`; blocks until it has come.
+    def answer(self, number: int) -> Answer:
+        """The answers of the teachers to micro-batch `number`; blocks until it has come.
 
         `StudentLink.receive` notices here if the teacher job has died. It waits for the restarted teacher, which
         answers the same request, or raises TeacherLost.
@@ -323,9 +347,8 @@ class RemoteTeacher:
         if self._teachers is not None:
             self._teachers.close()
             self._teachers = None
-        if self._rendezvous is not None:
-            self._rendezvous.close()
-            self._rendezvous = None
+        while self._rendezvous:
+            self._rendezvous.pop().close()
         self._settle()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,18 @@ _COUNTS = ("micro_batches", "kept", "kept_squared")
 _BEFORE_BINS = len(_SUMS) + len(_COUNTS)
 
 
+class OfTeacher(NamedTuple):
+    """Figures of one of several teachers, over the tokens of its samples. See `Figures`; wait is its teacher_wait."""
+
+    name: str
+    tokens: int
+    divergence: float
+    weight: float
+    agreement: float
+    invalid_rows: int
+    wait: float
+
+
 @dataclass(frozen=True)
 class Figures:
     """Means over the tokens that counted in an interval of training; all are 0 if there were none.
@@ -44,6 +58,7 @@ class Figures:
     `weight_quantile`. micro_batches: their number on all ranks. micro_batch_tokens, micro_batch_deviation: mean and
     standard deviation of the tokens that the mask keeps in each; the deviation is exactly 0 if these are equal.
     unlike_mask: tokens of training that the mask keeps and loss_func gives no gradient, or the other way round.
+    teachers: of each teacher that has a name, in the order of the settings. loss is after `teacher_weights`.
 
     With the payload "topk" agreement is exact, divergence a lower bound, and weight and student_more_valid use
     bounds where the teacher's probability is not known: see `TopKLogits`.
@@ -66,6 +81,7 @@ class Figures:
     micro_batch_tokens: float = 0.0
     micro_batch_deviation: float = 0.0
     unlike_mask: int = 0
+    teachers: tuple[OfTeacher, ...] = ()
 
     def weight_quantile(self, share: float) -> float:
         """The weight below which this share of the tokens lies, exact to 2.2 %, from a histogram of 16 bins per octave.
@@ -83,11 +99,14 @@ class Figures:
 class Report:
     """Running sums on the device of the losses. Adding a micro-batch does not wait for the device.
 
-    check: warns with each `take` if the teacher's figures can only mean an error.
+    checks: warn with each `take` if a teacher's figures can only mean an error. names: of the teachers; none for one
+    without a name.
     """
 
-    def __init__(self, check: TeacherCheck | None = None) -> None:
-        self._check = check
+    def __init__(self, checks: Sequence[TeacherCheck] = (), names: Sequence[str] = ()) -> None:
+        self._checks = checks
+        self._names = names
+        self._waits = [0.0] * len(names)
         self._sums: Tensor | None = None
         self._step: Tensor | None = None  # sums of the present step
         self._last: Tensor | None = None  # sums of its last micro-batch
@@ -101,8 +120,9 @@ class Report:
         self._warned_of: set[str] = set()
 
     @torch.no_grad()
-    def add(self, out: CalibratedLoss, mask: Tensor | None) -> None:
-        """Adds one micro-batch; `mask` [s, b] or None, as given to the loss."""
+    def add(self, out: CalibratedLoss, mask: Tensor | None, owners: Tensor | None = None) -> None:
+        """Adds one micro-batch; `mask` [s, b] or None, as given to the loss. owners: integers [s, b], the number of
+        the teacher of each token; None if all have the first one."""
         stats, rho = out.stats, out.relative_validity
         bad = stats.skipped
         read = torch.ones_like(bad) if mask is None else mask != 0
@@ -128,7 +148,15 @@ class Report:
         bins.index_add_(0, BINS + weight_slots.flatten(), kept)
         number = read.sum().double()
         counts = torch.stack([torch.ones_like(number), number, number * number])
-        sums = torch.cat([counted.flatten(1).sum(1, dtype=torch.float64), counts, bins])
+        totals = counted.flatten(1).sum(1, dtype=torch.float64)
+        of_teachers = []
+        for teacher in range(len(self._names)):
+            if owners is None:
+                of_teachers.append(totals if teacher == 0 else torch.zeros_like(totals))
+            else:
+                own = torch.where(owners == teacher, counted, 0.0)
+                of_teachers.append(own.flatten(1).sum(1, dtype=torch.float64))
+        sums = torch.cat([totals, counts, bins, *of_teachers])
         self._last = sums
         self._step = sums if self._step is None else self._step + sums
 
@@ -152,9 +180,11 @@ class Report:
         if step is not None and not repeated:
             self._sums = step if self._sums is None else self._sums + step
 
-    def add_link(self, wait: float, received: int) -> None:
-        """Adds seconds of waiting for the teacher and payload bytes received."""
+    def add_link(self, wait: float, received: int, teacher: int = 0) -> None:
+        """Adds seconds of waiting for a teacher and payload bytes received."""
         self._wait += wait
+        if self._names:
+            self._waits[teacher] += wait
         self._bytes += received
 
     def add_verifier(self, seconds: float) -> None:
@@ -164,13 +194,14 @@ class Report:
     def take(self, group: dist.ProcessGroup | None = None) -> Figures:
         """Figures since the last call; the sums start anew. Waits for the device.
 
-        group: ranks whose tokens are added up, for example the data-parallel group: two all-reduces, and each of its
-            ranks must call this. None: the tokens of this rank. Only ranks of the last pipeline stage have any.
+        group: ranks whose tokens are added up, for example the data-parallel group: one all-reduce, and one for each
+            teacher that is checked, and each of its ranks must call this. None: the tokens of this rank. Only ranks of
+            the last pipeline stage have any.
         """
         self.end_step()
-        if self._check is not None:
-            self._check.tell("since the last report", group)
-        size = _BEFORE_BINS + BINS + WEIGHT_BINS + 1
+        for check in self._checks:
+            check.tell("since the last report", group)
+        size = _BEFORE_BINS + BINS + WEIGHT_BINS + len(_SUMS) * len(self._names) + 1
         sums = torch.zeros(size, dtype=torch.float64)
         if self._sums is not None:
             unlike = self._sums.new_zeros(()) if self._unlike is None else self._unlike
@@ -186,7 +217,9 @@ class Report:
         tokens = values[0]
         means = {name: value / max(tokens, 1.0) for name, value in zip(_SUMS, values, strict=False)}
         micro_batches, kept, squares = (int(value) for value in values[len(_SUMS) : _BEFORE_BINS])
-        bins = tuple(int(value) for value in values[_BEFORE_BINS:])
+        teachers = values[_BEFORE_BINS + BINS + WEIGHT_BINS :]
+        bins = tuple(int(value) for value in values[_BEFORE_BINS : _BEFORE_BINS + BINS + WEIGHT_BINS])
+        waits, self._waits = self._waits, [0.0] * len(self._names)
         figures = Figures(
             **{**means, "tokens": int(tokens), "invalid_rows": int(values[_SUMS.index("invalid_rows")])},
             validity_histogram=bins[:BINS],
@@ -199,6 +232,10 @@ class Report:
             # Computed from integers, so that equal numbers give exactly 0 and others do not.
             micro_batch_deviation=(micro_batches * squares - kept * kept) ** 0.5 / max(micro_batches, 1),
             unlike_mask=int(unlike),
+            teachers=tuple(
+                _of_teacher(name, teachers[number * len(_SUMS) : (number + 1) * len(_SUMS)], waits[number])
+                for number, name in enumerate(self._names)
+            ),
         )
         if group is None or dist.get_rank(group) == 0:
             self._warn(figures)
@@ -225,6 +262,20 @@ class Report:
                 figures.micro_batch_tokens,
                 figures.micro_batch_deviation,
             )
+
+
+def _of_teacher(name: str, sums: list[float], wait: float) -> OfTeacher:
+    found = dict(zip(_SUMS, sums, strict=True))
+    tokens = max(found["tokens"], 1.0)
+    return OfTeacher(
+        name,
+        int(found["tokens"]),
+        found["divergence"] / tokens,
+        found["weight"] / tokens,
+        found["agreement"] / tokens,
+        int(found["invalid_rows"]),
+        wait,
+    )
 
 
 def raise_if_invalid(counts: list[Tensor], data_rank: int) -> None:

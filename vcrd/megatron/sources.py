@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from vcrd.cache.answers import CachedAnswers
 from vcrd.link.handshake import Tokenizer
 from vcrd.link.rendezvous import Rendezvous, host_rendezvous
@@ -14,7 +12,7 @@ from vcrd.settings import LinkSettings, TeacherSource
 
 def host_source(settings: LinkSettings, source: TeacherSource) -> Rendezvous | None:
     """Opens the rendezvous of a teacher job, on rank 0 of the student job; None for a source without an address."""
-    return None if source.address is None else host_rendezvous(_of(settings, source))
+    return None if source.address is None else host_rendezvous(settings.of(source))
 
 
 def open_source(
@@ -22,16 +20,10 @@ def open_source(
 ) -> StudentLink | CachedAnswers:
     """Opens this rank's end of one teacher; blocks until its job has joined. Every rank of the last stage calls it.
 
-    settings: the payload and the limits of this teacher. Its addresses do not count, those of `source` do. tokenizer:
-    the student's. Errors and collectives as of `StudentLink.connect` and `CachedAnswers.connect`.
+    settings: of the job, with the payloads and limits of all teachers. tokenizer: the student's. Errors and collectives
+    as of `StudentLink.connect` and `CachedAnswers.connect`.
     """
-    own, place = _of(settings, source), layout.place(tokenizer)
+    own, place = settings.of(source), layout.place(tokenizer)
     if source.cache is None:
-        return StudentLink.connect(own, **place)
+        return StudentLink.connect(own, **place, called=source.name)
     return CachedAnswers.connect(own, source, group=layout.groups.tensor_context, **place)
-
-
-def _of(settings: LinkSettings, source: TeacherSource) -> LinkSettings:
-    """The settings as if this were the only teacher."""
-    cache = None if source.cache is None else f"cache:{source.cache}"
-    return replace(settings, address=source.address, teacher=cache)

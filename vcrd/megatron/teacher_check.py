@@ -40,9 +40,14 @@ _ERRORS = 4
 
 
 class TeacherCheck:
-    """Sums over this rank's tokens, on their device. Adding does not wait for it; `tell` waits once."""
+    """Sums over this rank's tokens of one teacher, on their device. Adding does not wait for it; `tell` waits once.
 
-    def __init__(self) -> None:
+    number, name: of the teacher among those of the job; the name "" is that of an only teacher without a name.
+    """
+
+    def __init__(self, number: int = 0, name: str = "") -> None:
+        self._number = number
+        self._who = f"the teacher {name}" if name else "the teacher"
         self._layout: Layout | None = None
         self._known: int | None = None  # columns that have a token
         self._teacher: Any = None
@@ -111,10 +116,10 @@ class TeacherCheck:
         everywhere = [error for error in range(_ERRORS) if total[len(_SUMS) + error] == ranks > 0]
         if everywhere:
             if group is None or group.rank() == group.size() - 1:
-                _log.warning("%s: the teacher %s", when, self._sentence(everywhere[0], total))
+                _log.warning("%s: %s %s", when, self._who, self._sentence(everywhere[0], total))
         elif any(found):
-            replica, _ = self._teacher.served_by
-            which = "the teacher" if replica is None else f"teacher replica {replica}"
+            replica, _ = self._teacher.each()[self._number].served_by
+            which = self._who if replica is None else f"{self._who.removeprefix('the ')} replica {replica}"
             said = self._sentence(found.index(1.0), own)
             _log.warning("%s: %s, on data rank %d, %s", when, which, self._layout.data_rank, said)
 

@@ -18,6 +18,8 @@ _HIDDEN_SIZE = 8192
 class Wait:
     """How a student rank waited for one teacher replica over a number of steps.
 
+    teacher: the name of the teacher, "" if it has none.
+
     share: share of the time that was spent in waiting. arriving: share of the wait in which bytes of an answer were
     arriving. while_lost: share of the wait without a teacher. late: share of the answers that had not arrived when they
     were needed. bytes_per_second: received, over all of the time.
@@ -29,6 +31,14 @@ class Wait:
     while_lost: float
     late: float
     bytes_per_second: float
+    teacher: str = ""
+
+    @property
+    def who(self) -> str:
+        """The replica in words."""
+        if self.teacher:
+            return f"replica {self.replica} of teacher {self.teacher}"
+        return f"teacher replica {self.replica}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ def sentence(wait: Wait, setup: Setup) -> str | None:
     """What happened and what to try; None if the wait was short."""
     if wait.share < WORTH_SAYING:
         return None
-    found = f"student waited {_percent(wait.share)} of the step for teacher replica {wait.replica}"
+    found = f"student waited {_percent(wait.share)} of the step for {wait.who}"
     why = cause(wait)
     if why == "lost":
         return f"{found}, which was lost and came back; its own log says why"

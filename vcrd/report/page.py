@@ -71,7 +71,9 @@ def _warnings(run: Run) -> str:
     """The warnings of the log. Repeated warnings are shown once."""
     found: dict[tuple, list[dict]] = {}
     for record in run.starved:
-        found.setdefault((record.get("replica"), record.get("cause")), []).append(record)
+        found.setdefault((record.get("teacher"), record.get("replica"), record.get("cause")), []).append(
+            record
+        )
     items = []
     for records in sorted(found.values(), key=len, reverse=True):
         worst = max(records, key=lambda record: record.get("share") or 0.0)
@@ -162,7 +164,8 @@ def _weights(run: Run) -> str:
 
 
 def _step_time(run: Run) -> str:
-    """The time of a step. The student waits for all replicas at the same time, so the longest wait counts."""
+    """The time of a step. A rank waits for one replica of each teacher, and the ranks wait at the same time, so the
+    longest wait for each teacher counts."""
     figures = run.figures
     bins = Bins(figures["steps"], _COLUMNS)
     count, seconds = bins.sum(figures["steps"]), bins.sum(figures["seconds"])
@@ -171,8 +174,9 @@ def _step_time(run: Run) -> str:
     replicas = sorted({replica for waits in run.waits for replica in waits})
     waited = np.zeros((len(replicas), len(run.waits)))
     for place, waits in enumerate(run.waits):
-        if waits:
-            longest = max(waits, key=waits.__getitem__)
+        for teacher in {teacher for teacher, _ in waits}:
+            of_teacher = [each for each in waits if each[0] == teacher]
+            longest = max(of_teacher, key=waits.__getitem__)
             waited[replicas.index(longest), place] = waits[longest]
     rows = [bins.sum(row) for row in waited]
     verifier = bins.sum(figures["verifier_time"])
@@ -180,8 +184,9 @@ def _step_time(run: Run) -> str:
         (name, colour, part / count) for name, colour, part in _own_time(bins, figures, sum(rows) + verifier)
     ]
     shown, others = rows[: len(charts.REPLICAS) - 1], rows[len(charts.REPLICAS) - 1 :]
-    for replica, colour, row in zip(replicas, charts.REPLICAS, shown, strict=False):
-        parts.append((f"waiting for teacher replica {replica}", colour, row / count))
+    for (teacher, replica), colour, row in zip(replicas, charts.REPLICAS, shown, strict=False):
+        who = f"replica {replica} of teacher {teacher}" if teacher else f"teacher replica {replica}"
+        parts.append((f"waiting for {who}", colour, row / count))
     if others:
         parts.append(("waiting for other replicas", charts.REPLICAS[-1], sum(others) / count))
     if verifier.any():
@@ -191,7 +196,7 @@ def _step_time(run: Run) -> str:
     said = f"Mean step of {whole / count.sum():.3g} s: {', '.join(shares)}."
     if not np.isnan(figures["forward"]).all():
         said += " Host time of the last rank: GPU work counts where the host waits for it."
-    if len(replicas) > 1:
+    if len(replicas) > len({teacher for teacher, _ in replicas}):
         said += " The replicas work in parallel, so the longest wait of each interval counts."
     x = bins.last(figures["iteration"])
     chart = charts.stacked("A step", "seconds", x, parts, "iteration", said, wide=True)

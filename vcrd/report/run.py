@@ -62,14 +62,15 @@ class Run:
     """The records of a run.
 
     figures: FIGURES by name, one entry per interval, in the order of iterations. If a resumed run trained an interval
-    again, the later entry counts. waits: {replica: seconds} of each interval. weights: histogram of the weights of each
+    again, the later entry counts. waits: {(name of the teacher, replica): seconds} of each
+    interval; the name of an only teacher is "". weights: histogram of the weights of each
     interval, as (first bin, counts). ranks: OF_RANK by name, for each (role, rank). starts, starved, idle: the records
     of that kind. tokens: the content of tokens.json, or None.
     """
 
     folder: Path
     figures: dict[str, np.ndarray] = field(default_factory=dict)
-    waits: list[dict[int, float]] = field(default_factory=list)
+    waits: list[dict[tuple[str, int], float]] = field(default_factory=list)
     weights: list[tuple[int, np.ndarray]] = field(default_factory=list)
     ranks: dict[tuple[str, int], dict[str, np.ndarray]] = field(default_factory=dict)
     starts: list[dict[str, Any]] = field(default_factory=list)
@@ -97,7 +98,9 @@ def load(folder: Path) -> Run:
         raise NoRecords(text + (f"; {below[0]} has some" if below else ""))
     run.starts.sort(key=lambda record: record["time"])
     # Every rank that takes metrics itself writes this record.
-    once = {(record["iteration"], record.get("replica")): record for record in run.starved}
+    once = {
+        (record["iteration"], record.get("teacher"), record.get("replica")): record for record in run.starved
+    }
     run.starved = sorted(once.values(), key=lambda record: record["iteration"])
     run.tokens = _tokens(folder / TOKENS)
     return run
@@ -156,19 +159,25 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else np.nan
 
 
+def _replica(text: str) -> tuple[str, int]:
+    """Of "3" or "math/3": the name of the teacher, "" for none, and the replica."""
+    teacher, _, replica = text.rpartition("/")
+    return teacher, int(replica)
+
+
 class _Figures:
     """Collects the records of the intervals."""
 
     def __init__(self) -> None:
         self._table = _Table(FIGURES)
-        self._waits: list[dict[int, float]] = []
+        self._waits: list[dict[tuple[str, int], float]] = []
         self._weights: list[tuple[int, np.ndarray]] = []
 
     def add(self, record: dict[str, Any]) -> None:
         """Ignores a record whose fields have wrong types."""
         try:
             waits = record.get("teacher_wait_by_replica") or {}
-            waits = {int(replica): float(seconds) for replica, seconds in waits.items()}
+            waits = {_replica(text): float(seconds) for text, seconds in waits.items()}
             first, counts = record.get("weight_histogram") or (0, [])
             weights = int(first), np.asarray(counts, dtype=np.float64).reshape(-1)
             iteration = float(record["iteration"])
