@@ -35,6 +35,7 @@ from vcrd.megatron.prefetch import (
     running_again,
     tokens_in,
 )
+from vcrd.megatron.privileged import AskedTwice, Judged
 from vcrd.megatron.random_state import EvaluationState, WhoDraws
 from vcrd.megatron.sources import host_source, open_source
 from vcrd.megatron.teacher_context import without_context
@@ -83,7 +84,7 @@ class RemoteTeacher:
         self._doubts = Doubts()
         self._received = 0  # answers taken from the link
         # Of these, answers for micro-batches that are still to be drawn.
-        self._kept: deque[TeacherLogits] = deque()
+        self._kept: deque[TeacherLogits | Judged] = deque()
 
     @property
     def waits(self) -> Waits:
@@ -111,9 +112,8 @@ class RemoteTeacher:
                     "tokenizer: not known in the student job, so it is not compared: pass one to distill()"
                 )
             self._layout = layout
-            self._teachers = Teachers(
-                open_source(self._settings.link, self._teacher_source, layout, tokenizer)
-            )
+            kind = AskedTwice if self._settings.validity == "privileged" else Teachers
+            self._teachers = kind(open_source(self._settings.link, self._teacher_source, layout, tokenizer))
 
     def watched(self, data_iterator: Any) -> Any:
         """On the rank that asks: the iterator that draws ahead. On other ranks: the script's own.
@@ -194,7 +194,7 @@ class RemoteTeacher:
         while len(self._kept) < pending:
             self._kept.append(self._receive())
 
-    def _receive(self) -> TeacherLogits:
+    def _receive(self) -> TeacherLogits | Judged:
         self._received += 1
         return self._teachers.receive(self._received - 1)
 
@@ -289,7 +289,7 @@ class RemoteTeacher:
             self._credit = 0
         return problem if problem is not None or sentence is None else ValueError(sentence)
 
-    def answer(self, number: int) -> TeacherLogits:
+    def answer(self, number: int) -> TeacherLogits | Judged:
         """The teacher's answer to micro-batch `number`; blocks until it has come.
 
         `StudentLink.receive` notices here if the teacher job has died. It waits for the restarted teacher, which
