@@ -25,6 +25,16 @@ CONFIGS = {
     # The teacher of `formats` jumps over the wanted share, so only the other tasks are compared (docs/evidence.md).
     "worse-teacher": replace(Sizes(), good_enough=(0.60, 0.75)),
     "early-student": replace(Sizes(), begun=0.05),
+    # For privileged.py on a loaded machine: smaller teachers that err, and students that know little.
+    "light": replace(
+        Sizes(),
+        teacher=(48, 3, 4),
+        teacher_batch=32,
+        teacher_rate=4e-3,
+        good_enough=(0.30, 0.75),
+        begun=0.05,
+        watched=100,
+    ),
     # For one H100 and 16 cores: four times the parameters, five times the tokens.
     "large": replace(
         Sizes(),

@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import anatomy
 import estimators
 import plots
+import privileged
 import tables
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -31,8 +32,8 @@ def comparisons(folder: Path) -> dict[str, tables.Results]:
 
 
 def tables_of(name: str, folder: Path) -> str:
-    if name in ("estimators", "anatomy"):
-        made_by = {"estimators": estimators, "anatomy": anatomy}[name]
+    made_by = {"estimators": estimators, "anatomy": anatomy, "privileged": privileged}.get(name)
+    if made_by is not None:
         return made_by.page(json.loads((folder / f"{name}.json").read_text()))
     known = comparisons(folder)
     if name == "map":

@@ -105,7 +105,11 @@ def trained(task: str, seed: int | None, sizes: Sizes, out: Path) -> Stack:
 
 def _path(task: str, seed: int | None, sizes: Sizes, out: Path) -> Path:
     who, until = ("teacher", sizes.good_enough) if seed is None else ("student", sizes.begun)
-    its = [until, *(getattr(sizes, f"{who}{what}") for what in ("", "_batch", "_steps", "_rate"))]
+    its = [
+        until,
+        sizes.watched,
+        *(getattr(sizes, f"{who}{what}") for what in ("", "_batch", "_steps", "_rate")),
+    ]
     return out / "models" / _digest(its) / f"{task}-{who if seed is None else seed}.pt"
 
 

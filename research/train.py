@@ -29,7 +29,8 @@ class Sizes:
     """Sizes of one configuration. teacher, student: width, layers and heads. teacher_steps, student_steps: most steps
     on correct solutions. The training of a teacher ends when it solves a share of problems in `good_enough`, that of a
     student when it solves `begun` of them; then the distillation begins. batch, steps: of the distillation. renewed:
-    steps after which the student's own samples are drawn again.
+    steps after which the student's own samples are drawn again. watched: held-out problems whose solved share ends the
+    training of teachers and students.
     """
 
     teacher: tuple[int, int, int] = (72, 3, 4)
@@ -42,6 +43,7 @@ class Sizes:
     student_steps: int = 3000
     student_rate: float = 6e-3
     begun: float = 0.3
+    watched: int = 300
     batch: int = 12
     steps: int = 150
     renewed: int = 5
@@ -50,22 +52,27 @@ class Sizes:
     rates: tuple[float, ...] = (1e-3, 3e-3)
 
 
-def _optimizer(models: Stack, rate: float) -> torch.optim.Optimizer:
+def optimizer_of(models: Stack, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(models.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
 
 
-def _paced(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int, warm_up: int) -> None:
+def paced(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int, warm_up: int) -> None:
     """Rises linearly, then falls to a tenth along a cosine. step: starts at 1."""
     down = 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))
     for group in optimizer.param_groups:
         group["lr"] = rate * min(1.0, step / warm_up) * down
 
 
-def _imitate(
-    models: Stack, optimizer: torch.optim.Optimizer, family: Family, rng: random.Random, rows: int
+def imitate(
+    models: Stack,
+    optimizer: torch.optim.Optimizer,
+    family: Family,
+    rng: random.Random,
+    rows: int,
+    shown: Callable[[Problem, random.Random], Problem] = lambda problem, rng: problem,
 ) -> None:
-    """Runs one step with correct solutions."""
-    problems = draw(family, rng, rows)
+    """Runs one step with correct solutions. shown: a problem as the model sees it."""
+    problems = [shown(problem, rng) for problem in draw(family, rng, rows)]
     solutions = [problem.solution(rng) for problem in problems]
     batch = batch_of(problems, solutions, (1, rows)).to(models.device)
     loss = F.cross_entropy(models(batch.tokens).flatten(0, 2), batch.labels.flatten(), ignore_index=-1)
@@ -91,6 +98,7 @@ def teacher_of(
         1,
         (sizes.teacher_steps, sizes.teacher_batch, sizes.teacher_rate),
         ((low + high) / 2, high),
+        sizes.watched,
         path,
         lambda text: say(f"teacher {text}"),
     )
@@ -106,6 +114,7 @@ def student_of(
         1000 + seed,
         (sizes.student_steps, sizes.student_batch, sizes.student_rate),
         (sizes.begun, 1.0),
+        sizes.watched,
         path,
         lambda text: say(f"student {seed} {text}"),
     )
@@ -117,6 +126,7 @@ def _taught(
     seed: int,
     pace: tuple[int, int, float],
     wanted: tuple[float, float],
+    watched: int,
     path: Path,
     say: Callable[[str], None],
 ) -> Stack:
@@ -127,13 +137,13 @@ def _taught(
     if path.exists():
         models.load_state_dict(torch.load(path, map_location=models.device))
         return models
-    rng, held = random.Random(seed), draw(family, random.Random(2), 300, held=True)
+    rng, held = random.Random(seed), draw(family, random.Random(2), watched, held=True)
     steps, batch, rate = pace
-    optimizer = _optimizer(models, rate)
+    optimizer = optimizer_of(models, rate)
     best: tuple[float, dict] = (-1.0, models.state_dict())
     for step in range(1, steps + 1):
-        _paced(optimizer, rate, step, steps, 100)
-        _imitate(models, optimizer, family, rng, batch)
+        paced(optimizer, rate, step, steps, 100)
+        imitate(models, optimizer, family, rng, batch)
         # Evaluates more often if it learns fast.
         if step % (20 if best[0] > wanted[0] / 4 else 40) and step < steps:
             continue
@@ -201,7 +211,7 @@ def distil(
     """Trains one student per method, from the same initial student. wrong: share of wrong verdicts."""
     students = Stack(student.shape, len(chosen)).to(student.device)
     students.take(student, [0] * len(chosen))
-    optimizer = _optimizer(students, rate)
+    optimizer = optimizer_of(students, rate)
     prefixes = Prefixes(regime, family, teacher, sizes, seed, len(chosen))
     generators = [torch.Generator().manual_seed(31 * seed + 7) for _ in chosen]
     for step in range(1, sizes.steps + 1):
@@ -227,7 +237,7 @@ def distil(
             for number, method in enumerate(chosen)
             for place in [number if regime == how.OWN else 0]
         ]
-        _paced(optimizer, rate, step, sizes.steps, 10)
+        paced(optimizer, rate, step, sizes.steps, 10)
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()  # the students have separate gradients
         optimizer.step()

@@ -117,11 +117,22 @@ LAYERS = (
             "vcrd.loss.checks",
             "vcrd.loss.config",
             "vcrd.loss.divergence",
+            "vcrd.loss.judge",
             "vcrd.loss.validity",
             "vcrd.teacher_logits",
         ),
     ),
     Layer("vcrd/loss/fused_head.py", ("vcrd.loss", "vcrd.teacher_logits")),
+    Layer(
+        "vcrd/loss/judge.py",
+        (
+            "vcrd.loss.config",
+            "vcrd.loss.divergence",
+            "vcrd.loss.ops",
+            "vcrd.loss.teacher_blocks",
+            "vcrd.teacher_logits",
+        ),
+    ),
     Layer("vcrd/loss/validity.py", ("vcrd.loss.config", "vcrd.loss.divergence")),
     Layer(
         "vcrd/loss/divergence.py",

@@ -433,7 +433,9 @@ class DistillSettings:
     validity: Any = setting(
         "label",
         "Estimator of local validity: label, margin, confidence, uniform, or scores, which reads the validity of each "
-        "token from the micro-batches (docs/validity.md). In Python also a callable.",
+        "token from the micro-batches. privileged: the probabilities by the teacher with the context that the "
+        "micro-batches have for it, which the teacher that is distilled does not see. docs/validity.md describes these "
+        "two. In Python also a callable.",
         Kind(_check_validity),
     )
     sharpness: float = setting(
@@ -493,6 +495,9 @@ class DistillSettings:
         _check_fields(self)
         if not isinstance(self.link, LinkSettings):
             raise wrong_type("link", "LinkSettings", self.link)
+        if self.validity == "privileged" and not self.link.teacher_context_length:
+            what = "more than 0 with validity 'privileged', whose judge is the teacher with a context"
+            raise expected(label("teacher_context_length"), what, 0)
         sources = self.link.teachers()
         names = [source.name for source in sources]
         check_teachers("teacher_weights", teachers_in(self.teacher_weights), names)

@@ -33,9 +33,10 @@ class Learner:
     """This rank's part of a model with random weights, in Megatron's data-parallel wrapper, and its optimizer.
 
     The learning rate rises to `rate` over the first tenth of the updates, then falls to a tenth of it along a cosine.
+    longest: tokens of the longest row.
     """
 
-    def __init__(self, shape: Shape, seed: int, rate: float, updates: int) -> None:
+    def __init__(self, shape: Shape, seed: int, rate: float, updates: int, longest: int = LENGTH) -> None:
         # Weights of a tensor shard are cut from the whole, so the ranks of a stage share a seed, and stages do not.
         torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
         config = replace(configure(shape, shape.layers), perform_initialization=True)
@@ -43,7 +44,7 @@ class Learner:
         # The teacher's hidden states travel between the stages beside the student's (vcrd.megatron.ColocatedTeacher).
         config.variable_seq_lengths = True
         config.finalize_model_grads_func = finalize_model_grads
-        part = build(shape, config, LENGTH + 1)
+        part = build(shape, config, longest + 1)
         self.model = DistributedDataParallel(config, DistributedDataParallelConfig(), part)
         options = OptimizerConfig(
             optimizer="adam",
@@ -90,7 +91,7 @@ def forward_step(data_iterator: Iterator[dict], model: Any) -> tuple[Any, Callab
     """The forward step of a Megatron script: draws a micro-batch, calls the model, returns loss_func."""
     batch = next(data_iterator)
     mask = batch["loss_mask"]
-    positions = torch.arange(LENGTH, device=mask.device).expand_as(mask)
+    positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     losses = model(batch["tokens"], positions, None, labels=batch["labels"], loss_mask=mask)
 
     def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:

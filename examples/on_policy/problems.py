@@ -55,16 +55,22 @@ def is_right(chain: Chain, response: str) -> bool:
 
 
 def micro_batches(
-    problems: Sequence[Chain], responses: Sequence[str], size: int, teacher_validity: float | None = None
+    problems: Sequence[Chain],
+    responses: Sequence[str],
+    size: int,
+    teacher_validity: float | None = None,
+    hints: Sequence[str] = (),
 ) -> list[dict[str, Tensor]]:
-    """Micro-batches of `size` samples, with Megatron's keys [size, LENGTH]; the loss is on the responses alone.
+    """Micro-batches of `size` samples, with Megatron's keys [size, LENGTH]; the loss is on the responses alone. With
+    `hints`, texts before the prompts, of up to LENGTH tokens, the rows have 2 LENGTH tokens.
 
     With `teacher_validity`, how often the teacher's steps are right, also the scores of the steps: the student's
     validity is 1 in a right step and 0 in the first wrong one. In later steps nothing can be right any more, so both
     are equally valid there.
     """
     rows = [
-        _row(chain, response, teacher_validity) for chain, response in zip(problems, responses, strict=True)
+        _row(chain, response, teacher_validity, hint)
+        for chain, response, hint in zip(problems, responses, hints or [None] * len(problems), strict=True)
     ]
     return [
         {key: torch.stack([row[key] for row in rows[first : first + size]]) for key in rows[0]}
@@ -72,15 +78,16 @@ def micro_batches(
     ]
 
 
-def _row(chain: Chain, response: str, teacher_validity: float | None) -> dict[str, Tensor]:
-    text = encode(chain.prompt + response)
-    whole = torch.full((LENGTH + 1,), PADDING)
+def _row(chain: Chain, response: str, teacher_validity: float | None, hint: str | None) -> dict[str, Tensor]:
+    length, begin = (LENGTH, chain.prompt) if hint is None else (2 * LENGTH, hint + chain.prompt)
+    text = encode(begin + response)
+    whole = torch.full((length + 1,), PADDING)
     whole[: len(text)] = torch.tensor(text)
     # Position j predicts token j + 1, so the first token of the response is the label of the last one of the prompt.
-    spoken = slice(len(chain.prompt) - 1, len(text) - 1)
+    spoken = slice(len(begin) - 1, len(text) - 1)
 
     def spread(values: list[float], default: float) -> Tensor:
-        row = torch.full((LENGTH,), default)
+        row = torch.full((length,), default)
         row[spoken] = torch.tensor(values)
         return row
 

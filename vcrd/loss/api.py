@@ -10,6 +10,7 @@ from torch import Tensor
 from vcrd.loss.checks import refuse
 from vcrd.loss.config import LossConfig, loss_config
 from vcrd.loss.divergence import DivergenceStats, measure
+from vcrd.loss.judge import judged_actions, require_judge, settle_judge
 from vcrd.loss.validity import require_labels, validity_weights, weighted
 from vcrd.teacher_logits import TeacherLogits
 
@@ -34,6 +35,7 @@ def validity_calibrated_kl(
     steps: Tensor | None = None,
     student_validity: Tensor | None = None,
     teacher_validity: Tensor | None = None,
+    judge: Tensor | TeacherLogits | None = None,
     **options: Any,
 ) -> CalibratedLoss:
     """loss = weight * divergence + ce_weight * cross_entropy, per token.
@@ -50,19 +52,28 @@ def validity_calibrated_kl(
         labels: [...], integers, negative for none; needed by validity "label" and by a `ce_weight`.
         config: the settings that do not change from call to call: see `LossConfig`. Default: `LossConfig()`.
         steps, student_validity, teacher_validity: see `validity_weights`.
+        judge: only for validity "privileged", which needs it: the answer of a teacher that knows more, in any form
+            that `teacher_logits` may have. It judges both actions, and receives no gradient. With
+            `skip_invalid_teacher` rows in which it is no distribution are skipped too.
         options: fields of `LossConfig`, which count before those of `config`.
 
-    Collectives: those of `vocab_parallel_divergence` and of `validity_weights`.
+    Collectives: those of `vocab_parallel_divergence` and of `validity_weights`; with a `judge` that of
+    `vcrd.loss.judge.judged_actions`.
 
     Raises TypeError or ValueError that names the argument.
     """
     try:
         config = loss_config(config, options)
         require_labels(labels, config)
+        require_judge(judge, teacher_logits, config)
     except (TypeError, ValueError) as error:
         refuse(group, error)
         raise
+    call = None if judge is None else settle_judge(student_logits, judge, mask, config, group)
     stats, label_validity = measure(student_logits, teacher_logits, labels, mask, config, group)
+    judged = None if call is None else judged_actions(call, stats)
+    if judged is not None and config.skip_invalid_teacher:
+        stats = stats.skipping(judged.invalid)
     if config.skip_invalid_teacher:
         mask = ~stats.skipped if mask is None else ~stats.skipped & (mask != 0)
     weight, rho = validity_weights(
@@ -73,6 +84,7 @@ def validity_calibrated_kl(
         student_validity=student_validity,
         teacher_validity=teacher_validity,
         label_validity=label_validity,
+        judged=judged,
     )
     loss = weighted(weight, stats.divergence)
     if config.ce_weight != 0:

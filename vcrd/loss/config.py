@@ -13,7 +13,7 @@ from torch import Tensor
 from vcrd.errors import check_bool, check_choice, check_integer, check_number, expected, wrong_type
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl")
-ESTIMATORS = ("label", "margin", "confidence", "scores", "uniform")
+ESTIMATORS = ("label", "margin", "confidence", "scores", "privileged", "uniform")
 NORMALIZATIONS = ("none", "mean")
 IF_UNUSED = "if_unused"
 UPSTREAM = ("look", "even", "uneven")
@@ -48,6 +48,8 @@ class LossConfig:
             Where only the teacher's top k are known, "confidence" of the teacher is an upper bound, and so is
             "margin" of the student whose token is not among them.
         "scores": `student_validity` and `teacher_validity`, from a verifier, a process reward model or rollouts.
+        "privileged": the probability that a judge gives m's most probable token. The judge is a teacher that knows
+            more than the one that is distilled, for example the solution: `judge`, an argument of the loss.
         "uniform": 1, so the weight is (floor + ceiling) / 2 everywhere: the plain-distillation control.
         a callable: given `DivergenceStats`, returns the student's and the teacher's validity, each [...] in (0, 1].
     sharpness: 1 makes rho = V_T / (V_T + V_S).
@@ -134,8 +136,8 @@ class HeadConfig:
         "even": a promise. As "look", but backward waits for nothing. Where the upstream gradient is not even, the
             gradient of `weight` is NaN.
         "uneven": backward makes the logits again in any case: four products, and nothing is kept but some numbers per
-            token. It is always so with `steps`, a callable `validity`, or the normalization "mean" beside a
-            `ce_weight`.
+            token. It is always so with `steps`, a callable `validity` or "privileged", or the normalization
+            "mean" beside a `ce_weight`.
     found_uneven: one float32 on the device of `hidden`, to which backward adds 1 where it looked at the upstream
         gradient of `loss`, or was promised an even one, and it was not even. It does not wait for it.
     chunk_bytes: of float32 logits at a time, of the teacher's as well where they are made here. The same on every rank.

@@ -31,7 +31,7 @@ _STUDENT_ENTROPY, _TEACHER_ENTROPY = map(ops.STATISTICS.index, ("student_entropy
 _TEACHER_MAX = ops.PARTIAL_COLUMNS["teacher_max"]
 # Above what the code 255 stands for, below what 254 does. In a row of codes the largest logit has the code 0, so a row
 # without any code below 255 is none: the link sends it in the place of what codes cannot say.
-_NO_CODE = -23.9
+NO_CODE = -23.9
 
 
 class DivergenceStats(NamedTuple):
@@ -62,6 +62,11 @@ class DivergenceStats(NamedTuple):
     student_action: Tensor
     teacher_action: Tensor
     skipped: Tensor
+
+    def skipping(self, rows: Tensor) -> DivergenceStats:
+        """With these rows skipped too, bool [...]: they have no gradient either."""
+        *fields, skipped = self
+        return DivergenceStats(*(torch.where(rows, 0, field) for field in fields), skipped | rows)
 
 
 # Divergences and statistics go by their numbers between Python and the extension.
@@ -329,7 +334,7 @@ def _skip_invalid_rows(
     """
     bad = statistics[_TEACHER_ENTROPY].isnan()
     if coded and partials.shape[1]:
-        bad = bad | (partials[..., _TEACHER_MAX].amax(0) < _NO_CODE)
+        bad = bad | (partials[..., _TEACHER_MAX].amax(0) < NO_CODE)
     bad = bad & ~statistics[_STUDENT_ENTROPY].isnan()
     if mask is not None:
         bad = bad & (mask != 0)

@@ -35,11 +35,13 @@ from vcrd.loss.divergence import (
     DivergenceStats,
     Measured,
     PassSettings,
+    SettledCall,
     kernel_arguments,
     measured_of,
     settle,
     statistics_pass,
 )
+from vcrd.loss.judge import Verdicts, judged_actions, require_judge, settle_judge
 from vcrd.loss.teacher_blocks import (
     DenseBlocks,
     HiddenBlocks,
@@ -71,6 +73,7 @@ def fused_validity_calibrated_kl(
     steps: Tensor | None = None,
     student_validity: Tensor | None = None,
     teacher_validity: Tensor | None = None,
+    judge: Tensor | TeacherLogits | None = None,
     **options: Any,
 ) -> CalibratedLoss:
     """`validity_calibrated_kl` of logits = scale * hidden @ weight.T, then softcap * tanh(logits / softcap).
@@ -84,7 +87,7 @@ def fused_validity_calibrated_kl(
         weight: [vocabulary shard, hidden size], any of these dtypes, the rows of this rank's columns. On CUDA a weight
             of the hidden states' own 16-bit dtype is multiplied as it is, with float32 sums, and so is the gradient of
             the logits, rounded to it. All else is multiplied in float32.
-        teacher_logits, labels, config, mask, group, steps, student_validity, teacher_validity: see
+        teacher_logits, labels, config, mask, group, steps, student_validity, teacher_validity, judge: see
             `validity_calibrated_kl`. Tokens whose mask is 0 are not computed on CPU. A mask must be the same on every
             rank of `group`.
         head: the settings of the output layer: see `HeadConfig`. Default: `HeadConfig()`.
@@ -96,7 +99,7 @@ def fused_validity_calibrated_kl(
     (mixture divergences: one all-reduce of 2 floats per token more; `TopKLogits`: one all-gather of 3 floats per token
     more), so that a chunk is done with while it is in memory; backward one all-reduce of the gradient of `hidden`, in
     its dtype. With `sequence_parallel` one all-gather of `hidden` forward, and a reduce-scatter in the place of the
-    all-reduce. Normalization "mean" adds its own.
+    all-reduce. Normalization "mean" adds its own, and so does a `judge`, once for all chunks.
 
     Breaks the graph under torch.compile.
 
@@ -106,6 +109,7 @@ def fused_validity_calibrated_kl(
         head, config = fused_configs(head, config, options)
         _check_own(hidden, weight, head, group)
         require_labels(labels, config)
+        require_judge(judge, teacher_logits, config)
         shards = 1 if group is None else dist.get_world_size(group)
         leading = hidden.shape[:-1]
         if head.sequence_parallel:
@@ -117,12 +121,14 @@ def fused_validity_calibrated_kl(
         refuse(group, error)
         raise
     settled = settle(logits, teacher_logits, labels, mask, config, group)
+    judging = None if judge is None else _Judging(settle_judge(logits, judge, mask, config, group))
     if group is not None:
         agree(group, _facts(hidden, head, config), require_equal)
     rows = leading.numel()
     # What a token weighs must be known from its own statistics, but for one factor of the whole gradient.
     mean_beside_ce = config.normalization == "mean" and config.ce_weight != 0
-    token_by_token = steps is None and not callable(config.validity) and not mean_beside_ce
+    afterwards = callable(config.validity) or judging is not None
+    token_by_token = steps is None and not afterwards and not mean_beside_ce
     form, tensors = blocks_of(settled.teacher, rows, settled.shard, head.chunk_bytes)
     dense = isinstance(settled.teacher, DenseLogits)
     call = ChunkedCall(
@@ -132,7 +138,7 @@ def fused_validity_calibrated_kl(
         group=settled.group,
         form=form,
         chunk=_chunk_rows(head.chunk_bytes, settled.shard.vocab_size, shards, dense),
-        weigh=_weighing(config, leading, steps, student_validity, teacher_validity),
+        weigh=_weighing(config, leading, steps, student_validity, teacher_validity, judging),
         in_forward=head.upstream != "uneven" and token_by_token and torch.is_grad_enabled(),
     )
     expected_upstream = None
@@ -145,8 +151,23 @@ def fused_validity_calibrated_kl(
         loss, weights, rho, *fields = FusedLoss.apply(
             hidden, weight, settled.labels, settled.mask, expected_upstream, call, *tensors
         )
-    stats = DivergenceStats(*(field.view(leading) for field in fields))
-    return CalibratedLoss(loss.view(leading), weights.view(leading), rho.view(leading), stats)
+    loss, stats = loss.view(leading), DivergenceStats(*(field.view(leading) for field in fields))
+    if judging is not None and config.skip_invalid_teacher:
+        loss, stats = torch.where(judging.invalid, 0.0, loss), stats.skipping(judging.invalid)
+    return CalibratedLoss(loss, weights.view(leading), rho.view(leading), stats)
+
+
+class _Judging:
+    """The judge of one call. invalid: bool [...], rows in which it is no distribution, known once it has judged."""
+
+    def __init__(self, call: SettledCall) -> None:
+        self._call = call
+        self.invalid: Tensor | None = None
+
+    def __call__(self, stats: DivergenceStats) -> Verdicts:
+        found = judged_actions(self._call, stats)
+        self.invalid = found.invalid
+        return found
 
 
 def _weighing(
@@ -155,6 +176,7 @@ def _weighing(
     steps: Tensor | None,
     student_validity: Tensor | None,
     teacher_validity: Tensor | None,
+    judging: _Judging | None,
 ) -> Weigh:
     """What makes weights of statistics: of a chunk's, token by token, or of those of all tokens [...]."""
     rows = leading.numel()
@@ -176,14 +198,20 @@ def _weighing(
                 label_validity=measured.label_validity,
             )
         label_validity = measured.label_validity
+        stats = DivergenceStats(*(field.view(leading) for field in measured.stats))
+        judged = None if judging is None else judging(stats)
+        counted = None if counted is None else counted.view(leading)
+        if judged is not None and config.skip_invalid_teacher:  # which makes `counted` be there
+            counted = (counted != 0) & ~judged.invalid
         weight, rho = validity_weights(
-            DivergenceStats(*(field.view(leading) for field in measured.stats)),
+            stats,
             config=config,
-            mask=None if counted is None else counted.view(leading),
+            mask=counted,
             steps=steps,
             student_validity=student_validity,
             teacher_validity=teacher_validity,
             label_validity=None if label_validity is None else label_validity.view(leading),
+            judged=judged,
         )
         return weight.reshape(rows), rho.reshape(rows)
 

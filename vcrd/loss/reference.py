@@ -6,6 +6,8 @@ validity-calibrated distillation (Saadi and Wang, arXiv 2605.04078), see the REA
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -193,6 +195,17 @@ def log_validities(stats: dict[str, Tensor], validity: str) -> tuple[Tensor, Ten
     if validity == "uniform":
         return torch.zeros_like(stats["divergence"]), torch.zeros_like(stats["divergence"])
     raise ValueError(validity)
+
+
+def privileged_log_validities(
+    by_label: Callable[[Tensor], dict[str, Tensor]], student_action: Tensor, teacher_action: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log V of both actions, [...], by a judge: `statistics` or `topk_statistics` of it, in the teacher's place, for
+    given labels. An unknown action of the teacher (-1) leaves both equally valid.
+    """
+    unknown = teacher_action < 0
+    found = (by_label(action.clamp(min=0)) for action in (student_action, teacher_action))
+    return tuple(torch.where(unknown, 0.0, each["teacher_label_logprob"]) for each in found)
 
 
 def weights(

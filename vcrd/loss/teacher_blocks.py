@@ -90,7 +90,7 @@ class HiddenBlocks(NamedTuple):
     block_bytes: int
 
     def spans(self, rows: int) -> list[tuple[int, int]]:
-        return _spans(rows, self.columns, self.block_bytes)
+        return spans_of(rows, self.columns, self.block_bytes)
 
     def prepare(
         self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
@@ -133,7 +133,7 @@ class TopKBlocks(NamedTuple):
     block_bytes: int
 
     def spans(self, rows: int) -> list[tuple[int, int]]:
-        return _spans(rows, self.columns, self.block_bytes)
+        return spans_of(rows, self.columns, self.block_bytes)
 
     def prepare(
         self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
@@ -254,7 +254,8 @@ def gather_shards(partials: Tensor, group: Group) -> Tensor:
     return gathered.view(shards, *partials.shape)
 
 
-def _spans(rows: int, columns: int, block_bytes: int) -> list[tuple[int, int]]:
+def spans_of(rows: int, columns: int, block_bytes: int) -> list[tuple[int, int]]:
+    """[first, last) of blocks of float32 logits; one empty block for no rows."""
     size = max(1, block_bytes // (4 * max(1, columns)))
     return [(first, min(first + size, rows)) for first in range(0, rows, size)] or [(0, 0)]
 

@@ -37,6 +37,7 @@ def validity_weights(
     student_validity: Tensor | None = None,
     teacher_validity: Tensor | None = None,
     label_validity: Tensor | None = None,
+    judged: tuple[Tensor, Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Weight and relative validity of each token, detached, each [...] float32; 0 where the mask is 0.
@@ -53,6 +54,8 @@ def validity_weights(
             [number of steps], indexed by the step's id.
         label_validity: [...], log V of the teacher for "label", in the place of `stats.teacher_label_logprob`. The loss
             passes it for labels outside a teacher's top k: see `TopKLogits`.
+        judged: only for "privileged", which needs it: log V of the student's and of the teacher's action by the judge,
+            [...] each. The loss makes it from its argument `judge`.
         options: fields of `LossConfig`, which count before those of `config`.
 
     Collectives: none; with "mean" and a group, one all-reduce of two numbers; with `steps_group`, one all-reduce of
@@ -62,9 +65,14 @@ def validity_weights(
     """
     config = loss_config(config, options)
     check_weighting(stats.divergence, config, mask, steps, student_validity, teacher_validity)
+    if (judged is None) == (config.validity == "privileged"):
+        needed = "log validities for 'privileged' and none for another validity"
+        raise expected("judged", needed, f"{'none' if judged is None else 'them'} for {config.validity!r}")
     if config.validity == "label" and label_validity is not None:
         stats = stats._replace(teacher_label_logprob=label_validity)
-    student, teacher = _log_validities(stats, config.validity, steps, student_validity, teacher_validity)
+    if judged is None:
+        judged = _log_validities(stats, config.validity, steps, student_validity, teacher_validity)
+    student, teacher = judged
     keep = None if mask is None else mask != 0
     index = None
     if steps is not None:

@@ -23,6 +23,7 @@ from vcrd.megatron.layout import Layout, plain_copy, unwrap
 from vcrd.megatron.output_layer import Captured, OutputLayer
 from vcrd.megatron.packing import Doubts, PackedInputs, by_engine, field, look_for_borders
 from vcrd.megatron.prefetch import TokensOf, question_of
+from vcrd.megatron.privileged import Judged, no_context
 from vcrd.megatron.teacher_context import (
     CONTEXT_KEYS,
     SplitRows,
@@ -92,6 +93,9 @@ class ColocatedTeacher:
     student's positions. Between stages its states fill more columns beside the student's (`_joined`). The first and
     the last stage draw each micro-batch, as Megatron's scripts do, and a stage between them must draw it only if it is
     given a mask or packed sequences. With context parallelism the teacher's rows are divided like the student's.
+
+    With validity "privileged" the teacher runs twice for each micro-batch: without the context, which gives the answer,
+    and with it, as the judge. The states of both runs travel beside the student's.
 
     Collectives: the teacher's own, and Megatron's exchange of shapes between stages. With `teacher_context_length` on
     each stage a broadcast of each question over the tensor ranks, for which the host waits; without it one with the
@@ -166,9 +170,9 @@ class ColocatedTeacher:
         finally:
             for hook in hooks:
                 hook.remove()
-            part.hidden = None
+            part.hidden = []
 
-    def answer(self, number: int) -> TeacherLogits:
+    def answer(self, number: int) -> TeacherLogits | Judged:
         """The teacher's answer to the present micro-batch: logits [s, b, v/tp], or its hidden states."""
         part = next(part for part in self._parts.values() if part.answer is not None)
         answer, part.answer = part.answer, None  # from now on only autograd holds it, until this backward
@@ -205,8 +209,8 @@ class ColocatedTeacher:
 class _Part:
     """One chunk of the teacher beside one of the student.
 
-    hidden: the teacher's states for the next stage, until they are sent with the student's. answer: the last stage's,
-    until the loss takes it.
+    hidden: the teacher's states of each run for the next stage, until they are sent with the student's. answer: the
+    last stage's, until the loss takes it.
     """
 
     def __init__(
@@ -214,8 +218,9 @@ class _Part:
     ) -> None:
         _check(student, teacher, settings)
         self.student = student
-        self.hidden: Tensor | None = None
-        self.answer: TeacherLogits | None = None
+        self.hidden: list[Tensor] = []
+        self.answer: TeacherLogits | Judged | None = None
+        self._judges = settings.validity == "privileged"
         self._teacher = teacher
         self._extra_heads = ExtraHeads(teacher)
         self._ignores_masks = by_engine(teacher) and not by_engine(student)
@@ -242,27 +247,39 @@ class _Part:
         if given.get("decoder_input") is not None:
             raise expected("decoder_input", "None, because the teacher embeds the tokens itself", "a tensor")
         question = self._asked.take(given)
+        if self._judges and question is None and (self._first or self._last):
+            raise no_context()
         self._refuse_other_borders(given)
-        received = None if self._first else self._split()
+        received = [None, None] if self._first else self._split()
         if self._first and (tokens := given.get("input_ids")) is not None:
             self._length = tokens.shape[1] * self._asked.layout.context_size // self._parts
-        rows, given = self._as_seen(question, given, received)
+        questions = [None, question] if self._judges else [question]
+        found = [
+            self._answer(*self._as_seen(each, given, states), states)
+            for each, states in zip(questions, received, strict=False)
+        ]
+        if not self._last:
+            self.hidden = found
+        else:
+            self.answer = Judged(*found) if self._judges else found[0]
+
+    @torch.no_grad()
+    def _answer(
+        self, rows: TeacherRows | SplitRows | None, given: dict[str, Any], received: Tensor | None
+    ) -> TeacherLogits | Tensor:
+        """One run of the teacher with these arguments: its answer on the last stage, else its states."""
         teacher = self._teacher
         if self._first and (tokens := given.get("input_ids")) is not None:
             refuse_uneven_tokens(teacher.config, *tokens.shape)
         if teacher.training:
             teacher.eval()
-        with torch.no_grad():
-            if not self._first:
-                teacher.set_input_tensor(received)
-            with self._extra_heads.off(), self._captured(rows) as captured:
-                output = teacher(**given)
-            if not self._first:
-                teacher.set_input_tensor(None)
-            if self._last:
-                self.answer = self._form(output, captured, rows)
-            else:
-                self.hidden = output.detach()
+        if not self._first:
+            teacher.set_input_tensor(received)
+        with self._extra_heads.off(), self._captured(rows) as captured:
+            output = teacher(**given)
+        if not self._first:
+            teacher.set_input_tensor(None)
+        return self._form(output, captured, rows) if self._last else output.detach()
 
     def _as_seen(
         self, question: Question | None, given: dict[str, Any], received: Tensor | None
@@ -352,24 +369,31 @@ class _Part:
         """After the student's forward: joins both models' states for the next stage."""
         if self._last:
             return None
-        hidden, self.hidden = self.hidden, None
-        shape = (self._length or len(hidden), hidden.shape[1], self._widths[0])
-        if output.dtype != hidden.dtype or tuple(output.shape) != shape:
-            raise expected(
-                "teacher",
-                (
-                    f"hidden states of the student's dtype and shape {_described(output)} except for the hidden size, "
-                    f"which the configuration gives as {self._widths[0]}"
-                ),
-                _described(hidden),
-            )
-        return _joined(output, hidden)
+        joined = output
+        for hidden in self.hidden:
+            shape = (self._length or len(hidden), hidden.shape[1], self._widths[0])
+            if output.dtype != hidden.dtype or tuple(output.shape) != shape:
+                raise expected(
+                    "teacher",
+                    (
+                        f"hidden states of the student's dtype and shape {_described(output)} except for the hidden "
+                        f"size, which the configuration gives as {self._widths[0]}"
+                    ),
+                    _described(hidden),
+                )
+            joined = _joined(joined, hidden)
+        self.hidden = []
+        return joined
 
-    def _split(self) -> Tensor:
-        """Takes the teacher's columns from what the stage received, and leaves the student its own, [s, b, size]."""
+    def _split(self) -> list[Tensor]:
+        """Takes the teacher's columns from what the stage received, and leaves the student its own, [s, b, size].
+
+        One tensor for each run of the teacher. The rows of the last run alone may be longer than the student's.
+        """
         own, others = self._widths
+        last = own + others if self._judges else own  # first column of the last run
         (both,) = _received(self.student)
-        length = None if both is None else _teachers_length(both, own, others, self._unit(len(both)))
+        length = None if both is None else _teachers_length(both, last, others, self._unit(len(both)))
         if length is None:
             raise expected(
                 "forward_step",
@@ -379,7 +403,9 @@ class _Part:
         with torch.enable_grad():
             self.student.set_input_tensor(both[..., :own].contiguous())
         self._length = len(both)
-        return _parted(both[..., own:].detach(), length, others)
+        both = both.detach()
+        found = [both[..., own:last].contiguous()] if self._judges else []
+        return [*found, _parted(both[..., last:], length, others)]
 
     def _captured(
         self, rows: TeacherRows | SplitRows | None

@@ -36,6 +36,7 @@ from vcrd.megatron.layout import Layout, unwrap
 from vcrd.megatron.loss_mask import LossMask
 from vcrd.megatron.metrics import STEP_KEYS, IntervalLog, start_telemetry, with_step_sums
 from vcrd.megatron.prefetch import TokensOf, running_again
+from vcrd.megatron.privileged import Judged
 from vcrd.megatron.remote_teacher import RemoteTeacher
 from vcrd.megatron.report import Figures, Report, raise_if_invalid
 from vcrd.megatron.teacher_check import TeacherCheck
@@ -319,7 +320,11 @@ class StudentLoss:
         loss_mask = self._mask.of(self.layout, labels, loss_mask)
         external = self.external.arguments(labels, loss_mask)
         loss_mask = external.pop("loss_mask", loss_mask)
-        answer = answer_of(self._teacher.answer(number))
+        answer = self._teacher.answer(number)
+        if isinstance(answer, Judged):
+            answer, judge = answer
+            external["judge"] = answer_of(judge)
+        answer = answer_of(answer)
         self._done = number + 1
         mask = given = loss_mask.transpose(0, 1)
         weights = None

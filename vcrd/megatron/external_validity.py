@@ -63,7 +63,8 @@ class ExternalValidity:
     def __init__(self, settings: DistillSettings, tokens_of: TokensOf, verifier: Verifier | None) -> None:
         if verifier is not None and not callable(verifier):
             raise wrong_type("verifier", "a callable", verifier)
-        if verifier is not None and (settings.validity == "scores" or callable(settings.validity)):
+        own = settings.validity in ("scores", "privileged") or callable(settings.validity)
+        if verifier is not None and own:
             raise ValueError(
                 f"verifier: expected none with the settings' validity {settings.validity!r}, "
                 "for a verifier takes its place"

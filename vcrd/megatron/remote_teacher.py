@@ -35,6 +35,7 @@ from vcrd.megatron.prefetch import (
     running_again,
     tokens_in,
 )
+from vcrd.megatron.privileged import AskedTwice, Judged
 from vcrd.megatron.random_state import EvaluationState, WhoDraws
 from vcrd.megatron.sources import host_source, open_source
 from vcrd.megatron.teacher_context import without_context
@@ -84,7 +85,7 @@ class RemoteTeacher:
         self._doubts = Doubts()
         self._received = 0  # answers taken from the link
         # Of these, answers for micro-batches that are still to be drawn.
-        self._kept: deque[Answer] = deque()
+        self._kept: deque[Answer | Judged] = deque()
 
     @property
     def waits(self) -> Waits:
@@ -129,11 +130,12 @@ class RemoteTeacher:
                 )
             self._layout = layout
             link, found = self._settings.link, {}
+            kind = AskedTwice if self._settings.validity == "privileged" else Teachers
             try:
                 for source in self._sources:
                     with naming(source.name):
                         found[source.name] = open_source(link, source, layout, tokenizer)
-                self._teachers = Teachers(found, layout, link)
+                self._teachers = kind(found, layout, link)
             except BaseException:
                 for each in found.values():
                     each.close()
@@ -218,7 +220,7 @@ class RemoteTeacher:
         while len(self._kept) < pending:
             self._kept.append(self._receive())
 
-    def _receive(self) -> Answer:
+    def _receive(self) -> Answer | Judged:
         self._received += 1
         return self._teachers.receive(self._received - 1)
 
@@ -313,7 +315,7 @@ class RemoteTeacher:
             self._credit = 0
         return problem if problem is not None or sentence is None else ValueError(sentence)
 
-    def answer(self, number: int) -> Answer:
+    def answer(self, number: int) -> Answer | Judged:
         """The answers of the teachers to micro-batch `number`; blocks until it has come.
 
         `StudentLink.receive` notices here if the teacher job has died. It waits for the restarted teacher, which

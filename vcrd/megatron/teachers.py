@@ -107,6 +107,7 @@ class Answer(NamedTuple):
         *,
         mask: Tensor,
         validity: Any = None,
+        judge: Answer | None = None,
         **arguments: Any,
     ) -> CalibratedLoss:
         """What `calibrated` (`validity_calibrated_kl` or a fused head) gives, [s, b], with all teachers.
@@ -114,11 +115,14 @@ class Answer(NamedTuple):
         It is called once for each form, with a mask of the tokens that have an answer in that form. Each of these calls
         has its collectives, and in backward its gradient of the student's logits, which autograd adds. Each token gets
         bit for bit what it would get alone. validity: an estimator, or None for that of the configuration. It is called
-        once for each form as well, with -1 as both actions of the tokens that have their answer in another form.
+        once for each form as well, with -1 as both actions of the tokens that have their answer in another form. judge:
+        the answer to the same micro-batch with the teacher's context, for validity "privileged".
         """
         out = None
-        for part in self.parts:
+        for number, part in enumerate(self.parts):
             here = self.tokens_of(*part.teachers)
+            if judge is not None:
+                arguments["judge"] = judge.parts[number].logits
             if validity is not None:
                 judges = callable(validity) and here is not None
                 arguments["validity"] = _only(validity, here) if judges else validity

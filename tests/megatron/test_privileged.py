@@ -1,0 +1,80 @@
+"""Privileged validity in training: the teacher is distilled without its context, and judges with it."""
+
+from __future__ import annotations
+
+import privileged_jobs
+import pytest
+import teacher_context_jobs as contexts
+from privileged_jobs import some
+from test_distillation import settings
+from test_teacher_context import check_steps, chosen_for_training
+from worlds import World, run_worlds
+
+from vcrd.megatron.external_validity import ExternalValidity
+
+ROWS, PACKED = some(5, packed=False), some(6, packed=True)
+
+
+def chosen(**changes):
+    return chosen_for_training(validity="privileged", **changes)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "per_rank"),
+    [(1, 1, None), (2, 2, None), (1, 2, 2)],
+)
+def test_a_teacher_in_the_same_ranks_judges_as_the_reference_does(tensor, pipeline, per_rank):
+    variants = [
+        {"group": group, "payload": payload, "per_rank": per_rank, "packs": group is PACKED}
+        for group, payload in ((ROWS, "float32"), (PACKED, "hidden"))
+    ]
+    shape = contexts.LOCAL if per_rank is None else contexts.DEEP
+    ranks, (truths,) = run_worlds(
+        World(
+            privileged_jobs.trained,
+            tensor * pipeline,
+            tensor=tensor,
+            pipeline=pipeline,
+            virtual=per_rank,
+            arguments=(chosen(), variants, True),
+        ),
+        World(
+            privileged_jobs.references, arguments=(chosen(), [(each["group"], shape) for each in variants])
+        ),
+    )
+    check_steps(ranks, truths)
+
+
+@pytest.mark.parametrize("fused_head", ["off", "on"])
+def test_a_linked_teacher_is_asked_twice_and_judges_as_the_reference_does(fused_head):
+    both, asked = [*ROWS, *PACKED], chosen(fused_head=fused_head)
+    ranks, (served,), (truths,) = run_worlds(
+        World(privileged_jobs.trained, 2, tensor=2, arguments=(asked, [{"group": both}], False)),
+        World(contexts.serve, arguments=(asked,)),
+        World(privileged_jobs.references, arguments=(asked, [(both, contexts.jobs.TEACHER)])),
+    )
+    assert served == 2 * len(both)
+    check_steps(ranks, truths)
+
+
+def test_a_micro_batch_without_a_context_is_refused_on_every_rank():
+    asked = chosen()
+    local, linked, _ = run_worlds(
+        World(contexts.refusals, 2, tensor=2, arguments=(asked, [{}], True)),
+        World(contexts.refusals, 2, tensor=2, arguments=(asked, [{}], False)),
+        World(contexts.serve, arguments=(asked,)),
+    )
+    for (sentence,), (other,) in (local, linked):
+        assert sentence == other
+        assert sentence.startswith(
+            "vcrd_teacher_context: expected in every micro-batch with validity 'privileged'"
+        )
+
+
+def test_settings_that_leave_no_judge_are_refused():
+    with pytest.raises(
+        ValueError, match="TEACHER_CONTEXT_LENGTH.*: expected more than 0 with validity 'priv.*got 0"
+    ):
+        settings(validity="privileged")
+    with pytest.raises(ValueError, match="verifier: expected none with the settings' validity 'privileged'"):
+        ExternalValidity(chosen(), "tokens", lambda *actions: actions)
