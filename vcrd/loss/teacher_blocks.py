@@ -6,7 +6,8 @@ computed from these tensors alone, so it is the same in forward and in backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from vcrd.loss import ops
 from vcrd.loss.checks import VocabShard
-from vcrd.teacher_logits import HiddenStates, TeacherLogits, TopKLogits
+from vcrd.teacher_logits import HiddenStates, MixedLogits, TeacherLogits, TopKLogits
 
 # Bytes of a block of float32 logits. It is written and at once read again, so it should stay in a cache (an H100's L2
 # has 50 MB) and weigh little beside the student's logits; yet each block reads the whole output layer, so it should be
 # of many tokens: 62 at 131072 columns. And memory from 32 MiB on goes back to the system as soon as the C library gets
 # it: on CPU each block would be of fresh pages, which cost more than the arithmetic.
 BLOCK_BYTES = 31 << 20
+
+_FARTHEST = 24.0  # the distance that the code 255 stands for
 
 # A column of the partial statistics each, rows of the merged statistics, and a column of the constants.
 _MAX, _SUM = ops.PARTIAL_COLUMNS["teacher_max"], ops.PARTIAL_COLUMNS["teacher_sum"]
@@ -33,8 +36,12 @@ _TEACHER_AT_STUDENTS = ops.STATISTICS.index("teacher_logprob_of_student_action")
 _TEACHER_AT_OWN = ops.STATISTICS.index("teacher_logprob_of_teacher_action")
 _TEACHER_ENTROPY = ops.STATISTICS.index("teacher_entropy")
 _STUDENT_MAX = ops.CONSTANT_COLUMNS["student_max"]
+# Above what the code 255 stands for, below what 254 does. In a row of codes the largest logit has the code 0, so a row
+# without any code below 255 is none: the link sends it in the place of what codes cannot say.
+NO_CODE = -23.9
 
 Tensors = tuple["Tensor | None", ...]
+Rows = slice | Tensor  # some tokens: their span, or their numbers
 Group = "dist.ProcessGroup | None"
 # Given the merged statistics, actions and constants, labels and mask: see `KnownTokens.restate`.
 Restate = Callable[["Tensor", "Tensor", "Tensor", "Tensor | None", "Tensor | None"], "Tensor"]
@@ -45,6 +52,9 @@ class TeacherBlocks(Protocol):
 
     def spans(self, rows: int) -> list[tuple[int, int]]:
         """[first, last) of each block; one empty block for no rows."""
+
+    def part(self, tensors: Tensors, rows: Rows) -> Tensors:
+        """The tensors of these tokens alone."""
 
     def prepare(
         self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
@@ -70,6 +80,9 @@ class DenseBlocks(NamedTuple):
     def spans(self, rows: int) -> list[tuple[int, int]]:
         return [(0, rows)]
 
+    def part(self, tensors: Tensors, rows: Rows) -> Tensors:
+        return tuple(None if tensor is None else tensor[rows] for tensor in tensors)
+
     def prepare(
         self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
     ) -> tuple[Tensors, Restate | None]:
@@ -91,6 +104,9 @@ class HiddenBlocks(NamedTuple):
 
     def spans(self, rows: int) -> list[tuple[int, int]]:
         return _spans(rows, self.columns, self.block_bytes)
+
+    def part(self, tensors: Tensors, rows: Rows) -> Tensors:
+        return tensors[0][rows], tensors[1]
 
     def prepare(
         self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
@@ -134,6 +150,9 @@ class TopKBlocks(NamedTuple):
 
     def spans(self, rows: int) -> list[tuple[int, int]]:
         return _spans(rows, self.columns, self.block_bytes)
+
+    def part(self, tensors: Tensors, rows: Rows) -> Tensors:
+        return tuple(tensor[rows] for tensor in tensors)
 
     def prepare(
         self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
@@ -194,10 +213,95 @@ class TopKBlocks(NamedTuple):
         return torch.where(here, local, self.columns)
 
 
+class MixedBlocks(NamedTuple):
+    """The mixture of the forms in `parts`. Tensors: what is subtracted from each part's logits [rows, parts], so that
+    exp gives its share of the mixture, and then the tensors of each part.
+    """
+
+    parts: tuple[DenseBlocks | HiddenBlocks, ...]
+    columns: int
+    block_bytes: int
+
+    def spans(self, rows: int) -> list[tuple[int, int]]:
+        return _spans(rows, self.columns, self.block_bytes)
+
+    def part(self, tensors: Tensors, rows: Rows) -> Tensors:
+        of_parts = (tensor for form, own in self._each(tensors[1:]) for tensor in form.part(own, rows))
+        return tensors[0][rows], *of_parts
+
+    def prepare(
+        self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
+    ) -> tuple[Tensors, Restate | None]:
+        return tensors, None
+
+    def logits(
+        self, tensors: Tensors, student: Tensor, first: int, last: int, memory: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        subtracted = tensors[0][first:last]
+        block = _matrix(memory, last - first, self.columns, subtracted)
+        for number, logits in enumerate(self._float_logits(tensors[1:], first, last)):
+            if number == 0:
+                torch.sub(logits, subtracted[:, :1], out=block)
+            else:  # not the sum of exp: float32 holds no probability below 1e-45, but its logarithm
+                torch.logaddexp(block, logits - subtracted[:, number, None], out=block)
+        return block, None
+
+    def normalisers(self, tensors: Tensors, log_weights: list[float], rows: int, group: Group) -> Tensor:
+        """log sum exp of each part's logits minus its log weight, float32 [rows, parts]: NaN for no distribution.
+
+        tensors: of the parts. One pass over all of them. One all-gather of 2 floats per token and part.
+        """
+        found = [torch.stack(list(self._sums(tensors, *span)), 1) for span in self.spans(rows)]
+        maxima, sums = (
+            gather_shards(joined(found).flatten(1), group).unflatten(-1, (-1, 2)).double().unbind(-1)
+        )
+        top = maxima.amax(0)
+        total = top + (sums * (maxima - top).exp()).nan_to_num(nan=0.0).sum(0).log()
+        # A shard without a finite logit has the maximum -inf and no sum.
+        bad = maxima.isnan().any(0) | sums.isnan().any(0) | top.isinf()
+        for number, (form, own) in enumerate(self._each(tensors)):
+            if isinstance(form, DenseBlocks) and own[0].dtype == torch.uint8 and own[1] is None:
+                bad[:, number] |= top[:, number] < NO_CODE
+        return (total - total.new_tensor(log_weights)).masked_fill(bad, torch.nan).float()
+
+    def _sums(self, tensors: Tensors, first: int, last: int) -> Iterator[Tensor]:
+        """Of each part the maximum of each row, and the sum of exp of the distances from it: [rows, 2]."""
+        for logits in self._float_logits(tensors, first, last):
+            if not self.columns:
+                yield logits.new_tensor([-torch.inf, 0.0]).expand(len(logits), 2)
+                continue
+            top = logits.amax(-1)
+            sums = (logits - top.masked_fill(top == -torch.inf, 0.0)[:, None]).exp_().sum(-1)
+            yield torch.stack([top, sums], -1)
+
+    def _float_logits(self, tensors: Tensors, first: int, last: int) -> Iterator[Tensor]:
+        """Of each part float32 [rows, columns]."""
+        for form, own in self._each(tensors):
+            own = form.part(own, slice(first, last))
+            logits, shift = form.logits(own, own[0], 0, last - first)
+            coded = logits.dtype == torch.uint8
+            logits = logits[:, : self.columns].float()
+            if coded:
+                logits.div_(255).square_().mul_(-_FARTHEST)
+            yield logits if shift is None else logits + shift[:, None]
+
+    def _each(self, tensors: Tensors) -> Iterator[tuple[DenseBlocks | HiddenBlocks, Tensors]]:
+        """Each part with its tensors: two of either form."""
+        for number, form in enumerate(self.parts):
+            yield form, tensors[2 * number : 2 * number + 2]
+
+
 def blocks_of(
-    teacher: TeacherLogits, rows: int, shard: VocabShard, block_bytes: int
+    teacher: TeacherLogits, rows: int, shard: VocabShard, block_bytes: int, group: Group
 ) -> tuple[TeacherBlocks, Tensors]:
-    """The teacher as blocks of [rows, columns], and its tensors."""
+    """The teacher as blocks of [rows, columns], and its tensors. Collectives: of `MixedLogits` one all-gather of 2
+    floats per token and teacher."""
+    if isinstance(teacher, MixedLogits):
+        each = [blocks_of(one, rows, shard, block_bytes, group) for one in teacher.teachers]
+        form = MixedBlocks(tuple(one for one, _ in each), shard.columns, block_bytes)
+        tensors = tuple(tensor for _, own in each for tensor in own)
+        log_weights = [math.log(weight / math.fsum(teacher.weights)) for weight in teacher.weights]
+        return form, (form.normalisers(tensors, log_weights, rows, group), *tensors)
     if isinstance(teacher, TopKLogits):
         k = teacher.ids.shape[-1]
         form = TopKBlocks(shard.columns, shard.first_column, shard.vocab_size, block_bytes)
