@@ -25,8 +25,6 @@ from vcrd.teacher_logits import HiddenStates, MixedLogits, TeacherLogits, TopKLo
 # it: on CPU each block would be of fresh pages, which cost more than the arithmetic.
 BLOCK_BYTES = 31 << 20
 
-_FARTHEST = 24.0  # the distance that the code 255 stands for
-
 # A column of the partial statistics each, rows of the merged statistics, and a column of the constants.
 _MAX, _SUM = ops.PARTIAL_COLUMNS["teacher_max"], ops.PARTIAL_COLUMNS["teacher_sum"]
 _TEACHER_LABEL = ops.STATISTICS.index("teacher_label_logprob")
@@ -237,13 +235,10 @@ class MixedBlocks(NamedTuple):
     def logits(
         self, tensors: Tensors, student: Tensor, first: int, last: int, memory: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        subtracted = tensors[0][first:last]
-        block = _matrix(memory, last - first, self.columns, subtracted)
-        for number, logits in enumerate(self._float_logits(tensors[1:], first, last)):
-            if number == 0:
-                torch.sub(logits, subtracted[:, :1], out=block)
-            else:  # not the sum of exp: float32 holds no probability below 1e-45, but its logarithm
-                torch.logaddexp(block, logits - subtracted[:, number, None], out=block)
+        shares = tensors[0][first:last].t().contiguous()
+        block = _matrix(memory, last - first, self.columns, shares)
+        for number, logits in enumerate(self._logits(tensors[1:], first, last)):
+            ops.mix_(block, *logits, shares[number], number == 0)
         return block, None
 
     def normalisers(self, tensors: Tensors, log_weights: list[float], rows: int, group: Group) -> Tensor:
@@ -252,12 +247,10 @@ class MixedBlocks(NamedTuple):
         tensors: of the parts. One pass over all of them. One all-gather of 2 floats per token and part.
         """
         found = [torch.stack(list(self._sums(tensors, *span)), 1) for span in self.spans(rows)]
-        maxima, sums = (
-            gather_shards(joined(found).flatten(1), group).unflatten(-1, (-1, 2)).double().unbind(-1)
-        )
+        maxima, sums = gather_shards(joined(found).flatten(1), group).unflatten(-1, (-1, 2)).double().unbind(-1)
         top = maxima.amax(0)
-        total = top + (sums * (maxima - top).exp()).nan_to_num(nan=0.0).sum(0).log()
-        # A shard without a finite logit has the maximum -inf and no sum.
+        # A shard without a finite logit has the maximum -inf.
+        total = top + torch.where(maxima == -torch.inf, 0.0, sums * (maxima - top).exp()).sum(0).log()
         bad = maxima.isnan().any(0) | sums.isnan().any(0) | top.isinf()
         for number, (form, own) in enumerate(self._each(tensors)):
             if isinstance(form, DenseBlocks) and own[0].dtype == torch.uint8 and own[1] is None:
@@ -266,24 +259,20 @@ class MixedBlocks(NamedTuple):
 
     def _sums(self, tensors: Tensors, first: int, last: int) -> Iterator[Tensor]:
         """Of each part the maximum of each row, and the sum of exp of the distances from it: [rows, 2]."""
-        for logits in self._float_logits(tensors, first, last):
-            if not self.columns:
-                yield logits.new_tensor([-torch.inf, 0.0]).expand(len(logits), 2)
-                continue
-            top = logits.amax(-1)
-            sums = (logits - top.masked_fill(top == -torch.inf, 0.0)[:, None]).exp_().sum(-1)
-            yield torch.stack([top, sums], -1)
+        for logits, shift in self._logits(tensors, first, last):
+            if logits.dtype == torch.uint8:  # the kernel takes codes from the teacher alone
+                block = _matrix(None, last - first, self.columns, logits)
+                ops.mix_(block, logits, shift, block.new_zeros(last - first), True)
+                logits, shift = block, None
+            # The kernel compares two models: both are this teacher.
+            partials = ops.row_statistics(logits, logits, shift, None, None, 1.0, self.columns, 0, 0)
+            yield partials[:, [_MAX, _SUM]]
 
-    def _float_logits(self, tensors: Tensors, first: int, last: int) -> Iterator[Tensor]:
-        """Of each part float32 [rows, columns]."""
+    def _logits(self, tensors: Tensors, first: int, last: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Of each part the logits [rows, columns or more], and what is to be added to each row."""
         for form, own in self._each(tensors):
             own = form.part(own, slice(first, last))
-            logits, shift = form.logits(own, own[0], 0, last - first)
-            coded = logits.dtype == torch.uint8
-            logits = logits[:, : self.columns].float()
-            if coded:
-                logits.div_(255).square_().mul_(-_FARTHEST)
-            yield logits if shift is None else logits + shift[:, None]
+            yield form.logits(own, own[0], 0, last - first)
 
     def _each(self, tensors: Tensors) -> Iterator[tuple[DenseBlocks | HiddenBlocks, Tensors]]:
         """Each part with its tensors: two of either form."""
