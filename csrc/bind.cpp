@@ -279,6 +279,20 @@ void encode(const Tensor& logits, const Tensor& maxima, Tensor& codes) {
       [&] { over_rows(cpu::kernels().encode, p, rows, columns); });
 }
 
+// Adds a teacher to a mixture of several, [rows, columns] float32.
+void mix_(Tensor& mixture, const Tensor& teacher, const OptionalTensor& teacher_max, const Tensor& subtracted,
+          bool first) {
+  const int64_t rows = mixture.size(0), columns = mixture.size(1);
+  TORCH_CHECK(mixture.is_contiguous() && mixture.scalar_type() == at::kFloat && mixture.device() == teacher.device() &&
+                  teacher.size(0) == rows && teacher.size(1) >= columns,
+              "vcrd.mix_ needs a contiguous float32 mixture of the teacher's rows and device, and no more columns");
+  MixParams p{logits_of(teacher, teacher_max),  pointer<float>(subtracted, at::kFloat, rows), rows, columns, first,
+              mixture.mutable_data_ptr<float>()};
+  on_device(
+      mixture, [&](auto stream) { return cuda::mix(p, stream); },
+      [&] { over_rows(cpu::kernels().mix, p, rows, columns); });
+}
+
 }  // namespace
 
 TORCH_LIBRARY(vcrd, library) {
@@ -305,6 +319,7 @@ TORCH_LIBRARY(vcrd, library) {
       "SymInt first_column, int divergence, float mixture_weight) -> ()");
   library.def("row_maxima(Tensor logits) -> Tensor");
   library.def("encode(Tensor logits, Tensor maxima, Tensor(a!) codes) -> ()");
+  library.def("mix_(Tensor(a!) mixture, Tensor teacher, Tensor? teacher_max, Tensor subtracted, bool first) -> ()");
 }
 
 void implement(torch::Library& library) {
@@ -315,6 +330,7 @@ void implement(torch::Library& library) {
   library.impl("gradient_", gradient_);
   library.impl("row_maxima", row_maxima);
   library.impl("encode", encode);
+  library.impl("mix_", mix_);
 }
 
 TORCH_LIBRARY_IMPL(vcrd, CPU, library) { implement(library); }

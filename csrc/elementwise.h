@@ -107,6 +107,14 @@ VCRD_FUNCTION float logarithm(float x) {
   return m + p + 0.693359375f * e;
 }
 
+// log(exp(mixture) + exp(share)), where -inf is no probability. The error is below 1e-7 of 1 + |result|. A NaN stays.
+VCRD_FUNCTION float log_of_sum(float mixture, float share) {
+  float a = at_least_lowest(mixture), b = at_least_lowest(share);
+  float apart = a > b ? b - a : a - b;
+  float sum = (a > b ? a : b) + logarithm(1.0f + exponential(apart)) + 0.0f * apart;  // logarithm() has no NaN
+  return sum <= kLowestDistance ? -INFINITY : sum;
+}
+
 VCRD_FUNCTION float bfloat16_to_float(uint16_t half) { return from_bits(static_cast<uint32_t>(half) << 16); }
 
 // Rounds to nearest, ties to even; the result is the upper half of the bits. Float and Bits are as in

@@ -17,6 +17,7 @@ struct Kernels {
   void (*gradient)(const GradientParams&, int64_t begin, int64_t end);
   void (*row_maxima)(const MaximumParams&, int64_t begin, int64_t end);
   void (*encode)(const EncodeParams&, int64_t begin, int64_t end);
+  void (*mix)(const MixParams&, int64_t begin, int64_t end);
   const char* instruction_set;
 };
 
@@ -54,5 +55,7 @@ const char* gradient(const GradientParams& p, Stream stream);
 const char* row_maxima(const MaximumParams& p, Stream stream);
 // Writes p.codes [rows, columns], float16 or kSqrt8, of logits - p.maxima.
 const char* encode(const EncodeParams& p, Stream stream);
+// Changes p.mixture [rows, columns].
+const char* mix(const MixParams& p, Stream stream);
 
 }  // namespace vcrd::cuda

@@ -158,4 +158,13 @@ struct EncodeParams {
   void* codes;          // [rows, columns]
 };
 
+// Adds one teacher to a mixture of several: mixture = log(exp(mixture) + exp(logits - subtracted)).
+struct MixParams {
+  Logits teacher;
+  const float* subtracted;  // [rows], the teacher's log sum exp minus the log of its weight
+  int64_t rows, columns;
+  bool first;      // whether it is the first teacher: what the mixture holds is not read then
+  float* mixture;  // [rows, columns]
+};
+
 }  // namespace vcrd

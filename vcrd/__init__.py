@@ -23,6 +23,7 @@ _HOME = {
     "DenseLogits": "vcrd.teacher_logits",
     "TopKLogits": "vcrd.teacher_logits",
     "HiddenStates": "vcrd.teacher_logits",
+    "MixedLogits": "vcrd.teacher_logits",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -1,7 +1,7 @@
 """The one form in which a teacher's answer travels: `vcrd.link` returns it, and the loss takes it.
 
-It is one of three: a logit for each column, the most probable tokens, or the last hidden states. Each holds everything
-that its logits are made of. It checks nothing: the loss checks it, together on all ranks.
+It is a logit for each column, the most probable tokens, the last hidden states, or a mixture of several teachers. Each
+holds everything that its logits are made of. It checks nothing: the loss checks it, together on all ranks.
 """
 
 from __future__ import annotations
@@ -104,7 +104,26 @@ class HiddenStates:
         return factor_of(self.weight, self.states.dtype)
 
 
-TeacherLogits = DenseLogits | TopKLogits | HiddenStates
+@dataclass(frozen=True, eq=False)
+class MixedLogits:
+    """The mixture of several teachers: p = sum_t w_t p_t at each token, with the weights w_t scaled to a sum of 1.
+
+    p_t is teacher t's distribution at temperature 1, over the whole vocabulary. The mixture is computed by blocks of
+    tokens, as `HiddenStates` are, and never exists as a whole. It takes one pass over each teacher's logits more than
+    one teacher does: for log sum exp of each row, which puts the teachers on one scale.
+
+    A mixture of top k is none of these: of a token that only one of the teachers names, the others' share is not known.
+
+    Attributes:
+        teachers: at least one, of the same tokens and columns; their dtypes, padding and hidden sizes may differ.
+        weights: one number above 0 for each.
+    """
+
+    teachers: tuple[DenseLogits | HiddenStates, ...]
+    weights: tuple[float, ...]
+
+
+TeacherLogits = DenseLogits | TopKLogits | HiddenStates | MixedLogits
 
 
 def factor_of(weight: Tensor, states: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@
 #include "../dispatch.h"
 #include "encode.h"
 #include "gradient.h"
+#include "mix.h"
 #include "statistics.h"
 
 namespace vcrd::cpu::VCRD_INSTRUCTION_SET {
@@ -51,6 +52,10 @@ void launch_encode(const EncodeParams& p, int64_t begin, int64_t end) {
   with_student<BFloat16, Float16>(p.logits.dtype, [&](auto s) { encode<decltype(s)>(p, begin, end); });
 }
 
+void launch_mix(const MixParams& p, int64_t begin, int64_t end) {
+  with_teacher<BFloat16, Float16>(p.teacher.dtype, [&](auto t) { mix<decltype(t)>(p, begin, end); });
+}
+
 }  // namespace
 }  // namespace vcrd::cpu::VCRD_INSTRUCTION_SET
 
@@ -63,13 +68,9 @@ namespace vcrd::cpu {
 
 const Kernels& VCRD_JOIN(VCRD_INSTRUCTION_SET, _kernels)() {
   using namespace VCRD_INSTRUCTION_SET;
-  static const Kernels kernels = {launch_row_statistics,
-                                  merge_statistics,
-                                  launch_mixture_sums,
-                                  launch_gradient,
-                                  launch_row_maxima,
-                                  launch_encode,
-                                  VCRD_STRING(VCRD_INSTRUCTION_SET)};
+  static const Kernels kernels = {
+      launch_row_statistics, merge_statistics, launch_mixture_sums, launch_gradient,
+      launch_row_maxima,     launch_encode,    launch_mix,          VCRD_STRING(VCRD_INSTRUCTION_SET)};
   return kernels;
 }
 

@@ -50,6 +50,7 @@ RULES: dict[str, Rule | None] = {
     "gradient": Rule(loads=(0, 1), stores=(0,)),
     "row_maxima": Rule(loads=(0,)),
     "encode": Rule(loads=(0,), stores=(1,)),
+    "mix": Rule(loads=(0,)),
     "combine_partials": None,  # a few numbers per row, no logits
     "merge_statistics": None,
 }

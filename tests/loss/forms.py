@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from cases import Case
+from cases import Case, decoded
 from torch import Tensor
 
 import vcrd
@@ -107,7 +107,51 @@ class HiddenCase(Case):
         return differentiated(self)
 
 
-def differentiated(case: TopKCase | HiddenCase) -> tuple[dict[str, Tensor], Tensor]:
+@dataclass(frozen=True)
+class MixedCase(Case):
+    """The mixture of the Case's teacher, with row maxima, of codes, and of hidden states."""
+
+    weights: tuple[float, ...] = (1.0, 2.5, 0.5)
+
+    def tensors(self, device="cpu") -> tuple[Tensor, vcrd.MixedLogits, Tensor, Tensor | None]:
+        student, teacher, labels, mask = super().tensors()
+        top = teacher[..., : self.vocab].float().amax(-1) if self.vocab else student.new_zeros(self.tokens)
+        dense = vcrd.DenseLogits(
+            (teacher.float() - top[..., None]).to(teacher.dtype).to(device), top.to(device)
+        )
+        plain = Case(**{name: getattr(self, name) for name in Case.__dataclass_fields__})
+        plain = replace(plain, with_mask=False)
+        padding = self.teacher_padding and self.teacher_padding + 4
+        codes = replace(
+            plain, seed=self.seed + 7, teacher_dtype=torch.uint8, teacher_padding=padding
+        ).tensors()[1]
+        hidden = HiddenCase(**{**vars(plain), "seed": self.seed + 9, "softcap": 9.0}).tensors()[1]
+        if mask is not None:
+            codes[mask == 0] = 255
+            hidden.states[mask == 0] = torch.nan
+        hidden = vcrd.HiddenStates(hidden.states.to(device), hidden.weight.to(device), 1.0, 9.0)
+        form = vcrd.MixedLogits((dense, vcrd.DenseLogits(codes.to(device)), hidden), self.weights)
+        return student.to(device), form, labels.to(device), None if mask is None else mask.to(device)
+
+    def statistics(self, student: Tensor, teacher: vcrd.MixedLogits, labels, mask) -> dict[str, Tensor]:
+        dense, codes, hidden = teacher.teachers
+        logits = 9 * (hidden.states.double() @ hidden.weight.double().T / 9).tanh()
+        each = [dense.logits, decoded(codes.logits), logits]
+        mixed = reference.mixed_logits([one[..., : self.vocab].nan_to_num() for one in each], self.weights)
+        return reference.statistics(
+            *(student, mixed, labels),
+            name=self.divergence,
+            temperature=self.temperature,
+            vocab_size=self.vocab,
+            mask=mask,
+            **self.settings,
+        )
+
+    def expected(self) -> tuple[dict[str, Tensor], Tensor]:
+        return differentiated(self)
+
+
+def differentiated(case: TopKCase | HiddenCase | MixedCase) -> tuple[dict[str, Tensor], Tensor]:
     """The reference's statistics and the gradient of the student's logits, for the case's upstream gradients."""
     student, teacher, labels, mask = case.tensors()
     student = student.double().requires_grad_()

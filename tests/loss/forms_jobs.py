@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 import torch.distributed as dist
 from cases import assert_stats, backward, call
-from forms import HiddenCase, TopKCase, moved
+from forms import HiddenCase, MixedCase, TopKCase, moved
 from sharded_jobs import COLLECTIVES, padded, shard, widths_of
 
 import vcrd
@@ -19,8 +19,25 @@ def teacher_shard(form, rank: int, widths: list[int], device: torch.device):
     """The same table or states on every rank, and this rank's rows of the output layer."""
     if isinstance(form, vcrd.TopKLogits):
         return moved(form, device)
+    if isinstance(form, vcrd.MixedLogits):
+        return vcrd.MixedLogits(
+            tuple(teacher_shard(one, rank, widths, device) for one in form.teachers), form.weights
+        )
+    if isinstance(form, vcrd.DenseLogits):
+        row_max = None if form.row_max is None else form.row_max.to(device)
+        return vcrd.DenseLogits(shard(padded(form.logits, sum(widths)), rank, widths).to(device), row_max)
     rows = shard(padded(form.weight.T, sum(widths)), rank, widths).T
     return vcrd.HiddenStates(form.states.to(device), rows.to(device), form.scale, form.softcap)
+
+
+def without_padding(form, vocab: int):
+    if isinstance(form, vcrd.HiddenStates):
+        return vcrd.HiddenStates(form.states, form.weight[:vocab], form.scale, form.softcap)
+    if isinstance(form, vcrd.DenseLogits):
+        return vcrd.DenseLogits(form.logits[..., :vocab], form.row_max)
+    if isinstance(form, vcrd.MixedLogits):
+        return vcrd.MixedLogits(tuple(without_padding(one, vocab) for one in form.teachers), form.weights)
+    return form
 
 
 def sharded_call(
@@ -29,10 +46,7 @@ def sharded_call(
     """The loss on this rank's shards, backward done. Returns the statistics and this shard's gradient, on the CPU."""
     student, teacher, labels, mask = case.tensors()
     student = shard(padded(student[..., : case.vocab], sum(widths)), rank, widths).to(device).requires_grad_()
-    if isinstance(teacher, vcrd.HiddenStates):
-        cut = teacher.weight[: case.vocab]
-        teacher = vcrd.HiddenStates(teacher.states, cut, teacher.scale, teacher.softcap)
-    teacher = teacher_shard(teacher, rank, teacher_widths or widths, device)
+    teacher = teacher_shard(without_padding(teacher, case.vocab), rank, teacher_widths or widths, device)
     mask = None if mask is None else mask.to(device)
     stats = call(case, student, teacher, labels.to(device), mask, group=dist.group.WORLD, **extra)
     return backward(case, stats, student)
@@ -43,8 +57,7 @@ def check(
 ) -> None:
     stats, gradient = sharded_call(case, rank, device, widths, teacher_widths, **extra)
     expected, full = case.expected()
-    hidden = isinstance(case, HiddenCase)
-    assert_stats(stats, expected, 5e-6 if hidden else 2e-6)
+    assert_stats(stats, expected, 2e-6 if isinstance(case, TopKCase) else 5e-6)
     full = torch.nn.functional.pad(full[..., : case.vocab], (0, sum(widths) - case.vocab))
     start = sum(widths[:rank])
     mine = full[..., start : start + widths[rank]]
@@ -76,6 +89,7 @@ def everything(rank: int, device: torch.device) -> None:
                             TopKCase((5,), vocab, scale=scale, k=k, **settings), rank, device, widths, **extra
                         )
                 check(HiddenCase((5,), vocab, softcap=20.0, **settings), rank, device, widths, **extra)
+                check(MixedCase((5,), vocab, **settings), rank, device, widths, **extra)
     for dtype in (torch.bfloat16, torch.float16):
         widths = widths_of(1037, size)
         check(TopKCase((5,), 1037, student_dtype=dtype), rank, device, widths)
@@ -83,6 +97,7 @@ def everything(rank: int, device: torch.device) -> None:
     # The last shard's padding may differ from the student's; whole shards may be padding.
     check(HiddenCase((4,), 90), rank, device, [64] * size, [64] * (size - 1) + [128])
     check(HiddenCase((4,), 5), rank, device, [8] * size)
+    check(MixedCase((4,), 5), rank, device, [8] * size)
     check(TopKCase((4,), 5, k=2), rank, device, [8] * size)
     check(TopKCase((0,), 64), rank, device, [32] * size)
     shard_without_a_tail(rank, size, device)
@@ -118,7 +133,8 @@ def shard_without_a_tail(rank: int, size: int, device: torch.device) -> None:
 
 def ranks_agree(rank: int, size: int, device: torch.device) -> None:
     """Bit for bit, also where ranks cut their rows into different blocks."""
-    for case in (TopKCase((6,), 900, divergence="jsd"), HiddenCase((6,), 900, divergence="jsd")):
+    for kind in (TopKCase, HiddenCase, MixedCase):
+        case = kind((6,), 900, divergence="jsd")
         widths = [700, 200] if size == 2 else [700, 150, 50]
         stats, _ = sharded_call(case, rank, device, widths, _block_bytes=4 * 700)
         for field in stats:
@@ -128,7 +144,10 @@ def ranks_agree(rank: int, size: int, device: torch.device) -> None:
 
 
 def count_collectives(rank: int, device: torch.device) -> None:
-    """However many blocks: one all-gather, another for the tail, one all-reduce for mixtures; backward none."""
+    """However many blocks: one all-gather, another for the tail or for the scale of mixed teachers; backward none.
+
+    And one all-reduce where the divergence has a mixture of both models.
+    """
     counts: Counter[str] = Counter()
     for name in COLLECTIVES:
         original = getattr(dist, name)
@@ -140,7 +159,7 @@ def count_collectives(rank: int, device: torch.device) -> None:
         setattr(dist, name, counted)
     all_gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     for divergence in DIVERGENCES:
-        for kind, gathers in ((TopKCase, 2), (HiddenCase, 1)):
+        for kind, gathers in ((TopKCase, 2), (HiddenCase, 1), (MixedCase, 2)):
             case = kind((7,), 32, divergence=divergence)
             student, teacher, labels, _ = case.tensors(device)
             student = shard(student, rank, [16, 16]).requires_grad_()

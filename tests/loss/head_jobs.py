@@ -94,8 +94,11 @@ class HeadCase:
         if self.teacher == "codes":
             codes = coded(logits[..., : self.vocab])
             return torch.nn.functional.pad(codes, (0, self.padding))[..., columns]
+        hidden = vcrd.HiddenStates(tensors["states"], tensors["rows"][columns], 0.9, 7.0)
         if self.teacher == "hidden":
-            return vcrd.HiddenStates(tensors["states"], tensors["rows"][columns], 0.9, 7.0)
+            return hidden
+        if self.teacher == "mixed":
+            return vcrd.MixedLogits((vcrd.DenseLogits(tensors["logits"][..., columns]), hidden), (1.0, 2.0))
         log_p = logits[..., : self.vocab].double().log_softmax(-1)
         logprobs, ids = log_p.topk(5, -1)
         tail = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
@@ -116,9 +119,14 @@ class HeadCase:
                 *(student, form.logprobs, form.ids, form.log_tail, tensors["labels"]), **options
             )
         else:
-            if isinstance(form, vcrd.HiddenStates):
-                teacher = 0.9 * (form.states.double() @ form.weight.double().T)
-                teacher = 7 * (teacher / 7).tanh()
+            by_states = 0.9 * (tensors["states"].double() @ tensors["rows"][: self.vocab].double().T)
+            by_states = 7 * (by_states / 7).tanh()
+            if self.teacher == "hidden":
+                teacher = by_states
+            elif self.teacher == "mixed":
+                teacher = reference.mixed_logits(
+                    [tensors["logits"][..., : self.vocab], by_states], [1.0, 2.0]
+                )
             else:
                 teacher = decoded(form) if self.teacher == "codes" else form
             stats = reference.statistics(
@@ -186,7 +194,7 @@ def cases() -> list[HeadCase]:
     """Every divergence with every kind of teacher; all else in turn."""
     found = []
     for divergence in DIVERGENCES:
-        for teacher in ("dense", "codes", "topk", "hidden"):
+        for teacher in ("dense", "codes", "topk", "hidden", "mixed"):
             n = len(found)
             found.append(
                 HeadCase(

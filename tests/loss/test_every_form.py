@@ -10,7 +10,7 @@ from itertools import product
 import pytest
 import torch
 from cases import Case, assert_matches, run
-from forms import HiddenCase, TopKCase
+from forms import HiddenCase, MixedCase, TopKCase
 
 from vcrd.loss.config import DIVERGENCES
 
@@ -49,3 +49,20 @@ def test_the_top_k_and_hidden_states(device, divergence, settings):
         assert_matches(topk, *run(topk, device))
         hidden = HiddenCase((5,), 203, 2, 3, temperature=2.0, teacher_dtype=dtype, **shape)
         assert_matches(hidden, *run(hidden, device), tolerance=5e-6)
+
+
+@pytest.mark.parametrize(("divergence", "settings"), SETTINGS)
+def test_a_mixture(device, divergence, settings):
+    for number, (student, teacher) in enumerate(product(DTYPES, DTYPES)):
+        shape = dict(
+            divergence=divergence,
+            student_dtype=student,
+            teacher_dtype=teacher,
+            seed=number,
+            settings=settings,
+        )
+        case = MixedCase(
+            (5,), 203, 2, 3, temperature=(1.0, 2.0)[number % 2], with_mask=number % 2 == 0, **shape
+        )
+        extra = dict(inplace_gradient=number % 3 == 0, _block_bytes=(4 * 203 * 2, 1 << 20)[number % 2])
+        assert_matches(case, *run(case, device, **extra), tolerance=5e-6)

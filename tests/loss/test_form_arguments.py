@@ -5,13 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import call
-from forms import HiddenCase, TopKCase
+from forms import HiddenCase, MixedCase, TopKCase
 
 import vcrd
 
 STUDENT = torch.zeros(3, 8)
 LABELS = torch.zeros(3, dtype=torch.long)
-CASES = [TopKCase((6,), 130, with_mask=True, k=5), HiddenCase((6,), 130, with_mask=True)]
+CASES = [
+    TopKCase((6,), 130, with_mask=True, k=5),
+    HiddenCase((6,), 130, with_mask=True),
+    MixedCase((6,), 130, with_mask=True),
+]
 
 
 def topk(logprobs=None, ids=None, log_tail=None) -> vcrd.TopKLogits:
@@ -30,12 +34,20 @@ def hidden(states=None, weight=None, *rest) -> vcrd.HiddenStates:
     )
 
 
+def dense(columns: int) -> vcrd.DenseLogits:
+    return vcrd.DenseLogits(torch.zeros(3, columns))
+
+
+def mixed(*teachers) -> vcrd.MixedLogits:
+    return vcrd.MixedLogits(teachers, (1.0,) * len(teachers))
+
+
 @pytest.mark.parametrize(
     ("error", "sentence", "teacher", "settings"),
     [
         (
             TypeError,
-            "teacher_logits: expected a tensor, DenseLogits, .* or HiddenStates, got tuple",
+            "teacher_logits: expected a tensor, DenseLogits, .* or MixedLogits, got tuple",
             (1, 2),
             {},
         ),
@@ -192,6 +204,37 @@ def hidden(states=None, weight=None, *rest) -> vcrd.HiddenStates:
             ValueError,
             "teacher_logits.ids: expected device cpu of student_logits, got meta",
             topk(ids=torch.zeros(3, 2, dtype=torch.long, device="meta")),
+            {},
+        ),
+        (ValueError, "teacher_logits.teachers: expected at least one teacher, got none", mixed(), {}),
+        (
+            TypeError,
+            r"teacher_logits.teachers\[1\]: expected DenseLogits or .*, got TopK",
+            mixed(dense(8), topk()),
+            {},
+        ),
+        (
+            ValueError,
+            "teacher_logits.weights: expected 2, one for each teacher, got 1",
+            vcrd.MixedLogits((dense(8), hidden()), (1.0,)),
+            {},
+        ),
+        (
+            ValueError,
+            r"teacher_logits.weights\[0\]: expected a finite number above 0, got 0",
+            vcrd.MixedLogits((dense(8),), (0,)),
+            {},
+        ),
+        (
+            ValueError,
+            r"teacher_logits.teachers\[1\]: expected at least 8 columns on rank 0, .* got 7",
+            mixed(hidden(), dense(7)),
+            dict(vocab_size=8),
+        ),
+        (
+            ValueError,
+            r"teacher_logits.teachers\[0\].weight: expected shape \[vocabulary shard, 4\], got \[8, 5\]",
+            mixed(hidden(weight=torch.zeros(8, 5))),
             {},
         ),
     ],

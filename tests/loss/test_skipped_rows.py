@@ -10,7 +10,7 @@ import vcrd
 from vcrd.link.payload import encode, payload_named, row_max, top_k_of
 from vcrd.link.plan import Shard
 from vcrd.loss.config import DIVERGENCES
-from vcrd.teacher_logits import HiddenStates, TopKLogits
+from vcrd.teacher_logits import DenseLogits, HiddenStates, MixedLogits, TopKLogits
 
 VOCAB = 67
 BAD = (1, 3, 4, 6)
@@ -34,6 +34,16 @@ def as_payload(name: str, logits: torch.Tensor):
         states[[1, 4], 0, 2] = torch.nan
         states[[3, 6], 0, 1] = torch.inf
         return HiddenStates(states, torch.randn(VOCAB, 6, generator=torch.Generator().manual_seed(7)))
+    if name == "mixed":  # each teacher has its own invalid rows
+        parts = []
+        for number, payload in enumerate(("float32", "logits_8bit", "hidden")):
+            here = logits.clone()
+            here[[row for place, row in enumerate(BAD) if place % 3 != number]] = 0.5
+            one = as_payload(payload, here)
+            if payload == "hidden":
+                one.states[[1, 3, 6]] = 0.5
+            parts.append(DenseLogits(one) if isinstance(one, torch.Tensor) else one)
+        return MixedLogits(tuple(parts), (1.0, 1.0, 2.0))
     payload = payload_named(name)
     return encode(payload, logits, row_max(logits))
 
@@ -50,7 +60,7 @@ def run(teacher, mask, divergence="forward_kl", **settings):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("name", ["float32", "float16", "logits_8bit", "topk", "hidden"])
+@pytest.mark.parametrize("name", ["float32", "float16", "logits_8bit", "topk", "hidden", "mixed"])
 def test_invalid_rows_of_every_payload_are_skipped_as_masked_ones_are(name, inplace):
     teacher = as_payload(name, spoilt())
     mask = torch.ones(8, 1, dtype=torch.bool)

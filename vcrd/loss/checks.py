@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import _get_process_group_store
 
 from vcrd.errors import check_number, expected, wrong_type
 from vcrd.loss.config import LossConfig
-from vcrd.teacher_logits import DenseLogits, HiddenStates, TeacherLogits, TopKLogits
+from vcrd.teacher_logits import DenseLogits, HiddenStates, MixedLogits, TeacherLogits, TopKLogits
 
 STUDENT_DTYPES = {
     torch.float32: "float32",
@@ -52,7 +52,9 @@ def teacher_form(teacher: Tensor | TeacherLogits) -> TeacherLogits:
     if isinstance(teacher, Tensor):
         return DenseLogits(teacher)
     if not isinstance(teacher, TeacherLogits):
-        raise wrong_type("teacher_logits", "a tensor, DenseLogits, TopKLogits or HiddenStates", teacher)
+        raise wrong_type(
+            "teacher_logits", "a tensor, DenseLogits, TopKLogits, HiddenStates or MixedLogits", teacher
+        )
     return teacher
 
 
@@ -104,14 +106,10 @@ def check_tensors(
         raise expected("student_logits", "shape [..., vocabulary shard]", "a scalar")
     if isinstance(teacher, TopKLogits):
         _check_topk(teacher, student)
-    elif isinstance(teacher, HiddenStates):
-        _check_hidden(teacher, student)
+    elif isinstance(teacher, MixedLogits):
+        _check_mixed(teacher, student)
     else:
-        check_dtype("teacher_logits", teacher.logits, TEACHER_DTYPES)
-        _check_place("teacher_logits", teacher.logits, student, "[..., vocabulary shard]")
-        if teacher.row_max is not None:
-            check_dtype("teacher_logits.row_max", teacher.row_max, FLOAT32)
-            _check_place("teacher_logits.row_max", teacher.row_max, student)
+        _check_columns("teacher_logits", teacher, student)
     if labels is not None:
         check_dtype("labels", labels, INTEGERS)
         _check_place("labels", labels, student)
@@ -134,15 +132,40 @@ def _check_topk(teacher: TopKLogits, student: Tensor) -> None:
         raise expected("teacher_logits.ids", f"{entries} per token, as logprobs", ids)
 
 
-def _check_hidden(teacher: HiddenStates, student: Tensor) -> None:
-    states, weight = teacher.states, teacher.weight
-    check_dtype("teacher_logits.states", states, STUDENT_DTYPES)
-    check_dtype("teacher_logits.weight", weight, STUDENT_DTYPES)
-    _check_place("teacher_logits.states", states, student, "[..., hidden size]")
-    check_weight_shape("teacher_logits.weight", weight, states.shape[-1])
-    _check_device("teacher_logits.weight", weight, student)
-    check_number("teacher_logits.scale", teacher.scale, above=0)
-    check_number("teacher_logits.softcap", teacher.softcap, above=0, optional=True)
+def _check_mixed(teacher: MixedLogits, student: Tensor) -> None:
+    teachers, weights = teacher.teachers, teacher.weights
+    for name, value in (("teachers", teachers), ("weights", weights)):
+        if not isinstance(value, (tuple, list)):
+            raise wrong_type(f"teacher_logits.{name}", "a tuple", value)
+    if not teachers:
+        raise expected("teacher_logits.teachers", "at least one teacher", "none")
+    if len(weights) != len(teachers):
+        raise expected("teacher_logits.weights", f"{len(teachers)}, one for each teacher", len(weights))
+    for number, (one, weight) in enumerate(zip(teachers, weights, strict=True)):
+        name = f"teacher_logits.teachers[{number}]"
+        if not isinstance(one, (DenseLogits, HiddenStates)):
+            raise wrong_type(name, "DenseLogits or HiddenStates", one)
+        _check_columns(name, one, student)
+        check_number(f"teacher_logits.weights[{number}]", weight, above=0)
+
+
+def _check_columns(name: str, teacher: DenseLogits | HiddenStates, student: Tensor) -> None:
+    """A teacher that gives a logit for each column."""
+    if isinstance(teacher, HiddenStates):
+        states, weight = teacher.states, teacher.weight
+        check_dtype(f"{name}.states", states, STUDENT_DTYPES)
+        check_dtype(f"{name}.weight", weight, STUDENT_DTYPES)
+        _check_place(f"{name}.states", states, student, "[..., hidden size]")
+        check_weight_shape(f"{name}.weight", weight, states.shape[-1])
+        _check_device(f"{name}.weight", weight, student)
+        check_number(f"{name}.scale", teacher.scale, above=0)
+        check_number(f"{name}.softcap", teacher.softcap, above=0, optional=True)
+        return
+    check_dtype(name, teacher.logits, TEACHER_DTYPES)
+    _check_place(name, teacher.logits, student, "[..., vocabulary shard]")
+    if teacher.row_max is not None:
+        check_dtype(f"{name}.row_max", teacher.row_max, FLOAT32)
+        _check_place(f"{name}.row_max", teacher.row_max, student)
 
 
 def check_weight_shape(name: str, weight: Tensor, hidden_size: int) -> None:
@@ -177,29 +200,37 @@ def _check_device(name: str, tensor: Tensor, student: Tensor) -> None:
         raise expected(name, f"device {student.device} of student_logits", tensor.device)
 
 
-def _teacher_facts(teacher: TeacherLogits, student_columns: int) -> RankFacts:
+def _teacher_facts(teacher: TeacherLogits, student_columns: int, name: str = "teacher_logits") -> RankFacts:
     """The form comes first: which facts there are depends on it, and they are compared in this order."""
+    if isinstance(teacher, MixedLogits):
+        facts: RankFacts = {
+            f"{name} form": "MixedLogits",
+            f"{name}.weights": list(map(float, teacher.weights)),
+        }
+        for number, one in enumerate(teacher.teachers):
+            facts |= _teacher_facts(one, student_columns, f"{name}.teachers[{number}]")
+        return facts
     if isinstance(teacher, TopKLogits):
         return {
-            "teacher_logits form": "TopKLogits",
-            "teacher columns": student_columns,
-            "teacher_logits.ids per token": teacher.ids.shape[-1],
+            f"{name} form": "TopKLogits",
+            f"{name} columns": student_columns,
+            f"{name}.ids per token": teacher.ids.shape[-1],
         }
     if isinstance(teacher, HiddenStates):
         return {
-            "teacher_logits form": "HiddenStates",
-            "teacher columns": teacher.weight.shape[0],
-            "teacher_logits.states hidden size": teacher.states.shape[-1],
-            "teacher_logits.states dtype": str(teacher.states.dtype),
-            "teacher_logits.weight dtype": str(teacher.weight.dtype),
-            "teacher_logits.scale": teacher.scale,
-            "teacher_logits.softcap": teacher.softcap,
+            f"{name} form": "HiddenStates",
+            f"{name} columns": teacher.weight.shape[0],
+            f"{name}.states hidden size": teacher.states.shape[-1],
+            f"{name}.states dtype": str(teacher.states.dtype),
+            f"{name}.weight dtype": str(teacher.weight.dtype),
+            f"{name}.scale": teacher.scale,
+            f"{name}.softcap": teacher.softcap,
         }
     return {
-        "teacher_logits form": "dense logits",
-        "teacher columns": teacher.logits.shape[-1],
-        "teacher_logits dtype": str(teacher.logits.dtype),
-        "teacher_logits.row_max given": teacher.row_max is not None,
+        f"{name} form": "dense logits",
+        f"{name} columns": teacher.logits.shape[-1],
+        f"{name} dtype": str(teacher.logits.dtype),
+        f"{name}.row_max given": teacher.row_max is not None,
     }
 
 
@@ -208,31 +239,35 @@ def shard_of(ranks: list[RankFacts], rank: int) -> VocabShard:
     if len(ranks) > 1:
         require_equal(ranks)
     student = [facts["student columns"] for facts in ranks]
-    teacher = [facts["teacher columns"] for facts in ranks]
+    own = "student columns"
+    names = [name.removesuffix(" columns") for name in ranks[0] if name.endswith(" columns") and name != own]
+    teachers = {name: [facts[f"{name} columns"] for facts in ranks] for name in names}
     vocab_size = ranks[0]["vocab_size"]
     if vocab_size is None:
-        if student != teacher:
-            raise ValueError(
-                "vocab_size: needed where student and teacher are padded differently, "
-                f"got none for shards of {student} and {teacher} columns"
-            )
+        for teacher in teachers.values():
+            if student != teacher:
+                raise ValueError(
+                    "vocab_size: needed where student and teacher are padded differently, "
+                    f"got none for shards of {student} and {teacher} columns"
+                )
         vocab_size = sum(student)
     if not 1 <= vocab_size <= sum(student):
         raise expected("vocab_size", f"1 to the student's {sum(student)} columns", vocab_size)
     starts = [0, *accumulate(student)][:-1]
     true = [min(max(vocab_size - start, 0), width) for start, width in zip(starts, student, strict=True)]
-    for other, (start, columns, width) in enumerate(zip(starts, true, teacher, strict=True)):
-        # Only the shard in which the vocabulary ends may be padded differently: any earlier one shifts those after it.
-        inner = start + columns < vocab_size
-        if width < columns or (inner and width != columns):
-            hidden = ranks[0]["teacher_logits form"] == "HiddenStates"
-            name, unit = ("teacher_logits.weight", "rows") if hidden else ("teacher_logits", "columns")
-            raise expected(
-                name,
-                f"{'' if inner else 'at least '}{columns} {unit} on rank {other}, those of its student shard "
-                f"(from column {start}, vocab_size {vocab_size})",
-                width,
-            )
+    for name, teacher in teachers.items():
+        for other, (start, columns, width) in enumerate(zip(starts, true, teacher, strict=True)):
+            # Only the shard in which the vocabulary ends may be padded differently: any earlier one shifts those after
+            # it.
+            inner = start + columns < vocab_size
+            if width < columns or (inner and width != columns):
+                hidden = ranks[0][f"{name} form"] == "HiddenStates"
+                raise expected(
+                    f"{name}.weight" if hidden else name,
+                    f"{'' if inner else 'at least '}{columns} {'rows' if hidden else 'columns'} on rank {other}, those "
+                    f"of its student shard (from column {start}, vocab_size {vocab_size})",
+                    width,
+                )
     return VocabShard(true[rank], starts[rank], vocab_size)
 
 

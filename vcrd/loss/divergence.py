@@ -16,6 +16,7 @@ from vcrd.loss.config import DIVERGENCES, IF_UNUSED, LossConfig, loss_config
 from vcrd.loss.overwriting import holders, holders_of_a_lone_loss, shares_memory
 from vcrd.loss.teacher_blocks import (
     BLOCK_BYTES,
+    NO_CODE,
     DenseBlocks,
     Restate,
     TeacherBlocks,
@@ -29,9 +30,6 @@ from vcrd.teacher_logits import DenseLogits, TeacherLogits, TopKLogits
 
 _STUDENT_ENTROPY, _TEACHER_ENTROPY = map(ops.STATISTICS.index, ("student_entropy", "teacher_entropy"))
 _TEACHER_MAX = ops.PARTIAL_COLUMNS["teacher_max"]
-# Above what the code 255 stands for, below what 254 does. In a row of codes the largest logit has the code 0, so a row
-# without any code below 255 is none: the link sends it in the place of what codes cannot say.
-NO_CODE = -23.9
 
 
 class DivergenceStats(NamedTuple):
@@ -118,8 +116,8 @@ def vocab_parallel_divergence(
     Args:
         student_logits: [..., vocabulary shard], float32, bfloat16 or float16. Each rank of `group` holds its own
             contiguous shard, in rank order. The last dimension should be adjacent in memory; otherwise it is copied.
-        teacher_logits: one form of `TeacherLogits`, or a tensor, which means `DenseLogits`. Of `TopKLogits` and
-            `HiddenStates` float32 logits are made in blocks of less than 32 MiB, anew for each pass. Never receives a
+        teacher_logits: one form of `TeacherLogits`, or a tensor, which means `DenseLogits`. Of the other forms
+            float32 logits are made in blocks of less than 32 MiB, anew for each pass. Never receives a
             gradient.
         labels: [...], integers, ids of the whole vocabulary; negative for none.
         config: see `LossConfig`, of which `divergence`, `temperature`, `alpha`, `beta`, `vocab_size`,
@@ -131,7 +129,8 @@ def vocab_parallel_divergence(
     Accumulates in float32. Inputs are never modified, unless `inplace_gradient` says so.
 
     Collectives: forward one all-gather of 19 floats per token; `jsd` and the skewed ones one all-reduce of 2 floats per
-    token more; `TopKLogits` one all-gather of 3 floats per token before these; backward none. With one rank, none.
+    token more; `TopKLogits` one all-gather of 3 floats per token before these, `MixedLogits` one of 2 floats per token
+    and teacher; backward none. With one rank, none.
 
     Under torch.compile a dense teacher is traced without a graph break; the other forms break the graph.
 
@@ -253,7 +252,7 @@ def _check_ids(name: str, ids: Tensor, mask: Tensor | None, lowest: int | None, 
 def _fields(
     call: SettledCall, student: Tensor, inplace_gradient: bool | str, block_bytes: int
 ) -> tuple[Tensor, ...]:
-    form, tensors = blocks_of(call.teacher, student.shape[0], call.shard, block_bytes)
+    form, tensors = blocks_of(call.teacher, student.shape[0], call.shard, block_bytes, call.group)
     return _VocabParallelDivergence.apply(
         student, call.labels, call.mask, call.settings, form, call.group, inplace_gradient, *tensors
     )

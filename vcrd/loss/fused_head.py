@@ -44,7 +44,6 @@ from vcrd.loss.divergence import (
 from vcrd.loss.judge import Verdicts, judged_actions, require_judge, settle_judge
 from vcrd.loss.teacher_blocks import (
     DenseBlocks,
-    HiddenBlocks,
     TeacherBlocks,
     TopKBlocks,
     blocks_of,
@@ -129,7 +128,7 @@ def fused_validity_calibrated_kl(
     mean_beside_ce = config.normalization == "mean" and config.ce_weight != 0
     afterwards = callable(config.validity) or judging is not None
     token_by_token = steps is None and not afterwards and not mean_beside_ce
-    form, tensors = blocks_of(settled.teacher, rows, settled.shard, head.chunk_bytes)
+    form, tensors = blocks_of(settled.teacher, rows, settled.shard, head.chunk_bytes, settled.group)
     dense = isinstance(settled.teacher, DenseLogits)
     call = ChunkedCall(
         head=head,
@@ -394,7 +393,7 @@ class FusedLoss(torch.autograd.Function):
             states = layer.states(hidden[chunk])
             logits = layer.logits(states)
             label, counted = part_of(labels, chunk), part_of(chunk_mask, chunk)
-            blocks = teacher_part(call.form, teacher, chunk)
+            blocks = call.form.part(teacher, chunk)
             blocks, restate = call.form.prepare(blocks, logits, counted, call.group)
             dense = call.form.logits(blocks, logits, 0, len(logits), layer.teacher_memory)
             fields, (constants, sums, _, counted) = statistics_pass(
@@ -487,7 +486,7 @@ def _again(ctx, hidden, weight, teacher, upstream, wanted, hidden_gradient, weig
     for chunk, measured, blocks in ctx.kept:
         states = layer.states(hidden[chunk])
         logits = layer.logits(states)
-        blocks = teacher_part(call.form, teacher, chunk) if blocks is None else blocks
+        blocks = call.form.part(teacher, chunk) if blocks is None else blocks
         dense = call.form.logits(blocks, logits, 0, len(logits), layer.teacher_memory)
         here = tuple(part_of(tensor, chunk) for tensor in upstream)
         gradient = _gradient(call, layer, logits, dense, measured, here)
@@ -569,13 +568,6 @@ def _largest(chunks: list[Rows]) -> int:
 
 def part_of(tensor: Tensor | None, chunk: Rows) -> Tensor | None:
     return None if tensor is None else tensor[chunk]
-
-
-def teacher_part(form: TeacherBlocks, teacher: tuple, chunk: Rows) -> tuple:
-    """A chunk's tokens of the teacher; its output layer is for all of them."""
-    if isinstance(form, HiddenBlocks):
-        return teacher[0][chunk], teacher[1]
-    return tuple(part_of(tensor, chunk) for tensor in teacher)
 
 
 def main_grad_of(parameter: Tensor) -> Tensor:

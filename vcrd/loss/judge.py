@@ -17,9 +17,10 @@ from torch import Tensor
 from vcrd.errors import expected
 from vcrd.loss import ops
 from vcrd.loss.config import LossConfig
-from vcrd.loss.divergence import NO_CODE, DivergenceStats, SettledCall, settle
+from vcrd.loss.divergence import DivergenceStats, SettledCall, settle
 from vcrd.loss.teacher_blocks import (
     BLOCK_BYTES,
+    NO_CODE,
     blocks_of,
     gather_shards,
     joined,
@@ -84,7 +85,7 @@ def judged_actions(call: SettledCall, stats: DivergenceStats, block_bytes: int =
     equally valid.
 
     A dense judge is read once, in blocks where it is coded. Collectives: one all-gather of 4 floats per token; none
-    with one rank, and none with `TopKLogits`.
+    with one rank, and none with `TopKLogits`; with `MixedLogits` one more, of 2 floats per token and teacher.
     """
     shape = stats.student_action.shape
     actions = torch.stack([stats.student_action, stats.teacher_action]).reshape(2, -1)
@@ -151,7 +152,7 @@ def _blocks(
     call: SettledCall, rows: int, block_bytes: int
 ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
     """The judge's logits of tokens [first, last), and what is to be added to each row. Codes are decoded."""
-    form, tensors = blocks_of(call.teacher, rows, call.shard, block_bytes)
+    form, tensors = blocks_of(call.teacher, rows, call.shard, block_bytes, call.group)
     if not _is_coded(call.teacher):
         for first, last in form.spans(rows):
             yield first, last, *form.logits(tensors, None, first, last)

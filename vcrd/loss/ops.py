@@ -34,6 +34,7 @@ gradient = torch.ops.vcrd.gradient
 gradient_ = torch.ops.vcrd.gradient_
 row_maxima = torch.ops.vcrd.row_maxima
 encode = torch.ops.vcrd.encode
+mix_ = torch.ops.vcrd.mix_
 
 
 @library.register_fake("vcrd::row_statistics")
@@ -73,4 +74,9 @@ def _(logits):
 
 @library.register_fake("vcrd::encode")
 def _(logits, maxima, codes):
+    return None
+
+
+@library.register_fake("vcrd::mix_")
+def _(mixture, teacher, teacher_max, subtracted, first):
     return None

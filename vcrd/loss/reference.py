@@ -180,6 +180,13 @@ def topk_statistics(
     return {key: value.reshape(shape) for key, value in out.items()}
 
 
+def mixed_logits(teachers: list[Tensor], weights: list[float]) -> Tensor:
+    """Logits of the mixture sum w_t p_t, float64 [..., vocabulary], w scaled to a sum of 1, of such logits of each."""
+    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    logprobs = [logits.double().log_softmax(-1) for logits in teachers]
+    return torch.stack([one + share.log() for one, share in zip(logprobs, shares, strict=True)]).logsumexp(0)
+
+
 def log_validities(stats: dict[str, Tensor], validity: str) -> tuple[Tensor, Tensor]:
     """log V of the student and of the teacher, [...], for the estimators that read nothing but the statistics."""
     if validity == "label":

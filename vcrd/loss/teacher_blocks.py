@@ -6,7 +6,8 @@ computed from these tensors alone, so it is the same in forward and in backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from vcrd.loss import ops
 from vcrd.loss.checks import VocabShard
-from vcrd.teacher_logits import HiddenStates, TeacherLogits, TopKLogits
+from vcrd.teacher_logits import HiddenStates, MixedLogits, TeacherLogits, TopKLogits
 
 # Bytes of a block of float32 logits. It is written and at once read again, so it should stay in a cache (an H100's L2
 # has 50 MB) and weigh little beside the student's logits; yet each block reads the whole output layer, so it should be
@@ -33,8 +34,12 @@ _TEACHER_AT_STUDENTS = ops.STATISTICS.index("teacher_logprob_of_student_action")
 _TEACHER_AT_OWN = ops.STATISTICS.index("teacher_logprob_of_teacher_action")
 _TEACHER_ENTROPY = ops.STATISTICS.index("teacher_entropy")
 _STUDENT_MAX = ops.CONSTANT_COLUMNS["student_max"]
+# Above what the code 255 stands for, below what 254 does. In a row of codes the largest logit has the code 0, so a row
+# without any code below 255 is none: the link sends it in the place of what codes cannot say.
+NO_CODE = -23.9
 
 Tensors = tuple["Tensor | None", ...]
+Rows = slice | Tensor  # some tokens: their span, or their numbers
 Group = "dist.ProcessGroup | None"
 # Given the merged statistics, actions and constants, labels and mask: see `KnownTokens.restate`.
 Restate = Callable[["Tensor", "Tensor", "Tensor", "Tensor | None", "Tensor | None"], "Tensor"]
@@ -45,6 +50,9 @@ class TeacherBlocks(Protocol):
 
     def spans(self, rows: int) -> list[tuple[int, int]]:
         """[first, last) of each block; one empty block for no rows."""
+
+    def part(self, tensors: Tensors, rows: Rows) -> Tensors:
+        """The tensors of these tokens alone."""
 
     def prepare(
         self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
@@ -70,6 +78,9 @@ class DenseBlocks(NamedTuple):
     def spans(self, rows: int) -> list[tuple[int, int]]:
         return [(0, rows)]
 
+    def part(self, tensors: Tensors, rows: Rows) -> Tensors:
+        return tuple(None if tensor is None else tensor[rows] for tensor in tensors)
+
     def prepare(
         self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
     ) -> tuple[Tensors, Restate | None]:
@@ -91,6 +102,9 @@ class HiddenBlocks(NamedTuple):
 
     def spans(self, rows: int) -> list[tuple[int, int]]:
         return spans_of(rows, self.columns, self.block_bytes)
+
+    def part(self, tensors: Tensors, rows: Rows) -> Tensors:
+        return tensors[0][rows], tensors[1]
 
     def prepare(
         self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
@@ -134,6 +148,9 @@ class TopKBlocks(NamedTuple):
 
     def spans(self, rows: int) -> list[tuple[int, int]]:
         return spans_of(rows, self.columns, self.block_bytes)
+
+    def part(self, tensors: Tensors, rows: Rows) -> Tensors:
+        return tuple(tensor[rows] for tensor in tensors)
 
     def prepare(
         self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
@@ -194,10 +211,88 @@ class TopKBlocks(NamedTuple):
         return torch.where(here, local, self.columns)
 
 
+class MixedBlocks(NamedTuple):
+    """The mixture of the forms in `parts`. Tensors: what is subtracted from each part's logits [rows, parts], so that
+    exp gives its share of the mixture, and then the tensors of each part.
+    """
+
+    parts: tuple[DenseBlocks | HiddenBlocks, ...]
+    columns: int
+    block_bytes: int
+
+    def spans(self, rows: int) -> list[tuple[int, int]]:
+        return spans_of(rows, self.columns, self.block_bytes)
+
+    def part(self, tensors: Tensors, rows: Rows) -> Tensors:
+        of_parts = (tensor for form, own in self._each(tensors[1:]) for tensor in form.part(own, rows))
+        return tensors[0][rows], *of_parts
+
+    def prepare(
+        self, tensors: Tensors, student: Tensor, mask: Tensor | None, group: Group
+    ) -> tuple[Tensors, Restate | None]:
+        return tensors, None
+
+    def logits(
+        self, tensors: Tensors, student: Tensor, first: int, last: int, memory: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        shares = tensors[0][first:last].t().contiguous()
+        block = _matrix(memory, last - first, self.columns, shares)
+        for number, logits in enumerate(self._logits(tensors[1:], first, last)):
+            ops.mix_(block, *logits, shares[number], number == 0)
+        return block, None
+
+    def normalisers(self, tensors: Tensors, log_weights: list[float], rows: int, group: Group) -> Tensor:
+        """log sum exp of each part's logits minus its log weight, float32 [rows, parts]: NaN for no distribution.
+
+        tensors: of the parts. One pass over all of them. One all-gather of 2 floats per token and part.
+        """
+        found = [torch.stack(list(self._sums(tensors, *span)), 1) for span in self.spans(rows)]
+        maxima, sums = (
+            gather_shards(joined(found).flatten(1), group).unflatten(-1, (-1, 2)).double().unbind(-1)
+        )
+        top = maxima.amax(0)
+        # A shard without a finite logit has the maximum -inf.
+        total = top + torch.where(maxima == -torch.inf, 0.0, sums * (maxima - top).exp()).sum(0).log()
+        bad = maxima.isnan().any(0) | sums.isnan().any(0) | top.isinf()
+        for number, (form, own) in enumerate(self._each(tensors)):
+            if isinstance(form, DenseBlocks) and own[0].dtype == torch.uint8 and own[1] is None:
+                bad[:, number] |= top[:, number] < NO_CODE
+        return (total - total.new_tensor(log_weights)).masked_fill(bad, torch.nan).float()
+
+    def _sums(self, tensors: Tensors, first: int, last: int) -> Iterator[Tensor]:
+        """Of each part the maximum of each row, and the sum of exp of the distances from it: [rows, 2]."""
+        for logits, shift in self._logits(tensors, first, last):
+            if logits.dtype == torch.uint8:  # the kernel takes codes from the teacher alone
+                block = _matrix(None, last - first, self.columns, logits)
+                ops.mix_(block, logits, shift, block.new_zeros(last - first), True)
+                logits, shift = block, None
+            # The kernel compares two models: both are this teacher.
+            partials = ops.row_statistics(logits, logits, shift, None, None, 1.0, self.columns, 0, 0)
+            yield partials[:, [_MAX, _SUM]]
+
+    def _logits(self, tensors: Tensors, first: int, last: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Of each part the logits [rows, columns or more], and what is to be added to each row."""
+        for form, own in self._each(tensors):
+            own = form.part(own, slice(first, last))
+            yield form.logits(own, own[0], 0, last - first)
+
+    def _each(self, tensors: Tensors) -> Iterator[tuple[DenseBlocks | HiddenBlocks, Tensors]]:
+        """Each part with its tensors: two of either form."""
+        for number, form in enumerate(self.parts):
+            yield form, tensors[2 * number : 2 * number + 2]
+
+
 def blocks_of(
-    teacher: TeacherLogits, rows: int, shard: VocabShard, block_bytes: int
+    teacher: TeacherLogits, rows: int, shard: VocabShard, block_bytes: int, group: Group
 ) -> tuple[TeacherBlocks, Tensors]:
-    """The teacher as blocks of [rows, columns], and its tensors."""
+    """The teacher as blocks of [rows, columns], and its tensors. Collectives: of `MixedLogits` one all-gather of 2
+    floats per token and teacher."""
+    if isinstance(teacher, MixedLogits):
+        each = [blocks_of(one, rows, shard, block_bytes, group) for one in teacher.teachers]
+        form = MixedBlocks(tuple(one for one, _ in each), shard.columns, block_bytes)
+        tensors = tuple(tensor for _, own in each for tensor in own)
+        log_weights = [math.log(weight / math.fsum(teacher.weights)) for weight in teacher.weights]
+        return form, (form.normalisers(tensors, log_weights, rows, group), *tensors)
     if isinstance(teacher, TopKLogits):
         k = teacher.ids.shape[-1]
         form = TopKBlocks(shard.columns, shard.first_column, shard.vocab_size, block_bytes)
