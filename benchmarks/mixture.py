@@ -2,9 +2,9 @@
 
     python benchmarks/mixture.py [--shape 512x49152] [--teachers 2] [--repeats 7] [--device cuda]
 
-one: a single dense teacher. mixture: `vcrd.MixedLogits`. dense first: the mixture is stored as one float16 tensor of log
-probabilities, by torch on whole tensors, and is then the single dense teacher. All read float16 logits, and the
-student's logits are bfloat16. The methods alternate. Gradients of the last two are compared.
+one: a single dense teacher. mixture: `vcrd.MixedLogits`. dense first: torch stores the mixture as one float16 tensor of
+log-probabilities, by operations on whole tensors, and that is then the single dense teacher. All read float16 logits,
+and the student's logits are bfloat16. The methods alternate. Gradients of the last two are compared.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ OTHER = dict(
     normalization="mean",
     ce_weight=0.3,
     teacher_weights="math=1",
+    teacher_mixture="math=1",
     invalid_rows="stop",
     fused_head="recompute",
     vocab_size=7,
@@ -184,7 +185,7 @@ def test_a_value_by_teacher_that_means_nothing_is_refused(given, why):
 def test_a_setting_comes_from_its_variable_and_from_its_argument(name):
     value = OTHER[name]
     # The weights are those of teachers that have an address.
-    needed = {"VCRD_ADDRESS": "math=h:1"} if name == "teacher_weights" else {}
+    needed = {"VCRD_ADDRESS": "math=h:1"} if name in ("teacher_weights", "teacher_mixture") else {}
     assert DistillSettings().value(name) != value
     assert DistillSettings.from_environment({**needed, variable_of(name): str(value)}).value(name) == value
     if is_argument(name):

@@ -458,6 +458,13 @@ class DistillSettings:
         "changes nothing else. A teacher without a number has 1 (docs/teachers.md).",
         _WEIGHTS,
     )
+    teacher_mixture: str | None = setting(
+        None,
+        "With several teachers: math=1,code=0.5 lets every teacher answer every token. The student learns from the "
+        "mixture of their distributions, with these weights scaled to a sum of 1. Not with the payload topk "
+        "(docs/teachers.md). none: each sample has one teacher.",
+        _WEIGHTS,
+    )
     invalid_rows: str = setting(
         "skip",
         "What happens to a token whose teacher logits are no distribution (a NaN, +inf, or nothing above -inf). skip: "
@@ -502,8 +509,12 @@ class DistillSettings:
         names = [source.name for source in sources]
         check_teachers("teacher_weights", teachers_in(self.teacher_weights), names)
         payloads = [self.link.of(source).payload for source in sources]
-        if self.normalization == "mean" and (
-            len(set(payloads)) > 1 or ("hidden" in payloads and len(sources) > 1)
+        if self.teacher_mixture is not None:
+            self._check_mixture(names, payloads)
+        if (
+            self.normalization == "mean"
+            and self.teacher_mixture is None
+            and (len(set(payloads)) > 1 or ("hidden" in payloads and len(sources) > 1))
         ):
             what = "none where teachers answer in several forms, each of which has a loss of its own"
             raise expected(label("normalization"), what, "mean")
@@ -545,6 +556,25 @@ class DistillSettings:
     def value(self, name: str) -> Any:
         """Of a setting, here or in `link`."""
         return getattr(self.link if hasattr(self.link, name) else self, name)
+
+    def _check_mixture(self, names: list[str], payloads: list[str]) -> None:
+        given = teachers_in(self.teacher_mixture)
+        if sorted(given) != sorted(names):
+            what = f"a weight for each teacher in address or teacher ({', '.join(filter(None, names)) or 'none'})"
+            raise expected(label("teacher_mixture"), what, repr(self.teacher_mixture))
+        if "topk" in payloads:
+            what = "no teacher with the payload topk in a mixture, which needs a logit for each column"
+            raise expected(label("payload"), what, repr(self.link.payload))
+        if self.teacher_weights is not None:
+            what = "none beside teacher_mixture, where no token has a teacher of its own"
+            raise expected(label("teacher_weights"), what, repr(self.teacher_weights))
+
+    def mixture(self) -> tuple[float, ...]:
+        """The weights of the teachers in their order, where they answer together; empty where each sample has one."""
+        if self.teacher_mixture is None:
+            return ()
+        weights = named(self.teacher_mixture)
+        return tuple(float(weights[source.name]) for source in self.link.teachers())
 
     def weight_of(self, teacher: str) -> float:
         """By which the loss of this teacher's tokens is multiplied."""

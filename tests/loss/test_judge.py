@@ -139,7 +139,7 @@ def test_arguments_that_are_wrong_are_named():
     with pytest.raises(ValueError, match=r"judge: expected the student's leading shape \[4\], got \[3\]"):
         call(student, teacher, judge=judge[:3], validity="privileged")
     with pytest.raises(
-        TypeError, match="judge: expected a tensor, DenseLogits, TopKLogits or HiddenStates, got"
+        TypeError, match="judge: expected a tensor, DenseLogits, TopKLogits, HiddenStates or MixedLogits, got"
     ):
         call(student, teacher, judge="a solution", validity="privileged")
     stats = on_cpu(vcrd.vocab_parallel_divergence(student, teacher))

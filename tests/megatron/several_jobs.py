@@ -26,7 +26,7 @@ def settings(names: tuple[str, ...] = NAMES, **changes) -> DistillSettings:
 def of_teacher(chosen: DistillSettings, name: str) -> DistillSettings:
     """What is given to the job of one teacher: settings without names."""
     (own,) = (source for source in chosen.link.teachers() if source.name == name)
-    return chosen.replaced(link=chosen.link.of(own), teacher_weights=None)
+    return chosen.replaced(link=chosen.link.of(own), teacher_weights=None, teacher_mixture=None)
 
 
 def serve(chosen: DistillSettings, name: str) -> int:

@@ -261,7 +261,7 @@ def test_one_teacher_is_asked_as_before():
     source.receive = lambda number: source.answer(source.asked[number])
     one = made.Alone({"": source}, place, made.settings(("math",)))
     one.request(whole)
-    assert source.asked[0].tokens is whole.tokens and one.receive(0).owners is None
+    assert source.asked[0].tokens is whole.tokens and one.receive(0).owners is None and not one._splits
     three = made.Alone(made.made(SAME, place), place, made.settings(NAMES))
     three.request(whole._replace(teachers=("code", 1)))
     assert three.sources["code"].asked[0].tokens is whole.tokens

@@ -249,8 +249,10 @@ class StudentLoss:
         self._settings = settings
         self._teacher = teacher
         self._tokenizer = tokenizer
-        self._names = () if teacher.names == ("",) else teacher.names
-        self._checks = [TeacherCheck(number, name) for number, name in enumerate(teacher.names)]
+        # The teachers of a mixture answer together: its figures are those of one teacher without a name.
+        names = ("",) if settings.mixture() else teacher.names
+        self._names = () if names == ("",) else names
+        self._checks = [TeacherCheck(number, name) for number, name in enumerate(names)]
         self.report = Report(self._checks, self._names)
         self._weights: Tensor | None = None  # of the teachers, on the device, if any is not 1
         self._mask = LossMask(settings, external)
@@ -357,7 +359,7 @@ class StudentLoss:
         before, self._reported = self._reported, self._teacher.each()
         for teacher, (now, then) in enumerate(zip(self._reported, before, strict=True)):
             waited = now.waits.seconds - then.waits.seconds
-            self.report.add_link(waited, now.received - then.received, teacher)
+            self.report.add_link(waited, now.received - then.received, teacher if self._names else 0)
         self.report.add(out, mask, answer.owners)
         if out.loss.requires_grad:
             out.loss.register_hook(partial(self.report.compare, mask))

@@ -135,7 +135,7 @@ class RemoteTeacher:
                 for source in self._sources:
                     with naming(source.name):
                         found[source.name] = open_source(link, source, layout, tokenizer)
-                self._teachers = kind(found, layout, link)
+                self._teachers = kind(found, layout, link, self._settings.mixture())
             except BaseException:
                 for each in found.values():
                     each.close()

@@ -32,7 +32,7 @@ from vcrd.loss.divergence import DivergenceStats
 from vcrd.megatron.layout import Layout
 from vcrd.megatron.routing import Split
 from vcrd.settings import LinkSettings, TeacherSource
-from vcrd.teacher_logits import DenseLogits, HiddenStates, TeacherLogits, TopKLogits
+from vcrd.teacher_logits import DenseLogits, HiddenStates, MixedLogits, TeacherLogits, TopKLogits
 
 _log = logging.getLogger("vcrd")
 _KEPT = 2  # free blocks of host memory that are kept for the next answers
@@ -163,13 +163,21 @@ def answer_of(given: Answer | TeacherLogits) -> Answer:
 class Teachers:
     """On every rank of the last stage: `request` on the ranks that ask, and `receive` on all, in the same order.
 
-    sources: by name, in the order of the settings. The name "" is that of an only teacher without a name.
+    sources: by name, in the order of the settings. The name "" is that of an only teacher without a name. mixture: the
+    weights of the teachers if all of them answer every token; empty if each sample has one teacher.
 
     With several teachers, a rank that asks tells the ranks that share its micro-batches which teacher has which
     sequences: one small message per micro-batch over TCP, sent with the request. No device waits for it.
     """
 
-    def __init__(self, sources: Mapping[str, Source], layout: Layout, settings: LinkSettings) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        layout: Layout,
+        settings: LinkSettings,
+        mixture: tuple[float, ...] = (),
+    ) -> None:
+        self._mixture = mixture
         self.sources = dict(sources)
         self._names = tuple(sources)
         self._layout = layout
@@ -183,7 +191,7 @@ class Teachers:
         on_cpu = layout.device.type == "cpu"
         self._empty = Pool(_KEPT).empty if on_cpu else partial(torch.empty, device=layout.device)
         _refuse_unlike(self.sources, settings)
-        shared = len(sources) > 1 and layout.tensor_size * layout.context_size > 1
+        shared = len(sources) > 1 and not mixture and layout.tensor_size * layout.context_size > 1
         self._channel = self._opened() if shared else None
 
     @property
@@ -199,6 +207,8 @@ class Teachers:
         """Asks about the next micro-batch; returns its number: 0, 1, 2 .. ValueError for a teacher that is not there,
         here and in `receive` on the ranks that share the micro-batch."""
         number = self._asked
+        if self._mixture:
+            return self._request_of_all(question)
         try:
             split = Split.of(question, self._names)
             for teacher in split.present:
@@ -209,7 +219,8 @@ class Teachers:
             self._tell({"refused": str(error)})
             raise
         self._tell(asdict(split))
-        self._splits.append(split)
+        if len(self._names) > 1:
+            self._splits.append(split)
         self._asked += 1
         return number
 
@@ -217,8 +228,20 @@ class Teachers:
         """The answers to micro-batch `number`: 0, 1, 2 .. in this order. Blocks until they have come."""
         if len(self.sources) == 1:
             return Answer((Part(self._answer(0), (0,)),))
+        if self._mixture:
+            answers = tuple(self._answer(teacher) for teacher in range(len(self._names)))
+            return Answer((Part(MixedLogits(answers, self._mixture), (0,)),))
         split = self._next_split(number)
         return self._together(split, {teacher: self._answer(teacher) for teacher in split.present})
+
+    def _request_of_all(self, question: Question) -> int:
+        if question.teachers:
+            what = "none with teacher_mixture, where every teacher answers every token"
+            raise expected("vcrd_teacher", what, "some")
+        for teacher in range(len(self._names)):
+            with self._naming(teacher):
+                number = self._source(teacher).request(question.tokens, question.edges, question.context)
+        return number
 
     def close(self) -> None:
         if self._channel is not None:
