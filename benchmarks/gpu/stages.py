@@ -230,8 +230,8 @@ STAGES = (
     ),
     Stage(
         "kernels-validity",
-        "Validities and weights agree with the float64 reference.",
-        **of_loss("validity"),
+        "Validities, a judge of both actions, and weights agree with the float64 reference.",
+        **of_loss("validity", "judge"),
     ),
     Stage(
         "kernels-sharded",

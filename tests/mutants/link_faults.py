@@ -92,8 +92,8 @@ FAULTS = [
     _fault(
         "the loss mask is read in the wrong order, not transposed",
         "megatron/distillation.py",
-        "mask = loss_mask.transpose(0, 1)",
-        "mask = loss_mask.reshape(loss_mask.shape[::-1])",
+        "mask = given = loss_mask.transpose(0, 1)",
+        "mask = given = loss_mask.reshape(loss_mask.shape[::-1])",
         "tests/megatron/test_distillation.py",
         "-k",
         "tensor_and_pipeline_parallel",
