@@ -6,6 +6,8 @@ ARGS ?=
 TORCH ?=
 # no: leave out the tests on emulated CUDA kernels, which are the same for every Python and torch.
 EMULATED ?= yes
+# Tests to leave out: files, folders or single tests.
+SKIP ?=
 # Processes for the tests.
 JOBS ?= 2
 # Time limit of make gpu-check for all of its stages.
@@ -64,7 +66,7 @@ help:
 	@echo "make gpu-check  on a machine with a GPU: run the stages that are due, with PYTHON, in SECONDS=420; ARGS=--list shows them"
 	@echo "make clean    remove environments, builds and caches; results stay"
 	@echo "PYTHON=...    the interpreter (default python3; 3.10 or newer). ARGS=... are arguments of the command."
-	@echo "TORCH=2.15.0  build and test with another torch than the pinned one. EMULATED=no  without emulated CUDA kernels."
+	@echo "TORCH=2.15.0  build and test with another torch than the pinned one. EMULATED=no  without emulated CUDA kernels. SKIP=...  tests to leave out."
 
 demo: $(DONE)/demo $(DONE)/extension
 	@$(RUN) -m examples.demo $(ARGS)
@@ -82,7 +84,7 @@ NAMED := $(if $(WITH_SYSTEMS),$(filter tests/integrations% tests/slurm/test_brid
 SECOND := $(if $(WITH_SYSTEMS),$(if $(ARGS),$(NAMED),both))
 LEFT_OUT := $(if $(WITH_SYSTEMS),$(OF_SYSTEMS)) $(if $(filter no,$(EMULATED)),tests/cuda_emulation/test_emulated.py)
 # Argument: which tests.
-run_first = $(if $(NAMED),,$(RUN) $(PYTEST) --junitxml=build/tests-$(TAG).xml $(LEFT_OUT:%=--ignore=%) $(1) $(ARGS))
+run_first = $(if $(NAMED),,$(RUN) $(PYTEST) --junitxml=build/tests-$(TAG).xml $(LEFT_OUT:%=--ignore=%) $(SKIP:%=--deselect=%) $(1) $(ARGS))
 run_second = $(if $(SECOND),$(RUN_SYSTEMS) $(PYTEST) --junitxml=build/tests-$(TAG)-systems.xml $(1) $(or $(ARGS),$(OF_SYSTEMS)))
 PACKAGES := $(DONE)/demo $(DONE)/test $(DONE)/evidence $(if $(WITH_SYSTEMS),$(SYSTEMS)/.done)
 TESTS := $(PACKAGES) $(DONE)/extension $(if $(filter no,$(EMULATED)),,$(DONE)/emulation)
