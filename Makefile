@@ -71,8 +71,9 @@ help:
 demo: $(DONE)/demo $(DONE)/extension
 	@$(RUN) -m examples.demo $(ARGS)
 
+# make passes PYTHON on to the script, where it would mean an interpreter without the packages.
 bridge-demo: $(SYSTEMS)/.done $(DONE)/extension
-	@PATH="$(CURDIR)/$(SYSTEMS)/bin:$(CURDIR)/$(VENV)/bin:$$PATH" examples/bridge/demo.sh $(ARGS)
+	@PYTHON=python PATH="$(CURDIR)/$(SYSTEMS)/bin:$(CURDIR)/$(VENV)/bin:$$PATH" examples/bridge/demo.sh $(ARGS)
 
 # All tests of a file run in one process, because they share fixtures. The slowest files start first.
 PYTEST = -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -359,6 +359,14 @@ def test_the_real_smollm2_comes_back_bit_for_bit(bridge, tmp_path):
     check_conversions(bridge, tmp_path / "from", tmp_path, ("smollm2",), 3, 1)
 
 
+def test_make_runs_the_demo_with_the_python_of_its_environment():
+    """And not with the interpreter that makes the environment, which make passes on as a variable."""
+    command = ["make", "--dry-run", "bridge-demo", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    (line,) = (line for line in done.stdout.splitlines() if "examples/bridge/demo.sh" in line)
+    assert line.startswith("PYTHON=python PATH="), done.stderr
+
+
 @needs_bridge
 @pytest.mark.slow
 @pytest.mark.timeout(900)
