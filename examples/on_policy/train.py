@@ -100,7 +100,7 @@ def train_teacher(sizes: Sizes, say: Say) -> tuple[torch.nn.Module, Teacher]:
     model = _taught(sizes.teacher, sizes.teacher_updates, 0, sizes)
     problems = draw(sizes.held_out, torch.Generator().manual_seed(0))
     judged = [
-        right for pair in _answered(model, problems) for right in right_steps(*pair) if right is not None
+        right for pair in answered(model, problems) for right in right_steps(*pair) if right is not None
     ]
     found = Teacher(share_solved(model, sizes), sum(judged) / len(judged))
     say(f"the teacher solves {found.solved:.1%}; {found.right_steps:.1%} of its tokens are in right steps")
@@ -140,11 +140,11 @@ class Distillation:
     def round(self, number: int) -> None:
         """Samples once and trains on it. A run can resume here: the number is the whole state of sampling and data."""
         sizes = self._sizes
-        generator = _generator(self._seed, number)
+        generator = generator_of(self._seed, number)
         problems = draw(sizes.rows * sizes.fresh, generator)
         if self._method.own:
             seed = int(torch.randint(2**62, (), generator=generator))
-            responses = [response for _, response in _answered(self.learner.model, problems, 1.0, seed)]
+            responses = [response for _, response in answered(self.learner.model, problems, 1.0, seed)]
         else:
             responses = [solution(problem) for problem in problems]
         scores = self._about.right_steps if self._method.validity == "scores" else None
@@ -156,10 +156,10 @@ class Distillation:
 def share_solved(model: torch.nn.Module, sizes: Sizes) -> float:
     """Share of the held-out problems that the model solves with its most probable tokens."""
     problems = draw(sizes.held_out, torch.Generator().manual_seed(0), held_out=True)
-    return sum(is_right(*pair) for pair in _answered(model, problems)) / len(problems)
+    return sum(is_right(*pair) for pair in answered(model, problems)) / len(problems)
 
 
-def _answered(
+def answered(
     model: torch.nn.Module, problems: list[Chain], temperature: float = 0.0, seed: int = 0
 ) -> Iterator[tuple[Chain, str]]:
     prompts = [encode(problem.prompt) for problem in problems]
@@ -172,14 +172,14 @@ def _taught(size: tuple[int, int, int], updates: int, seed: int, sizes: Sizes) -
     """A model that was trained on right solutions, with cross-entropy."""
     learner = Learner(shape(*size), seed, sizes.first_rate, updates)
     for number in range(updates):
-        problems = draw(sizes.first_rows, _generator(seed, number, first=True))
+        problems = draw(sizes.first_rows, generator_of(seed, number, first=True))
         solutions = [solution(problem) for problem in problems]
         batches = micro_batches(problems, solutions, sizes.first_rows // sizes.parts)
         learner.update(forward_step, iter(batches), sizes.parts)
     return learner.model
 
 
-def _generator(seed: int, number: int, first: bool = False) -> torch.Generator:
+def generator_of(seed: int, number: int, first: bool = False) -> torch.Generator:
     """Of a round, or of an update of the first training. Data-parallel replicas draw different problems, the ranks of
     one replica the same.
     """
