@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +12,7 @@ from forms import HiddenCase
 from torch import Tensor
 
 import vcrd
-from vcrd.loss import ops, reference
+from vcrd.loss import ops, overwriting, reference
 
 TOKENS, COLUMNS = (5, 2), 70
 CHANGED = "modified by an inplace operation"
@@ -135,6 +136,26 @@ def test_nothing_else_that_reads_the_logits_gets_a_wrong_gradient(device, train,
     elif train is not held_by_python:  # True is a promise about what autograd cannot see
         with pytest.raises(RuntimeError, match=CHANGED):
             run(device, train, True)
+
+
+def test_unusual_counts_of_references_are_neither_trusted_nor_remembered(device):
+    """Under a debugger's trace function, and under hooks of saved tensors."""
+    overwriting._measured.cache_clear()
+    truth, _ = run("cpu", alone, False, torch.float64)
+    before = sys.gettrace()
+    sys.settrace(lambda *event: None)
+    try:
+        traced = run(device, alone, "if_unused")
+    finally:
+        sys.settrace(before)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        hooked = run(device, alone, "if_unused")
+    for (gradient, overwritten), expected in (
+        (traced, False),
+        (hooked, False),
+        (run(device, alone, "if_unused"), True),
+    ):
+        assert relative_error(gradient, truth) <= 1e-5 and overwritten == expected
 
 
 def test_a_python_variable_keeps_its_logits(device):

@@ -364,8 +364,9 @@ class _VocabParallelDivergence(torch.autograd.Function):
             inplace_gradient,
             False,
         )
+        ctx.lone = frozenset()
         if inplace_gradient == IF_UNUSED and ctx.needs_input_grad[0]:
-            holders_of_a_lone_loss()  # measured here, where no backward is under way
+            ctx.lone = holders_of_a_lone_loss()  # measured here, where no backward is under way
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*fields[2:])
         return fields
@@ -388,8 +389,7 @@ class _VocabParallelDivergence(torch.autograd.Function):
         spans = form.spans(student.shape[0])
         overwrite = bool(ctx.inplace_gradient) and not shares_memory(student, teacher)
         if overwrite and ctx.inplace_gradient == IF_UNUSED:
-            lone = holders_of_a_lone_loss()
-            overwrite = bool(lone) and holders(student) in lone
+            overwrite = bool(ctx.lone) and holders(student) in ctx.lone
         if overwrite:
             ctx.overwritten = True
             torch.autograd.graph.increment_version(student)

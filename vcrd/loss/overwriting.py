@@ -53,13 +53,22 @@ def holders(rows: Tensor) -> tuple:
     return torch._C._storage_Use_Count(rows.untyped_storage()._cdata), *counts
 
 
-@functools.cache
 def holders_of_a_lone_loss() -> frozenset:
     """What `holders` gives where nothing but one autograd function holds logits, whole or copied into rows.
 
-    Measured once per process, because the number of references that torch takes to a saved tensor depends on its
-    version. Empty where this torch cannot tell; then nothing is overwritten.
+    Empty where this torch cannot tell; then nothing is overwritten. So it is also where the counts are not the usual
+    ones: under a trace or profile function, as of a debugger, which holds the variables of frames; and under hooks of
+    saved tensors, as of activation offloading.
     """
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if sys.gettrace() or sys.getprofile() or hooks is None or hooks(False) is not None:
+        return frozenset()
+    return _measured()
+
+
+@functools.cache
+def _measured() -> frozenset:
+    """Once per process, because the number of references that torch takes to a saved tensor depends on its version."""
     if not (hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")):
         return frozenset()
     found = set()
