@@ -144,7 +144,7 @@ class Proposals:
 
     problem: np.ndarray
     valid: dict[str, np.ndarray]  # "teacher", "student"
-    scores: dict[str, tuple[np.ndarray, np.ndarray]]  # of the student's proposal, of the teacher's
+    scores: dict[str, tuple[np.ndarray, np.ndarray]]  # scores of the student's proposal and of the teacher's
 
     def about(self, what: str) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
         """What a score should tell, the scores, and the problems."""

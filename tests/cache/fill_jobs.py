@@ -16,7 +16,7 @@ from vcrd.link import Head, Identity, LinkSettings, Request, Span, TeacherLink
 from vcrd.link.errors import StudentLost
 from vcrd.settings import DistillSettings
 
-SIZE = 6  # of a hidden state
+SIZE = 6  # hidden size
 HEAD = Head(SIZE, "bfloat16", scale=0.5)
 LAYOUT = Layout(teacher_tensor=2, vocab=50, sequence=16)
 WEIGHTS = 7

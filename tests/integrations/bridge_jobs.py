@@ -579,7 +579,7 @@ def injections() -> dict[str, bool]:
         called(iterator, model)
         its_state, its_iterator, its_model = got[-1]
         whole = its_state is (None if form is without else state) and its_model is model
-        whole = whole and next(its_iterator) is batch  # the plug hides fields of its own from the script
+        whole = whole and next(its_iterator) is batch  # not the same iterator: the plug hides its fields
         found[name] = whole and called is not plug and isinstance(plug._loop, BridgeTraining)
         assert isinstance(plug.settings, DistillSettings)
     return found

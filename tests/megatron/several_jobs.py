@@ -14,11 +14,11 @@ from examples.demo.convert import Place, to_hugging_face
 from vcrd.settings import DistillSettings
 
 NAMES = ("math", "code", "law")
-SEEDS = {"math": 2, "code": 3, "law": 4}  # of the weights
+SEEDS = {"math": 2, "code": 3, "law": 4}  # for the random weights
 
 
 def settings(names: tuple[str, ...] = NAMES, **changes) -> DistillSettings:
-    """Of the student. Each teacher has a port of its own."""
+    """The settings of the student. Each teacher has its own port."""
     address = ",".join(f"{name}=127.0.0.1:{free_port()}" for name in names)
     return of_one(address=address, **changes)
 

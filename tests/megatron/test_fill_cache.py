@@ -12,7 +12,7 @@ from vcrd.cache.files import Cache, key_of
 from vcrd.link.plan import Span
 from vcrd.settings import PAYLOADS, DistillSettings
 
-LENGTH = 8  # of a row; the model has positions for a context as well
+LENGTH = 8  # tokens in a row; the model has more positions, for a context
 
 
 def settings(payload: str, port: int = 0, **changes) -> DistillSettings:

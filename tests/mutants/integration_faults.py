@@ -127,7 +127,7 @@ FAULTS = [
         "figures_reach_the_log",
     ),
     _fault(
-        "the figures of a model with groups of its own leave out context ranks",
+        "the figures of a model that has its own groups leave out context ranks",
         "vcrd/megatron/layout.py",
         '"data_context": ("dp_cp", partial(',
         '"data_context": ("dp", partial(',
@@ -179,7 +179,7 @@ FAULTS = [
         "samples_are",
     ),
     _fault(
-        "each rank samples with chances of its own",
+        "each rank draws its own random numbers for the samples",
         "examples/on_policy/sampling.py",
         "torch.Generator().manual_seed(seed))",
         "torch.Generator().manual_seed(seed + dist.get_rank()))",
