@@ -29,7 +29,6 @@ def test_the_list_follows_one_answer_through_both_processes(tmp_path, capsys, tr
     found = [(call["process"], call["thread"], call["function"]) for call in record["calls"]]
     places = [found.index(step) for step in WAY]
     assert places == sorted(places)
-    assert found[-1][:2] == ("student", "MainThread")
     assert f"{record['functions']} functions in {record['files']} files" in capsys.readouterr().out
 
 

@@ -12,9 +12,11 @@ from test_distillation import settings
 from worlds import World, run_worlds
 
 from vcrd.__main__ import main
+from vcrd.monitor.bottleneck import WORTH_SAYING
 from vcrd.monitor.records import read_records
 
 STEPS = 5
+SLEEP = 0.3  # seconds of the teacher for each answer
 
 
 def records(folder, name: str) -> dict[str, list[dict]]:
@@ -32,7 +34,7 @@ def trained(tmp_path_factory):
     chosen = settings(credits=2, telemetry_dir=str(folder))
     (tokens, _), _ = run_worlds(
         World(training_jobs.student, 2, tensor=2, arguments=(chosen, STEPS)),
-        World(training_jobs.slow_teacher, arguments=(chosen, 0.15)),
+        World(training_jobs.slow_teacher, arguments=(chosen, SLEEP)),
     )
     return folder, tokens
 
@@ -71,15 +73,23 @@ def test_the_waits_of_the_student_agree_with_the_work_of_the_teacher(trained):
     folder, _ = trained
     student, teacher = records(folder, "student-00000"), records(folder, "teacher-00000")
     busy = sum(record.get("answering", 0) for record in teacher["rank"])
-    assert busy > 0.14 * 2 * STEPS, "it slept as long"
+    assert busy > 0.95 * SLEEP * 2 * STEPS, "it slept as long"
     assert sum(record.get("answers", 0) for record in teacher["rank"]) == 2 * STEPS
     received = sum(record["link_bytes"] for record in student["rank"] if "link_bytes" in record)
     assert 0 < received <= sum(record.get("bytes_sent", 0) for record in teacher["rank"])
-    said = student["starved"]
-    assert {record["cause"] for record in said} <= {"teacher", "bursts"} and len(said) >= STEPS - 2
-    assert all(
-        "of the step for teacher replica 0, which had not begun to answer" in s["sentence"] for s in said
-    )
+    # On a busy machine the student's own steps take so long that later answers are there in time.
+    waits = {
+        record["iteration"]: record["teacher_wait_by_replica"]["0"] / record["seconds"]
+        for record in records(folder, "student-00001")["figures"]
+    }
+    said = {record["iteration"]: record for record in student["starved"]}
+    # The clock is read once more between the two records.
+    assert {step for step, share in waits.items() if share > 1.01 * WORTH_SAYING} <= set(said)
+    assert set(said) <= {step for step, share in waits.items() if share > 0.99 * WORTH_SAYING}
+    assert all("of the step for teacher replica 0" in record["sentence"] for record in said.values())
+    # Nothing was asked before the first step, so that the teacher sleeps while the student waits.
+    assert said[1]["cause"] in ("teacher", "bursts")
+    assert "which had not begun to answer" in said[1]["sentence"]
 
 
 def test_the_records_give_a_page(trained, capsys):
