@@ -8,6 +8,7 @@ TORCH ?=
 EMULATED ?= yes
 # Tests to leave out: files, folders or single tests.
 SKIP ?=
+PROFILE ?= thorough
 # Processes for the tests.
 JOBS ?= 2
 # Time limit of make gpu-check for all of its stages.
@@ -66,7 +67,7 @@ help:
 	@echo "make gpu-check  on a machine with a GPU: run the stages that are due, with PYTHON, in SECONDS=420; ARGS=--list shows them"
 	@echo "make clean    remove environments, builds and caches; results stay"
 	@echo "PYTHON=...    the interpreter (default python3; 3.10 or newer). ARGS=... are arguments of the command."
-	@echo "TORCH=2.15.0  build and test with another torch than the pinned one. EMULATED=no  without emulated CUDA kernels. SKIP=...  tests to leave out."
+	@echo "TORCH=2.15.0  build and test with another torch than the pinned one. EMULATED=no  without emulated CUDA kernels. SKIP=...  tests to leave out. PROFILE=fast  fewer examples of hypothesis in test-all."
 
 demo: $(DONE)/demo $(DONE)/extension
 	@$(RUN) -m examples.demo $(ARGS)
@@ -103,8 +104,8 @@ test: $(TESTS)
 
 test-all: $(TESTS)
 	@echo "==> running every test with $(VENV)"
-	@$(call run_first,--hypothesis-profile thorough)
-	@$(call run_second,--hypothesis-profile thorough)
+	@$(call run_first,--hypothesis-profile $(PROFILE))
+	@$(call run_second,--hypothesis-profile $(PROFILE))
 
 test-durations:
 	@$(PYTHON) tests/durations.py build/tests-$(TAG).xml
