@@ -355,6 +355,23 @@ def shapes_of_logits(settings, asked: list[Case]) -> list[list[int]]:
     return shapes
 
 
+class _Gathered(torch.autograd.Function):
+    """[w, ..] of each of the context-parallel ranks, as one tensor. Its gradient reaches the rank that has it."""
+
+    @staticmethod
+    def forward(ctx, own: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(own) for _ in range(group.size())]
+        dist.all_gather(parts, own.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient.chunk(ctx.group.size())[ctx.group.rank()], None
+
+
 def attend_over_context_ranks() -> None:
     """Megatron's local attention works with context parallelism: it gathers keys and values.
 
@@ -378,11 +395,8 @@ def attend_over_context_ranks() -> None:
             query, key, value = (each.unsqueeze(1) for each in (query, key, value))
         held = [context_rows(width, each, size, edges) for each in range(size)]
         held = [torch.cat([torch.arange(span.start, span.stop) for span in spans]) for spans in held]
-        whole = []
-        for each in (key, value):
-            parts = [torch.empty_like(each) for _ in held]
-            dist.all_gather(parts, each.contiguous(), group=parallel_state.get_context_parallel_group())
-            whole.append(torch.cat(parts)[torch.cat(held).argsort()])
+        order, group = torch.cat(held).argsort(), parallel_state.get_context_parallel_group()
+        whole = [_Gathered.apply(each, group)[order] for each in (key, value)]
         found = attend(self, query, *whole, packing_jobs.blocks(edges)[:, :, held[rank]], **rest)
         return found if packed_seq_params is None else found.squeeze(1)
 
