@@ -10,9 +10,11 @@ from test_distillation import settings
 from test_teacher_context import check_steps, chosen_for_training
 from worlds import World, run_worlds
 
+from vcrd.cache.files import Cache
 from vcrd.megatron.external_validity import ExternalValidity
 
 ROWS, PACKED = some(5, packed=False), some(6, packed=True)
+BOTH = [*ROWS, *PACKED]
 
 
 def chosen(**changes):
@@ -47,13 +49,13 @@ def test_a_teacher_in_the_same_ranks_judges_as_the_reference_does(tensor, pipeli
 
 @pytest.mark.parametrize("fused_head", ["off", "on"])
 def test_a_linked_teacher_is_asked_twice_and_judges_as_the_reference_does(fused_head):
-    both, asked = [*ROWS, *PACKED], chosen(fused_head=fused_head)
+    asked = chosen(fused_head=fused_head)
     ranks, (served,), (truths,) = run_worlds(
-        World(privileged_jobs.trained, 2, tensor=2, arguments=(asked, [{"group": both}], False)),
+        World(privileged_jobs.trained, 2, tensor=2, arguments=(asked, [{"group": BOTH}], False)),
         World(contexts.serve, arguments=(asked,)),
-        World(privileged_jobs.references, arguments=(asked, [(both, contexts.jobs.TEACHER)])),
+        World(privileged_jobs.references, arguments=(asked, [(BOTH, contexts.jobs.TEACHER)])),
     )
-    assert served == 2 * len(both)
+    assert served == 2 * len(BOTH)
     check_steps(ranks, truths)
 
 
@@ -78,3 +80,32 @@ def test_settings_that_leave_no_judge_are_refused():
         settings(validity="privileged")
     with pytest.raises(ValueError, match="verifier: expected none with the settings' validity 'privileged'"):
         ExternalValidity(chosen(), "tokens", lambda *actions: actions)
+
+
+def fill(asked, folder: str, by_link: bool) -> list[int]:
+    """Sequences that were written and found, of a cache for a training with a judge."""
+    from vcrd.megatron import fill_cache, fill_cache_by_link
+
+    batches = privileged_jobs.micro_batches(BOTH)
+    if by_link:
+        filled = fill_cache_by_link(batches, folder, asked)
+    else:
+        filled = fill_cache(contexts.model(), batches, folder, asked)
+    return list(filled[:2])
+
+
+def test_a_cache_that_is_filled_for_a_judge_has_both_answers(tmp_path):
+    asked, here, there = chosen(payload="float32"), tmp_path / "here", tmp_path / "there"
+    (one,), (other,), (served,) = run_worlds(
+        World(fill, arguments=(asked, str(here), False)),
+        World(fill, arguments=(asked, str(there), True)),
+        World(contexts.serve, arguments=(asked,)),
+    )
+    assert one == other and served == 2 * len(BOTH) and one[0] > sum(len(case.contexts) for case in BOTH)
+    cached = asked.replaced(address=None, teacher=f"cache:{here}")
+    assert sorted(Cache(here).keys()) == sorted(Cache(there).keys())
+    ranks, (truths,) = run_worlds(
+        World(privileged_jobs.trained, 2, tensor=2, arguments=(cached, [{"group": BOTH}], False)),
+        World(privileged_jobs.references, arguments=(asked, [(BOTH, contexts.jobs.TEACHER)])),
+    )
+    check_steps(ranks, truths)

@@ -12,24 +12,35 @@ import torch
 from worlds import World, run_worlds
 
 from examples.demo.convert import Place, to_hugging_face
-from vcrd.link.question import Question
+from vcrd.link.question import NO_CONTEXT, Context, Question
 from vcrd.loss import reference
 from vcrd.loss.api import validity_calibrated_kl
+from vcrd.megatron.privileged import AskedTwice
+from vcrd.megatron.teachers import Teachers
 from vcrd.settings import DistillSettings
 
 WEIGHTS = (1.0, 2.5, 0.5)
 MIXTURE = "math=1,code=2.5,law=0.5"
 
 
-def asked(payloads: dict[str, str], teachers: tuple[str, ...] = ()) -> tuple[list, Question, made.Alone]:
+class Twice(made.Alone, AskedTwice):
+    """The teachers of validity "privileged"."""
+
+
+def asked(
+    payloads: dict[str, str],
+    teachers: tuple[str, ...] = (),
+    context: Context = NO_CONTEXT,
+    kind: type = made.Alone,
+) -> tuple[list, Question, Teachers]:
     place = made.layout()
     sources = made.made(payloads, place)
     tokens = torch.randint(made.VOCAB, (3, 8), generator=torch.Generator().manual_seed(1))
-    question = Question(tokens, teachers=teachers)
+    question = Question(tokens, context=context, teachers=teachers)
     return (
         list(sources.values()),
         question,
-        made.Alone(sources, place, made.settings(tuple(payloads)), WEIGHTS),
+        kind(sources, place, made.settings(tuple(payloads)), WEIGHTS),
     )
 
 
@@ -52,6 +63,38 @@ def test_the_target_is_the_mixture_of_all_teachers(payloads, divergence):
     mixed = reference.mixed_logits([each.logits(question) for each in sources], list(WEIGHTS))
     stats = reference.statistics(exact, mixed, labels, name=divergence, vocab_size=made.VOCAB, mask=mask)
     weight, _ = reference.weights(*reference.log_validities(stats, "label"), mask=mask)
+    loss = weight * stats["divergence"]
+    loss.sum().backward()
+    torch.testing.assert_close(out.loss.double(), loss, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(student.grad.double(), exact.grad, atol=2e-5, rtol=2e-4)
+
+
+def test_the_judge_of_a_mixture_is_the_mixture_of_teachers_that_see_the_context():
+    payloads = dict(zip(several.NAMES, ("hidden", "float32", "float32"), strict=True))
+    context = Context(torch.tensor([3, 7, 11, 4]), torch.tensor([0, 8, 9, 20]))
+    sources, question, teachers = asked(payloads, context=context, kind=Twice)
+    assert teachers.request(question) == 0
+    answer, judge = teachers.receive(0)
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(8, 3, made.PADDED, generator=generator)
+    labels = torch.randint(made.VOCAB, (8, 3), generator=generator)
+    student = logits.clone().requires_grad_()
+    options = {"validity": "privileged", "vocab_size": made.VOCAB}
+    out = answer.loss(validity_calibrated_kl, student, labels, mask=None, judge=judge, **options)
+    out.loss.sum().backward()
+    exact = logits.double().requires_grad_()
+    p, seen = (
+        reference.mixed_logits([each.logits(one) for each in sources], list(WEIGHTS))
+        for one in (question._replace(context=NO_CONTEXT), question)
+    )
+    stats = reference.statistics(exact, p, labels, vocab_size=made.VOCAB)
+    verdicts = reference.privileged_log_validities(
+        lambda labels: reference.statistics(seen, seen, labels, vocab_size=made.VOCAB),
+        stats["student_action"],
+        stats["teacher_action"],
+    )
+    weight, _ = reference.weights(*verdicts)
+    assert (weight < 1).any() and (weight > 1).any()
     loss = weight * stats["divergence"]
     loss.sum().backward()
     torch.testing.assert_close(out.loss.double(), loss, atol=2e-5, rtol=2e-5)

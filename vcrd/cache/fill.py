@@ -18,7 +18,7 @@ from vcrd.errors import expected
 from vcrd.link.errors import LinkError
 from vcrd.link.handshake import Tokenizer
 from vcrd.link.plan import Span
-from vcrd.link.question import Question
+from vcrd.link.question import Question, asked_of_judges
 from vcrd.link.rendezvous import host_rendezvous
 from vcrd.link.student import StudentLink
 from vcrd.settings import DistillSettings, label
@@ -69,7 +69,8 @@ def fill(
 
     questions: this rank's share of the data, for example of `vcrd.megatron.question_of`.
     settings: default `DistillSettings.from_environment()`. It must state `vocab_size` and `sequence_length`, as the
-        teacher does. The loss is not read, nor is `teacher`.
+        teacher does. `teacher` is not read. Of the loss only `validity` is: with "privileged" each question is asked
+        with its context and without it, as the training does.
     group: the ranks that fill together, each with its own share; any backend. None: this rank alone. Rank 0 hosts the
         rendezvous, and so the address must be one of its own host.
     tokenizer: the one that made the tokens, to be compared with the teacher's.
@@ -100,7 +101,7 @@ def fill(
         try:
             ahead = settings.link.credits
             filling = _Filling(link, folder, ahead, file_bytes, Progress(report), leads=rank == 0)
-            filled = filling.run(questions)
+            filled = filling.run(questions_for(settings, questions))
         finally:
             link.close()
         # A teacher that is lost needs the rendezvous to come back: until every rank has ended.
@@ -108,6 +109,11 @@ def fill(
     finally:
         if rendezvous is not None:
             rendezvous.close()
+
+
+def questions_for(settings: DistillSettings, questions: Iterable[Question]) -> Iterable[Question]:
+    """What a training with these settings asks about the questions."""
+    return asked_of_judges(questions) if settings.validity == "privileged" else questions
 
 
 class Lacking:

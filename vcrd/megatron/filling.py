@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from vcrd.cache.files import OUTPUT_LAYER, Cache, CacheError, CacheHeader, CacheWriter, key_of
-from vcrd.cache.fill import FILE_BYTES, Filled, Lacking, Progress, fill
+from vcrd.cache.fill import FILE_BYTES, Filled, Lacking, Progress, fill, questions_for
 from vcrd.cache.sequences import Part, parts_of, question_about
 from vcrd.errors import expected
 from vcrd.link.handshake import Handshake
@@ -79,7 +79,8 @@ def fill_cache(
         pipeline parallelism of any size. Each data-parallel rank is a replica that fills with its own micro-batches.
     micro_batches: read on the first rank of each replica only, which has tensor rank 0 and the first stage: whole
         sequences, as a script's data iterator yields them. tokens_of: as of `distill`.
-    settings: default `DistillSettings.from_environment()`: payload, top_k, vocab_size and sequence_length are read.
+    settings: default `DistillSettings.from_environment()`: payload, top_k, vocab_size, sequence_length and
+        teacher_context_length are read, and validity as in `vcrd.cache.fill.fill`.
     file_bytes: a rank writes a file when it has answers of that size, and at the end.
     report: called on the first rank of each replica with its state, about every 10 seconds.
 
@@ -97,6 +98,7 @@ def fill_cache(
     with prepared(model, settings, microbatches, tokenizer, checkpoint) as teacher:
         _check(teacher, settings)
         questions = (question_of(batch, tokens_of) for batch in micro_batches or ())
+        questions = iter(questions_for(settings, questions))
         filling = _Filling(teacher, questions, folder, settings, file_bytes, report)
         try:
             while requests := filling.next_batch(teacher.limit):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vcrd.errors import expected
-from vcrd.link.question import NO_CONTEXT, Question
+from vcrd.link.question import Question, asked_of_judges
 from vcrd.megatron.teacher_context import CONTEXT_KEY
 from vcrd.megatron.teachers import Answer, Teachers
 from vcrd.teacher_logits import TeacherLogits
@@ -32,8 +32,9 @@ class AskedTwice(Teachers):
         """ValueError for a question without a context: the judge would be the teacher itself."""
         if not len(question.context.tokens):
             raise no_context()
-        super().request(question._replace(context=NO_CONTEXT))
-        return super().request(question) // 2
+        blind, seeing = asked_of_judges([question])
+        super().request(blind)
+        return super().request(seeing) // 2
 
     def receive(self, number: int) -> Judged:
         return Judged(super().receive(2 * number), super().receive(2 * number + 1))
