@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 
 from vcrd.link import Head, LinkSettings, Place, StudentLink, TeacherLink, TeacherPlace, host_rendezvous
-from vcrd.link.connection import HEADER_BYTES
+from vcrd.link.connection import HEADER_BYTES, Connection, Header, Kind
 from vcrd.link.payload import payload_named
-from vcrd.plan.traffic import Traffic
+from vcrd.link.question import Context
+from vcrd.plan.traffic import Traffic, request_bytes
 
 SHAPES = [(24, 2), (12, 1), (24, 2)]  # sequence, batch; the context sizes divide half of a sequence
+CONTEXTS = [3, 0, 5]  # tokens that only the teacher sees, in front of the first row of each
 CREDITS = 2
 TOP_K = 3
 PAYLOADS = ("float32", "float16", "logits_8bit", "topk", "hidden")
@@ -71,10 +73,25 @@ def settings_for(port: int, payload: str) -> LinkSettings:
         credits=CREDITS,
         timeout=60,
         connect_timeout=60,
+        teacher_context_length=max(CONTEXTS),
     )
 
 
+def count_requests() -> list[int]:
+    """The bytes of each request that this process sends from now on."""
+    sent, send = [], Connection.send
+
+    def counted(self: Connection, header: Header, *parts, **how) -> None:
+        if header.kind == Kind.REQUEST:
+            sent.append(HEADER_BYTES + sum(part.nbytes for part in parts))
+        send(self, header, *parts, **how)
+
+    Connection.send = counted
+    return sent
+
+
 def run_student(rank: int, case: Case, port: int) -> None:
+    sent = count_requests()
     rendezvous = host_rendezvous(settings_for(port, PAYLOADS[0])) if rank == 0 else None
     tensor, others = rank % case.student_tensor, rank // case.student_tensor
     place = Place(others // case.context, others % case.context, tensor)
@@ -91,12 +108,16 @@ def run_student(rank: int, case: Case, port: int) -> None:
             context_rank=place.context,
             context_size=case.context,
         )
-        for sequence, batch in SHAPES if place.is_request_leader else ():
-            link.request(torch.zeros(batch, sequence, dtype=torch.long))
+        asked = list(zip(SHAPES, CONTEXTS, strict=True)) if place.is_request_leader else []
+        for (sequence, batch), count in asked:
+            context = Context(*torch.zeros(2, count, dtype=torch.long))
+            link.request(torch.zeros(batch, sequence, dtype=torch.long), context=context)
         for number in range(len(SHAPES)):
             link.receive(number)
         planned = case.traffic(payload).received_by(place, SHAPES)
         assert link.bytes_received == planned, f"{payload}: {link.bytes_received}, planned {planned}"
+        assert sent == [request_bytes(shape, context=count) for shape, count in asked]
+        sent.clear()
         print(f"{payload} {planned}", flush=True)
         dist.barrier()
         link.close()

@@ -61,6 +61,24 @@ def test_one_rank_each_by_hand():
     assert hidden.teacher_host_bytes == 4 * 204_888 + 1024 * 1024  # with the padding of the output layer
 
 
+def test_a_context_costs_the_teacher_its_layers_and_no_output_layer():
+    """20 tokens of context for each of 2 x 100: attention over 120, the output layer for the student's 200."""
+    plain, got = by_name(), by_name(teacher_context=20)
+    output = 2 * 1000 * 512
+    each = 2 * (10_000_000 - 1000 * 512) + 2 * 8 * 1024 * 120 - output
+    for name, cost in got.items():
+        flops = each * 240 + (0 if name == "hidden" else output * 200)
+        assert cost.teacher_seconds == pytest.approx(flops / 0.5e15)
+        assert (cost.received, cost.sent, cost.student_seconds) == (
+            plain[name].received,
+            plain[name].sent,
+            plain[name].student_seconds,
+        )
+    assert module.colocated_step_seconds(scenario(teacher_context=20)) > module.colocated_step_seconds(
+        scenario()
+    )
+
+
 def test_many_ranks_by_hand():
     """Teacher tp 4 x pp 2, student tp 2 x cp 2 x dp 3: shards of 256 (the last 232) against 512 and 488."""
     got = by_name(

@@ -102,6 +102,7 @@ def test_the_busiest_ranks_are_the_busiest(drawn):
     assert traffic.out_of_busiest(shape, replicas) == max(out)
 
 
-def test_a_request_is_a_header_tokens_and_boundaries():
+def test_a_request_is_a_header_tokens_boundaries_and_context():
     assert request_bytes((16, 2)) == HEADER_BYTES + 4 * 32
     assert request_bytes((16, 1), boundaries=3) == HEADER_BYTES + 4 * 19
+    assert request_bytes((16, 2), context=5) == HEADER_BYTES + 4 * 32 + 8 * 5

@@ -72,6 +72,11 @@ def add_run_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup, r
     add("--student", required=required, help=_SIDE.format(example=student, keys="tp, pp, cp, dp, ep (1)"))
     add("--sequence", default="4096", help="tokens of a sequence (4096)")
     add("--micro-batch", default="1", help="sequences of a micro-batch (1)")
+    add(
+        "--teacher-context",
+        default="0",
+        help="tokens per sequence that only the teacher sees, on average (0)",
+    )
     add("--micro-batches", default="8", help="micro-batches of a step on each data rank (8)")
     add("--credits", default="2", help="micro-batches requested ahead, as the setting of the link (2)")
     add("--top-k", default="64", help="tokens per position of the payload topk (64)")
@@ -115,6 +120,7 @@ def scenario_of(options: argparse.Namespace) -> Scenario:
         student_expert=at_student["ep"],
         sequence=parse_count("--sequence", options.sequence),
         batch=parse_count("--micro-batch", options.micro_batch),
+        teacher_context=parse_count("--teacher-context", options.teacher_context, least=0),
         micro_batches=parse_count("--micro-batches", options.micro_batches),
         credits=parse_count("--credits", options.credits),
         top_k=parse_count("--top-k", options.top_k),
@@ -259,9 +265,10 @@ def parse_number(option: str, text: str, what: str, is_valid: Callable[[float], 
     return value
 
 
-def parse_count(option: str, text: str) -> int:
-    """An integer of at least 1, which may be written as 8e9."""
-    return int(parse_number(option, text, "an integer of at least 1", lambda v: v >= 1 and v == int(v)))
+def parse_count(option: str, text: str, least: int = 1) -> int:
+    """An integer of at least `least`, which may be written as 8e9."""
+    what = f"an integer of at least {least}"
+    return int(parse_number(option, text, what, lambda v: v >= least and v == int(v)))
 
 
 def _positive(option: str, text: str) -> float:

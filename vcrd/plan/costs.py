@@ -194,12 +194,16 @@ def teacher_seconds(scenario: Scenario, payload: str, replicas: int) -> float:
 
 
 def teacher_gpu_seconds(scenario: Scenario, payload: str) -> float:
-    """Seconds of one teacher GPU for a forward pass of a micro-batch."""
-    each = scenario.teacher.forward_flops(scenario.sequence)
-    if payload == "hidden":  # the student computes the logits
-        each -= scenario.teacher.output_layer_flops
+    """Seconds of one teacher GPU for a forward pass of a micro-batch, without padding.
+
+    Its layers compute all tokens that it sees, its output layer those of the student.
+    """
+    output, seen = scenario.teacher.output_layer_flops, scenario.sequence + scenario.teacher_context
+    flops = (scenario.teacher.forward_flops(seen) - output) * seen
+    if payload != "hidden":  # there the student computes the logits
+        flops += output * scenario.sequence
     peak = scenario.teacher_gpu.fp8 if scenario.teacher_fp8 else scenario.teacher_gpu.bf16
-    return each * scenario.tokens / (peak * scenario.teacher_mfu)
+    return flops * scenario.batch / (peak * scenario.teacher_mfu)
 
 
 def loss_seconds(scenario: Scenario, payload: Payload, columns: int) -> float:

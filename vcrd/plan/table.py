@@ -123,7 +123,7 @@ def json_values(scenario: Scenario, costs: Sequence[Cost], choice: Choice) -> di
     return {
         "scenario": asdict(scenario)
         | {"teacher_padded": scenario.teacher_padded, "student_padded": scenario.student_padded},
-        "request_bytes": request_bytes((scenario.sequence, scenario.batch)),
+        "request_bytes": _request_bytes(scenario),
         "student_compute_seconds": student_seconds(scenario),
         "payloads": {
             cost.payload: asdict(cost) | {"network_share": cost.network_share, "loss_share": cost.loss_share}
@@ -148,12 +148,24 @@ def _assumed(run: Scenario) -> list[str]:
         f"x dp {run.student_data}: {run.student_gpus} GPUs",
         f"step     {steps} micro-batches of {run.batch} x {run.sequence} tokens; {run.credits} credits; "
         f"top {run.top_k}",
+        *_context(run),
         f"assumed  student: {_gpu(run.student_gpu, run.student_fp8)}, MFU {run.student_mfu:g}{recompute}: "
         f"{_seconds(compute)} per micro-batch",
         f"         teacher: {_gpu(run.teacher_gpu, run.teacher_fp8)}, MFU {run.teacher_mfu:g}, forward only",
         f"         network: {run.network / 1e9:g} GB/s of each rank in each direction, over "
         f"{'NCCL' if run.over_nccl else 'TCP'}",
     ]
+
+
+def _context(run: Scenario) -> list[str]:
+    if not run.teacher_context:
+        return []
+    each, size = run.teacher_context, _request_bytes(run)
+    return [f"context  {each} tokens per sequence that only the teacher sees; a request takes {size:,} bytes"]
+
+
+def _request_bytes(run: Scenario) -> int:
+    return request_bytes((run.sequence, run.batch), context=run.batch * run.teacher_context)
 
 
 def _model(model: Model) -> str:

@@ -137,7 +137,10 @@ class Traffic:
         return sums
 
 
-def request_bytes(shape: Shape, boundaries: int = 0) -> int:
-    """Bytes of the request for one micro-batch, from one student rank to one teacher rank."""
+def request_bytes(shape: Shape, boundaries: int = 0, context: int = 0) -> int:
+    """Bytes of the request for one micro-batch, from one student rank to one teacher rank.
+
+    boundaries: edges of packed sequences. context: tokens that only the teacher sees, each of which has a place.
+    """
     sequence, batch = shape
-    return HEADER_BYTES + 4 * (sequence * batch + boundaries)
+    return HEADER_BYTES + 4 * (sequence * batch + boundaries + 2 * context)
