@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 
 import jobs
 import pytest
@@ -226,3 +227,54 @@ def test_what_cannot_be_served_is_one_sentence():
     assert sentences[2] == "vocab_size: expected at most the model's 52 columns, got 53"
     assert sentences[3] == "model: expected a language model with a vocab_size, got Linear"
     assert "within 0.2 seconds (connect_timeout)" in sentences[4]
+
+
+def refused_parallelism(folder: str, **sizes: int) -> list[str]:
+    """What `serve` and a fill say of a teacher whose replicas do not answer alone; "" if they go on."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from vcrd.megatron import fill_cache, serve
+
+    parallel_state.initialize_model_parallel(**sizes)
+    model_parallel_cuda_manual_seed(1)
+    teacher, said = jobs.model(jobs.TEACHER, seed=2), []
+    teacher.config.expert_model_parallel_size = sizes.get("expert_model_parallel_size", 1)
+    chosen = settings(connect_timeout=0.1, sequence_length=jobs.SEQUENCE)
+    for answer in (lambda: serve(teacher, chosen), lambda: fill_cache(teacher, [], folder, chosen)):
+        try:
+            answer()
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+        except LinkError:  # no student came
+            said.append("")
+    return said
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        (
+            {"expert_model_parallel_size": 2},
+            "expert_model_parallel_size: expected one within the tensor and pipeline ranks of a teacher, each replica "
+            "of which answers alone, got 2",
+        ),
+        (
+            {"context_parallel_size": 2},
+            "context_parallel_size: expected 1 for a teacher, each replica of which answers whole sequences, got 2",
+        ),
+        (
+            {
+                "tensor_model_parallel_size": 2,
+                "expert_model_parallel_size": 2,
+                "expert_tensor_parallel_size": 1,
+            },
+            "",
+        ),
+    ],
+    ids=["experts of all replicas", "context", "experts of tensor ranks"],
+)
+def test_replicas_that_do_not_answer_alone_are_refused_on_every_rank(sizes, sentence, tmp_path):
+    world = World(partial(refused_parallelism, **sizes), 2, tensor=0, arguments=(str(tmp_path / "cache"),))
+    assert run_worlds(world) == [[[sentence, sentence]] * 2]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from vcrd.errors import expected
 from vcrd.megatron.hooks import takes_output_processor
@@ -193,6 +195,24 @@ def refuse_delayed_scaling(config: Any) -> None:
             "'tensorwise', 'blockwise' or 'mxfp8' for a teacher",
             "'delayed', whose scales are updated in training only",
         )
+
+
+def refuse_dependent_replicas(chunk: torch.nn.Module, groups: Groups) -> None:
+    """ValueError, on every rank alike, for a teacher whose replicas cannot answer each for itself.
+
+    Replicas answer different requests at different times, and one of them may have none. Experts that are shared among
+    replicas would wait for all of them in every layer.
+    """
+    if groups.context.size() > 1:
+        what = "1 for a teacher, each replica of which answers whole sequences"
+        raise expected("context_parallel_size", what, groups.context.size())
+    if getattr(chunk.config, "expert_model_parallel_size", 1) == 1:
+        return
+    experts = getattr(getattr(chunk, "pg_collection", None), "ep", None)
+    experts = experts or parallel_state.get_expert_model_parallel_group()
+    if not set(dist.get_process_group_ranks(groups.model)).issuperset(dist.get_process_group_ranks(experts)):
+        what = "one within the tensor and pipeline ranks of a teacher, each replica of which answers alone"
+        raise expected("expert_model_parallel_size", what, experts.size())
 
 
 def refuse_uneven_tokens(config: Any, batch: int, sequence: int) -> None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from vcrd.cache.files import OUTPUT_LAYER, Cache, CacheError, CacheHeader, CacheWriter, key_of
@@ -331,23 +330,10 @@ def _stated(replica_group: ReplicaGroup, teacher: Prepared, settings: DistillSet
 
 
 def _check(teacher: Prepared, settings: DistillSettings) -> None:
-    """ValueError for contexts that the model has no positions for, or a parallelism in which a replica does not answer
-    alone."""
+    """ValueError for contexts that the model has no positions for."""
     layout, context = teacher.layout, settings.link.teacher_context_length
     if context and 0 < teacher.positions < layout.sequence_length + context:
         what = (
             f"at most {teacher.positions - layout.sequence_length}, for the positions of the teacher's model"
         )
         raise expected(label("teacher_context_length"), what, context)
-    if layout.context_size > 1:
-        raise expected(
-            "context_parallel_size", "1, because a teacher sees whole sequences", layout.context_size
-        )
-    if getattr(teacher.chunk.config, "expert_model_parallel_size", 1) == 1:
-        return
-    experts = getattr(getattr(teacher.chunk, "pg_collection", None), "ep", None)
-    experts = experts or parallel_state.get_expert_model_parallel_group()
-    own = set(dist.get_process_group_ranks(layout.groups.model))
-    if not own.issuperset(dist.get_process_group_ranks(experts)):
-        what = "one within the tensor and pipeline ranks, because each data-parallel rank answers alone"
-        raise expected("expert_model_parallel_size", what, experts.size())

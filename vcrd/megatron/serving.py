@@ -18,7 +18,11 @@ from vcrd.errors import expected
 from vcrd.link.errors import HandshakeRefused, StudentLost
 from vcrd.link.handshake import LONGEST_NAME, Head, Identity, TeacherPlace
 from vcrd.link.teacher import Request, TeacherLink
-from vcrd.megatron.compatibility import refuse_delayed_scaling, refuse_uneven_tokens
+from vcrd.megatron.compatibility import (
+    refuse_delayed_scaling,
+    refuse_dependent_replicas,
+    refuse_uneven_tokens,
+)
 from vcrd.megatron.hooks import ExtraHeads
 from vcrd.megatron.identity import tokenizer_of, weights_of
 from vcrd.megatron.layout import Layout, plain_copy, schedule_of, unwrap
@@ -72,7 +76,8 @@ def serve(
     after a restart or in another replica (the setting `identity`). So each rank reads its weights once before it joins.
 
     Every rank of the job calls this. Each data-parallel rank is a replica. Tensor and pipeline parallelism may have any
-    size, and may differ from the student's. No logits are gathered: each rank sends its own columns.
+    size, and may differ from the student's. Context parallelism is refused, and so is expert parallelism across
+    replicas. No logits are gathered: each rank sends its own columns.
 
     Raises LinkError, alike on every rank of a replica, if a student is lost or the jobs do not fit, and ValueError for
     a model or micro-batches that cannot be served.
@@ -129,6 +134,7 @@ def prepared(
         raise expected("microbatches", "at least 1", microbatches)
     chunk = unwrap(chunks[0])
     layout = Layout.of(chunk, settings)
+    refuse_dependent_replicas(chunk, layout.groups)
     refuse_delayed_scaling(chunk.config)
     head = None
     if settings.link.payload == "hidden" and layout.groups.last_stage:

@@ -62,11 +62,12 @@ class Scenario:
     """The checked input of one plan.
 
     replicas: of the teacher; None for as many as needed. sequence, batch: of a micro-batch. teacher_context: tokens per
-    sequence that only the teacher sees, on average. micro_batches: per step and data rank. network: bytes/s of one rank in each direction. over_nccl: responses travel over NCCL from GPU to GPU;
-    otherwise over TCP through both hosts. teacher_mfu, student_mfu: reached share of the peak; that of the student
-    includes its pipeline bubbles. recompute: the student repeats its forward pass in backward. vocab_multiple: the
-    vocabulary is padded to a multiple of this times the tensor-parallel size, as in Megatron. cache_tokens: of the data
-    whose answers are to be kept on disk; None for no cache. disk: bytes/s at which all student ranks together read.
+    sequence that only the teacher sees, on average. micro_batches: per step and data rank. network: bytes/s of one rank
+    in each direction. over_nccl: responses travel over NCCL from GPU to GPU; otherwise over TCP through both hosts.
+    teacher_mfu, student_mfu: reached share of the peak; that of the student includes its pipeline bubbles. recompute:
+    the student repeats its forward pass in backward. vocab_multiple: the vocabulary is padded to a multiple of this
+    times the tensor-parallel size, as in Megatron. cache_tokens: of the data whose answers are to be kept on disk; None
+    for no cache. disk: bytes/s at which all student ranks together read.
     """
 
     teacher: Model
