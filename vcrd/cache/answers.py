@@ -116,28 +116,17 @@ class CachedAnswers:
                 "group", f"{tensor_size * context_size} ranks", "None" if group is None else group.size()
             )
         place, device = Place(data_rank, context_rank, tensor_rank), indexed(torch.device(device))
-        sizes = dict(tensor_size=tensor_size, context_size=context_size)
-        handshake = Handshake.of(
-            settings,
-            copies=data_size,
-            credits=max(1, settings.credits),
-            identity=settings.identity,
-            teacher_context_length=settings.teacher_context_length,
-            **sizes,
-            **stated,
-        )
-        link = None
+        stated |= dict(tensor_size=tensor_size, context_size=context_size, data_size=data_size)
+        handshake, link = Handshake.of_student(settings, **stated), None
         if source.address is not None:
             link = StudentLink.connect(
                 settings,
                 tensor_rank=tensor_rank,
                 data_rank=data_rank,
-                data_size=data_size,
                 context_rank=context_rank,
                 device=device,
-                **sizes,
-                **stated,
                 called=source.name,
+                **stated,
             )
         try:
             opened = _opened(settings, source.cache, handshake, place, link, group)

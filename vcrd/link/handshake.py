@@ -161,6 +161,21 @@ class Handshake:
         _check_layout(handshake)
         return handshake
 
+    @classmethod
+    def of_student(cls, settings: LinkSettings, *, data_size: int, **own: Any) -> Handshake:
+        """The handshake of the student job; ValueError as of `of`.
+
+        With credits 0 nothing is requested in advance, and one request is under way at a time.
+        """
+        return cls.of(
+            settings,
+            copies=data_size,
+            credits=max(1, settings.credits),
+            identity=settings.identity,
+            teacher_context_length=settings.teacher_context_length,
+            **own,
+        )
+
     @property
     def ranks(self) -> int:
         """How many ranks the last pipeline stage of the student has; in the handshake of the student."""

@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import sub
 
 import torch
@@ -127,26 +127,20 @@ class StudentLink:
             if not 0 <= rank < size:
                 raise expected(f"{name}_rank", f"an integer in [0, {size})", rank)
         settings.shared_secret()  # an unreadable file raises its error before anything is opened
-        # One block more than responses may arrive or be complete: that of the response in use.
-        # With credits 0 nothing is requested in advance, and one request is under way at a time.
-        credits = max(1, settings.credits)
-        endpoint = Endpoint(settings.transport, torch.device(device), credits + 1)
-        place = Place(data_rank, context_rank, tensor_rank)
-        handshake = Handshake.of(
+        handshake = Handshake.of_student(
             settings,
             vocab_size=vocab_size,
             sequence_length=sequence_length,
             padded_vocab_size=padded_vocab_size,
             tensor_size=tensor_size,
-            copies=data_size,
+            data_size=data_size,
             context_size=context_size,
-            credits=credits,
-            nccl=endpoint.nccl_version,
             tokenizer=tokenizer,
-            identity=settings.identity,
-            teacher_context_length=settings.teacher_context_length,
         )
-        link = cls(settings, handshake, place, endpoint)
+        # One block more than responses may arrive or be complete: that of the response in use.
+        endpoint = Endpoint(settings.transport, torch.device(device), handshake.credits + 1)
+        handshake = replace(handshake, nccl=endpoint.nccl_version)
+        link = cls(settings, handshake, Place(data_rank, context_rank, tensor_rank), endpoint)
         link._connections.called = called
         try:
             link._join()
