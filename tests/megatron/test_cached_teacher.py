@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jobs
 import pytest
 import torch
+import torch.distributed as dist
 from packing_jobs import known_forms
 from resume_jobs import Case, Outcome, stop_and_resume, train
 from test_distillation import settings
@@ -62,6 +63,41 @@ def test_losses_and_gradients_equal_those_over_the_link(payload, tmp_path):
             for name, gradient in gradients.items():
                 assert torch.equal(gradient, cached.gradients[place][name]), (place, name)
         assert cached.figures.loss == live.figures.loss and cached.figures.link_bytes > 0
+
+
+def study_and_wait(chosen: list[DistillSettings], per_rank: int | None) -> list[SimpleNamespace]:
+    """One student after another. Each begins when all ranks have ended the one before, and its files are there."""
+    found = []
+    for each in chosen:
+        found.append(jobs.student_job(each, 4, per_rank))
+        dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "per_rank"),
+    [(2, 2), pytest.param(2, None, marks=pytest.mark.slow)],
+    ids=["interleaved", "one"],
+)
+def test_a_student_with_a_pipeline_fills_and_reads_what_the_link_delivers(pipeline, per_rank, tmp_path):
+    chosen = chosen_for(tmp_path)
+    live, filling = chosen["live"], chosen["filling"]
+    ranks, _ = run_worlds(
+        World(
+            study_and_wait,
+            pipeline,
+            pipeline=pipeline,
+            virtual=per_rank,
+            arguments=([live, filling, chosen["cached"]], per_rank),
+        ),
+        World(teach, 1, arguments=([live, filling],)),
+    )
+    assert any(rank[0].has_loss for rank in ranks)
+    for live, *others in ranks:
+        for other in others:
+            same([live.distilled, *live.plain], [other.distilled, *other.plain], "losses")
+            for place, gradients in live.gradients.items():
+                assert all(torch.equal(gradients[name], other.gradients[place][name]) for name in gradients)
 
 
 def cached_runs(chosen: DistillSettings, cases: dict[str, Case], per_rank: int | None = None):
