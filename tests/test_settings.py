@@ -162,6 +162,10 @@ def test_the_weight_of_a_teacher():
         ({"teacher_weights": "math=much"}, "VCRD_TEACHER_WEIGHTS .* of math: expected a number, got 'much'"),
         ({"address": "math=h:1,code=h:1"}, "VCRD_ADDRESS .*: expected another address for each teacher"),
         (
+            {"teacher": "math=cache:/a,code=cache:/a/"},
+            "VCRD_TEACHER .*: expected another cache for each teacher, got 'math=cache:/a,",
+        ),
+        (
             {"payload": "code=topk", "temperature": 2.0},
             "VCRD_TEMPERATURE .*: expected 1 with the payload topk",
         ),

@@ -391,6 +391,10 @@ class LinkSettings:
         jobs = [source.address for source in found if source.address is not None]
         if len(set(jobs)) < len(jobs):
             raise expected(label("address"), "another address for each teacher", repr(self.address))
+        folders = [os.path.normpath(source.cache) for source in found if source.cache is not None]
+        if len(set(folders)) < len(folders):
+            both = self.teacher if self.teacher is not None else self.address
+            raise expected(label("teacher"), "another cache for each teacher", repr(both))
         return tuple(found)
 
     def of(self, source: TeacherSource) -> LinkSettings:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from worlds import World, run_worlds
 
 from examples.demo.convert import to_hugging_face
+from vcrd.megatron import distill
 from vcrd.settings import DistillSettings
 
 
@@ -192,6 +193,22 @@ def test_a_run_of_megatron_training_evaluates_and_saves_without_the_teacher(tmp_
     saved = FileSystemReader(tmp_path / "iter_0000004").read_metadata().state_dict_metadata
     sizes = {size for entry in saved.values() for size in getattr(entry, "size", ())}
     assert {16, 64} <= sizes and 24 not in sizes, "the teacher is no part of the checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"address": None, "teacher": "cache:/answers"}, "VCRD_TEACHER"),
+        ({"address": "math=h:1,code=h:2"}, "VCRD_ADDRESS"),
+        ({"address": "math=h:1,code=h:2", "teacher_weights": "math=2"}, "VCRD_TEACHER_WEIGHTS"),
+        ({"address": "math=h:1,code=h:2", "teacher_mixture": "math=1,code=2"}, "VCRD_TEACHER_MIXTURE"),
+    ],
+)
+def test_settings_of_other_teachers_are_refused(changes, name):
+    with pytest.raises(
+        ValueError, match=f"^{name} .*: expected none with a teacher in the same ranks, got '"
+    ):
+        distill(lambda *_: None, settings(**changes), teacher=torch.nn.Linear(1, 1))
 
 
 def test_a_teacher_that_does_not_fit_is_one_sentence():

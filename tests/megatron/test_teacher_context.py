@@ -129,11 +129,12 @@ WRONG = [
         r"teacher_context: expected tokens in \[0, 45\), got 45 to 45",
     ),
 ]
+ROUTED = ({"vcrd_teacher": [0, 0]}, "vcrd_teacher: expected none with a teacher in the same ranks, got some")
 
 
 def test_wrong_fields_are_refused_on_every_rank_alike():
     chosen = chosen_for_training()
-    wrongs = [wrong for wrong, _ in WRONG]
+    wrongs = [wrong for wrong, _ in [*WRONG, ROUTED]]
     local, none, linked, _ = run_worlds(
         World(teacher_context_jobs.refusals, 2, tensor=2, arguments=(chosen, wrongs, True)),
         World(
@@ -147,7 +148,7 @@ def test_wrong_fields_are_refused_on_every_rank_alike():
     )
     for ranks in (local, none, linked):
         assert ranks[0] == ranks[1]
-    for found, (_, sentence) in zip([*local[0], *linked[0]], [*WRONG, WRONG[0]], strict=True):
+    for found, (_, sentence) in zip([*local[0], *linked[0]], [*WRONG, ROUTED, WRONG[0]], strict=True):
         assert re.match(sentence, found), found
     assert none[0][0].startswith("teacher_context: expected at most 0 tokens per sequence")
 

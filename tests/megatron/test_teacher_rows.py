@@ -19,7 +19,7 @@ from vcrd.megatron.teacher_context import (
     TeacherRows,
     recorded,
     row_multiple,
-    without_context,
+    without_fields,
 )
 
 ROW = torch.arange(12).view(1, 12)
@@ -185,12 +185,12 @@ def test_wrong_fields_are_one_sentence(given, sentence):
 
 
 def test_a_script_does_not_see_the_fields():
-    batch = {"tokens": ROWS, CONTEXT_KEY: [[], []], POSITIONS_KEY: [[], []]}
+    batch = {"tokens": ROWS, CONTEXT_KEY: [[], []], POSITIONS_KEY: [[], []], "vcrd_teacher": ["a", "b"]}
     drawn: list = []
-    found = list(without_context(recorded(iter([batch, (batch,)]), drawn)))
+    found = list(without_fields(recorded(iter([batch, (batch,)]), drawn)))
     assert found == [{"tokens": ROWS}, (batch,)]
     assert drawn == [batch, (batch,)] and drawn[0] is not batch
-    assert without_context(None) is None and recorded(None, drawn) is None
+    assert without_fields(None) is None and recorded(None, drawn) is None
     assert question().context is NO_CONTEXT
 
 

@@ -20,6 +20,7 @@ from vcrd.loss.api import CalibratedLoss, validity_calibrated_kl
 from vcrd.loss.divergence import DivergenceStats
 from vcrd.loss.fused_head import fused_validity_calibrated_kl
 from vcrd.megatron.prefetch import question_of
+from vcrd.megatron.privileged import AskedTwice
 from vcrd.megatron.report import Report
 from vcrd.megatron.routing import Split
 from vcrd.megatron.teachers import Answer, Part
@@ -334,6 +335,14 @@ def test_a_wrong_field_is_one_sentence(given, why):
         )
 
 
+@pytest.mark.parametrize("given", [torch.tensor([0, 1]), ["math", "math"]])
+def test_a_field_where_no_teacher_has_a_name_is_one_sentence(given):
+    asked = question_of({"tokens": torch.zeros(2, 4, dtype=torch.long), "vcrd_teacher": given}, "tokens")
+    with pytest.raises(ValueError, match="^vcrd_teacher: expected 0 or none, because the settings name no"):
+        Split.of(asked, ("",))
+    assert Split.of(asked._replace(teachers=(0, 0)), ("",)).owners == (0, 0)
+
+
 def test_packed_sequences_without_a_teacher_each_are_one_sentence():
     batch = {"tokens": torch.zeros(1, 8, dtype=torch.long), "cu_seqlens": torch.tensor([0, 3, 6])}
     with pytest.raises(
@@ -454,6 +463,32 @@ def a_rank_that_leaves() -> str:
         teachers.receive(0)
     teachers.close()
     return str(error.value)
+
+
+def a_judge_without_a_context() -> str:
+    from vcrd.megatron.layout import Groups
+
+    groups = Groups.of(None)
+    place = made.layout(groups.tensor.rank(), 2, groups=groups)
+    link = replace(made.settings(NAMES), address="math=127.0.0.1:1,code=127.0.0.1:2,law=127.0.0.1:3")
+    teachers = AskedTwice(made.made(SAME, place), place, link)
+    try:
+        if place.asks:
+            teachers.request(Question(torch.zeros(1, 4, dtype=torch.int64)))
+        else:
+            teachers.receive(0)
+    except ValueError as error:
+        return str(error)
+    finally:
+        teachers.close()
+    return ""
+
+
+def test_a_micro_batch_without_a_context_for_the_judges_is_refused_on_every_rank():
+    ((one, other),) = run_worlds(World(a_judge_without_a_context, 2, tensor=2))
+    assert one == other and one.startswith(
+        "vcrd_teacher_context: expected in every micro-batch with validity"
+    )
 
 
 def test_a_rank_that_cannot_go_on_ends_the_wait_of_the_others():

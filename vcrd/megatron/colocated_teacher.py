@@ -24,6 +24,7 @@ from vcrd.megatron.output_layer import Captured, OutputLayer
 from vcrd.megatron.packing import Doubts, PackedInputs, by_engine, field, look_for_borders
 from vcrd.megatron.prefetch import TokensOf, question_of
 from vcrd.megatron.privileged import Judged, no_context
+from vcrd.megatron.routing import TEACHER_KEY
 from vcrd.megatron.teacher_context import (
     CONTEXT_KEYS,
     SplitRows,
@@ -32,10 +33,10 @@ from vcrd.megatron.teacher_context import (
     for_students_alone,
     recorded,
     row_multiple,
-    without_context,
+    without_fields,
 )
 from vcrd.megatron.teachers import Counters
-from vcrd.settings import DistillSettings
+from vcrd.settings import DistillSettings, label, teachers_in
 from vcrd.teacher_logits import DenseLogits, HiddenStates, TeacherLogits, factor_of
 
 TeacherModel = nn.Module | list[nn.Module] | Callable[[], nn.Module | list[nn.Module]]
@@ -110,6 +111,7 @@ class ColocatedTeacher:
     def __init__(
         self, settings: DistillSettings, model: TeacherModel, tokens_of: TokensOf = "tokens"
     ) -> None:
+        _refuse_other_teachers(settings)
         if settings.link.payload not in _PAYLOADS:
             raise expected(
                 "payload",
@@ -143,8 +145,8 @@ class ColocatedTeacher:
         return recorded(data_iterator, self._drawn)
 
     def watched_before_last(self, data_iterator: Any) -> Any:
-        """On earlier stages: the iterator for the script to draw this micro-batch from, without the context."""
-        return without_context(self.watched(data_iterator))
+        """On earlier stages: the iterator for the script to draw this micro-batch from, without fields of vcrd."""
+        return without_fields(self.watched(data_iterator))
 
     def evaluation(self) -> contextlib.AbstractContextManager[None]:
         """Opens nothing: no micro-batch is drawn ahead."""
@@ -464,6 +466,8 @@ class _Asked:
 
     def _read(self, given: dict[str, Any]) -> Question | str | None:
         """The question; the sentence of an error; None without a context."""
+        if any(field(batch, TEACHER_KEY) is not None for batch in self._drawn):
+            return str(expected(TEACHER_KEY, "none with a teacher in the same ranks", "some"))
         if all(field(batch, key) is None for batch in self._drawn for key in CONTEXT_KEYS):
             return None
         try:
@@ -512,6 +516,16 @@ def _parted(columns: Tensor, length: int, size: int) -> Tensor:
         return columns.contiguous()
     flat = columns.transpose(0, 1).flatten(1)[:, : length * size]
     return flat.view(len(flat), length, size).transpose(0, 1).contiguous()
+
+
+def _refuse_other_teachers(settings: DistillSettings) -> None:
+    """ValueError for settings that a run with a teacher in the same ranks would not follow."""
+    what = "none with a teacher in the same ranks"
+    for name in ("teacher", "teacher_weights", "teacher_mixture"):
+        if (value := settings.value(name)) is not None:
+            raise expected(label(name), what, repr(value))
+    if teachers_in(settings.link.address):
+        raise expected(label("address"), what, repr(settings.link.address))
 
 
 def _check(student: nn.Module, teacher: nn.Module, settings: DistillSettings) -> None:

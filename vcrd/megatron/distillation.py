@@ -40,7 +40,7 @@ from vcrd.megatron.privileged import Judged
 from vcrd.megatron.remote_teacher import RemoteTeacher
 from vcrd.megatron.report import Figures, Report, raise_if_invalid
 from vcrd.megatron.teacher_check import TeacherCheck
-from vcrd.megatron.teacher_context import without_context
+from vcrd.megatron.teacher_context import without_fields
 from vcrd.megatron.teachers import Answer, answer_of
 from vcrd.megatron.training_loop import TrainingLoop, bridge_state, signature_for_bridge, training_loop
 from vcrd.settings import DistillSettings
@@ -83,7 +83,7 @@ def distill(
     teacher: None for a teacher job at the other end of the link, or for its answers in a cache. Or a frozen Megatron
         model in the student's own ranks: this rank's part, the list of its chunks if the student interleaves, or a
         function that returns either and is called at the first training step. `ColocatedTeacher` says what it must
-        have in common with the student and how to build it.
+        have in common with the student and how to build it. ValueError beside settings that name other teachers.
     tokenizer: the one that made the data, to be compared with the teacher job's: Megatron's, Hugging Face's or a
         `vcrd.link.Tokenizer`, the same on every rank. None: that of `megatron.training` or Megatron-Bridge, if it runs.
 
@@ -94,10 +94,6 @@ def distill(
     """
     settings = DistillSettings.from_environment() if settings is None else settings
     remote = teacher is None
-    if not remote and settings.teacher_weights is not None:
-        raise expected(
-            "teacher_weights", "none with a teacher in the same ranks", repr(settings.teacher_weights)
-        )
     source = RemoteTeacher(settings, tokens) if remote else ColocatedTeacher(settings, teacher, tokens)
     loss = StudentLoss(settings, source, ExternalValidity(settings, tokens, verifier), tokenizer)
     return Distillation(forward_step, settings, source, loss)
@@ -151,7 +147,7 @@ class Distillation:
         chunk = unwrap(model)
         if not (chunk.training or self._loss.measuring):
             with self._teacher.evaluation():
-                return run(without_context(data_iterator))
+                return run(without_fields(data_iterator))
         last_stage = getattr(chunk, "post_process", True)
         self._prepare(chunk, last_stage)
         timed = self._log.clock.forward() if chunk.training else contextlib.nullcontext()

@@ -19,10 +19,9 @@ from vcrd.errors import expected, wrong_type
 from vcrd.link.plan import context_rows
 from vcrd.loss.divergence import DivergenceStats
 from vcrd.megatron.layout import Layout
-from vcrd.megatron.packing import field, packed
+from vcrd.megatron.packing import field, for_script, packed
 from vcrd.megatron.prefetch import TokensOf, tokens_in
-from vcrd.megatron.routing import TEACHER_KEY
-from vcrd.megatron.teacher_context import CONTEXT_KEYS
+from vcrd.megatron.teacher_context import without_fields
 from vcrd.settings import DistillSettings
 
 Verifier = Callable[..., tuple[Tensor, Tensor]]
@@ -31,8 +30,6 @@ Verifier = Callable[..., tuple[Tensor, Tensor]]
 STEPS_KEY = "vcrd_steps"
 SCORE_KEYS = ("vcrd_student_validity", "vcrd_teacher_validity")
 MASK_KEY = "loss_mask"  # Megatron's own
-# What a script does not see of a micro-batch.
-_HIDDEN = frozenset((STEPS_KEY, *SCORE_KEYS, TEACHER_KEY, *CONTEXT_KEYS))
 
 # Values of a token if a message could not be made: no step; both models equally valid, and the token counts.
 _NO_STEP, _ONE = -1, int(torch.ones((), dtype=torch.float32).view(torch.int32))
@@ -97,7 +94,7 @@ class ExternalValidity:
         """The iterator for the script to draw this micro-batch from. It hides the fields from the script."""
         self._drawn = []
         if self._layout.tensor_rank != 0 or data_iterator is None:
-            return data_iterator
+            return without_fields(data_iterator)
         return self._watch(data_iterator)
 
     def _watch(self, source: Iterator[Any]) -> Iterator[Any]:
@@ -110,8 +107,7 @@ class ExternalValidity:
             self._drawn.append(dict(batch) if isinstance(batch, dict) else batch)
             if isinstance(batch, dict):
                 self._refuse_late_steps(batch)
-                batch = {key: value for key, value in batch.items() if key not in _HIDDEN}
-            yield batch
+            yield for_script(batch)
 
     def _refuse_late_steps(self, batch: dict[Any, Any]) -> None:
         if STEPS_KEY in batch and STEPS_KEY not in self.keys and not self.looks_for_mask:

@@ -41,6 +41,14 @@ def field(source: Any, key: str) -> Any:
     return source.get(key) if isinstance(source, Mapping) else getattr(source, key, None)
 
 
+def for_script(batch: Any) -> Any:
+    """A micro-batch without the fields of this package, whose names begin with vcrd_: a script may move all others to
+    its device, and these may be lists or names."""
+    if not isinstance(batch, dict):
+        return batch
+    return {key: value for key, value in batch.items() if not str(key).startswith("vcrd_")}
+
+
 def edges_in(source: Any) -> tuple[str, Any] | None:
     """Name and value of the edges in a micro-batch or among a model's arguments, unchanged; None if there are none.
 

@@ -29,9 +29,12 @@ class AskedTwice(Teachers):
     """
 
     def request(self, question: Question) -> int:
-        """ValueError for a question without a context: the judge would be the teacher itself."""
+        """ValueError for a question without a context, also on the ranks that share the micro-batch where there are
+        several teachers: the judge would be the teacher itself."""
         if not len(question.context.tokens):
-            raise no_context()
+            error = no_context()
+            self._tell_refusal(error)
+            raise error
         blind, seeing = asked_of_judges([question])
         super().request(blind)
         return super().request(seeing) // 2
@@ -40,7 +43,7 @@ class AskedTwice(Teachers):
         return Judged(super().receive(2 * number), super().receive(2 * number + 1))
 
 
-def no_context() -> Exception:
+def no_context() -> ValueError:
     """The error for a micro-batch that has nothing by which a judge could know more."""
     what = "in every micro-batch with validity 'privileged', whose judge is the teacher that sees it"
     return expected(CONTEXT_KEY, what, "none")

@@ -38,7 +38,7 @@ from vcrd.megatron.prefetch import (
 from vcrd.megatron.privileged import AskedTwice, Judged
 from vcrd.megatron.random_state import EvaluationState, WhoDraws
 from vcrd.megatron.sources import host_source, open_source
-from vcrd.megatron.teacher_context import without_context
+from vcrd.megatron.teacher_context import without_fields
 from vcrd.megatron.teachers import Answer, Counters, Teachers, naming
 from vcrd.settings import DistillSettings
 
@@ -168,8 +168,8 @@ class RemoteTeacher:
         return data_iterator if keeps_micro_batches(data_iterator) else self._ahead
 
     def watched_before_last(self, data_iterator: Any) -> Any:
-        """On earlier stages: the script's own iterator, without the teacher's context."""
-        return without_context(data_iterator)
+        """On earlier stages: the script's own iterator, without fields of vcrd."""
+        return without_fields(data_iterator)
 
     def _draw_ahead_of(self, data_iterator: Any) -> None:
         if self._source is not data_iterator:

@@ -153,6 +153,8 @@ class Split:
 
 
 def _index(teacher: str | int, names: Sequence[str]) -> int:
+    if tuple(names) == ("",) and teacher != 0:
+        raise expected(TEACHER_KEY, "0 or none, because the settings name no teacher", repr(teacher))
     known = ", ".join(names)
     if isinstance(teacher, str):
         if teacher not in names:

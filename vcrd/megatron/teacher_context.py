@@ -14,7 +14,7 @@ from torch import Tensor
 from vcrd.errors import expected
 from vcrd.link.plan import context_rows
 from vcrd.link.question import NO_CONTEXT, Context
-from vcrd.megatron.packing import edges_in, field
+from vcrd.megatron.packing import edges_in, field, for_script
 
 # Keys in a micro-batch: the tokens that the teacher alone sees, and where it sees them.
 CONTEXT_KEY, POSITIONS_KEY = CONTEXT_KEYS = ("vcrd_teacher_context", "vcrd_teacher_context_positions")
@@ -64,9 +64,9 @@ def context_of(batch: Any, tokens: Tensor, edges: Tensor, arguments: Any = None)
     return Context(torch.cat(found), torch.cat(places)) if found else NO_CONTEXT
 
 
-def without_context(source: Iterator[Any] | None) -> Iterator[Any] | None:
-    """An iterator over `source` whose micro-batches lack the fields; None for None."""
-    return None if source is None else _each(source, _stripped)
+def without_fields(source: Iterator[Any] | None) -> Iterator[Any] | None:
+    """An iterator over `source` whose micro-batches are `for_script`; None for None."""
+    return None if source is None else _each(source, for_script)
 
 
 def recorded(source: Iterator[Any] | None, drawn: list[Any]) -> Iterator[Any] | None:
@@ -88,12 +88,6 @@ def _each(source: Iterator[Any], change: Callable[[Any], Any]) -> Iterator[Any]:
         except StopIteration:
             return
         yield change(batch)
-
-
-def _stripped(batch: Any) -> Any:
-    if not isinstance(batch, dict):
-        return batch
-    return {key: value for key, value in batch.items() if key not in CONTEXT_KEYS}
 
 
 def _ends_in_padding(batch: Any, arguments: Any, width: int) -> bool:

@@ -216,7 +216,7 @@ class Teachers:
                 with self._naming(teacher):
                     self._source(teacher).request(own.tokens, own.edges, own.context)
         except ValueError as error:
-            self._tell({"refused": str(error)})
+            self._tell_refusal(error)
             raise
         self._tell(asdict(split))
         if len(self._names) > 1:
@@ -303,6 +303,10 @@ class Teachers:
             channel.close()
             raise
         return channel
+
+    def _tell_refusal(self, error: ValueError) -> None:
+        """On the ranks that share the micro-batch `receive` raises the error."""
+        self._tell({"refused": str(error)})
 
     def _tell(self, message: dict[str, Any]) -> None:
         if self._channel is not None:
