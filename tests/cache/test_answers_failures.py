@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from answers_jobs import plain, same
+from fill_jobs import HEAD, output_layer, states
 from link_jobs import Jobs, Layout, true_logits
 from ports import free_port
 from waiting import wait_until
@@ -24,9 +25,11 @@ from vcrd.cache import files
 from vcrd.cache.answers import CachedAnswers
 from vcrd.cache.files import Cache, CacheError, CacheHeader, CacheWriter, key_of
 from vcrd.cache.reading import AnswersMissing
+from vcrd.cache.recorder import Recorder
 from vcrd.link import HandshakeRefused, LinkError, LinkSettings, TeacherLink, host_rendezvous
 from vcrd.link.handshake import Identity, Tokenizer
 from vcrd.link.plan import Shard, Span
+from vcrd.link.student import StudentLink
 from vcrd.settings import TeacherSource
 
 VOCAB = 50
@@ -61,6 +64,7 @@ def opened(
 def taught(settings: LinkSettings, weights: int = 7):
     """A teacher job of one rank, in a thread. Yields a list of the tokens that it was asked about."""
     asked: list[torch.Tensor] = []
+    hidden = settings.payload == "hidden"
 
     def teach() -> None:
         link = TeacherLink.connect(
@@ -69,11 +73,14 @@ def taught(settings: LinkSettings, weights: int = 7):
             group=None,
             tensor_group=None,
             identity=Identity(weights=weights, checkpoint="some"),
+            head=HEAD if hidden else None,
+            head_weight=output_layer() if hidden else None,
         )
         while (requests := link.next_batch(1)) is not None:
             for request in requests:
                 asked.append(request.tokens)
-                link.respond(request, true_logits(request.tokens, VOCAB))
+                answer = states(request.tokens) if hidden else true_logits(request.tokens, VOCAB)
+                link.respond(request, answer)
         link.close()
 
     rendezvous = host_rendezvous(settings)
@@ -274,6 +281,30 @@ def test_a_full_disk_stops_no_training(tmp_path, monkeypatch, caplog):
         answers.close()
     said = [record.message for record in caplog.records if "adds no more answers" in record.message]
     assert said == ["student data rank 0, tensor rank 0 adds no more answers to the cache: no space is left"]
+
+
+def test_what_is_written_after_the_link_is_closed_is_whole(tmp_path, monkeypatch, caplog):
+    """The output layer too, of which the writer reads the link's."""
+    closed, add, close = threading.Event(), Recorder._add, StudentLink.close
+
+    def add_late(*arguments: object) -> None:
+        assert closed.wait(60)
+        add(*arguments)
+
+    def close_first(link: StudentLink) -> None:
+        close(link)
+        closed.set()
+
+    monkeypatch.setattr(Recorder, "_add", add_late)
+    monkeypatch.setattr(StudentLink, "close", close_first)
+    settings = replace(SETTINGS, address=f"127.0.0.1:{free_port()}", teacher=None, payload="hidden")
+    with taught(settings):
+        answers = opened(tmp_path, settings)
+        answers.receive(answers.request(batch(0)))
+        answers.close()
+    cache = Cache(tmp_path)
+    assert torch.equal(cache.head(Span(0, VOCAB)), output_layer())
+    assert all(key_of(tokens) in cache for tokens in batch(0)) and not caplog.records
 
 
 def be_lost(rank: int, folder: Path, lost: int) -> None:

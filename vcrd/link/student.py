@@ -171,12 +171,12 @@ class StudentLink:
         """
         head, seconds = self._connections.head, self._settings.timeout
         with self._changed:
-            arrived = self._changed.wait_for(lambda: head.complete or self._connections.failure, seconds)
-            if self._connections.failure:
-                raise self._connections.failure
-            if not arrived:
-                raise TeacherLost(f"the output layer did not arrive within {seconds:g} seconds (timeout)")
-            return head.weight
+            self._changed.wait_for(lambda: head.complete or self._connections.failure, seconds)
+            if head.complete:  # also after the link is closed
+                return head.weight
+            raise self._connections.failure or TeacherLost(
+                f"the output layer did not arrive within {seconds:g} seconds (timeout)"
+            )
 
     @property
     def tokenizer(self) -> Tokenizer | None:

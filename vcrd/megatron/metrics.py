@@ -425,6 +425,7 @@ def _facts(settings: DistillSettings, groups: Groups) -> dict[str, Any]:
         "normalization",
         "ce_weight",
         "teacher_weights",
+        "teacher_mixture",
     )
     link = ("payload", "transport", "credits")
     return {
