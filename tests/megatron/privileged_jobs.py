@@ -19,9 +19,9 @@ from vcrd.loss import reference
 _batches = contexts.micro_batches
 
 
-def some(seed: int, packed: bool) -> list[Case]:
-    """Micro-batches that all have a context, though not for each row."""
-    return [case for case in contexts.cases(seed, packed, count=9) if len(case.flat.tokens)][:4]
+def some(seed: int, packed: bool, step: int = 1) -> list[Case]:
+    """Micro-batches that all have a context, though not for each row. step: of the lengths of packed sequences."""
+    return [case for case in contexts.cases(seed, packed, step, count=9) if len(case.flat.tokens)][:4]
 
 
 def micro_batches(group: list[Case]) -> list[dict]:
@@ -32,6 +32,11 @@ def micro_batches(group: list[Case]) -> list[dict]:
 def trained(settings, variants: list[dict], local: bool) -> list[SimpleNamespace]:
     with patch.object(contexts, "micro_batches", micro_batches):
         return contexts.trained(settings, variants, local)
+
+
+def beside_context_ranks(settings, group: list[Case]) -> list[Tensor]:
+    with patch.object(contexts, "micro_batches", micro_batches):
+        return contexts.beside_context_ranks(settings, group)
 
 
 def reference_step(settings, group: list[Case], shape: Shape) -> SimpleNamespace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import privileged_jobs
 import pytest
 import teacher_context_jobs as contexts
+import torch
 from privileged_jobs import some
 from test_distillation import settings
 from test_teacher_context import check_steps, chosen_for_training
@@ -45,6 +46,19 @@ def test_a_teacher_in_the_same_ranks_judges_as_the_reference_does(tensor, pipeli
         ),
     )
     check_steps(ranks, truths)
+
+
+@pytest.mark.parametrize("payload", ["float32", pytest.param("hidden", marks=pytest.mark.slow)])
+def test_context_parallel_ranks_with_a_teacher_in_them_have_their_part_of_the_losses(payload):
+    asked, group = chosen(payload=payload), [*some(7, packed=False), *some(8, packed=True, step=4)]
+    ranks, ((truth,),) = run_worlds(
+        World(privileged_jobs.beside_context_ranks, 2, tensor=0, arguments=(asked, group)),
+        World(privileged_jobs.references, arguments=(asked, [(group, contexts.LOCAL)])),
+    )
+    for rank, losses in enumerate(ranks):
+        for case, loss, whole in zip(group, losses, truth.losses, strict=True):
+            expected = contexts.part_of(whole.t(), case, rank, 2).t()
+            torch.testing.assert_close(loss.double(), expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("fused_head", ["off", "on"])
