@@ -138,7 +138,8 @@ def test_the_documentation_lists_what_is_refused_and_nothing_else():
     besides = {
         "cuda_graph_scope", "vcrd_fused_head", "mtp_num_layers", "defer_embedding_wgrad_compute", "fp8_output_proj",
         "fp8_recipe", "vcrd_normalization", "reset_position_ids", "reset_attention_mask",
-        "vcrd_steps", "rampup_batch_size", "step_batch_size_schedule",
+        "vcrd_steps", "rampup_batch_size", "step_batch_size_schedule", "context_parallel_size",
+        "expert_model_parallel_size",
     }  # fmt: skip
     assert documented - besides == refused - {"parallel_output", "normalization", "cp_partition_mode"}
     assert "`parallel_output`" in table and "`cp_partition_mode`" in table
