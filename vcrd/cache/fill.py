@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from os import PathLike
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from vcrd.errors import expected
 from vcrd.link.errors import LinkError
 from vcrd.link.handshake import Tokenizer
 from vcrd.link.plan import Span
-from vcrd.link.question import Question, asked_of_judges
+from vcrd.link.question import NO_CONTEXT, Question
 from vcrd.link.rendezvous import host_rendezvous
 from vcrd.link.student import StudentLink
 from vcrd.settings import DistillSettings, label
@@ -111,9 +111,13 @@ def fill(
             rendezvous.close()
 
 
-def questions_for(settings: DistillSettings, questions: Iterable[Question]) -> Iterable[Question]:
-    """What a training with these settings asks about the questions."""
-    return asked_of_judges(questions) if settings.validity == "privileged" else questions
+def questions_for(settings: DistillSettings, questions: Iterable[Question]) -> Iterator[Question]:
+    """What a training with these settings asks. With validity "privileged" these are two questions for each that has a
+    context: without it, for the answer that is distilled, and with it, for that of the judge."""
+    for question in questions:
+        if settings.validity == "privileged" and len(question.context.tokens):
+            yield question._replace(context=NO_CONTEXT)
+        yield question
 
 
 class Lacking:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,15 +41,6 @@ class Question(NamedTuple):
     edges: Tensor = _NONE
     context: Context = NO_CONTEXT
     teachers: tuple[str | int, ...] = ()
-
-
-def asked_of_judges(questions: Iterable[Question]) -> Iterator[Question]:
-    """What validity "privileged" asks about each question: first without its context, for the answer that is distilled,
-    then with it, for that of the judge. A question without a context comes once."""
-    for question in questions:
-        yield question._replace(context=NO_CONTEXT)
-        if len(question.context.tokens):
-            yield question
 
 
 def check_context(

@@ -97,8 +97,7 @@ def fill_cache(
     with prepared(model, settings, microbatches, tokenizer, checkpoint) as teacher:
         _check(teacher, settings)
         questions = (question_of(batch, tokens_of) for batch in micro_batches or ())
-        questions = iter(questions_for(settings, questions))
-        filling = _Filling(teacher, questions, folder, settings, file_bytes, report)
+        filling = _Filling(teacher, questions_for(settings, questions), folder, settings, file_bytes, report)
         try:
             while requests := filling.next_batch(teacher.limit):
                 teacher.answer(requests, filling)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from vcrd.errors import expected
-from vcrd.link.question import Question, asked_of_judges
+from vcrd.link.question import NO_CONTEXT, Question
 from vcrd.megatron.teacher_context import CONTEXT_KEY
 from vcrd.megatron.teachers import Answer, Teachers
 from vcrd.teacher_logits import TeacherLogits
@@ -35,9 +35,8 @@ class AskedTwice(Teachers):
             error = no_context()
             self._tell_refusal(error)
             raise error
-        blind, seeing = asked_of_judges([question])
-        super().request(blind)
-        return super().request(seeing) // 2
+        super().request(question._replace(context=NO_CONTEXT))
+        return super().request(question) // 2
 
     def receive(self, number: int) -> Judged:
         return Judged(super().receive(2 * number), super().receive(2 * number + 1))
