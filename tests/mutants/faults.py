@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KERNELS, LOSS, LINK, INTEGRATIONS = "kernels", "loss", "link and plug", "integrations"
-AREAS = {KERNELS: 20, LOSS: 15, LINK: 20, INTEGRATIONS: 20}  # number of mutants in each area
+CACHE, TEACHERS = "cache", "teachers"
+# The number of mutants in each area.
+AREAS = {KERNELS: 20, LOSS: 15, LINK: 20, CACHE: 24, TEACHERS: 21, INTEGRATIONS: 20}
 
 
 @dataclass(frozen=True)
@@ -37,5 +39,6 @@ def all_faults() -> list[Fault]:
     from kernel_faults import FAULTS as kernels
     from link_faults import FAULTS as link
     from loss_faults import FAULTS as loss
+    from teacher_faults import FAULTS as teachers
 
-    return [*kernels, *loss, *link, *integrations]
+    return [*kernels, *loss, *link, *teachers, *integrations]
