@@ -139,6 +139,17 @@ def test_a_file_is_written_when_the_limit_is_reached(tmp_path):
     assert cache.sizes().entries == 4 and all(same(read(cache, n), answer(SMALL, 0)) for n in (0, 5, 10, 15))
 
 
+def test_a_piece_that_is_added_again_counts_once(tmp_path):
+    """Otherwise the files would become smaller and smaller."""
+    one = sum(t.nbytes for t in answer(SMALL, 0))
+    writer = CacheWriter(tmp_path, SMALL, limit_bytes=3 * one)
+    for numbers, written in (((0, 0, 0, 5), 0), ((10,), 1), ((0, 0, 5), 1), ((10,), 2)):
+        for number in numbers:
+            add(writer, number)
+        assert len(files.answer_names(tmp_path)) == written, numbers
+    assert [len(file.keys) for file in Cache(tmp_path).files] == [3, 3]
+
+
 def test_the_output_layer_is_stored_with_hidden_states(tmp_path):
     header = HEADERS["hidden"]
     weight = torch.randn(VOCABULARY, 5).bfloat16()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import fill_jobs
 import numpy as np
@@ -17,13 +19,16 @@ from safetensors.numpy import save_file
 from waiting import wait_until
 
 from vcrd.__main__ import main
-from vcrd.cache.files import Cache, key_of
-from vcrd.cache.fill import fill
+from vcrd.cache.files import Cache, CacheHeader, CacheWriter, key_of
+from vcrd.cache.fill import Lacking, Progress, _Filling, fill
 from vcrd.cache.samples import questions_of
 from vcrd.errors import OptionError
+from vcrd.link.errors import LinkError
+from vcrd.link.handshake import Handshake
 from vcrd.link.payload import encode, payload_named, row_max, top_k_of
-from vcrd.link.plan import Shard
+from vcrd.link.plan import Shard, Span
 from vcrd.link.question import Question
+from vcrd.teacher_logits import DenseLogits
 
 
 def answer(payload: str, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -153,6 +158,41 @@ def test_another_teacher_is_refused(tmp_path):
         f"python -m vcrd cache: the cache {folder} is refused: weights: expected 0000000000000008 "
         "(teacher of the tests), got 0000000000000007 (teacher of the tests)\nstatus 1\n"
     )
+
+
+def test_a_fill_sees_what_another_job_has_added(tmp_path, monkeypatch):
+    monkeypatch.setattr("vcrd.cache.fill.REFRESH_SECONDS", -1.0)
+    header, rows = CacheHeader("float16", LAYOUT.vocab), samples(2)
+    with CacheWriter(tmp_path, header) as other:
+        lacking = Lacking(Cache(tmp_path))
+        assert lacking.of(Question(rows[:1]))[1] == {0: key_of(rows[0])}
+        other.add(key_of(rows[1]), answer("float16", rows[1]), Span(0, 16), 16, Shard(0, LAYOUT.vocab))
+        other.flush()
+        assert lacking.of(Question(rows[1:]))[1] == {}
+
+
+def test_the_answers_of_a_teacher_that_came_back_with_other_weights_are_not_stored(tmp_path):
+    """With the setting identity "warn" the link lets it in."""
+    first = Handshake(50, 16, "float16", 64, 64, tensor_size=1, copies=1, weights="ab", checkpoint="one")
+    link = SimpleNamespace(teacher=first, columns=Shard(0, 50), asked=[])
+
+    def request(tokens: torch.Tensor, *_: object) -> int:
+        link.asked.append(tokens)
+        return len(link.asked) - 1
+
+    def receive(number: int) -> DenseLogits:
+        if number == 2:
+            link.teacher = replace(first, weights="cd", checkpoint="two")
+        return DenseLogits(true_logits(link.asked[number], 50).half())
+
+    link.request, link.receive = request, receive
+    rows = samples(4)
+    filling = _Filling(link, tmp_path, 0, 1 << 20, Progress(None), leads=True)
+    with pytest.raises(
+        LinkError, match=r"came back with the weights cd \(two\), and the cache is of ab \(one\)"
+    ):
+        filling.run(Question(row[None]) for row in rows)
+    assert set(Cache(tmp_path).keys()) == {key_of(row) for row in rows[:2]}
 
 
 WRONG = {

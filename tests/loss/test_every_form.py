@@ -66,3 +66,8 @@ def test_a_mixture(device, divergence, settings):
         )
         extra = dict(inplace_gradient=number % 3 == 0, _block_bytes=(4 * 203 * 2, 1 << 20)[number % 2])
         assert_matches(case, *run(case, device, **extra), tolerance=5e-6)
+
+
+def test_a_mixture_of_more_columns_than_a_kernel_reads_at_once(device):
+    case = MixedCase((2,), 2100, 2, 3, with_mask=True, seed=3)
+    assert_matches(case, *run(case, device), tolerance=5e-6)

@@ -133,6 +133,12 @@ def test_wrong_settings_are_one_sentence(changes, why):
         DistillSettings().replaced(address="math=h:1,code=h:2,law=h:3", **changes)
 
 
+def test_the_weights_are_found_by_name():
+    address = "math=h:1,code=h:2,law=h:3"
+    found = DistillSettings().replaced(address=address, teacher_mixture="law=0.5,code=2.5,math=1").mixture()
+    assert found == WEIGHTS
+
+
 def student(chosen: DistillSettings, count: int) -> SimpleNamespace:
     return jobs.student_job(chosen, count)
 

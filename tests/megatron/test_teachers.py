@@ -254,6 +254,39 @@ def test_a_verifier_judges_each_token_once():
     assert len(judged) == 2 and torch.equal(judged[0] ^ judged[1], torch.ones_like(mask, dtype=torch.bool))
 
 
+def test_each_form_of_answer_has_its_judge():
+    """Against each sample alone, with its own judge."""
+    place, whole = (
+        made.layout(),
+        Question(torch.arange(8).view(4, 2), teachers=("math", "code", "math", "law")),
+    )
+    logits, labels, mask = labelled(whole.tokens.T.shape, 1)
+    common = {"validity": "privileged", "vocab_size": made.VOCAB}
+    for payloads in MIXED:
+        sources = made.made(payloads, place)
+        judges = {name: made.Made(10 + n, payloads[name], place) for n, name in enumerate(NAMES)}
+        answers = []
+        for each in (sources, judges):
+            teachers = made.Alone(each, place, made.settings(NAMES))
+            teachers.request(whole)
+            answers.append(teachers.receive(0))
+        answer, judge = answers
+        assert len(answer.parts) > 1
+        out = answer.loss(validity_calibrated_kl, logits, labels, mask=mask, judge=judge, **common)
+        for teacher, single, where in alone(whole):
+            name = NAMES[teacher]
+            expected = validity_calibrated_kl(
+                logits[where],
+                sources[name].answer(single),
+                labels[where],
+                mask=mask[where],
+                judge=judges[name].answer(single),
+                **common,
+            )
+            for found, wanted in zip(out[:3], expected[:3], strict=True):
+                assert_equal(found[where], wanted, payloads[name] != "hidden")
+
+
 def test_one_teacher_is_asked_as_before():
     """Nothing is cut, copied or told where there is one teacher, or one in a micro-batch."""
     place = made.layout()

@@ -53,18 +53,20 @@ class Recorder:
         )
         # A stream of its own: it waits for the training, for which the copies of answers to the device do not wait.
         self._stream = HostMemory(device).stream(device)
-        self._broken = False
+        self._adds_more = True
+        self._broken = False  # whether the folder could not be written to
         self._queue: queue.Queue[tuple[Plan, list[Staged]] | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._run, name="vcrd-cache-recorder", daemon=True)
         self._thread.start()
 
     def add(self, plan: Plan, answer: TeacherLogits) -> None:
         """Adds what the folder lacks of a micro-batch. Blocks where the file system is slower than the teacher."""
-        if self._broken or not (self._adds_head or (self._adds_answers and plan.lacking)):
+        if not (self._adds_more and (self._adds_head or (self._adds_answers and plan.lacking))):
             return
         now, then = self._link.teacher, self._writer.header
         if now.weights != then.weights:  # with the setting identity "warn" another teacher may have come back
-            self._break(f"the teacher has the weights {now.named_weights}, the cache is of {then.weights}")
+            # What was added before is right, and is written still.
+            self._stop(f"the teacher has the weights {now.named_weights}, the cache is of {then.weights}")
             return
         self._queue.put((plan, [Staged(tensor, self._stream) for tensor in tensors_of(answer)]))
 
@@ -85,10 +87,11 @@ class Recorder:
         try:
             write(*arguments)
         except Exception as error:
-            self._break(error)
+            self._broken = True
+            self._stop(error)
 
-    def _break(self, why: object) -> None:
-        self._broken = True
+    def _stop(self, why: object) -> None:
+        self._adds_more = False
         _log.warning("%s adds no more answers to the cache: %s", self._place, why)
 
     def _add(self, plan: Plan, staged: list[Staged]) -> None:
