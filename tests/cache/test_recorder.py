@@ -87,7 +87,7 @@ def test_the_ranks_add_each_answer_once(tmp_path, payload):
 
 
 def test_the_answers_of_a_teacher_that_came_back_with_other_weights_are_not_added(tmp_path, caplog):
-    """With the setting identity "warn" the link lets it in. What was added before is written, and nothing afterwards."""
+    """With the setting identity "warn" the link lets it in. What was added before is written, nothing afterwards."""
     header = HEADERS["float16"]
     link = link_of(header, Shard(0, VOCABULARY))
     recorder = Recorder(CacheWriter(tmp_path, header), link, Place(0, 0, 0), 1, CPU, has_head=False)

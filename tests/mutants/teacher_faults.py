@@ -8,6 +8,7 @@ _FILES = "tests/cache/test_files.py"
 _DAMAGE = "tests/cache/test_damage.py"
 _FILL = "tests/cache/test_fill.py"
 _FAILURES = "tests/cache/test_answers_failures.py"
+_RECORDER = "tests/cache/test_recorder.py"
 _TEACHERS = "tests/megatron/test_teachers.py"
 _JOINED = "tests/megatron/test_teachers_joined.py"
 _CONTEXT = "tests/megatron/test_teacher_context.py"
@@ -30,7 +31,7 @@ FAULTS = [
         "files.py",
         "        if place in pending:\n            return\n",
         "",
-        *(_FILES, "-k", "limit_is_reached or same_answers"),
+        *(_FILES, "-k", "counts_once"),
     ),
     _cache(
         "an answer is put together from the pieces of two runs",
@@ -128,14 +129,14 @@ FAULTS = [
         "fill.py",
         "        self._refuse_other_weights()\n",
         "",
-        _FILL,
+        *(_FILL, "-k", "other_weights"),
     ),
     _cache(
         "a fill does not look for what other jobs have added",
         "fill.py",
         "            self._cache.refresh()\n",
         "",
-        *(_FILL, "-k", "side_by_side"),
+        *(_FILL, "-k", "sees_what"),
     ),
     _cache(
         "the first token of context of the next sequence belongs to this one as well",
@@ -149,14 +150,14 @@ FAULTS = [
         "reading.py",
         "if not lacking and self._has_head:",
         "if not lacking:",
-        _FAILURES,
+        "tests/cache/test_planner.py",
     ),
     _cache(
         "a sequence that is asked for again is added again",
         "reading.py",
         "            if keys[index] not in self._recorded:\n",
         "            if True:\n",
-        *(_FAILURES, "-k", "asked_of_the_teacher_job"),
+        "tests/cache/test_planner.py",
     ),
     _cache(
         "what the teacher job has answered is not added",
@@ -170,21 +171,21 @@ FAULTS = [
         "recorder.py",
         "                first += rows.width\n",
         "",
-        "tests/cache/test_answers.py",
+        _RECORDER,
     ),
     _cache(
         "every tensor rank adds an answer that is the same on all of them",
         "recorder.py",
         "self._adds_answers = place.tensor == 0 if whole else link.columns.width > 0",
         "self._adds_answers = link.columns.width > 0",
-        "tests/cache/test_answers.py",
+        _RECORDER,
     ),
     _cache(
         "answers of a teacher that came back with other weights are added",
         "recorder.py",
         "if now.weights != then.weights:",
         "if False:",
-        _FAILURES,
+        _RECORDER,
     ),
     _cache(
         "the ranks do not learn from their leader that one of them is gone",
@@ -219,8 +220,7 @@ FAULTS = [
         "vcrd/megatron/teachers.py",
         'arguments["judge"] = judge.parts[number].logits',
         'arguments["judge"] = judge.parts[0].logits',
-        _TEACHERS,
-        "tests/megatron/test_privileged.py",
+        *(_TEACHERS, "-k", "has_its_judge"),
     ),
     _teachers(
         "each token has the weight of the first teacher",
@@ -255,7 +255,7 @@ FAULTS = [
         "vcrd/settings.py",
         "return tuple(float(weights[source.name]) for source in self.link.teachers())",
         "return tuple(float(weight) for weight in weights.values())",
-        _MIXTURE,
+        *(_MIXTURE, "-k", "by_name"),
     ),
     _teachers(
         "the judge is asked without the context, and the teacher with it",
@@ -297,7 +297,7 @@ FAULTS = [
         "csrc/cpu/mix.h",
         "float* mixture = p.mixture + row * p.columns + block;",
         "float* mixture = p.mixture + row * p.columns;",
-        *(_EVERY_FORM, "-k", "mixture and forward_kl"),
+        *(_EVERY_FORM, "-k", "more_columns"),
     ),
     _teachers(
         "the probabilities of a mixture are multiplied, not added",
