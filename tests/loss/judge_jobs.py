@@ -17,6 +17,8 @@ from torch import Tensor
 
 import vcrd
 from vcrd.loss import reference
+from vcrd.loss.config import LossConfig
+from vcrd.loss.judge import judged_actions, settle_judge
 
 KINDS = ("float32", "bfloat16", "float16", "codes", "own maxima", "topk", "all ids", "hidden")
 
@@ -190,7 +192,8 @@ def everything(rank: int, device: torch.device) -> None:
 
 
 def _ranks_agree(kind: str, rank: int, device: torch.device) -> None:
-    """Bit for bit: weights never drift apart."""
+    """Bit for bit: weights never drift apart. Verdicts are log-probabilities: a sum that is wrong for both actions alike
+    does not show in the weights."""
     size = dist.get_world_size()
     case, width = JudgeCase(kind, 5, padding=64 * size - 61, masked=False), 64
     columns, tensors = slice(width * rank, width * (rank + 1)), case.tensors()
@@ -202,6 +205,12 @@ def _ranks_agree(kind: str, rank: int, device: torch.device) -> None:
     copies = [torch.empty_like(out.weight) for _ in range(size)]
     dist.all_gather(copies, out.weight.contiguous())
     assert all(torch.equal(copy, copies[0]) for copy in copies)
+    call = settle_judge(student, judge, None, LossConfig(vocab_size=61), dist.group.WORLD)
+    verdicts = judged_actions(call, out.stats)
+    actions = (out.stats.student_action.cpu(), out.stats.teacher_action.cpu())
+    by_label = case.by_label([slice(width * n, width * (n + 1)) for n in range(size)])
+    for found, truth in zip(verdicts, reference.privileged_log_validities(by_label, *actions), strict=True):
+        torch.testing.assert_close(found.cpu().double(), truth, rtol=1e-5, atol=2e-4, msg=kind)
 
 
 def count_collectives(rank: int, device: torch.device) -> None:

@@ -272,10 +272,10 @@ FAULTS = [
         *(_JUDGE, "-k", "shards and 2"),
     ),
     _teachers(
-        "the weights of a mixture are not scaled to a sum of 1",
+        "the weight of a mixed teacher divides its probabilities",
         "vcrd/loss/teacher_blocks.py",
-        "math.log(weight / math.fsum(teacher.weights))",
-        "math.log(weight)",
+        "return (total - total.new_tensor(log_weights))",
+        "return (total + total.new_tensor(log_weights))",
         *(_EVERY_FORM, "-k", "mixture and forward_kl"),
     ),
     _teachers(
