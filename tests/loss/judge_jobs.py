@@ -192,8 +192,8 @@ def everything(rank: int, device: torch.device) -> None:
 
 
 def _ranks_agree(kind: str, rank: int, device: torch.device) -> None:
-    """Bit for bit: weights never drift apart. Verdicts are log-probabilities: a sum that is wrong for both actions alike
-    does not show in the weights."""
+    """Bit for bit: weights never drift apart. Verdicts are log-probabilities: a sum that is wrong for both actions does
+    not show in the weights."""
     size = dist.get_world_size()
     case, width = JudgeCase(kind, 5, padding=64 * size - 61, masked=False), 64
     columns, tensors = slice(width * rank, width * (rank + 1)), case.tensors()
