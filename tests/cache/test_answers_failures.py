@@ -27,7 +27,7 @@ from vcrd.cache.files import Cache, CacheError, CacheHeader, CacheWriter, key_of
 from vcrd.cache.reading import AnswersMissing
 from vcrd.cache.recorder import Recorder
 from vcrd.link import HandshakeRefused, LinkError, LinkSettings, TeacherLink, host_rendezvous
-from vcrd.link.handshake import Identity, Tokenizer
+from vcrd.link.handshake import Head, Identity, Tokenizer
 from vcrd.link.plan import Shard, Span
 from vcrd.link.student import StudentLink
 from vcrd.settings import TeacherSource
@@ -216,6 +216,27 @@ def test_another_vocabulary_and_no_cache_at_all_are_refused(tmp_path):
         opened(tmp_path / "b")
 
 
+def test_a_cache_of_hidden_states_needs_the_output_layer(tmp_path):
+    """Without it there is no answer. A writer that was killed may have left the folder so."""
+    header, settings = (
+        CacheHeader("hidden", VOCAB, head=Head(4, "float32")),
+        replace(SETTINGS, payload="hidden"),
+    )
+    states, weight = torch.randn(2, 8, 4), torch.randn(VOCAB, 4)
+    with CacheWriter(tmp_path, header) as writer:
+        for row, tokens in enumerate(batch(0)):
+            writer.add(key_of(tokens), [states[row]], Span(0, 8), 8, Shard(0, VOCAB))
+    with pytest.raises(HandshakeRefused, match="is refused: it lacks the output layer of its teacher"):
+        opened(tmp_path, settings)
+    with CacheWriter(tmp_path, header) as writer:
+        writer.add_head(weight, Shard(0, VOCAB))
+    answers = opened(tmp_path, settings)
+    answers.request(batch(0))
+    answer = answers.receive(0)
+    assert torch.equal(answer.states, states.transpose(0, 1)) and torch.equal(answer.weight, weight)
+    answers.close()
+
+
 def test_the_identity_of_a_cache_is_checked_as_that_of_a_teacher_job(tmp_path, caplog):
     fill(tmp_path, range(1), tokenizer=TOKENIZER, weights="12")
     with pytest.raises(
@@ -229,6 +250,9 @@ def test_the_identity_of_a_cache_is_checked_as_that_of_a_teacher_job(tmp_path, c
         assert not caplog.records
         opened(tmp_path, replace(SETTINGS, identity="warn"), tokenizer=OTHER).close()
     assert "tokenizer: expected words" in caplog.text
+    fill(tmp_path / "unknown", range(1), tokenizer=TOKENIZER)
+    with pytest.raises(HandshakeRefused, match="the cache states no digest of the weights of its teacher"):
+        opened(tmp_path / "unknown", replace(SETTINGS, identity="insist"), tokenizer=TOKENIZER)
 
 
 def test_what_is_missing_is_asked_of_the_teacher_job_and_added(tmp_path):
