@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import jobs
 import torch
@@ -56,8 +57,18 @@ def owners_of(batch: dict) -> list[int]:
 
 
 def student(chosen: DistillSettings, micro_batches: int, per_rank: int | None = None) -> SimpleNamespace:
-    jobs.batches = batches
-    return jobs.student_job(chosen, micro_batches, per_rank)
+    """As `jobs.student_job`. upstream: what each call of a fused head expects of the upstream gradient."""
+    from vcrd.megatron import fused_head
+
+    jobs.batches, told, head = batches, [], fused_head.fused_validity_calibrated_kl
+
+    def recorded(*arguments, **named):
+        told.append(named["head"].upstream)
+        return head(*arguments, **named)
+
+    with patch.object(fused_head, "fused_validity_calibrated_kl", recorded):
+        found = jobs.student_job(chosen, micro_batches, per_rank)
+    return SimpleNamespace(**vars(found), upstream=told)
 
 
 def direct(chosen: DistillSettings, micro_batches: int, data_size: int = 1) -> SimpleNamespace:

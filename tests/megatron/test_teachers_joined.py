@@ -82,6 +82,9 @@ def test_a_student_learns_each_sample_from_its_teacher(changes, size, tensor, pi
         ],
     )
     check_against_direct(students, truth, count)
+    for rank in students:
+        is_fused = chosen.fused_head == "on" and rank.has_loss
+        assert set(rank.upstream) == ({"look"} if is_fused else set()), "the head is computed twice"
     batches = [batch for rank in range(data) for batch in several.batches(count, rank)]
     for number, ranks in enumerate(served):
         # In training and in the measurement after it.
