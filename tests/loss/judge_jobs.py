@@ -195,7 +195,8 @@ def _ranks_agree(kind: str, rank: int, device: torch.device) -> None:
     """Bit for bit: weights never drift apart. Verdicts are log-probabilities: a sum that is wrong for both actions does
     not show in the weights."""
     size = dist.get_world_size()
-    case, width = JudgeCase(kind, 5, padding=64 * size - 61, masked=False), 64
+    width = 61 // size + 1
+    case = JudgeCase(kind, 5, padding=width * size - 61, masked=False)
     columns, tensors = slice(width * rank, width * (rank + 1)), case.tensors()
     student = (tensors["hidden"] @ tensors["weight"][columns].T).to(device)
     teacher, judge = tensors["logits"][..., columns].to(device), _moved(case.judge(columns), device)
