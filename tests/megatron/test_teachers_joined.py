@@ -44,17 +44,24 @@ def check_against_direct(
         torch.testing.assert_close(gradients[name] / scale, expected / scale, atol=2e-4, rtol=0, msg=name)
 
 
-ALL = {"top_k": f"code={jobs.TRUE_VOCAB}"}  # all of them hold the whole distribution
+ALL = {"top_k": jobs.TRUE_VOCAB}  # all of them hold the whole distribution
 
 
 @pytest.mark.parametrize(
     ("changes", "size", "tensor", "pipeline", "teachers"),
     [
         ({"ce_weight": 0.3}, 4, 2, 2, [(1, 1, 1), (2, 2, 1), (2, 1, 2)]),
-        ({"payload": "math=hidden,code=topk", "divergence": "jsd", **ALL}, 2, 1, 1, [(1, 1, 1)] * 3),
+        (
+            {"payload": "math=hidden,code=topk,law=float32", "divergence": "jsd", **ALL},
+            2,
+            1,
+            1,
+            [(1, 1, 1)] * 3,
+        ),
         (
             {
-                "payload": "math=hidden,code=topk,law=float32",
+                # Two teachers of different weights in one form.
+                "payload": "math=hidden,code=topk,law=topk",
                 **ALL,
                 "teacher_weights": "math=2,law=0.5",
                 "fused_head": "on",
@@ -71,8 +78,6 @@ ALL = {"top_k": f"code={jobs.TRUE_VOCAB}"}  # all of them hold the whole distrib
 def test_a_student_learns_each_sample_from_its_teacher(changes, size, tensor, pipeline, teachers):
     """Losses, gradients and figures, over layouts of the student and of each teacher, against the reference."""
     chosen, count, data = several.settings(**changes), 4, size // tensor // pipeline
-    if "float32" not in str(changes.get("payload", "float32")):
-        chosen = chosen.replaced(payload=f"{changes['payload']},law=float32")
     students, (truth,), *served = run_worlds(
         World(several.student, size, tensor, pipeline, arguments=(chosen, count)),
         World(several.direct, arguments=(chosen, count, data)),
