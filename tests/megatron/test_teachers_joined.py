@@ -44,7 +44,7 @@ def check_against_direct(
         torch.testing.assert_close(gradients[name] / scale, expected / scale, atol=2e-4, rtol=0, msg=name)
 
 
-ALL = {"top_k": jobs.TRUE_VOCAB}  # all of them hold the whole distribution
+ALL = {"top_k": f"code={jobs.TRUE_VOCAB},law={jobs.TRUE_VOCAB}"}  # all of them hold the whole distribution
 
 
 @pytest.mark.parametrize(
