@@ -99,3 +99,24 @@ def test_the_answers_of_a_teacher_that_came_back_with_other_weights_are_not_adde
     assert set(Cache(tmp_path).keys()) == set(plan_of(0, []).keys[1:])
     (said,) = [record.message for record in caplog.records if "adds no more answers" in record.message]
     assert said.endswith("the teacher has the weights cd (two), the cache is of ab12")
+
+
+def test_the_output_layer_of_a_teacher_that_came_back_with_other_weights_is_not_added(tmp_path, caplog):
+    """The first teacher is lost before its output layer has arrived, so the link delivers that of the second."""
+    header = HEADERS["hidden"]
+
+    class Link(SimpleNamespace):
+        @property
+        def output_layer(self) -> Tensor:
+            self.teacher = SimpleNamespace(weights="cd", named_weights="cd (two)")
+            return OUTPUT_ROWS + 1
+
+    first = SimpleNamespace(weights=header.weights, named_weights=header.weights)
+    link = Link(teacher=first, columns=Shard(0, VOCABULARY))
+    recorder = Recorder(CacheWriter(tmp_path, header), link, Place(0, 0, 0), 1, CPU, has_head=False)
+    with caplog.at_level(logging.WARNING, "vcrd"):
+        recorder.add(plan_of(0, LACKING), form_of(header, whole_answer(header, 0)))
+        recorder.close()
+    assert not list(tmp_path.glob("answers-*"))
+    (said,) = [record.message for record in caplog.records if "adds no more answers" in record.message]
+    assert said.endswith("the teacher has the weights cd (two), the cache is of ab12")

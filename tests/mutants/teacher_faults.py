@@ -197,8 +197,8 @@ FAULTS = [
     _cache(
         "answers of a teacher that came back with other weights are added",
         "recorder.py",
-        "if now.weights != then.weights:",
-        "if False:",
+        "if now.weights == then.weights:",
+        "if True:",
         _RECORDER,
     ),
     _cache(

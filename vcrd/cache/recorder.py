@@ -16,7 +16,7 @@ from vcrd.link.plan import Place
 from vcrd.link.student import StudentLink
 from vcrd.teacher_logits import DenseLogits, TeacherLogits, TopKLogits
 
-from .files import CacheWriter
+from .files import CacheError, CacheWriter
 from .reading import Plan
 from .sequences import held_by
 
@@ -63,10 +63,8 @@ class Recorder:
         """Adds what the folder lacks of a micro-batch. Blocks where the file system is slower than the teacher."""
         if not (self._adds_more and (self._adds_head or (self._adds_answers and plan.lacking))):
             return
-        now, then = self._link.teacher, self._writer.header
-        if now.weights != then.weights:  # with the setting identity "warn" another teacher may have come back
-            # What was added before is right, and is written still.
-            self._stop(f"the teacher has the weights {now.named_weights}, the cache is of {then.weights}")
+        if another := self._another_teacher():
+            self._stop(another)  # what was added before is right, and is written still
             return
         self._queue.put((plan, [Staged(tensor, self._stream) for tensor in tensors_of(answer)]))
 
@@ -91,12 +89,24 @@ class Recorder:
             self._stop(error)
 
     def _stop(self, why: object) -> None:
+        if self._adds_more:
+            _log.warning("%s adds no more answers to the cache: %s", self._place, why)
         self._adds_more = False
-        _log.warning("%s adds no more answers to the cache: %s", self._place, why)
+
+    def _another_teacher(self) -> str | None:
+        """Why answers are not of the folder's teacher: with the setting identity "warn" another one may come back."""
+        now, then = self._link.teacher, self._writer.header
+        if now.weights == then.weights:
+            return None
+        return f"the teacher has the weights {now.named_weights}, the cache is of {then.weights}"
 
     def _add(self, plan: Plan, staged: list[Staged]) -> None:
         if self._adds_head:
-            self._writer.add_head(self._link.output_layer, self._link.columns)
+            layer = self._link.output_layer
+            # It may have arrived after the teacher whose answer this is was lost.
+            if another := self._another_teacher():
+                raise CacheError(another)
+            self._writer.add_head(layer, self._link.columns)
             self._adds_head = False
         if not self._adds_answers:
             return
