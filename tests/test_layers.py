@@ -133,7 +133,7 @@ LAYERS = (
             "vcrd.teacher_logits",
         ),
     ),
-    Layer("vcrd/loss/validity.py", ("vcrd.loss.config", "vcrd.loss.divergence")),
+    Layer("vcrd/loss/validity.py", ("vcrd.loss.checks", "vcrd.loss.config", "vcrd.loss.divergence")),
     Layer(
         "vcrd/loss/divergence.py",
         (

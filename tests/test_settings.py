@@ -32,6 +32,7 @@ OTHER = dict(
     alpha=0.2,
     beta=0.4,
     validity="margin",
+    weighting="gap",
     sharpness=2.0,
     floor=0.5,
     ceiling=1.5,
@@ -174,8 +175,12 @@ def test_the_weight_of_a_teacher():
             "VCRD_NORMALIZATION .*: expected none where teachers",
         ),
         (
-            {"payload": "hidden", "normalization": "mean"},
-            "VCRD_NORMALIZATION .*: expected none where teachers",
+            {"payload": "hidden", "normalization": "mass"},
+            "VCRD_NORMALIZATION .*: expected none where teachers .*, got mass",
+        ),
+        (
+            {"payload": "topk", "top_k": "code=8", "weighting": "gap"},
+            "VCRD_WEIGHTING .*: expected sigmoid where teachers answer in several forms, .*, got gap",
         ),
     ],
 )

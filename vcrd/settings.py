@@ -97,8 +97,8 @@ def _integer(least: int, most: int | None = None, optional: bool = False) -> Kin
     )
 
 
-def _number(**bounds: float) -> Kind:
-    return Kind(partial(check_number, **bounds), float, "a number")
+def _number(optional: bool = False, **bounds: float) -> Kind:
+    return Kind(partial(check_number, optional=optional, **bounds), float, "a number", optional)
 
 
 def _choice(*names: str) -> Kind:
@@ -442,15 +442,32 @@ class DistillSettings:
         "two. In Python also a callable.",
         Kind(_check_validity),
     )
-    sharpness: float = setting(
-        4.0, "How strongly the weight follows the difference of the two log validities.", _number()
+    weighting: str = setting(
+        "sigmoid",
+        "What makes a weight of the validities. sigmoid: from floor to ceiling by the difference of the two log "
+        "validities. gap: by how much more probable a verified token is to the teacher than to the student, relative "
+        "to the root mean square of this over the micro-batches that all ranks process at the same time; with the "
+        "validity label, scores or privileged, or a verifier (docs/method.md).",
+        _text(),
     )
-    floor: float = setting(0.1, "Smallest weight.", _number())
-    ceiling: float = setting(1.9, "Largest weight.", _number())
+    sharpness: float | None = setting(
+        None,
+        "How strongly the weight follows the validities. none: 4 with the weighting sigmoid, 1 with gap.",
+        _number(optional=True),
+    )
+    floor: float | None = setting(
+        None,
+        "Smallest weight. none: 0.1 with the weighting sigmoid, 0.05 with gap.",
+        _number(optional=True),
+    )
+    ceiling: float | None = setting(
+        None, "Largest weight. none: 1.9 with the weighting sigmoid, 3 with gap.", _number(optional=True)
+    )
     normalization: str = setting(
         "none",
-        "Normalization of the weights. mean divides them by their mean over the tokens that count; it needs steps of "
-        "one micro-batch on one data-parallel rank.",
+        "What all weights are divided by, taken over the tokens that count in the micro-batches that all ranks process "
+        "at the same time. mean: their mean. mass: the sum of the weighted divergences over that of the divergences, "
+        "so that the sum of the losses stays what it is without weights.",
         _text(),
     )
     ce_weight: float = setting(
@@ -512,16 +529,17 @@ class DistillSettings:
         sources = self.link.teachers()
         names = [source.name for source in sources]
         check_teachers("teacher_weights", teachers_in(self.teacher_weights), names)
-        payloads = [self.link.of(source).payload for source in sources]
+        links = [self.link.of(source) for source in sources]
+        payloads = [link.payload for link in links]
         if self.teacher_mixture is not None:
             self._check_mixture(names, payloads)
-        if (
-            self.normalization == "mean"
-            and self.teacher_mixture is None
-            and (len(set(payloads)) > 1 or ("hidden" in payloads and len(sources) > 1))
-        ):
-            what = "none where teachers answer in several forms, each of which has a loss of its own"
-            raise expected(label("normalization"), what, "mean")
+        # Each form of answer has a loss of its own, and which forms there are depends on the micro-batch of a rank.
+        forms = {(link.payload, link.top_k if link.payload == "topk" else None) for link in links}
+        several = len(forms) > 1 or ("hidden" in payloads and len(sources) > 1)
+        if self.pooled and self.teacher_mixture is None and several:
+            usual = _FIELDS[self.pooled].default
+            what = f"{usual} where teachers answer in several forms, each of which has a loss of its own"
+            raise expected(label(self.pooled), what, getattr(self, self.pooled))
         if "topk" in payloads and self.temperature != 1:
             what = f"1 with the payload topk ({variable_of('payload')}), whose tail has no mass at another"
             raise expected(label("temperature"), what, self.temperature)
@@ -580,14 +598,20 @@ class DistillSettings:
         weights = named(self.teacher_mixture)
         return tuple(float(weights[source.name]) for source in self.link.teachers())
 
+    @property
+    def pooled(self) -> str | None:
+        """The setting by which a token's weight depends on the other tokens that count; None where it does not."""
+        names = ("weighting", "normalization")
+        return next((name for name in names if getattr(self, name) != _FIELDS[name].default), None)
+
     def weight_of(self, teacher: str) -> float:
         """By which the loss of this teacher's tokens is multiplied."""
         return float(named(self.teacher_weights).get(teacher, 1)) if self.teacher_weights else 1.0
 
     def loss_arguments(self) -> dict[str, Any]:
         """Fields of `vcrd.LossConfig`, those aside that depend on the model."""
-        names = ("divergence", "temperature", "alpha", "beta", "validity", "sharpness", "floor", "ceiling")
-        found = {name: getattr(self, name) for name in (*names, "normalization", "ce_weight")}
+        names = ("divergence", "temperature", "alpha", "beta", "validity", "weighting", "sharpness", "floor")
+        found = {name: getattr(self, name) for name in (*names, "ceiling", "normalization", "ce_weight")}
         # Rows are skipped with invalid_rows "stop" too: the run stops at the end of the step, when all are counted.
         return {**found, "skip_invalid_teacher": True}
 

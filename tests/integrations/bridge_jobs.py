@@ -595,25 +595,22 @@ def refusals() -> dict[str, str]:
         config = SimpleNamespace(
             inprocess_restart=restart,
             dataset=SimpleNamespace(**dataset),
-            train=SimpleNamespace(rampup_batch_size=[2, 2, 10]),
         )
         return SimpleNamespace(cfg=config)
 
     chunk = torch.nn.Linear(1, 1)
     chunk.config = SimpleNamespace()
-    mean = DistillSettings(normalization="mean")
     distilled = type("Distilled", (DistillationModel,), {"__init__": lambda self: None})()
     vars(distilled)["config"] = chunk.config
     cases = {
-        "inprocess_restart": (chunk, DistillSettings(), state(SimpleNamespace(enabled=True))),
-        "reset_position_ids": (chunk, DistillSettings(), state(reset_position_ids=True)),
-        "rampup_batch_size": (chunk, mean, state()),
-        "modelopt": (distilled, DistillSettings(), state()),
+        "inprocess_restart": (chunk, state(SimpleNamespace(enabled=True))),
+        "reset_position_ids": (chunk, state(reset_position_ids=True)),
+        "modelopt": (distilled, state()),
     }
     found = {}
-    for name, (model, settings, its_state) in cases.items():
+    for name, (model, its_state) in cases.items():
         try:
-            check_compatibility(model, settings, BridgeTraining(its_state).arguments)
+            check_compatibility(model, BridgeTraining(its_state).arguments)
         except ValueError as error:
             found[name] = str(error)
     return found

@@ -206,7 +206,7 @@ def test_bridge_finds_its_state_in_the_parameters(runner):
 
 def test_settings_of_the_job_are_refused(runner):
     ((sentences,),) = runner.run(World(bridge_jobs.refusals, tensor=0))
-    assert set(sentences) == {"inprocess_restart", "reset_position_ids", "rampup_batch_size", "modelopt"}
+    assert set(sentences) == {"inprocess_restart", "reset_position_ids", "modelopt"}
     for name, said in sentences.items():
         assert "expected" in said and "got" in said, (name, said)
 

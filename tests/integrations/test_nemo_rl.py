@@ -122,6 +122,7 @@ def test_it_names_its_kind_in_nemo_rls_own_enumerations(monkeypatch):
             "validity: expected one that is read from the two models",
         ),
         ({"vocab_size": VOCAB, "normalization": "mean"}, "normalization: expected 'none'"),
+        ({"vocab_size": VOCAB, "weighting": "gap"}, "weighting: expected 'sigmoid'"),
     ],
 )
 def test_settings_that_the_batches_cannot_serve(options, sentence):

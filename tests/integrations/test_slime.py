@@ -117,6 +117,7 @@ def test_without_init_nothing_works():
         ({"use_critic": True}, {}, "--use-critic: expected off"),
         ({"qkv_format": "bshd"}, {}, "--qkv-format: expected thd"),
         ({}, {"normalization": "mean"}, "VCRD_NORMALIZATION: expected none"),
+        ({}, {"weighting": "gap"}, "VCRD_WEIGHTING: expected sigmoid"),
         ({}, {"invalid_rows": "stop"}, "VCRD_INVALID_ROWS: expected skip"),
         ({}, {"fused_head": "on"}, "VCRD_FUSED_HEAD: expected off"),
         ({}, {"telemetry_dir": "records"}, "VCRD_TELEMETRY_DIR: expected none"),

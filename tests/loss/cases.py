@@ -10,7 +10,7 @@ from torch import Tensor
 
 import vcrd
 from vcrd.loss import reference
-from vcrd.loss.config import DIVERGENCES
+from vcrd.loss.config import DIVERGENCES, WEIGHTINGS
 
 FLOAT_FIELDS = vcrd.DivergenceStats._fields[:10]
 
@@ -87,6 +87,20 @@ class Case:
         divergence, cross_entropy = self.upstream()
         (stats["divergence"] * divergence + stats["cross_entropy"] * cross_entropy).sum().backward()
         return stats, student.grad
+
+
+def expected_weights(
+    stats: dict[str, Tensor],
+    validities: tuple[Tensor, Tensor],
+    weighting: str = "sigmoid",
+    teacher_validity: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """`reference.weights` with what the weighting is made with by default. teacher_validity: of its proposal, where the
+    gap is at that and not at the label."""
+    gap = reference.gaps(stats, teacher_validity) if weighting == "gap" else None
+    options = {**WEIGHTINGS[weighting]._asdict(), "divergence": stats["divergence"], "gap": gap, **options}
+    return reference.weights(*validities, **options)
 
 
 def coded(logits: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def split(rank: int, device: torch.device) -> None:
         steps=own(STEPS.to(device)),
         steps_group=context_group,
         normalization="mean",
-        normalization_group=context_group,
+        weight_group=context_group,
         ce_weight=0.25,
     )
     out.loss.sum().backward()

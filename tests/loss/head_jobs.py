@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import kernels_under_test  # noqa: F401  before vcrd's operators
 import torch
 import torch.distributed as dist
-from cases import coded, decoded
+from cases import coded, decoded, expected_weights
 from torch import Tensor
 
 import vcrd
@@ -36,6 +36,7 @@ class HeadCase:
     and_stats: bool = False  # whether divergence and cross-entropy have one as well
     dtype: torch.dtype = torch.float32
     ce_weight: float = 0.0
+    weighting: str = "sigmoid"
     normalization: str = "none"
     validity: str = "label"
     with_steps: bool = False
@@ -78,6 +79,7 @@ class HeadCase:
             "vocab_size": self.vocab,
             "mask": tensors["mask"] if self.masked else None,
             "ce_weight": self.ce_weight,
+            "weighting": self.weighting,
             "normalization": self.normalization,
             "validity": self.validity,
             "steps": tensors["steps"] if self.with_steps else None,
@@ -132,8 +134,10 @@ class HeadCase:
             stats = reference.statistics(
                 student, teacher, tensors["labels"], temperature=self.temperature, **options
             )
-        weights, _ = reference.weights(
-            *reference.log_validities(stats, self.validity),
+        weights, _ = expected_weights(
+            stats,
+            reference.log_validities(stats, self.validity),
+            self.weighting,
             steps=tensors["steps"] if self.with_steps else None,
             mask=options["mask"],
             normalization=self.normalization,
@@ -206,7 +210,8 @@ def cases() -> list[HeadCase]:
                     uneven=n % 4 == 3,
                     and_stats=n % 5 == 4,
                     ce_weight=(0.0, 0.4)[n // 2 % 2],
-                    normalization=("none", "mean")[n // 3 % 2],
+                    weighting="gap" if n % 6 == 3 else "sigmoid",
+                    normalization=("none", "mean", "mass")[n // 3 % 3],
                     validity=("label", "margin", "confidence")[n % 3],
                     with_steps=n % 7 == 6,
                     seed=n,

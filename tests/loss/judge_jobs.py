@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import kernels_under_test  # noqa: F401  before vcrd's operators
 import torch
 import torch.distributed as dist
-from cases import coded, decoded
+from cases import coded, decoded, expected_weights
 from forms_jobs import teacher_shard
 from head_jobs import HeadCase, close
 from sharded_jobs import COLLECTIVES
@@ -159,8 +159,10 @@ def _truth(case: JudgeCase, columns: list[slice], with_steps: bool, options: dic
         case.by_label(columns), stats["student_action"], stats["teacher_action"]
     )
     steps = tensors["steps"] if with_steps else None
-    normalization = options.get("normalization", "none")
-    weights, _ = reference.weights(*validities, steps=steps, mask=mask, normalization=normalization)
+    of_weights = {name: value for name, value in options.items() if name in ("weighting", "normalization")}
+    weights, _ = expected_weights(
+        stats, validities, teacher_validity=validities[1].exp(), steps=steps, mask=mask, **of_weights
+    )
     loss = weights * stats["divergence"] + options.get("ce_weight", 0.0) * stats["cross_entropy"]
     (loss * tensors["upstream"][1].double()).sum().backward()
     return loss.detach(), weights, hidden.grad, student.grad

@@ -281,7 +281,7 @@ def mean_over_ranks(rank: int, device: torch.device) -> None:
         student[:, mine], teacher[:, mine], labels[:, mine], mask=mask[:, mine]
     )
     weight, _ = vcrd.validity_weights(
-        local, mask=mask[:, mine], normalization="mean", normalization_group=dist.group.WORLD
+        local, mask=mask[:, mine], normalization="mean", weight_group=dist.group.WORLD
     )
     whole = vcrd.vocab_parallel_divergence(student, teacher, labels, mask=mask)
     expected, _ = vcrd.validity_weights(whole, mask=mask, normalization="mean")

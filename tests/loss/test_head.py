@@ -127,7 +127,7 @@ class DispatchedWaits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("and_main_grad", [False, True])
-@pytest.mark.parametrize("normalization", ["none", "mean"])
+@pytest.mark.parametrize("normalization", ["none", "mean", "mass"])
 @pytest.mark.parametrize(
     ("promised", "uneven", "products"),
     [(False, False, 1), (False, True, 2), (True, False, 1), (True, True, 1)],

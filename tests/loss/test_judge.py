@@ -21,9 +21,11 @@ def test_weights_losses_and_gradients_match_the_reference(kind, fused, device):
 
 @pytest.mark.parametrize("kind", KINDS[::2])
 @pytest.mark.parametrize("fused", [False, True])
-def test_steps_and_the_mean_share_the_judges_verdicts(kind, fused, device):
+def test_steps_the_mean_and_the_gap_share_the_judges_verdicts(kind, fused, device):
     options = dict(normalization="mean", ce_weight=0.2)
     check(JudgeCase(kind, 3), device, fused=fused, with_steps=True, **options)
+    check(JudgeCase(kind, 4), device, fused=fused, weighting="gap")
+    check(JudgeCase(kind, 5), device, fused=fused, with_steps=True, weighting="gap", **options)
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])

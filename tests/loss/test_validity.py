@@ -29,14 +29,14 @@ def stats_of(case: Case) -> tuple[vcrd.DivergenceStats, dict[str, torch.Tensor],
 
 @pytest.mark.parametrize("validity", ESTIMATORS)
 @pytest.mark.parametrize("with_steps", [False, True])
-@pytest.mark.parametrize("normalization", ["none", "mean"])
+@pytest.mark.parametrize("normalization", ["none", "mean", "mass"])
 def test_weights_match_the_reference(validity, with_steps, normalization):
     stats, expected, mask = stats_of(Case((4, 11), 97, scale=2.0, with_mask=True))
     steps = torch.randint(-1, 9, (4, 11)) if with_steps else None
     options = dict(sharpness=2.5, floor=0.2, ceiling=1.5, steps=steps, mask=mask, normalization=normalization)
     weight, rho = vcrd.validity_weights(stats, validity=validity, **options)
     expected_weight, expected_rho = reference.weights(
-        *reference.log_validities(expected, validity), **options
+        *reference.log_validities(expected, validity), **options, divergence=expected["divergence"]
     )
     torch.testing.assert_close(weight.double(), expected_weight, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(rho.double(), expected_rho, rtol=1e-5, atol=1e-6)

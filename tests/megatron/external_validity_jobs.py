@@ -147,7 +147,7 @@ def direct(settings) -> dict[str, SimpleNamespace]:
             # Step 0 of one sample is not step 0 of the next.
             steps = batch["vcrd_steps"]
             steps = torch.where(steps >= 0, steps + 1000 * torch.arange(len(steps))[:, None], -1)
-            weight, _ = reference.weights(*both, sharpness=settings.sharpness, steps=steps, mask=mask)
+            weight, _ = reference.weights(*both, **jobs.weight_map(settings), steps=steps, mask=mask)
             agreed += ((stats["student_action"] == stats["teacher_action"]) * mask).sum()
             counted += mask.sum()
             if "top_k" in changes:

@@ -207,6 +207,29 @@ def teacher_job(settings, microbatches: int | None = None) -> int:
     return serve(model(TEACHER, seed=2), settings, microbatches=microbatches)
 
 
+def weight_map(settings) -> dict[str, float]:
+    """sharpness, floor and ceiling, those that the settings leave to the weighting as it has them."""
+    from vcrd.loss.config import LossConfig
+
+    return LossConfig(**settings.loss_arguments()).weight_map._asdict()
+
+
+def expected_weights(settings, stats: dict[str, Tensor], mask: Tensor, **more) -> Tensor:
+    """The reference's, of an estimator that reads nothing but these statistics of all tokens of a micro-batch."""
+    from vcrd.loss import reference
+
+    weight, _ = reference.weights(
+        *reference.log_validities(stats, settings.validity),
+        **weight_map(settings),
+        mask=mask,
+        normalization=settings.normalization,
+        divergence=stats["divergence"],
+        gap=reference.gaps(stats) if settings.weighting == "gap" else None,
+        **more,
+    )
+    return weight
+
+
 def direct(settings, micro_batches: int, data_size: int = 1) -> SimpleNamespace:
     """The same step in one process, from both models' whole logits: reference losses, autograd, no plug, no link."""
     from torch.nn.functional import cross_entropy
@@ -228,9 +251,7 @@ def direct(settings, micro_batches: int, data_size: int = 1) -> SimpleNamespace:
             }
             labels, mask = batch["labels"], batch["loss_mask"]
             stats = reference.statistics(q, p, labels, vocab_size=TRUE_VOCAB, mask=mask, **options)
-            weight, _ = reference.weights(
-                *reference.log_validities(stats, settings.validity), sharpness=settings.sharpness, mask=mask
-            )
+            weight = expected_weights(settings, stats, mask)
             loss = weight * stats["divergence"] + settings.ce_weight * stats["cross_entropy"]
             losses.append(loss.detach())
             weights_.append(weight)

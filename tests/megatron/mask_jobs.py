@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,18 +16,6 @@ from vcrd.settings import DistillSettings
 TEACHER = replace(jobs.TEACHER, vocab_size=jobs.STUDENT.vocab_size)
 # Where a script keeps its loss mask.
 PLACES = ("model", "batch", "labels", "script")
-
-
-@contextlib.contextmanager
-def calculator(micro_batches: int) -> Iterator[None]:
-    """Megatron's own, as `megatron.training` sets it up."""
-    from megatron.core import num_microbatches_calculator as megatrons
-
-    megatrons.init_num_microbatches_calculator(0, None, 2 * micro_batches, 2, 1)
-    try:
-        yield
-    finally:
-        megatrons.unset_num_microbatches_calculator()
 
 
 def batches(
@@ -152,13 +139,7 @@ def direct(settings: DistillSettings, data: list[dict[str, Tensor]]) -> SimpleNa
         steps = batch.get("vcrd_steps")
         if steps is not None:
             steps = torch.where(steps >= 0, steps + 1000 * torch.arange(2)[:, None], -1)
-        weight, _ = reference.weights(
-            *reference.log_validities(stats, settings.validity),
-            sharpness=settings.sharpness,
-            steps=steps,
-            mask=mask,
-            normalization=settings.normalization,
-        )
+        weight = jobs.expected_weights(settings, stats, mask, steps=steps)
         losses.append((weight * stats["divergence"]).detach())
         total = total + (weight * stats["divergence"] * mask).sum() / mask.sum() / len(data)
     total.backward()

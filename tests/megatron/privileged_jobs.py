@@ -61,7 +61,7 @@ def reference_step(settings, group: list[Case], shape: Shape) -> SimpleNamespace
             by_label, stats["student_action"], stats["teacher_action"]
         )
         prefers += [(verdicts[0] > verdicts[1]).any(), (verdicts[0] < verdicts[1]).any()]
-        weight, _ = reference.weights(*verdicts, sharpness=settings.sharpness, mask=batch["loss_mask"])
+        weight, _ = reference.weights(*verdicts, **jobs.weight_map(settings), mask=batch["loss_mask"])
         loss = weight * stats["divergence"]
         losses.append(loss.detach())
         total = total + (loss * batch["loss_mask"]).sum() / batch["loss_mask"].sum() / len(group)

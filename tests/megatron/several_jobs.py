@@ -93,7 +93,7 @@ def direct(chosen: DistillSettings, micro_batches: int, data_size: int = 1) -> S
                 q, p, labels, name=chosen.divergence, vocab_size=jobs.TRUE_VOCAB, mask=mask
             )
             weight, _ = reference.weights(
-                *reference.log_validities(stats, chosen.validity), sharpness=chosen.sharpness, mask=mask
+                *reference.log_validities(stats, chosen.validity), **jobs.weight_map(chosen), mask=mask
             )
             loss = weight * stats["divergence"] + chosen.ce_weight * stats["cross_entropy"]
             loss = loss * factors[owners][:, None]

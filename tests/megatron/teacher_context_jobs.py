@@ -307,9 +307,7 @@ def reference_step(settings, group: list[Case], shape: Shape) -> SimpleNamespace
         options = {"name": settings.divergence, "temperature": 1.0, "alpha": 0.1, "beta": 0.5}
         labels, counts = batch["labels"], batch["loss_mask"]
         stats = reference.statistics(q, p, labels, vocab_size=jobs.TRUE_VOCAB, mask=counts, **options)
-        weight, _ = reference.weights(
-            *reference.log_validities(stats, settings.validity), sharpness=settings.sharpness, mask=counts
-        )
+        weight = jobs.expected_weights(settings, stats, counts)
         loss = weight * stats["divergence"]
         losses.append(loss.detach())
         total = total + (loss * counts).sum() / counts.sum() / len(group)

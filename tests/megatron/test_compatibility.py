@@ -9,9 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vcrd.megatron import DistillSettings
 from vcrd.megatron.compatibility import check_compatibility
-from vcrd.megatron.layout import Groups
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = re.compile(r"`(--[a-z0-9-]+)")
@@ -24,14 +22,10 @@ CLEAN = {
 }
 
 
-def of_replicas(count):
-    return lambda chunk: SimpleNamespace(data_context=SimpleNamespace(size=lambda: count))
-
-
-def check(config=None, args=None, settings=None, remote=True, **model):
+def check(config=None, args=None, remote=True, **model):
     model = {"forward": lambda input_ids: input_ids, **model}
     chunk = SimpleNamespace(config=SimpleNamespace(**{**CLEAN, **(config or {})}), **model)
-    check_compatibility(chunk, settings or DistillSettings(), SimpleNamespace(**(args or {})), remote)
+    check_compatibility(chunk, SimpleNamespace(**(args or {})), remote)
 
 
 def test_what_does_not_clash_passes():
@@ -86,39 +80,7 @@ def test_the_schedule_that_overlaps_experts_needs_an_output_processor_and_a_teac
 
 def test_a_teacher_in_the_same_ranks_is_given_what_the_dataset_made():
     chunk, args = SimpleNamespace(config=SimpleNamespace(**CLEAN)), SimpleNamespace(reset_position_ids=True)
-    check_compatibility(chunk, DistillSettings(), args, remote=False)
-
-
-@pytest.mark.parametrize(("parts", "replicas", "refused"), [(1, 1, False), (2, 1, True), (1, 2, True)])
-def test_a_mean_over_more_than_one_micro_batch_is_refused(monkeypatch, parts, replicas, refused):
-    from megatron.core import num_microbatches_calculator
-
-    monkeypatch.setattr(num_microbatches_calculator, "get_num_microbatches", lambda: parts)
-    monkeypatch.setattr(Groups, "of", of_replicas(replicas))
-    settings = DistillSettings(normalization="mean")
-    if not refused:
-        check(settings=settings)
-        return
-    with pytest.raises(
-        ValueError, match=f"normalization: .* got 'mean' with {parts} micro-batches on {replicas} "
-    ):
-        check(settings=settings)
-
-
-@pytest.mark.parametrize("name", ["rampup_batch_size", "step_batch_size_schedule"])
-def test_a_mean_is_refused_before_the_number_of_micro_batches_grows(monkeypatch, name):
-    from megatron.core import num_microbatches_calculator
-
-    monkeypatch.setattr(num_microbatches_calculator, "get_num_microbatches", lambda: 1)
-    monkeypatch.setattr(Groups, "of", of_replicas(1))
-    check(args={name: None}, settings=DistillSettings(normalization="mean"))
-    with pytest.raises(ValueError, match=f"normalization: .* got 'mean' with {name} 2 2 10"):
-        check(args={name: "2 2 10"}, settings=DistillSettings(normalization="mean"))
-
-
-def test_a_mean_is_refused_where_nobody_says_how_many_micro_batches_a_step_has():
-    with pytest.raises(ValueError, match="normalization: .* init_num_microbatches_calculator was not called"):
-        check(settings=DistillSettings(normalization="mean"))
+    check_compatibility(chunk, args, remote=False)
 
 
 def test_the_documentation_lists_what_is_refused_and_nothing_else():
@@ -138,8 +100,7 @@ def test_the_documentation_lists_what_is_refused_and_nothing_else():
     besides = {
         "cuda_graph_scope", "vcrd_fused_head", "mtp_num_layers", "defer_embedding_wgrad_compute", "fp8_output_proj",
         "fp8_recipe", "vcrd_normalization", "reset_position_ids", "reset_attention_mask",
-        "vcrd_steps", "rampup_batch_size", "step_batch_size_schedule", "context_parallel_size",
-        "expert_model_parallel_size",
+        "vcrd_steps", "vcrd_weighting", "context_parallel_size", "expert_model_parallel_size",
     }  # fmt: skip
-    assert documented - besides == refused - {"parallel_output", "normalization", "cp_partition_mode"}
+    assert documented - besides == refused - {"parallel_output", "cp_partition_mode"}
     assert "`parallel_output`" in table and "`cp_partition_mode`" in table

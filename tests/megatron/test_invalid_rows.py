@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import jobs
-import mask_jobs
 import pytest
 import torch
 from test_distillation import settings
@@ -82,12 +81,6 @@ def step(chosen: DistillSettings, micro_batches: int) -> SimpleNamespace:
     )
 
 
-def mean_step(chosen: DistillSettings) -> SimpleNamespace:
-    """A step whose weights have the mean 1, of one micro-batch, as Megatron's calculator has to say."""
-    with mask_jobs.calculator(1):
-        return step(chosen, 1)
-
-
 def masks(micro_batches: int) -> list[torch.Tensor]:
     return [batch["loss_mask"] for batch in jobs.batches(micro_batches)]
 
@@ -96,7 +89,7 @@ def masks(micro_batches: int) -> list[torch.Tensor]:
 def test_invalid_rows_of_the_teacher_are_skipped_and_counted(payload):
     chosen = settings(payload=payload, top_k=7, normalization="mean")
     students, _ = run_worlds(
-        World(mean_step, 2, tensor=2, arguments=(chosen,)),
+        World(step, 2, tensor=2, arguments=(chosen, 1)),
         World(serve_invalid_rows, 2, tensor=2, arguments=(chosen,)),
     )
     for rank in students:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import UserDict
-from dataclasses import replace
 from types import SimpleNamespace
 
 import jobs
@@ -34,12 +33,11 @@ def check(run: SimpleNamespace, truth: SimpleNamespace) -> None:
 def in_every_place() -> dict[tuple[str, str], tuple[SimpleNamespace, SimpleNamespace]]:
     """Runs of one micro-batch by setting and place of the mask, each with the reference's."""
     found = {}
-    with mask_jobs.calculator(1):
-        for name, settings in SETTINGS.items():
-            data = mask_jobs.batches(1, reasoning=name == "steps")
-            truth = mask_jobs.direct(settings, data)
-            for place in mask_jobs.PLACES:
-                found[name, place] = mask_jobs.step(settings, place, data=data), truth
+    for name, settings in SETTINGS.items():
+        data = mask_jobs.batches(1, reasoning=name == "steps")
+        truth = mask_jobs.direct(settings, data)
+        for place in mask_jobs.PLACES:
+            found[name, place] = mask_jobs.step(settings, place, data=data), truth
     return found
 
 
@@ -75,7 +73,7 @@ def test_a_mask_that_the_script_alone_knows_is_said_at_once_and_what_needs_it_is
             "loss_mask: the model is given none, the micro-batch has none (loss_mask: expected in "
         )
         assert "got the keys ['labels', 'tokens']" in first
-        assert "reasoning steps and the normalization 'mean' are refused" in first
+        assert "reasoning steps, the weighting 'gap' and normalizations are refused" in first
         assert second.startswith(
             "loss_mask: expected the tokens that count in loss_func, got others: for 10 tokens "
         )
@@ -302,52 +300,3 @@ def test_a_deviation_is_exact_for_many_micro_batches_and_a_warning_comes_once():
             assert 0 < report.take().micro_batch_deviation < 0.01
             mask = torch.ones_like(field)
     assert len(said) == 1
-
-
-def means() -> dict[str, SimpleNamespace]:
-    """Where Megatron says how many micro-batches a step has, where not, where that is wrong and where it changes."""
-    from megatron.core import num_microbatches_calculator as megatrons
-
-    mean = SETTINGS["mean"]
-    found = {"unknown": mask_jobs.step(mean, "model", 2), "unknown, one": mask_jobs.step(mean, "model", 1)}
-    with mask_jobs.calculator(1):
-        found["one"] = mask_jobs.step(mean, "model", 1, 3)
-        found["said one, are two"] = mask_jobs.step(mean, "model", 2)
-        found["two in the fused head"] = mask_jobs.step(replace(mean, fused_head="on"), "batch", 2)
-
-        def grows(batches):
-            yield batches[0]
-            megatrons.reconfigure_num_microbatches_calculator(0, None, 4, 2, 1)
-            yield from batches[1:]
-
-        found["grows"] = mask_jobs.step(mean, "model", 1, 3, seen=grows)
-    return found
-
-
-def test_a_mean_is_of_a_step_that_is_known_to_be_one_micro_batch():
-    ((found,),) = run_worlds(World(means))
-    assert found["one"].error is None and len(found["one"].losses) == 3
-    for name in ("unknown", "unknown, one"):
-        assert found[name].error.startswith(
-            "normalization: expected 'none' unless a step is known to be one micro-batch on one data-parallel rank, "
-            "got 'mean' where Megatron's init_num_microbatches_calculator was not called"
-        )
-        assert found[name].losses == []
-    for name in ("said one, are two", "two in the fused head"):
-        assert (
-            "got 'mean' with two micro-batches before finalize_model_grads_func ended the step"
-            in found[name].error
-        )
-    assert "got 'mean' with 2 micro-batches on 1 ranks" in found["grows"].error
-    assert len(found["grows"].losses) == 2, "it grew while the second step was under way"
-
-
-def mean_of_data_ranks() -> SimpleNamespace:
-    with mask_jobs.calculator(1):
-        return mask_jobs.step(SETTINGS["mean"], "model", 1)
-
-
-def test_a_mean_over_data_ranks_is_refused_on_each():
-    (ranks,) = run_worlds(World(mean_of_data_ranks, 2))
-    for run in ranks:
-        assert "got 'mean' with 1 micro-batches on 2 ranks" in run.error and run.losses == []

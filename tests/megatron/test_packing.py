@@ -16,7 +16,6 @@ from vcrd.link.requests import Request
 from vcrd.megatron.compatibility import check_compatibility
 from vcrd.megatron.packing import PackedInputs, packed
 from vcrd.megatron.prefetch import question_of
-from vcrd.settings import DistillSettings
 
 ROW = torch.arange(12).view(1, 12)
 ROWS = torch.arange(12).view(2, 6)
@@ -285,7 +284,7 @@ def test_a_teacher_with_a_state_is_told_where_it_ends_or_refuses():
 def test_other_splits_of_packed_rows_are_refused_with_context_parallelism(config, args, name):
     def check(size: int) -> None:
         chunk = SimpleNamespace(config=SimpleNamespace(context_parallel_size=size, **config))
-        check_compatibility(chunk, DistillSettings(), SimpleNamespace(**args))
+        check_compatibility(chunk, SimpleNamespace(**args))
 
     check(1)
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got "):

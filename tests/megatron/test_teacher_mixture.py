@@ -173,7 +173,7 @@ def direct(chosen: DistillSettings, count: int) -> SimpleNamespace:
     "changes", [{}, {"payload": "math=hidden,code=float32,law=float32", "fused_head": "on"}]
 )
 def test_a_student_learns_from_the_mixture_of_teacher_jobs(changes):
-    count, sharpness = 3, DistillSettings().sharpness
+    count, sharpness = 3, 4.0
     chosen = several.settings(teacher_mixture=MIXTURE, sharpness=sharpness, **changes)
     students, (truth,), *served = run_worlds(
         World(student, 4, 2, 2, arguments=(chosen, count)),

@@ -33,7 +33,7 @@ FAULTS = [
     _fault(
         "the mean weight is that of one rank's tokens",
         "loss/validity.py",
-        "    if group is not None:\n        dist.all_reduce(totals, group=group)\n",
+        "        dist.all_reduce(sums, group=config.weight_group)\n",
         "",
         *(_SHARDED, "-k", "mean_normalisation"),
     ),
@@ -75,7 +75,7 @@ FAULTS = [
     _fault(
         "the fused head divides the loss by the mean weight and not its gradient",
         "loss/fused_head.py",
-        "factor = of_loss if ctx.mean is None else of_loss / ctx.mean",
+        "factor = of_loss if ctx.divisor is None else of_loss / ctx.divisor",
         "factor = of_loss",
         *(_HEAD, "-k", "values_and_gradients"),
     ),

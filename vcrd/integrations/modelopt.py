@@ -98,8 +98,9 @@ class MegatronLogitsLoss(_Loss):
         if self._given is None:
             raise expected("model", "one forward of a model with `attach` before each loss", "none")
         (labels, mask), self._given = self._given, None
-        if mask is None and self.config.normalization == "mean":
-            what = "one as the model's argument for normalization 'mean', by which a token's weight depends on it"
+        if mask is None and (name := self.config.pooled):
+            by = f"{name} {getattr(self.config, name)!r}"
+            what = f"one as the model's argument for {by}, by which a token's weight depends on it"
             raise expected("loss_mask", what, "none")
         if mask is None and labels is not None:
             mask = labels >= 0

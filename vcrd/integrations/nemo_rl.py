@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vcrd.errors import expected
 from vcrd.loss.api import validity_calibrated_kl
-from vcrd.loss.config import LossConfig, loss_config
+from vcrd.loss.config import LossConfig, loss_config, refuse_pooled
 
 
 class ValidityCalibratedLoss:
@@ -44,9 +44,7 @@ class ValidityCalibratedLoss:
             raise expected("vocab_size", what, "None")
         if self.config.validity == "scores":
             raise expected("validity", "one that is read from the two models", "'scores'")
-        if self.config.normalization != "none":
-            what = "'none': a mean over one micro-batch depends on its size"
-            raise expected("normalization", what, repr(self.config.normalization))
+        refuse_pooled(self.config)
 
     @property
     def loss_type(self) -> Any:

@@ -36,7 +36,7 @@ from vcrd.link.student import StudentLink
 from vcrd.loss.api import validity_calibrated_kl
 from vcrd.loss.config import LossConfig
 from vcrd.megatron.identity import tokenizer_of
-from vcrd.settings import DistillSettings
+from vcrd.settings import DistillSettings, variable_of
 
 _log = logging.getLogger("vcrd")
 Reduce = Callable[[Tensor], Tensor]
@@ -289,9 +289,9 @@ def _refuse(args: Namespace, settings: DistillSettings) -> None:
         )
     if getattr(args, "use_critic", False):
         raise expected("--use-critic", "off, because a critic would open a second rendezvous", "on")
-    if settings.normalization != "none":
-        what = "none: a mean over one micro-batch depends on its size"
-        raise expected("VCRD_NORMALIZATION", what, settings.normalization)
+    if settings.pooled is not None:
+        what = f"{DistillSettings().value(settings.pooled)}: a statistic over one micro-batch depends on its size"
+        raise expected(variable_of(settings.pooled), what, settings.value(settings.pooled))
     if settings.invalid_rows != "skip":
         raise expected(
             "VCRD_INVALID_ROWS",

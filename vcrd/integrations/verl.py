@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vcrd.errors import expected
 from vcrd.loss.api import validity_calibrated_kl
-from vcrd.loss.config import LossConfig, loss_config
+from vcrd.loss.config import LossConfig, loss_config, refuse_pooled
 from vcrd.teacher_logits import TopKLogits
 
 NAME = "vcrd"
@@ -52,12 +52,7 @@ def register(config: LossConfig | None = None, **options: Any) -> None:
         )
     if config.validity == "scores":
         raise expected("validity", "one that is read from the two models", "'scores'")
-    if config.normalization != "none":
-        raise expected(
-            "normalization",
-            "'none': a mean over one micro-batch depends on its size",
-            repr(config.normalization),
-        )
+    refuse_pooled(config)
     from verl.trainer.distillation import losses
 
     losses.register_distillation_loss(losses.DistillationLossSettings(names=[NAME], use_topk=True))(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from vcrd.errors import check_bool, check_choice, check_integer, check_number, e
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jeffreys", "jsd", "skew_kl", "skew_reverse_kl")
 ESTIMATORS = ("label", "margin", "confidence", "scores", "privileged", "uniform")
-NORMALIZATIONS = ("none", "mean")
+NORMALIZATIONS = ("none", "mean", "mass")
 IF_UNUSED = "if_unused"
 UPSTREAM = ("look", "even", "uneven")
 # Of float32 logits: [256, 131072]. Each chunk reads the weight, and reads and writes its float32 gradient, so it should
@@ -23,6 +23,20 @@ CHUNK_BYTES = 128 << 20
 
 # Given `DivergenceStats`, returns the validity of the student and of the teacher.
 Estimator = Callable[[Any], tuple[Tensor, Tensor]]
+
+
+class WeightMap(NamedTuple):
+    """What a weighting is made with: see the fields of `LossConfig`."""
+
+    sharpness: float
+    floor: float
+    ceiling: float
+
+
+# What each weighting is made with where the configuration does not say it.
+WEIGHTINGS = {"sigmoid": WeightMap(4.0, 0.1, 1.9), "gap": WeightMap(1.0, 0.05, 3.0)}
+# Estimators that name no verified token, whose gap would be.
+_WITHOUT_GAP = ("margin", "confidence", "uniform")
 
 
 @dataclass(frozen=True)
@@ -52,12 +66,24 @@ class LossConfig:
             more than the one that is distilled, for example the solution: `judge`, an argument of the loss.
         "uniform": 1, so the weight is (floor + ceiling) / 2 everywhere: the plain-distillation control.
         a callable: given `DivergenceStats`, returns the student's and the teacher's validity, each [...] in (0, 1].
-    sharpness: 1 makes rho = V_T / (V_T + V_S).
-    floor, ceiling: weight at rho 0 and 1. floor > ceiling reverses the direction, for an ablation.
+    weighting: what makes a weight of the validities.
+        "sigmoid": floor + (ceiling - floor) rho, of the relative validity rho = sigmoid(sharpness (log V_T - log V_S)).
+        "gap": 1 + sharpness d / RMS(d), clipped to [floor, ceiling]. d is how much more probable a verified token y is
+            to the teacher than to the student: p(y) - q(y). With "label" y is the label, and d is 0 without one. With
+            "scores", "privileged" and a callable, y is the teacher's most probable token, and d is multiplied by its
+            validity V_T, so that it is 0 where a verifier rejects the proposal. RMS(d), the root of the mean square, is
+            over all tokens that count, and at least 1e-6. The other estimators name no verified token.
+    sharpness: how strongly the weight follows the validities. None: 4 for "sigmoid", 1 for "gap". 1 makes
+        rho = V_T / (V_T + V_S).
+    floor, ceiling: smallest and largest weight. None: 0.1 and 1.9 for "sigmoid", 0.05 and 3 for "gap". floor > ceiling
+        reverses the direction of "sigmoid", for an ablation.
     steps_group: the ranks that hold parts of the same steps, each as many tokens (context parallelism). The ids in
         `steps` are then below the number of tokens of all of them.
-    normalization: "none", or "mean": divide by the masked mean weight, over all ranks of `normalization_group`.
-    normalization_group: None for the tokens of this call alone.
+    normalization: what all weights are divided by. "none". "mean": their mean. "mass": sum w D / sum D, which keeps the
+        sum of the losses without a cross-entropy that all weights 1 would have.
+    weight_group: the ranks over whose tokens RMS(d), "mean" and "mass" are taken, for example all data- and
+        context-parallel ranks; each calls the loss as often, also without a token that counts. None: over the tokens of
+        this call. A token that the mask leaves out, or whose value is not finite, takes no part.
     ce_weight: weight of the hard-label cross-entropy, which shares the one backward pass; not calibrated.
     skip_invalid_teacher: treat rows whose teacher is no distribution as masked: those with a NaN or +inf, with nothing
         above -inf, or, of codes without `row_max`, with none below 255 (how the link marks them). All of their
@@ -81,12 +107,13 @@ class LossConfig:
     beta: float = 0.5
     vocab_size: int | None = None
     validity: str | Estimator = "label"
-    sharpness: float = 4.0
-    floor: float = 0.1
-    ceiling: float = 1.9
+    weighting: str = "sigmoid"
+    sharpness: float | None = None
+    floor: float | None = None
+    ceiling: float | None = None
     steps_group: dist.ProcessGroup | None = None
     normalization: str = "none"
-    normalization_group: dist.ProcessGroup | None = None
+    weight_group: dist.ProcessGroup | None = None
     ce_weight: float = 0.0
     skip_invalid_teacher: bool = False
     inplace_gradient: bool | str = False
@@ -100,15 +127,39 @@ class LossConfig:
         if not callable(self.validity) and self.validity not in ESTIMATORS:
             what = f"one of {', '.join(ESTIMATORS)} or a callable"
             raise expected("validity", what, repr(self.validity))
-        check_number("sharpness", self.sharpness, least=0)
-        check_number("floor", self.floor, least=0)
-        check_number("ceiling", self.ceiling, least=0)
+        check_choice("weighting", self.weighting, tuple(WEIGHTINGS))
+        for name in WeightMap._fields:
+            check_number(name, getattr(self, name), least=0, optional=True)
+        if self.weighting == "gap":
+            self._check_gap()
         check_choice("normalization", self.normalization, NORMALIZATIONS)
         check_number("ce_weight", self.ce_weight)
         check_bool("skip_invalid_teacher", self.skip_invalid_teacher)
         if not isinstance(self.inplace_gradient, bool) and self.inplace_gradient != IF_UNUSED:
             what = f"True, False or {IF_UNUSED!r}"
             raise expected("inplace_gradient", what, repr(self.inplace_gradient))
+
+    def _check_gap(self) -> None:
+        if self.validity in _WITHOUT_GAP:
+            what = f"'sigmoid' with validity {self.validity!r}, which names no verified token"
+            raise expected("weighting", what, "'gap'")
+        if self.weight_map.floor > self.weight_map.ceiling:
+            what = f"at most the ceiling {self.weight_map.ceiling:g} with weighting 'gap'"
+            raise expected("floor", what, f"{self.weight_map.floor:g}")
+
+    @property
+    def weight_map(self) -> WeightMap:
+        """sharpness, floor and ceiling, those that are None as the weighting has them."""
+        given = (getattr(self, name) for name in WeightMap._fields)
+        usual = WEIGHTINGS[self.weighting]
+        return WeightMap(*(own if value is None else value for value, own in zip(given, usual, strict=True)))
+
+    @property
+    def pooled(self) -> str | None:
+        """The field by which a token's weight depends on the other tokens that count; None where it does not."""
+        if self.weighting == "gap":
+            return "weighting"
+        return None if self.normalization == "none" else "normalization"
 
     @property
     def mixture_weight(self) -> float | None:
@@ -136,8 +187,8 @@ class HeadConfig:
         "even": a promise. As "look", but backward waits for nothing. Where the upstream gradient is not even, the
             gradient of `weight` is NaN.
         "uneven": backward makes the logits again in any case: four products, and nothing is kept but some numbers per
-            token. It is always so with `steps`, a callable `validity` or "privileged", or the normalization
-            "mean" beside a `ce_weight`.
+            token. It is always so with `steps`, a callable `validity` or "privileged", the weighting "gap", or
+            a normalization beside a `ce_weight`.
     found_uneven: one float32 on the device of `hidden`, to which backward adds 1 where it looked at the upstream
         gradient of `loss`, or was promised an even one, and it was not even. It does not wait for it.
     chunk_bytes: of float32 logits at a time, of the teacher's as well where they are made here. The same on every rank.
@@ -196,6 +247,14 @@ def fused_configs(
     own = {name: value for name, value in options.items() if name in _HEAD_FIELDS}
     rest = {name: value for name, value in options.items() if name not in _HEAD_FIELDS}
     return replace(head, **own) if own else head, replace(config, **rest) if rest else config
+
+
+def refuse_pooled(config: LossConfig) -> None:
+    """ValueError for weights that depend on other tokens, where a framework cuts batches into parts by their size."""
+    name = config.pooled
+    if name is not None:
+        what = f"{getattr(_DEFAULT, name)!r}: a statistic over one micro-batch depends on its size"
+        raise expected(name, what, repr(getattr(config, name)))
 
 
 def _given(name: str, config: Config | None, default: Config) -> Config:

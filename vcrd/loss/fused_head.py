@@ -49,7 +49,7 @@ from vcrd.loss.teacher_blocks import (
     blocks_of,
     padded_columns,
 )
-from vcrd.loss.validity import check_weighting, mean_weight, require_labels, validity_weights, weighted
+from vcrd.loss.validity import check_weighting, require_labels, validity_weights, weight_divisor, weighted
 from vcrd.teacher_logits import DenseLogits, TeacherLogits, factor_of
 
 Rows = slice | Tensor  # of all tokens: from .. to, or their indices
@@ -98,7 +98,7 @@ def fused_validity_calibrated_kl(
     (mixture divergences: one all-reduce of 2 floats per token more; `TopKLogits`: one all-gather of 3 floats per token
     more), so that a chunk is done with while it is in memory; backward one all-reduce of the gradient of `hidden`, in
     its dtype. With `sequence_parallel` one all-gather of `hidden` forward, and a reduce-scatter in the place of the
-    all-reduce. Normalization "mean" adds its own, and so does a `judge`, once for all chunks.
+    all-reduce. The weights add those of `validity_weights`, and a `judge` its own, once for all chunks.
 
     Breaks the graph under torch.compile.
 
@@ -125,9 +125,9 @@ def fused_validity_calibrated_kl(
         agree(group, _facts(hidden, head, config), require_equal)
     rows = leading.numel()
     # What a token weighs must be known from its own statistics, but for one factor of the whole gradient.
-    mean_beside_ce = config.normalization == "mean" and config.ce_weight != 0
-    afterwards = callable(config.validity) or judging is not None
-    token_by_token = steps is None and not afterwards and not mean_beside_ce
+    divided_beside_ce = config.normalization != "none" and config.ce_weight != 0
+    afterwards = callable(config.validity) or judging is not None or config.weighting == "gap"
+    token_by_token = steps is None and not afterwards and not divided_beside_ce
     form, tensors = blocks_of(settled.teacher, rows, settled.shard, head.chunk_bytes, settled.group)
     dense = isinstance(settled.teacher, DenseLogits)
     call = ChunkedCall(
@@ -258,6 +258,7 @@ def _facts(hidden: Tensor, head: HeadConfig, config: LossConfig) -> RankFacts:
         "scale": float(head.scale),
         "softcap": None if head.softcap is None else float(head.softcap),
         "chunk_bytes": head.chunk_bytes,
+        "weighting": config.weighting,
         "normalization": config.normalization,
     }
 
@@ -291,7 +292,9 @@ class ChunkedCall(NamedTuple):
     form: TeacherBlocks
     chunk: int  # tokens of the largest chunk
     weigh: Weigh
-    in_forward: bool  # whether forward makes gradients; it leaves the division by the mean weight to the end
+    in_forward: (
+        bool  # whether forward makes gradients; it leaves what the normalization divides by to the end
+    )
 
 
 class LayerProducts:
@@ -419,12 +422,13 @@ class FusedLoss(torch.autograd.Function):
                     states = (states * expected_here[:, None]).to(states.dtype)
                 layer.add_weight_gradient(weight_gradient[: call.settings.columns], gradient, states)
         stats = found.stats()
-        ctx.mean = None
+        ctx.divisor = None
         if not call.in_forward:
             weights = torch.stack(call.weigh(Measured(stats, found.label_validity), None, found.keep))
-        elif call.config.normalization == "mean":
-            ctx.mean = mean_weight(weights[0], found.keep, call.config.normalization_group)
-            weights[0] /= ctx.mean
+        elif call.config.normalization != "none":
+            keep = None if found.keep is None else found.keep != 0
+            ctx.divisor = weight_divisor(weights[0], stats.divergence, keep, call.config)
+            weights[0] /= ctx.divisor
         loss = weighted(weights[0], stats.divergence)
         if call.config.ce_weight != 0:
             loss = loss + call.config.ce_weight * stats.cross_entropy
@@ -447,7 +451,7 @@ class FusedLoss(torch.autograd.Function):
         if call.in_forward and of_divergence is None and of_cross_entropy is None:
             # where, not a product: a row that is not counted may bring anything.
             of_loss = of_loss if mask is None else torch.where(mask != 0, of_loss, 0.0)
-            factor = of_loss if ctx.mean is None else of_loss / ctx.mean
+            factor = of_loss if ctx.divisor is None else of_loss / ctx.divisor
             if need_hidden:
                 hidden_gradient = ctx.hidden_gradient * factor[:, None]
             made, ctx.weight_gradient = ctx.weight_gradient, None  # a second backward makes its own
@@ -457,7 +461,7 @@ class FusedLoss(torch.autograd.Function):
                     call.head.found_uneven.add_(uneven)
                 if call.head.upstream == "even" or not uneven:  # only the latter waits for the device
                     multiple = torch.where(uneven, torch.nan, multiple)
-                    weight_gradient = made.mul_(multiple if ctx.mean is None else multiple / ctx.mean)
+                    weight_gradient = made.mul_(multiple if ctx.divisor is None else multiple / ctx.divisor)
         missing = (need_hidden and hidden_gradient is None, need_weight and weight_gradient is None)
         into = main_grad_of(ctx.parameter) if need_weight and call.head.accumulate_main_grad else None
         if any(missing):

@@ -215,6 +215,17 @@ def privileged_log_validities(
     return tuple(torch.where(unknown, 0.0, each["teacher_label_logprob"]) for each in found)
 
 
+def gaps(stats: dict[str, Tensor], teacher_validity: Tensor | None = None) -> Tensor:
+    """p(y) - q(y), [...], at the verified token y: the label, 0 without one; or, given the validity of the teacher's
+    proposal, that token, times the validity, 0 where the proposal is unknown (-1).
+    """
+    if teacher_validity is None:
+        teacher = stats.get("teacher_label_log_validity", stats["teacher_label_logprob"])
+        return teacher.exp() - stats["student_label_logprob"].exp()
+    p, q = stats["teacher_logprob_of_teacher_action"].exp(), stats["student_logprob_of_teacher_action"].exp()
+    return torch.where(stats["teacher_action"] < 0, 0.0, teacher_validity.double() * (p - q))
+
+
 def weights(
     student_log_validity: Tensor,
     teacher_log_validity: Tensor,
@@ -225,20 +236,33 @@ def weights(
     steps: Tensor | None = None,
     mask: Tensor | None = None,
     normalization: str = "none",
+    divergence: Tensor | None = None,
+    gap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weight and relative validity, [...], from log validities; 0 where the mask is 0."""
+    """Weight and relative validity, [...], from log validities; 0 where the mask is 0. All tokens are given at once.
+
+    gap: [...] of `gaps`, for the weighting "gap" in the place of "sigmoid". divergence: [...], for "mass". A value that
+    is not finite takes no part in a statistic.
+    """
     keep = torch.ones_like(student_log_validity, dtype=torch.bool) if mask is None else mask != 0
-    student, teacher = (
-        student_log_validity.detach().double().clone(),
-        teacher_log_validity.detach().double().clone(),
-    )
+    values = [student_log_validity, teacher_log_validity, *([] if gap is None else [gap])]
+    values = [value.detach().double().clone() for value in values]
     if steps is not None:
         for step in steps[keep & (steps >= 0)].unique():
             members = keep & (steps == step)
-            student[members] = student[members].mean()
-            teacher[members] = teacher[members].mean()
+            for value in values:
+                value[members] = value[members].mean()
+    student, teacher = values[:2]
     rho = torch.sigmoid(sharpness * (teacher - student))
     weight = floor + (ceiling - floor) * rho
-    if normalization == "mean":
-        weight = weight / weight[keep].mean()
+    if gap is not None:
+        d = values[2]
+        counted = d[keep & d.isfinite()]
+        rms = counted.square().mean().sqrt().clamp(min=1e-6) if len(counted) else 1.0
+        weight = (1 + sharpness * d / rms).clamp(floor, ceiling)
+    if normalization != "none":
+        of_token = torch.ones_like(weight) if normalization == "mean" else divergence.detach()
+        counted = keep & of_token.isfinite() & weight.isfinite()
+        before, after = of_token[counted].sum(), (weight * of_token)[counted].sum()
+        weight = weight * before / after if before > 0 and after > 0 else weight
     return torch.where(keep, weight, 0.0), torch.where(keep, rho, 0.0)

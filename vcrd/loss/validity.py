@@ -3,10 +3,15 @@
 At a prefix student and teacher each propose a next action. Each proposal has a local validity V in (0, 1], and
 
     relative validity rho = sigmoid(sharpness (log V_teacher - log V_student))
-    weight                = floor + (ceiling - floor) rho
+    weight                = floor + (ceiling - floor) rho                                  "sigmoid"
+    weight                = 1 + sharpness d / RMS(d), in [floor, ceiling]                  "gap"
 
-sets how strongly that prefix updates the student. Equal validity gives rho 1/2. This is the project's own formalisation
-of validity-calibrated distillation (Saadi and Wang, arXiv 2605.04078), of which only the abstract was available.
+sets how strongly that prefix updates the student. Equal validity gives rho 1/2. The gap d = p(y) - q(y) compares both
+models at a verified token y. This is the project's own formalisation of validity-calibrated distillation (Saadi and
+Wang, arXiv 2605.04078), of which only the abstract was available.
+
+RMS(d) and what a normalization divides by are statistics over the tokens of all ranks of `weight_group`: the tokens of
+the micro-batches that these ranks process at the same time. Nothing is kept from one call to the next.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.errors import expected, wrong_type
+from vcrd.loss.checks import RankFacts, agree, require_equal
 from vcrd.loss.config import Estimator, LossConfig, loss_config
 from vcrd.loss.divergence import DivergenceStats
 
@@ -25,6 +31,8 @@ from vcrd.loss.divergence import DivergenceStats
 LOWEST_LOG = -1e30
 # Log validities of a step are added in fixed point: 2^-28 fine and bounded, so that 2^18 tokens fit 64 bits.
 FIXED_POINT, LOWEST_STEP_LOG = 2.0**28, -(2.0**17)
+# RMS(d) of equal models is float32's rounding of probabilities, which should not become a weight.
+LEAST_RMS = 1e-6
 
 
 @torch.no_grad()
@@ -44,12 +52,12 @@ def validity_weights(
 
     Args:
         stats: from `vocab_parallel_divergence`, each field [...].
-        config: see `LossConfig`, of which `validity`, `sharpness`, `floor`, `ceiling`, `steps_group`, `normalization`
-            and `normalization_group` are read here. Default: `LossConfig()`.
-        mask: [...]; tokens where it is 0 take no part in steps or normalisation.
-        steps: [...] integers, the reasoning step of each token, -1 for none. log V is averaged over a step's tokens and
-            each of them gets the step's weight. Equal ids mean the same step wherever they stand in the tensor, so
-            number the steps of different samples differently.
+        config: see `LossConfig`, of which `validity`, `weighting`, `sharpness`, `floor`, `ceiling`, `steps_group`,
+            `normalization` and `weight_group` are read here. Default: `LossConfig()`.
+        mask: [...]; tokens where it is 0 take no part in steps or statistics.
+        steps: [...] integers, the reasoning step of each token, -1 for none. log V and the gap are averaged over a
+            step's tokens and each of them gets the step's weight. Equal ids mean the same step wherever they stand in
+            the tensor, so number the steps of different samples differently.
         student_validity, teacher_validity: only for "scores"; [...] in [0, 1], or, with `steps`, one value per step,
             [number of steps], indexed by the step's id.
         label_validity: [...], log V of the teacher for "label", in the place of `stats.teacher_label_logprob`. The loss
@@ -58,10 +66,11 @@ def validity_weights(
             [...] each. The loss makes it from its argument `judge`.
         options: fields of `LossConfig`, which count before those of `config`.
 
-    Collectives: none; with "mean" and a group, one all-reduce of two numbers; with `steps_group`, one all-reduce of
-    five int64 per token of its ranks.
+    Collectives: none; with `weight_group`, one all-reduce of two float64 for "gap" and one for a normalization; with
+    `steps_group`, one all-reduce of five int64 per token of its ranks, seven with "gap". The host waits for none of
+    them. The first call with `weight_group` compares the settings of its ranks through its store.
 
-    Raises TypeError or ValueError that names the argument.
+    Raises TypeError or ValueError that names the argument; on every rank of `weight_group` where their settings differ.
     """
     config = loss_config(config, options)
     check_weighting(stats.divergence, config, mask, steps, student_validity, teacher_validity)
@@ -72,23 +81,34 @@ def validity_weights(
         stats = stats._replace(teacher_label_logprob=label_validity)
     if judged is None:
         judged = _log_validities(stats, config.validity, steps, student_validity, teacher_validity)
-    student, teacher = judged
+    values = list(judged)
+    if config.weighting == "gap":
+        values.append(_gap(stats, config, judged, steps, teacher_validity))
     keep = None if mask is None else mask != 0
     index = None
     if steps is not None:
-        student, teacher, index = _average_over_steps(student, teacher, steps, keep, config.steps_group)
+        values, index = _average_over_steps(values, steps, keep, config.steps_group)
+    student, teacher, *gap = values
     difference = teacher.clamp(min=LOWEST_LOG) - student.clamp(min=LOWEST_LOG)
-    rho = torch.sigmoid(config.sharpness * difference)
-    weight = config.floor + (config.ceiling - config.floor) * rho
+    rho = torch.sigmoid(config.weight_map.sharpness * difference)
     if index is not None:
         # Each token gets the value of its step only now: vectorised functions may round equal inputs differently.
-        rho, weight = rho[index], weight[index]
+        rho, *gap = (value[index] for value in (rho, *gap))
+    weight = _mapped(rho, gap[0] if gap else None, keep, config)
     if keep is not None:
         # where, not a product: what a masked row's estimate holds may not be a number.
         rho, weight = torch.where(keep, rho, 0.0), torch.where(keep, weight, 0.0)
-    if config.normalization == "mean":
-        weight = weight / mean_weight(weight, keep, config.normalization_group)
+    if config.normalization != "none":
+        weight = weight / weight_divisor(weight, stats.divergence, keep, config)
     return weight, rho
+
+
+def _mapped(rho: Tensor, gap: Tensor | None, keep: Tensor | None, config: LossConfig) -> Tensor:
+    """The weights [...] of the configuration's weighting, not normalised."""
+    sharpness, floor, ceiling = config.weight_map
+    if gap is None:
+        return floor + (ceiling - floor) * rho
+    return (1 + sharpness * gap / _root_mean_square(gap, keep, config)).clamp(floor, ceiling).float()
 
 
 def _log_validities(stats, validity, steps, student_validity, teacher_validity) -> tuple[Tensor, Tensor]:
@@ -124,10 +144,28 @@ def _ask(estimator: Estimator, stats: DivergenceStats) -> tuple[Tensor, Tensor]:
     return tuple(answer)
 
 
+def _gap(
+    stats: DivergenceStats,
+    config: LossConfig,
+    judged: tuple[Tensor, Tensor],
+    steps: Tensor | None,
+    teacher_validity: Tensor | None,
+) -> Tensor:
+    """float64 [...]: p(y) - q(y) at the verified token y, times how valid y is; 0 where nothing is verified."""
+    student, teacher = (each.double().exp() for each in judged)
+    if config.validity == "label":
+        return teacher - student  # 0 without a label, where both are 1
+    unverified = stats.teacher_action < 0
+    if teacher_validity is not None and teacher_validity.shape != unverified.shape:  # one value per step
+        unverified = unverified | (steps < 0)
+    p, q = stats.teacher_logprob_of_teacher_action, stats.student_logprob_of_teacher_action
+    return torch.where(unverified, 0.0, teacher * (p.double().exp() - q.double().exp()))
+
+
 def _average_over_steps(
-    student: Tensor, teacher: Tensor, steps: Tensor, keep: Tensor | None, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean log validities of each step, [slots], and each token's slot, [...]; tokens of no step have their own."""
+    values: list[Tensor], steps: Tensor, keep: Tensor | None, group: dist.ProcessGroup | None
+) -> tuple[list[Tensor], Tensor]:
+    """Means over each step, [slots] for each value, and each token's slot, [...]; tokens of no step have their own."""
     member = steps >= 0 if keep is None else (steps >= 0) & keep
     flat = torch.where(member, steps, -1).reshape(-1)
     slots = flat.numel() if group is None else flat.numel() * group.size()
@@ -135,10 +173,10 @@ def _average_over_steps(
     # Every other token is a step of its own, numbered past the members'.
     slot = torch.where(flat >= 0, slot, slots + torch.arange(flat.numel(), device=flat.device))
     rows = [torch.ones_like(slot)]
-    for log_validity in (student, teacher):
+    for value in values:
         # A device adds in any order, and only sums of integers do not depend on it. NaNs are counted apart.
-        values, unknown = log_validity.reshape(-1).double(), log_validity.reshape(-1).isnan()
-        bounded = values.clamp(LOWEST_STEP_LOG, -LOWEST_STEP_LOG).nan_to_num(nan=0.0)
+        flat_value, unknown = value.reshape(-1).double(), value.reshape(-1).isnan()
+        bounded = flat_value.clamp(LOWEST_STEP_LOG, -LOWEST_STEP_LOG).nan_to_num(nan=0.0)
         rows += [(bounded * FIXED_POINT).round().long(), unknown.long()]
     sums = slot.new_zeros(len(rows), slots + flat.numel()).index_add_(1, slot, torch.stack(rows))
     if group is not None:
@@ -146,11 +184,11 @@ def _average_over_steps(
         dist.all_reduce(shared, group=group)
         sums[:, :slots] = shared
     count = sums[0].clamp(min=1)
-    student, teacher = (
-        torch.where(unknown > 0, torch.nan, total.double() / (count * FIXED_POINT)).float()
-        for total, unknown in (sums[1:3], sums[3:5])
-    )
-    return student, teacher, slot.view_as(steps)
+    means = [
+        torch.where(unknown > 0, torch.nan, total.double() / (count * FIXED_POINT)).to(value.dtype)
+        for value, total, unknown in zip(values, sums[1::2], sums[2::2], strict=True)
+    ]
+    return means, slot.view_as(steps)
 
 
 def _slots(steps: Tensor) -> Tensor:
@@ -166,13 +204,41 @@ def weighted(weight: Tensor, divergence: Tensor) -> Tensor:
     return torch.where((weight == 0) & (divergence == torch.inf), 0.0, weight * divergence)
 
 
-def mean_weight(weight: Tensor, keep: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
-    """Mean weight over the unmasked tokens of all ranks; 1 where there are none, which changes nothing."""
-    count = torch.full((), weight.numel(), device=weight.device) if keep is None else keep.sum()
-    totals = torch.stack([weight.double().sum(), count.double()])
-    if group is not None:
-        dist.all_reduce(totals, group=group)
-    return torch.where(totals[1] > 0, totals[0] / totals[1].clamp(min=1), 1.0).float()
+def weight_divisor(weight: Tensor, divergence: Tensor, keep: Tensor | None, config: LossConfig) -> Tensor:
+    """float32 scalar by which the normalization divides all weights; 1 where there is nothing to divide by."""
+    mass = torch.ones_like(weight) if config.normalization == "mean" else divergence
+    found, usual = _sums(weight.double() * mass, mass, keep, config)
+    return torch.where((found > 0) & (usual > 0), found / usual.clamp(min=1e-300), 1.0).float()
+
+
+def _root_mean_square(gap: Tensor, keep: Tensor | None, config: LossConfig) -> Tensor:
+    """float32 scalar: rounded from float64, so that the order in which the sums are taken is hardly ever seen."""
+    squares, count = _sums(gap.square(), torch.ones_like(gap), keep, config)
+    return (squares / count.clamp(min=1)).sqrt().clamp(min=LEAST_RMS).float()
+
+
+def _sums(a: Tensor, b: Tensor, keep: Tensor | None, config: LossConfig) -> Tensor:
+    """float64 [2]: the sums of a and b, [...], over the tokens that count and where both are finite.
+
+    Over all ranks of `weight_group`: one all-reduce, in which a rank without such tokens takes part too.
+    """
+    counts = a.isfinite() & b.isfinite()
+    if keep is not None:
+        counts = counts & keep
+    sums = torch.stack([torch.where(counts, value.double(), 0.0).sum() for value in (a, b)])
+    if config.weight_group is not None:
+        agree(config.weight_group, _weight_facts(config), require_equal)
+        dist.all_reduce(sums, group=config.weight_group)
+    return sums
+
+
+def _weight_facts(config: LossConfig) -> RankFacts:
+    return {
+        "weighting": config.weighting,
+        **{name: float(value) for name, value in config.weight_map._asdict().items()},
+        "normalization": config.normalization,
+        "validity": config.validity if isinstance(config.validity, str) else "a callable",
+    }
 
 
 def require_labels(labels: Tensor | None, config: LossConfig) -> None:

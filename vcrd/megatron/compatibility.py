@@ -10,13 +10,9 @@ from megatron.core import parallel_state
 
 from vcrd.errors import expected
 from vcrd.megatron.hooks import takes_output_processor
-from vcrd.megatron.layout import Groups
-from vcrd.settings import DistillSettings
 
 
-def check_compatibility(
-    chunk: torch.nn.Module, settings: DistillSettings, args: Any = None, remote: bool = True
-) -> None:
+def check_compatibility(chunk: torch.nn.Module, args: Any = None, remote: bool = True) -> None:
     """ValueError that names the argument, if a setting of the model or the job does not work with the plug.
 
     chunk: the unwrapped model. args: the job's settings by Megatron's names, as of `TrainingLoop`; None if not known.
@@ -62,11 +58,6 @@ def check_compatibility(
     if remote:
         _refuse_half_resets(args)
         _refuse_other_splits(config, args)
-    if settings.normalization == "mean":
-        _refuse_mean_of_parts(chunk)
-        for name in ("rampup_batch_size", "step_batch_size_schedule"):
-            if getattr(args, name, None):
-                _refuse_mean(f"'mean' with {name} {getattr(args, name)}")
 
 
 def _refuse_unusual_plans(chunk: torch.nn.Module, remote: bool) -> None:
@@ -127,53 +118,6 @@ def _refuse_other_splits(config: Any, args: Any) -> None:
         _refuse(
             "dataloader_inter_document_masking", f"False with context_parallel_size {size}", "True", reason
         )
-
-
-class MeanOfStep:
-    """Refuses normalization "mean", on every rank alike, unless a step is one micro-batch on one data-parallel rank.
-
-    The mean weight of a step is known after its last micro-batch, when the backward of the first is already done. The
-    number of micro-batches comes from Megatron's calculator, may grow during a run, and is checked by counting.
-    """
-
-    def __init__(self, settings: DistillSettings) -> None:
-        self._used = settings.normalization == "mean"
-        self._begun: set[int] = set()  # chunks of the model that have begun a micro-batch of this step
-
-    def begin(self, chunk: torch.nn.Module) -> None:
-        """Before each training micro-batch of a chunk of the model. ValueError; no collectives."""
-        if not self._used:
-            return
-        _refuse_mean_of_parts(chunk)
-        if not torch.is_grad_enabled():
-            return
-        if id(chunk) in self._begun:
-            _refuse_mean("'mean' with two micro-batches before finalize_model_grads_func ended the step")
-        self._begun.add(id(chunk))
-
-    def end_step(self) -> None:
-        self._begun.clear()
-
-
-def _refuse_mean_of_parts(chunk: torch.nn.Module) -> None:
-    from megatron.core.num_microbatches_calculator import get_num_microbatches
-
-    try:
-        parts = get_num_microbatches()
-    except AttributeError:  # the calculator was never set up
-        _refuse_mean("'mean' where Megatron's init_num_microbatches_calculator was not called")
-    replicas = Groups.of(chunk).data_context.size()
-    if parts * replicas > 1:
-        _refuse_mean(f"'mean' with {parts} micro-batches on {replicas} ranks")
-
-
-def _refuse_mean(got: str) -> None:
-    _refuse(
-        "normalization",
-        "'none' unless a step is known to be one micro-batch on one data-parallel rank",
-        got,
-        "the mean over all of them is known only after the first has gone backward",
-    )
 
 
 def _refuse(name: str, allowed: str, got: str, reason: str) -> None:

@@ -27,7 +27,7 @@ from vcrd.errors import expected
 from vcrd.loss.api import CalibratedLoss, validity_calibrated_kl
 from vcrd.loss.config import LossConfig
 from vcrd.megatron.colocated_teacher import ColocatedTeacher, TeacherModel
-from vcrd.megatron.compatibility import MeanOfStep, check_compatibility
+from vcrd.megatron.compatibility import check_compatibility
 from vcrd.megatron.external_validity import ExternalValidity, Verifier
 from vcrd.megatron.fused_head import FusedHeadLoss
 from vcrd.megatron.hooks import LossHook, StepEndHook
@@ -125,7 +125,6 @@ class Distillation:
         self._teacher = teacher
         self._loss = loss
         self._log = IntervalLog(settings, teacher)
-        self._mean = MeanOfStep(settings)
         self._step_end = StepEndHook(self._end_backward, self._end_step)
         self._checked = False  # whether compatibility was checked
         # A weak reference, so that a plug without users can be collected.
@@ -169,10 +168,9 @@ class Distillation:
         if not self._checked:
             arguments = None if self._loop is None else self._loop.arguments
             remote = isinstance(self._teacher, RemoteTeacher)
-            check_compatibility(chunk, self.settings, arguments, remote)
+            check_compatibility(chunk, arguments, remote)
             self._checked = True
         if chunk.training:
-            self._mean.begin(chunk)
             self._step_end.watch(chunk.config)
             if self._log.telemetry is None:
                 self._log.telemetry = start_telemetry(chunk, self.settings, "student", self._teacher)
@@ -188,7 +186,6 @@ class Distillation:
 
     def _end_step(self) -> None:
         self._log.clock.end_step()
-        self._mean.end_step()
         self._teacher.end_step()
         repeated = running_again()
         self._loss.end_step(repeated)
@@ -271,6 +268,7 @@ class StudentLoss:
             self._config = LossConfig(
                 vocab_size=self.layout.vocab_size,
                 inplace_gradient="if_unused",  # the model's own code may do something else with its logits
+                weight_group=self.layout.weight_group,
                 **self._settings.loss_arguments(),
             )
             self.external.place(self.layout)

@@ -90,6 +90,12 @@ class Layout:
     groups: Groups
 
     @property
+    def weight_group(self) -> dist.ProcessGroup | None:
+        """The ranks of this stage that process other tokens at the same time; None if there are none."""
+        group = self.groups.data_context
+        return group if group.size() > 1 else None
+
+    @property
     def asks(self) -> bool:
         """Whether this rank asks the teacher for its data rank's micro-batches."""
         return self.tensor_rank == 0 and self.context_rank == 0

@@ -25,15 +25,16 @@ class LossMask:
 
     Places, in this order: the model's argument `loss_mask`; `loss_mask` in the micro-batch that the data iterator
     yields; labels below 0 (-100), which mark tokens that do not count. If there is no mask at all, a warning says so
-    and every token counts in the figures; reasoning steps and the normalization "mean", whose gradient depends on the
-    mask, are refused.
+    and every token counts in the figures; reasoning steps, the weighting "gap" and the normalizations, whose gradient
+    depends on the mask, are refused.
 
     The ranks agree with the same collectives on whether the micro-batches have reasoning steps.
     """
 
     def __init__(self, settings: DistillSettings, external: ExternalValidity) -> None:
         self._external = external
-        self._needed_by = ["normalization 'mean'"] if settings.normalization == "mean" else []
+        name = settings.pooled
+        self._needed_by = [] if name is None else [f"{name} {getattr(settings, name)!r}"]
         # Whether it is the model's argument; None before the first micro-batch.
         self._in_model: bool | None = None
         external.looks_for_mask = True
@@ -98,7 +99,8 @@ class LossMask:
         if layout.asks and layout.data_rank == 0:
             _log.warning(
                 "loss_mask: the model is given none, the micro-batch has none (%s) and no label is below 0: every "
-                "token counts in vcrd's figures, and reasoning steps and the normalization 'mean' are refused; %s",
+                "token counts in vcrd's figures, and reasoning steps, the weighting 'gap' and normalizations are "
+                "refused; %s",
                 lacking,
                 _REMEDY,
             )

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcrd.link.student import Waits
+from vcrd.loss.config import LossConfig
 from vcrd.megatron.layout import Groups, Layout
 from vcrd.megatron.report import Figures, Report
 from vcrd.megatron.training_loop import TrainingLoop
@@ -419,14 +420,13 @@ def _facts(settings: DistillSettings, groups: Groups) -> dict[str, Any]:
     names = (
         "divergence",
         "temperature",
-        "sharpness",
-        "floor",
-        "ceiling",
+        "weighting",
         "normalization",
         "ce_weight",
         "teacher_weights",
         "teacher_mixture",
     )
+    made_with = LossConfig(**settings.loss_arguments()).weight_map._asdict()
     link = ("payload", "transport", "credits")
     return {
         "world": dist.get_world_size(),
@@ -440,5 +440,6 @@ def _facts(settings: DistillSettings, groups: Groups) -> dict[str, Any]:
         "torch": torch.__version__,
         "validity": settings.validity if isinstance(settings.validity, str) else "a function",
         "settings": {name: getattr(settings, name) for name in names}
+        | made_with
         | {name: getattr(settings.link, name) for name in link},
     }

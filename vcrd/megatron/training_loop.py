@@ -15,7 +15,6 @@ from typing import Any, Protocol
 # Settings of the job that `compatibility` reads, by section of Bridge's configuration.
 _BRIDGE_SETTINGS = {
     "dataset": ("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"),
-    "train": ("rampup_batch_size", "step_batch_size_schedule"),
 }
 
 
