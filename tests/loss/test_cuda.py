@@ -54,6 +54,7 @@ def test_the_host_never_waits_for_the_device(divergence):
         loss_and_gradient(student, teacher, labels, divergence)
         steps = torch.arange(len(labels), device="cuda") // 7
         vcrd.validity_calibrated_kl(student, teacher, labels, steps=steps, normalization="mean")
+        vcrd.validity_calibrated_kl(student, teacher, labels, weighting="gap", normalization="mass")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

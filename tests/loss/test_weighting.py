@@ -93,6 +93,22 @@ def test_a_proposal_counts_as_far_as_it_is_accepted(device):
         torch.testing.assert_close(out.weight, expected)
 
 
+def test_a_proposal_that_is_not_known_is_not_verified(device):
+    """-1, as of a teacher of which no token is known, whatever the score is."""
+    student, teacher, _, _ = Case((4,), 40).tensors(device)
+    stats = vcrd.vocab_parallel_divergence(student, teacher)
+    unknown = torch.tensor([True, False, True, False], device=device)
+    ones = torch.ones(4, device=device)
+    weight, _ = vcrd.validity_weights(
+        stats._replace(teacher_action=stats.teacher_action.masked_fill(unknown, -1)),
+        **GAP,
+        validity="scores",
+        student_validity=ones,
+        teacher_validity=ones,
+    )
+    assert (weight == 1).tolist() == unknown.tolist()
+
+
 def test_scores_of_steps_say_nothing_of_tokens_without_a_step(device):
     student, teacher, _, _ = Case((2, 3), 40).tensors(device)
     stats = vcrd.vocab_parallel_divergence(student, teacher)

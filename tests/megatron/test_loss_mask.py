@@ -18,6 +18,7 @@ SETTINGS = {
     "plain": DistillSettings(vocab_size=jobs.TRUE_VOCAB),
     "steps": DistillSettings(vocab_size=jobs.TRUE_VOCAB),  # and steps of reasoning in the data
     "mean": DistillSettings(vocab_size=jobs.TRUE_VOCAB, normalization="mean", validity="margin"),
+    "gap": DistillSettings(vocab_size=jobs.TRUE_VOCAB, normalization="mass", weighting="gap"),
     "fused": DistillSettings(vocab_size=jobs.TRUE_VOCAB, fused_head="on"),
 }
 
@@ -77,7 +78,11 @@ def test_a_mask_that_the_script_alone_knows_is_said_at_once_and_what_needs_it_is
         assert second.startswith(
             "loss_mask: expected the tokens that count in loss_func, got others: for 10 tokens "
         )
-    for name, what in (("steps", "steps"), ("mean", "normalization 'mean'")):
+    for name, what in (
+        ("steps", "steps"),
+        ("mean", "normalization 'mean'"),
+        ("gap", "weighting 'gap'"),
+    ):
         run, _ = one_process[name, "script"]
         assert run.error.startswith(
             f"loss_mask: expected one for {what}, by which a token's weight depends on "

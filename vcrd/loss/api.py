@@ -40,8 +40,9 @@ def validity_calibrated_kl(
 ) -> CalibratedLoss:
     """loss = weight * divergence + ce_weight * cross_entropy, per token.
 
-    The weight comes from the relative validity of the two models' proposals, is detached, and sets the strength of the
-    update at each prefix; its direction stays the teacher's. Formula: `vcrd.loss.validity`.
+    The weight comes from the validity of the two models' proposals, is detached, and sets the strength of the update at
+    each prefix; its direction stays the teacher's. Formulas: `vcrd.loss.validity`. Where a weight depends on other
+    tokens too (`LossConfig.pooled`), these are the tokens of all ranks of `weight_group`.
 
         config = vcrd.LossConfig(divergence="jsd", ce_weight=0.1)      # once: it is checked here
         out = vcrd.validity_calibrated_kl(student_logits, teacher_logits, labels, config=config, group=group)

@@ -292,9 +292,7 @@ class ChunkedCall(NamedTuple):
     form: TeacherBlocks
     chunk: int  # tokens of the largest chunk
     weigh: Weigh
-    in_forward: (
-        bool  # whether forward makes gradients; it leaves what the normalization divides by to the end
-    )
+    in_forward: bool  # whether forward makes gradients; it divides by the normalization at the end
 
 
 class LayerProducts:

@@ -93,6 +93,7 @@ def distill(
     not fit.
     """
     settings = DistillSettings.from_environment() if settings is None else settings
+    LossConfig(**settings.loss_arguments())  # what the last stage would refuse is refused on every rank
     remote = teacher is None
     source = RemoteTeacher(settings, tokens) if remote else ColocatedTeacher(settings, teacher, tokens)
     loss = StudentLoss(settings, source, ExternalValidity(settings, tokens, verifier), tokenizer)
