@@ -23,7 +23,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from vcrd.loss.config import LossConfig
+import vcrd
 from vcrd.megatron import distill
 
 from . import data, held_out, source
@@ -42,7 +42,7 @@ def run(settings: DemoSettings) -> None:
     evaluation = data.held_out_batches(held, settings.micro_batch_size, settings.sequence_length)
     if dist.get_rank() == 0:
         arguments = plug.settings.loss_arguments()
-        method = json.dumps(arguments | LossConfig(**arguments).weight_map._asdict())
+        method = json.dumps(arguments | vcrd.LossConfig(**arguments).weight_map._asdict())
         (settings.folder / "logs" / "method.json").write_text(method)
     tell("measuring", stage="before")
     before = held_out.measure(plug, model, evaluation, run_schedule)
