@@ -89,7 +89,8 @@ LABELS = torch.zeros(3, dtype=torch.long)
         (TypeError, "skip_invalid_teacher: expected True or False, got 1", dict(skip_invalid_teacher=1)),
         (ValueError, "floor: expected a finite number of at least 0 or None, got -1", dict(floor=-1)),
         (TypeError, "sharpness: expected a number or None, got str", dict(sharpness="4")),
-        (ValueError, "normalization: expected one of none, mean, got 'sum'", dict(normalization="sum")),
+        (ValueError, "normalization: expected one of none, mean, mass, got 'sum'", dict(normalization="sum")),
+        (ValueError, "weighting: expected one of sigmoid, gap, got 'gate'", dict(weighting="gate")),
         (ValueError, r"steps: expected the tokens' shape \[3\], got \[2\]", dict(steps=LABELS[:2])),
         (TypeError, "steps: expected integers, got torch.float32", dict(steps=torch.zeros(3))),
         (
