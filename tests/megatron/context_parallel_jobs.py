@@ -215,7 +215,7 @@ def reference_loss(
         )
     else:
         verdicts = reference.log_validities(stats, chosen.validity)
-    weight, _ = reference.weights(*verdicts, sharpness=chosen.sharpness, mask=options["mask"])
+    weight, _ = reference.weights(*verdicts, **jobs.weight_map(chosen), mask=options["mask"])
     return weight * stats["divergence"]
 
 

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 
 from vcrd.errors import expected
 from vcrd.megatron.hooks import takes_output_processor
+from vcrd.megatron.layout import Groups
 
 
 def check_compatibility(chunk: torch.nn.Module, args: Any = None, remote: bool = True) -> None:

@@ -90,7 +90,7 @@ def distill(
     Every rank calls it. The process group and the model's groups (`Groups`) must exist by the first training step,
     where rank 0 opens the rendezvous and the ranks of the last stage wait for the teacher job. That step raises
     ValueError if the script or the model cannot be distilled, and LinkError if the teacher job does not come or does
-    not fit.
+    not fit. ValueError or TypeError at once, on every rank, for settings of which the loss has no meaning.
     """
     settings = DistillSettings.from_environment() if settings is None else settings
     LossConfig(**settings.loss_arguments())  # what the last stage would refuse is refused on every rank
