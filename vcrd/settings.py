@@ -533,12 +533,12 @@ class DistillSettings:
         payloads = [link.payload for link in links]
         if self.teacher_mixture is not None:
             self._check_mixture(names, payloads)
-        # Each form of answer has a loss of its own, and which forms there are depends on the micro-batch of a rank.
+        # Each form of answer has a separate loss, and which forms there are depends on the micro-batch of a rank.
         forms = {(link.payload, link.top_k if link.payload == "topk" else None) for link in links}
         several = len(forms) > 1 or ("hidden" in payloads and len(sources) > 1)
         if self.pooled and self.teacher_mixture is None and several:
             usual = _FIELDS[self.pooled].default
-            what = f"{usual} where teachers answer in several forms, each of which has a loss of its own"
+            what = f"{usual} where teachers answer in several forms, each of which has a separate loss"
             raise expected(label(self.pooled), what, getattr(self, self.pooled))
         if "topk" in payloads and self.temperature != 1:
             what = f"1 with the payload topk ({variable_of('payload')}), whose tail has no mass at another"
@@ -588,7 +588,7 @@ class DistillSettings:
             what = "no teacher with the payload topk in a mixture, which needs a logit for each column"
             raise expected(label("payload"), what, repr(self.link.payload))
         if self.teacher_weights is not None:
-            what = "none beside teacher_mixture, where no token has a teacher of its own"
+            what = "none beside teacher_mixture, where each token learns from all teachers"
             raise expected(label("teacher_weights"), what, repr(self.teacher_weights))
 
     def mixture(self) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from examples.demo.convert import Place, to_hugging_face
 from vcrd.settings import DistillSettings
 
-ROWS = 2  # of a global micro-batch [2, 12]; with two data-parallel ranks each has one
+ROWS = 2  # of a global micro-batch [2, 12], which two data-parallel ranks share
 MICRO_BATCHES, STEPS = 2, 2
 LOCAL = replace(jobs.TEACHER, vocab_size=jobs.STUDENT.vocab_size)
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import jobs
 import pooled_jobs
 import pytest
-import teacher_context_jobs
 import torch
 from pooled_jobs import STEPS, Layout
-from teacher_context_jobs import LONGEST, cases, part_of
 from worlds import World, run_worlds
 
 from examples.demo.convert import to_hugging_face
@@ -69,21 +67,6 @@ def test_losses_and_gradients_equal_those_of_one_process(layout, truths):
             for name, expected in truth.gradients[step].items():
                 scale = expected.abs().max().clamp(min=1e-3)
                 torch.testing.assert_close(gradients[name] / scale, expected / scale, atol=3e-4, rtol=0)
-
-
-def test_context_parallel_ranks_have_the_weights_of_the_whole_rows():
-    chosen = CHOSEN[0].replaced(
-        normalization="mass", sequence_length=jobs.SEQUENCE, teacher_context_length=LONGEST
-    )
-    group = [*cases(7, packed=False, step=4), *cases(8, packed=True, step=4)]
-    ranks, ((truth,),) = run_worlds(
-        World(teacher_context_jobs.beside_context_ranks, 2, tensor=0, arguments=(chosen, group)),
-        World(teacher_context_jobs.references, arguments=(chosen, [(group, teacher_context_jobs.LOCAL)])),
-    )
-    for rank, losses in enumerate(ranks):
-        for case, loss, whole in zip(group, losses, truth.losses, strict=True):
-            expected = part_of(whole.t(), case, rank, 2).t()
-            torch.testing.assert_close(loss.double(), expected, atol=5e-5, rtol=5e-5)
 
 
 def test_a_resumed_step_has_the_losses_and_gradients_of_the_run_bit_for_bit():

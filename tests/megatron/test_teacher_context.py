@@ -184,9 +184,17 @@ def test_the_context_has_no_logits():
     assert shapes == [[jobs.SEQUENCE, len(case.tokens), jobs.TEACHER.vocab_size] for case in asked]
 
 
-@pytest.mark.parametrize("payload", ["float32", "hidden"])
-def test_context_parallel_ranks_with_a_teacher_have_their_part_of_the_losses(payload):
-    chosen = chosen_for_training(payload=payload, sequence_length=jobs.SEQUENCE)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"payload": "float32"},
+        {"payload": "hidden"},
+        {"payload": "float32", "weighting": "gap", "normalization": "mass", "divergence": "jsd"},
+    ],
+    ids=["float32", "hidden", "gap and mass"],
+)
+def test_context_parallel_ranks_with_a_teacher_have_their_part_of_the_losses(changes):
+    chosen = chosen_for_training(**changes)
     group = [*cases(7, packed=False, step=4), *cases(8, packed=True, step=4)]
     ranks, ((truth,),) = run_worlds(
         World(teacher_context_jobs.beside_context_ranks, 2, tensor=0, arguments=(chosen, group)),
@@ -195,7 +203,7 @@ def test_context_parallel_ranks_with_a_teacher_have_their_part_of_the_losses(pay
     for rank, losses in enumerate(ranks):
         for case, loss, whole in zip(group, losses, truth.losses, strict=True):
             expected = part_of(whole.t(), case, rank, 2).t()
-            torch.testing.assert_close(loss.double(), expected, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(loss.double(), expected, atol=5e-5, rtol=5e-5)
 
 
 def test_the_output_layer_of_two_ranks_multiplies_the_students_positions():

@@ -80,7 +80,7 @@ def _refuse_unusual_plans(chunk: torch.nn.Module, remote: bool) -> None:
 def _refuse_other_losses(chunk: torch.nn.Module, args: Any) -> None:
     if any(kind.__name__ == "DistillationModel" for kind in type(chunk).__mro__):
         raise expected(
-            "model", "one without ModelOpt's distillation, which has a loss of its own", type(chunk).__name__
+            "model", "one without ModelOpt's distillation, which has another loss", type(chunk).__name__
         )
     if getattr(args, "logits_load_dir", None) is not None:
         _refuse(
@@ -91,7 +91,7 @@ def _refuse_other_losses(chunk: torch.nn.Module, args: Any) -> None:
             "export_kd_teacher_load",
             "None",
             repr(args.export_kd_teacher_load),
-            "ModelOpt's distillation has a loss of its own",
+            "ModelOpt's distillation has another loss",
         )
 
 
