@@ -197,7 +197,7 @@ def _ranks_agree(kind: str, rank: int, device: torch.device) -> None:
     """Bit for bit: weights never drift apart. Verdicts are log-probabilities: a sum that is wrong for both actions does
     not show in the weights."""
     size = dist.get_world_size()
-    width = 61 // size + 3  # of no rank in `everything`: what one rank has seen before, it does not ask the others again
+    width = 61 // size + 3  # new to every rank: one that has seen its width before asks no other rank
     case = JudgeCase(kind, 5, padding=width * size - 61, masked=False)
     columns, tensors = slice(width * rank, width * (rank + 1)), case.tensors()
     student = (tensors["hidden"] @ tensors["weight"][columns].T).to(device)
