@@ -90,11 +90,16 @@ def verdicts(batch: Batch, actions: Tensor) -> Tensor:
     return batch.allowed.gather(-1, actions[..., None])[..., 0]
 
 
+def up_to_the_first_error(counts: Tensor, written: Tensor) -> Tensor:
+    """Whether a token counts and all earlier ones are correct, bool [.., s]. written: whether each next token is."""
+    before = F.pad((written | ~counts)[..., :-1], (1, 0), value=True)
+    return counts & before.long().cumprod(-1).bool()
+
+
 def unbroken(batch: Batch) -> tuple[Tensor, Tensor]:
     """bool [.., s] each: whether the next written token is correct, and whether all earlier ones are."""
     written = verdicts(batch, batch.labels.clamp(min=0))
-    before = F.pad((written | ~batch.counts)[..., :-1], (1, 0), value=True)
-    return written, batch.counts & before.long().cumprod(-1).bool()
+    return written, up_to_the_first_error(batch.counts, written)
 
 
 def steps_of(batch: Batch) -> Tensor:

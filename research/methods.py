@@ -7,7 +7,7 @@ with a verifier has the verdicts on the proposals of both models, right or wrong
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,8 @@ TRACES, OWN = "traces", "own"  # prefixes from the teacher's solutions, and from
 class Seen:
     """Observations at the tokens of a micro-batch, all [b, s]. counts: bool. labels: verified next tokens, -1 for none.
     student_valid, teacher_valid: verdicts on the proposals, float 0 or 1. unbroken: bool, whether all earlier tokens
-    are correct. steps: as for vcrd. first: statistics of the student before training, if a method needs them.
+    are correct. solved: bool, whether the whole solution is. steps: as for vcrd. position: of the token in its
+    solution, int64 from 0, -1 outside. first: statistics of the student before training, if a method needs them.
     """
 
     stats: DivergenceStats
@@ -33,7 +34,9 @@ class Seen:
     student_valid: Tensor
     teacher_valid: Tensor
     unbroken: Tensor
+    solved: Tensor
     steps: Tensor
+    position: Tensor
     generator: torch.Generator
     first: DivergenceStats | None = None
 
@@ -46,7 +49,9 @@ class Method:
     """loss = weights x divergence + ce x cross-entropy with the verified token, the mean over the tokens that count.
 
     group: "baseline", "vcrd", "control", "idea", or "variant" (other settings and combinations, compared only by name).
-    asks: "labels", "verifier", if it needs them. regimes: where it can be used.
+    asks: "labels", "verifier", if it needs them. source: of the verdicts and labels: the "verifier" of each token; the
+    "outcome", one verdict per solution, whose written tokens are verified if it is correct; or a "judge", a teacher that
+    sees a solution. regimes: where it can be used.
     """
 
     name: str
@@ -55,6 +60,7 @@ class Method:
     divergence: str = "forward_kl"
     ce: float = 0.0
     asks: frozenset[str] = frozenset()
+    source: str = "verifier"
     against_first: bool = False
     regimes: frozenset[str] = field(default=frozenset((TRACES, OWN)))
 
@@ -159,16 +165,20 @@ def corrections(seen: Seen) -> Tensor:
 @dataclass
 class Place:
     """The tokens of a micro-batch, all [b, s]. labels: None on the student's own prefixes, where the proposals of the
-    teacher that the verifier accepts count as verified. judge: (student's action, teacher's action) -> whether each is
-    valid, float. unbroken: whether all earlier tokens are correct. first_logits: of the student before training, if
-    a method needs them.
+    teacher that the verifier accepts count as verified. written: the next tokens, -1 outside solutions. judges: by the
+    source of the verdicts, (student's action, teacher's action) -> whether each is valid, float. unbroken: whether all
+    earlier tokens are correct, by the verifier's verdicts. solved: whether the whole solution is. first_logits: of the
+    student before training, if a method needs them.
     """
 
     counts: Tensor
     steps: Tensor
     labels: Tensor | None
-    judge: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    written: Tensor
+    judges: Mapping[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]
     unbroken: Tensor
+    solved: Tensor
+    position: Tensor
     generator: torch.Generator
     first_logits: Tensor | None = None
 
@@ -176,14 +186,7 @@ class Place:
 def loss_of(method: Method, logits: Tensor, teacher_logits: Tensor, place: Place) -> Tensor:
     """The scalar loss of a micro-batch. Both logits are [b, s, vocabulary]; the student's have a graph."""
     with torch.no_grad():
-        labels, valid = place.labels, (torch.ones(logits.shape[:2], device=logits.device),) * 2
-        if "verifier" in method.asks or (labels is None and "labels" in method.asks):
-            teacher_action = teacher_logits.argmax(-1)
-            valid = place.judge(logits.argmax(-1), teacher_action)
-            if labels is None:
-                labels = torch.where(place.counts & (valid[1] > 0), teacher_action, -1)
-        if labels is None:
-            labels = torch.full(logits.shape[:2], -1, device=logits.device)
+        labels, valid = _verified(method, logits, teacher_logits, place)
 
     def statistics(student: Tensor, teacher: Tensor, divergence: str = "forward_kl") -> DivergenceStats:
         return vcrd.vocab_parallel_divergence(
@@ -200,7 +203,9 @@ def loss_of(method: Method, logits: Tensor, teacher_logits: Tensor, place: Place
             place.counts,
             *valid,
             place.unbroken,
+            place.solved,
             place.steps,
+            place.position,
             place.generator,
             first,
         )
@@ -209,3 +214,20 @@ def loss_of(method: Method, logits: Tensor, teacher_logits: Tensor, place: Place
     if method.ce:
         loss = loss + method.ce * torch.where(labels >= 0, stats.cross_entropy, 0.0)
     return loss.sum() / place.counts.sum()
+
+
+def _verified(
+    method: Method, logits: Tensor, teacher_logits: Tensor, place: Place
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The labels, -1 for none, and the verdicts on both proposals, 1 where the method has none."""
+    labels, valid = place.labels, (torch.ones(logits.shape[:2], device=logits.device),) * 2
+    if method.source == "outcome":
+        return torch.where(place.solved, place.written, -1), valid
+    if "verifier" in method.asks or (labels is None and "labels" in method.asks):
+        teacher_action = teacher_logits.argmax(-1)
+        valid = place.judges[method.source](logits.argmax(-1), teacher_action)
+        if labels is None:
+            labels = torch.where(place.counts & (valid[1] > 0), teacher_action, -1)
+    if labels is None:
+        labels = torch.full(logits.shape[:2], -1, device=logits.device)
+    return labels, valid

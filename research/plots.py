@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from compared import methods
-from tables import TITLES, Results, difference
+from tables import BY_CHOICE, TITLES, Results, difference
 
 _COLOURS = {
     "baseline": "#6b7280",
@@ -35,8 +35,13 @@ def draw(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with rc_context(_STYLE):
         for regime in TITLES:
-            if len(results.methods(regime)) > 1:
-                _save(_ranked(results, regime), folder / f"methods-{regime}.svg")
+            known = results.methods(regime)
+            if baseline := next(
+                (name for name in ("forward KL", "JSD") if name in known and known[1:]), None
+            ):
+                _save(_ranked(results, regime, baseline), folder / f"methods-{regime}.svg")
+            if results.choice() is not None and "JSD" in known and set(BY_CHOICE) & set(known):
+                _save(_by_choice(results, regime), folder / f"choice-{regime}.svg")
         if len(results.shares_wrong()) > 1:
             _save(_by_verifier(results), folder / "verifiers.svg")
 
@@ -45,8 +50,8 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
 
 
-def _ranked(results: Results, regime: str, baseline: str = "forward KL") -> Figure:
-    """The difference of every method from plain distillation, the best on top."""
+def _ranked(results: Results, regime: str, baseline: str) -> Figure:
+    """The difference of every method from the baseline, the best on top."""
     groups = {method.name: method.group for method in methods()}
     plain = results.solved(regime, baseline)
     found = {
@@ -69,6 +74,30 @@ def _ranked(results: Results, regime: str, baseline: str = "forward KL") -> Figu
     present = [group for group in _COLOURS if group in {groups[name] for name in order}]
     shown = {group: Line2D([], [], color=_COLOURS[group], marker="o") for group in present}
     axes.legend(shown.values(), shown.keys(), loc="lower right")
+    return figure
+
+
+def _by_choice(results: Results, regime: str) -> Figure:
+    """The gain of some methods on JSD in each family, by the entropy of its correct next symbols."""
+    choice, jsd = results.choice(), results.solved(regime, "JSD")
+    names = [name for name in BY_CHOICE if name in results.methods(regime)]
+    figure = Figure(figsize=(7, 1.5 * len(names)))
+    each = figure.subplots(len(names), sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, name in zip(each, names, strict=True):
+        solved = results.solved(regime, name)
+        for place, entropy in enumerate(choice):
+            mean, low, high = (
+                100 * value for value in difference(*(x[place : place + 1] for x in (solved, jsd)))
+            )
+            # Families that leave no choice are side by side.
+            at = entropy - 0.006 * (choice[:place] == entropy).sum()
+            axes.plot((at, at), (low, high), color="#1d4ed8", linewidth=1.4)
+            axes.plot(at, mean, "o", color="#1d4ed8", markersize=4)
+        axes.axhline(0, color="#9ca3af", linewidth=1)
+        axes.set_title(name, loc="left", fontsize=9)
+    each[-1].set_xlabel("mean entropy of the correct next symbols of a family, nats")
+    each[len(names) // 2].set_ylabel("points against JSD, and interval of 95 %")
+    figure.tight_layout()
     return figure
 
 

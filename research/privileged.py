@@ -39,6 +39,7 @@ import vcrd
 from configs import CONFIGS
 from data import batch_of, draw, solved, unbroken
 from estimators import ESTIMATORS
+from judges import hinted, judge_of
 from methods import OWN, TRACES
 from models import Stack
 from problems import END, Family, Problem
@@ -46,8 +47,6 @@ from runs import TASKS, family_of, model
 from tables import TITLES, table
 from train import Sizes, imitate, longest, optimizer_of, paced, share_solved
 
-AFTER_HINT = "%"  # no family uses it
-HINTS = ("right", "partial", "wrong", "none")
 FAULTY = 0.2  # share of the hints that are partial or wrong, half of them each
 # Name in the tables: share of faulty hints in the judge's training, and in the measurement; or one kind of hint.
 JUDGES: dict[str, tuple[float, float | str]] = {
@@ -77,56 +76,6 @@ class Options:
     def name(self) -> str:
         """Of the folder of the judges: it depends on everything that their training does."""
         return hashlib.sha256(repr((self, "judges")).encode()).hexdigest()[:16]
-
-
-def hint_of(problem: Problem, rng: random.Random, kind: str) -> str:
-    """A correct solution without its end; or cut at a random place; or with a wrong symbol of its class; or none."""
-    if kind == "none":
-        return ""
-    text = problem.solution(rng).removesuffix(END)
-    if kind == "partial":
-        return text[: rng.randrange(len(text))]
-    while kind == "wrong":
-        place = rng.randrange(len(text))
-        classes = ("0123456789", "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-        others = next((symbols for symbols in classes if text[place] in symbols), "")
-        if others:
-            changed = text[:place] + rng.choice(others) + text[place + 1 :]
-            if not problem.is_correct(changed + END):
-                return changed
-    return text
-
-
-def hinted(problem: Problem, rng: random.Random, faulty: float | str) -> Problem:
-    """The problem as a judge sees it. faulty: the share of hints that are partial or wrong, or the kind of all."""
-    kind = faulty
-    if not isinstance(kind, str):
-        kind = rng.choice(HINTS[1:3]) if rng.random() < kind else HINTS[0]
-    return dataclasses.replace(problem, prompt=hint_of(problem, rng, kind) + AFTER_HINT + problem.prompt)
-
-
-def judge_of(before: Stack, family: Family, faulty: float, options: Options, path: Path) -> Stack:
-    """The model after a training in which this share of the hints is faulty. Stored in `path`."""
-    judge = Stack(before.shape)
-    if path.exists():
-        judge.load_state_dict(torch.load(path))
-        return judge
-    judge.take(before, [0])
-    steps = options.steps[faulty > 0]
-    rng, optimizer = random.Random(500), optimizer_of(judge, options.sizes.teacher_rate)
-    for step in range(1, steps + 1):
-        paced(optimizer, options.sizes.teacher_rate, step, steps, max(1, steps // 10))
-        imitate(
-            judge,
-            optimizer,
-            family,
-            rng,
-            options.sizes.teacher_batch,
-            lambda problem, rng: hinted(problem, rng, faulty),
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(judge.state_dict(), path)
-    return judge
 
 
 def solves(model: Stack, family: Family, shown: float | str | None) -> float:
@@ -366,8 +315,13 @@ def main(arguments: list[str] | None = None) -> None:
         teacher = model(task, None, options.sizes, given.out, say)
         students = [model(task, seed, options.sizes, given.out, say) for seed in range(given.seeds)]
         folder = given.out / "models" / options.name()
-        first = judge_of(teacher, family, 0.0, options, folder / f"{task}-right.pt")
-        judges = {0.0: first, FAULTY: judge_of(first, family, FAULTY, options, folder / f"{task}-faulty.pt")}
+        first = judge_of(teacher, family, 0.0, options.sizes, options.steps[0], folder / f"{task}-right.pt")
+        judges = {
+            0.0: first,
+            FAULTY: judge_of(
+                first, family, FAULTY, options.sizes, options.steps[1], folder / f"{task}-faulty.pt"
+            ),
+        }
         shares["teacher"].append(solves(teacher, family, None))
         shares["students"].append(float(np.mean([solves(student, family, None) for student in students])))
         for name, (trained, shown) in JUDGES.items():

@@ -10,9 +10,10 @@
 Each task has a teacher, trained until it solves 90 to 97 % of its problems, and for each seed a student that has seen
 some correct solutions. All methods share a grid of learning rates. Each method uses the rate whose student solves the
 most problems of a validation set. The seed of these runs is used nowhere else. Then each method trains one student for
-each seed. Writes OUT/NAME.json, plots in OUT/NAME, and the tables of tables.py. OUT/models keeps teachers and students,
-and OUT/runs keeps the results of each run, so the same command continues after an interruption. After a change of the
-code, use an empty folder.
+each seed. Writes OUT/NAME.json after each seed, and at the end plots in OUT/NAME and the tables of tables.py. OUT/models
+keeps teachers and students, and OUT/runs keeps the result of each method, so the same command continues after an
+interruption, and a command with further methods or seeds uses what is there. After a change of the code, use an empty
+folder.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import tables
 from compared import named, sets
 from configs import CONFIGS
+from methods import OWN, TRACES
 from runs import (
     LENGTHS,
     TASKS,
@@ -51,6 +53,7 @@ from runs import (
     tuning_runs,
 )
 from train import Sizes
+from underspecified import underspecification
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,6 +69,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--wrong",
         default=",".join(map(str, WRONG)),
         help='further shares of wrong verdicts besides 0; "" for none',
+    )
+    parser.add_argument(
+        "--wrong-symbols",
+        default="",
+        help="shares of wrong verdicts of verifiers that are always wrong about the same symbols",
+    )
+    parser.add_argument(
+        "--prefixes", choices=("both", TRACES, OWN), default="both", help="of the teacher's solutions, or own"
     )
     parser.add_argument("--seeds", type=int, help="students per method; default: of the configuration")
     parser.add_argument("--first-seed", type=int, default=0, help="first seed of the students")
@@ -84,7 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
         chosen = named(options.methods)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device: expected a GPU that torch can use for 'cuda', got none")
-        wrong = _shares(options.wrong)
+        verifiers = [(share, False) for share in _shares("--wrong", options.wrong)]
+        verifiers += [(share, True) for share in _shares("--wrong-symbols", options.wrong_symbols)]
         seeds = range(options.first_seed, options.first_seed + sizes.seeds)
         if not 0 <= options.first_seed or TUNING in seeds:
             raise ValueError(
@@ -93,28 +105,37 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     began = time.perf_counter()
+    name = options.name or options.config
+    path, where = options.out / f"{name}.json", (sizes, options.out, options.device)
+    final: list[dict] = []
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
-        models = [(task, seed) for seed in (None, TUNING, *seeds) for task in tasks]
-        for made in [
-            pool.submit(prepare, task, seed, sizes, options.out, options.device) for task, seed in models
-        ]:
-            made.result()
-        where = sizes, options.out, options.device
-        tuned = _all(pool, tuning_runs(tasks, chosen, sizes), where, "choosing rates")
-        final = _all(pool, final_runs(tuned, sizes, seeds, wrong), where, "training")
-    results = {
-        "config": options.config,
-        "sizes": asdict(sizes),
-        "torch": torch.__version__,
-        "core_minutes": round(sum(record["seconds"] for record in (*tuned, *final)) / 60, 1),
-        "rates": {f"{task}, {regime}": rates for (task, regime), rates in best_rates(tuned).items()},
-        "problems": dict(zip(LENGTHS, counts(sizes), strict=True)),
-        "runs": [packed(record) for record in final],
-    }
-    path = options.out / f"{options.name or options.config}.json"
-    path.write_text(json.dumps(results, indent=0) + "\n")
+        _prepared(pool, [(task, seed) for seed in (None, TUNING) for task in tasks], where)
+        regimes = (TRACES, OWN) if options.prefixes == "both" else (options.prefixes,)
+        tuned = _all(pool, tuning_runs(tasks, chosen, sizes, regimes), where, "choosing rates")
+        results = {
+            "config": options.config,
+            "sizes": asdict(sizes),
+            "torch": torch.__version__,
+            "rates": {f"{task}, {regime}": rates for (task, regime), rates in best_rates(tuned).items()},
+            "problems": dict(zip(LENGTHS, counts(sizes), strict=True)),
+            "underspecified": {task: underspecification(family_of(task)) for task in tasks},
+        }
+        # One seed after another, so that the results of complete seeds can be read before the end.
+        for seed in seeds:
+            _prepared(pool, [(task, seed) for task in tasks], where)
+            final += _all(pool, final_runs(tuned, sizes, seed, verifiers), where, f"training, seed {seed}")
+            results["core_minutes"] = round(sum(record["seconds"] for record in (*tuned, *final)) / 60, 1)
+            results["runs"] = [packed(record) for record in final]
+            path.write_text(json.dumps(results, indent=0) + "\n")
     print(f"{path}: {len(final)} runs in {(time.perf_counter() - began) / 60:.0f} minutes\n", flush=True)
     tables.main([str(path), "--plots", str(path.with_suffix(""))])
+
+
+def _prepared(
+    pool: ProcessPoolExecutor, models: list[tuple[str, int | None]], where: tuple[Sizes, Path, str]
+) -> None:
+    for made in [pool.submit(prepare, task, seed, *where) for task, seed in models]:
+        made.result()
 
 
 def _end_with_parent() -> None:
@@ -127,14 +148,14 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _shares(text: str) -> list[float]:
+def _shares(option: str, text: str) -> list[float]:
     try:
         found = [float(part) for part in text.split(",") if part]
         if all(0 < share < 1 for share in found):
             return found
     except ValueError:
         pass
-    raise ValueError(f"--wrong: expected numbers between 0 and 1, separated by ',', got {text!r}")
+    raise ValueError(f"{option}: expected numbers between 0 and 1, separated by ',', got {text!r}")
 
 
 def _all(pool: ProcessPoolExecutor, runs: list[Run], where: tuple[Sizes, Path, str], what: str) -> list[dict]:

@@ -16,18 +16,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compared import methods
+from compared import JUDGED_WEIGHTS, methods
 from data import draw
+from judges import judge_for
 from methods import OWN, TRACES, Method
 from models import Stack
 from problems import Family
 from train import Sizes, correct, distil, student_of, teacher_of
+from verifiers import RIGHT, Verifier, systematic
 
 OURS = {
     "tasks": ("arithmetic", "tracing", "formats"),
     "gym": ("chain_sum", "number_sorting", "palindrome_generation"),
+    "underspecified": (
+        *("walks", "coins", "orderings", "reductions", "edits", "summands"),
+        *("coins_in_order", "orderings_in_order", "reductions_in_order", "edits_in_order"),
+    ),
 }
-TASKS = ",".join(name for names in OURS.values() for name in names)
+TASKS = ",".join((*OURS["tasks"], *OURS["gym"]))
 LENGTHS = ("usual", "longer")
 TUNING = 999  # seed of the runs that choose the learning rates
 WRONG = (0.1, 0.3)  # shares of wrong verdicts
@@ -41,12 +47,15 @@ JUDGED = (
     "JSD x scores",
     "JSD x gate",
     "JSD x scores x own",
+    *JUDGED_WEIGHTS,
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """The work of one process: these methods together. tuning: evaluate on the validation set."""
+    """The work of one process: these methods together. wrong: share of the verdicts that are wrong, at random or, if
+    systematic, always on the same symbols. tuning: evaluate on the validation set.
+    """
 
     task: str
     regime: str
@@ -54,7 +63,13 @@ class Run:
     rate: float
     methods: tuple[str, ...]
     wrong: float = 0.0
+    systematic: bool = False
     tuning: bool = False
+
+    def verifier(self) -> Verifier:
+        if not self.wrong:
+            return RIGHT
+        return systematic(family_of(self.task), self.wrong) if self.systematic else Verifier(self.wrong)
 
 
 def family_of(name: str) -> Family:
@@ -118,39 +133,56 @@ def _digest(what: object) -> str:
 
 
 def execute(run: Run, sizes: Sizes, out: Path, device: str = "cpu") -> dict:
-    """The record of the run, stored in a file. A stored run is not repeated."""
-    kept = out / "runs" / f"{_digest((run, replace(sizes, seeds=0)))}.json"
-    if not kept.exists():
-        record = json.dumps(_executed(run, sizes, out, device))
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.with_suffix(".new").write_text(record)
-        kept.with_suffix(".new").rename(kept)
-    return json.loads(kept.read_text())
+    """The record of the run. Each method's result is stored in a file, and what is stored is not repeated."""
+    kept = {
+        name: out / "runs" / f"{_digest((replace(run, methods=(name,)), replace(sizes, seeds=0)))}.json"
+        for name in run.methods
+    }
+    missing = tuple(name for name, path in kept.items() if not path.exists())
+    if missing:
+        began = time.perf_counter()
+        found = _executed(replace(run, methods=missing), sizes, out, device)
+        seconds = (time.perf_counter() - began) / len(missing)
+        for name in missing:
+            kept[name].parent.mkdir(parents=True, exist_ok=True)
+            kept[name].with_suffix(".new").write_text(json.dumps({"solved": found[name], "seconds": seconds}))
+            kept[name].with_suffix(".new").rename(kept[name])
+    stored = {name: json.loads(path.read_text()) for name, path in kept.items()}
+    record = {
+        **asdict(run),
+        "solved": {name: each["solved"] for name, each in stored.items()},
+        "seconds": sum(each["seconds"] for each in stored.values()),
+    }
+    if not run.tuning:
+        for name, of in (("before", run.seed), ("teacher", None)):
+            record[name] = {
+                length: _share_solved(run.task, of, sizes, out, length, device) for length in LENGTHS
+            }
+    return record
 
 
-def _executed(run: Run, sizes: Sizes, out: Path, device: str) -> dict:
-    """For each method the problems that its student solves, of the usual length and longer."""
+def _executed(run: Run, sizes: Sizes, out: Path, device: str) -> dict[str, float | dict[str, str]]:
+    """For each method the problems that its student solves, of the usual length and longer; or their share."""
     torch.set_num_threads(1)
-    began = time.perf_counter()
     family = family_of(run.task)
     teacher, student = (model(run.task, seed, sizes, out, device=device) for seed in (None, run.seed))
     chosen = [method for method in methods() if method.name in run.methods]
-    students = distil(chosen, run.regime, family, teacher, student, sizes, run.seed, run.rate, run.wrong)
+    judge = None
+    if any(method.source == "judge" for method in chosen):
+        judge = judge_for(teacher, family, sizes, _path(run.task, None, sizes, out).with_suffix(".judge.pt"))
+    students = distil(
+        chosen, run.regime, family, teacher, student, sizes, run.seed, run.rate, run.verifier(), judge
+    )
     if run.tuning:
         held = draw(family, random.Random(3), sizes.problems, held=True)
-        found = {
-            method.name: sum(row) / len(row)
-            for method, row in zip(chosen, correct(students, held), strict=True)
-        }
-        return {**asdict(run), "solved": found, "seconds": time.perf_counter() - began}
-    record = {**asdict(run), "solved": {method.name: {} for method in chosen}, "before": {}, "teacher": {}}
+        rows = correct(students, held)
+        return {method.name: sum(row) / len(row) for method, row in zip(chosen, rows, strict=True)}
+    found: dict[str, dict[str, str]] = {method.name: {} for method in chosen}
     for length, count in zip(LENGTHS, counts(sizes), strict=True):
         held = draw(family, random.Random(4), count, held=True, longer=length == "longer")
         for method, row in zip(chosen, correct(students, held), strict=True):
-            record["solved"][method.name][length] = "".join("01"[each] for each in row)
-        for name, of in (("before", run.seed), ("teacher", None)):
-            record[name][length] = _share_solved(run.task, of, sizes, out, length, device)
-    return {**record, "seconds": time.perf_counter() - began}
+            found[method.name][length] = "".join("01"[each] for each in row)
+    return found
 
 
 @functools.cache
@@ -179,30 +211,33 @@ def packed(record: dict) -> dict:
     return {**kept, "solved": solved}
 
 
-def tuning_runs(tasks: Iterable[str], chosen: list[Method], sizes: Sizes) -> list[Run]:
+def tuning_runs(
+    tasks: Iterable[str], chosen: list[Method], sizes: Sizes, regimes: Sequence[str] = (TRACES, OWN)
+) -> list[Run]:
     return [
         Run(task, regime, TUNING, rate, names, tuning=True)
         for task in tasks
-        for regime in (TRACES, OWN)
+        for regime in regimes
         if (names := tuple(method.name for method in chosen if regime in method.regimes))
         for rate in sizes.rates
     ]
 
 
 def final_runs(
-    tuned: list[dict], sizes: Sizes, seeds: Sequence[int], shares_wrong: Sequence[float]
+    tuned: list[dict], sizes: Sizes, seed: int, verifiers: Sequence[tuple[float, bool]]
 ) -> list[Run]:
-    """Each method at its rate, methods with one rate together. Then methods with a verifier, with wrong verdicts."""
+    """Each method at its rate, methods with one rate together. Then methods with a verifier, with verifiers that err:
+    their share of wrong verdicts, and whether they err systematically.
+    """
     runs = []
     for (task, regime), rates in best_rates(tuned).items():
-        for seed in seeds:
-            for rate in sizes.rates:
-                names = tuple(name for name, best in rates.items() if best == rate)
-                if names:
-                    runs.append(Run(task, regime, seed, rate, names))
-                judged = tuple(name for name in names if name in JUDGED)
-                if regime == OWN and judged:
-                    runs += [Run(task, regime, seed, rate, judged, wrong) for wrong in shares_wrong]
+        for rate in sizes.rates:
+            names = tuple(name for name, best in rates.items() if best == rate)
+            if names:
+                runs.append(Run(task, regime, seed, rate, names))
+            judged = tuple(name for name in names if name in JUDGED)
+            if regime == OWN and judged:
+                runs += [Run(task, regime, seed, rate, judged, *verifier) for verifier in verifiers]
     return runs
 
 

@@ -25,14 +25,12 @@ OTHERS = {
 }
 # Baselines for wrong verdicts: methods without a verifier.
 UNJUDGED = ("forward KL", "JSD")
-# The same weights, shuffled over the tokens.
-SHUFFLED = {
-    "label": "label, shuffled",
-    "scores, tokens": "scores, shuffled",
-    "confidence": "confidence, shuffled",
-    "JSD x label": "JSD x label, shuffled",
-    "JSD x scores": "JSD x scores, shuffled",
-}
+# Where families leave a choice of the next step: baselines, and the methods whose gain is shown by family.
+RIVALS = ("JSD", "KL + CE", "JSD x position")
+BY_CHOICE = (
+    *("KL + CE", "JSD x position", "JSD x gate, kept", "JSD x until the first error, kept", "JSD x scores"),
+    *("JSD x gap", "JSD x gap, kept", "JSD x accepted mass, kept"),
+)
 # Gains of the calibration and its rivals, for the map.
 GAINS = (
     ("label", "forward KL"),
@@ -58,7 +56,9 @@ _DRAWS = 1000
 
 
 class Results:
-    """solved(regime, method, length): float [tasks, seeds, problems], for one share of wrong verdicts."""
+    """solved(regime, method, length): float [tasks, seeds, problems], for one verifier: its share of wrong verdicts, or
+    "symbols SHARE" if it is always wrong about the same symbols.
+    """
 
     def __init__(self, content: dict) -> None:
         self.content = content
@@ -68,14 +68,14 @@ class Results:
         for run in content["runs"]:
             for method, solved in run["solved"].items():
                 for length in LENGTHS:
-                    place = (run["regime"], run["wrong"], method, length, run["task"], run["seed"])
+                    place = (run["regime"], _verifier(run), method, length, run["task"], run["seed"])
                     bits = np.unpackbits(np.frombuffer(bytes.fromhex(solved[length]), dtype=np.uint8))
                     self._bits[place] = bits[: content["problems"][length]]
 
-    def methods(self, regime: str, wrong: float = 0.0) -> list[str]:
+    def methods(self, regime: str, wrong: float | str = 0.0) -> list[str]:
         return list(dict.fromkeys(m for r, w, m, *_ in self._bits if (r, w) == (regime, wrong)))
 
-    def solved(self, regime: str, method: str, length: str = "usual", wrong: float = 0.0) -> np.ndarray:
+    def solved(self, regime: str, method: str, length: str = "usual", wrong: float | str = 0.0) -> np.ndarray:
         return np.array(
             [
                 [self._bits[regime, wrong, method, length, task, seed] for seed in self.seeds]
@@ -85,13 +85,26 @@ class Results:
         )
 
     def shares_wrong(self) -> list[float]:
-        """Shares of wrong verdicts, 0 first."""
-        return sorted({run["wrong"] for run in self.content["runs"]})
+        """Shares of verdicts that are wrong at random, 0 first."""
+        return sorted({run["wrong"] for run in self.content["runs"] if not run.get("systematic")})
+
+    def systematic(self) -> list[str]:
+        """The verifiers that are always wrong about the same symbols."""
+        return sorted({_verifier(run) for run in self.content["runs"] if run.get("systematic")})
+
+    def choice(self) -> np.ndarray | None:
+        """The mean entropy of the correct next symbols of each task, in nats; None if it was not measured."""
+        measured = self.content.get("underspecified")
+        return None if measured is None else np.array([measured[task]["entropy"] for task in self.tasks])
 
     def around(self, what: str, length: str = "usual") -> float:
         """The mean of "before" (the students) or "teacher", over tasks and seeds."""
         found = {(run["task"], run["seed"]): run[what][length] for run in self.content["runs"]}
         return float(np.mean(list(found.values())))
+
+
+def _verifier(run: dict) -> float | str:
+    return f"symbols {run['wrong']}" if run.get("systematic") else run["wrong"]
 
 
 @functools.lru_cache(8)
@@ -144,7 +157,8 @@ def against(results: Results, regime: str, others: Sequence[str]) -> str:
     methods = results.methods(regime)
     others = [name for name in others if name in methods]
     compared = [(f"against {other}", {name: other for name in methods}, "usual") for other in others]
-    compared.append(("against its weights shuffled", SHUFFLED, "usual"))
+    shuffled = {name: f"{name}, shuffled" for name in methods} | {"scores, tokens": "scores, shuffled"}
+    compared.append(("against its weights shuffled", shuffled, "usual"))
     if others and any(results.solved(regime, name, "longer").any() for name in methods):
         compared.append((f"longer, against {others[0]}", {name: others[0] for name in methods}, "longer"))
     rows = [["method", *(title for title, _, _ in compared)]]
@@ -163,14 +177,70 @@ def against(results: Results, regime: str, others: Sequence[str]) -> str:
 def worse_verifiers(results: Results, baseline: str) -> str:
     """Differences from a baseline without a verifier on the student's own prefixes, by share of wrong verdicts."""
     shares = results.shares_wrong()
-    names = results.methods("own", shares[-1])
+    same = results.systematic()
+    names = results.methods("own", [*shares, *same][-1])
     plain = results.solved("own", baseline)
-    rows = [[f"against {baseline}, of verdicts wrong", *(f"{100 * share:.0f} %" for share in shares)]]
+    titles = [f"{100 * share:.0f} %" for share in shares]
+    titles += [f"{100 * float(verifier.split()[1]):.0f} %, always the same symbols" for verifier in same]
+    rows = [[f"against {baseline}, of verdicts wrong", *titles]]
     rows += [
-        [name, *(shown(difference(results.solved("own", name, wrong=share), plain)) for share in shares)]
+        [
+            name,
+            *(shown(difference(results.solved("own", name, wrong=each), plain)) for each in (*shares, *same)),
+        ]
         for name in names
     ]
     return table(rows)
+
+
+def families(results: Results, regime: str) -> str:
+    """What each family leaves open, the least first, and there the gains of some methods on JSD."""
+    measured, known = results.content["underspecified"], results.methods(regime)
+    names = [name for name in BY_CHOICE if name in known]
+    rows = [["family", "correct next steps", "symbols", "entropy, nats", *names]]
+    for place in np.argsort(results.choice(), kind="stable"):
+        task = results.tasks[place]
+        gains = (
+            difference(*(results.solved(regime, each)[place : place + 1] for each in (name, "JSD")))
+            for name in names
+        )
+        seen = [f"{measured[task][what]:.2f}" for what in ("steps", "symbols", "entropy")]
+        rows.append([task, *seen, *map(shown, gains)])
+    return table(rows)
+
+
+def by_choice(results: Results, regime: str) -> str:
+    """The differences from RIVALS over families that leave a choice, and over those that leave none."""
+    known, choice = results.methods(regime), results.choice() > 0
+    rivals = [name for name in RIVALS if name in known]
+    places = {"with a choice": choice, "without": ~choice}
+    places = {title: those for title, those in places.items() if those.any()}
+    rows = [["method", *(f"{title}, against {rival}" for rival in rivals for title in places)]]
+    for name in known:
+        row = [name]
+        for rival in rivals:
+            both = [results.solved(regime, each) for each in (name, rival)]
+            row += [
+                "" if name == rival else shown(difference(*(each[those] for each in both)))
+                for those in places.values()
+            ]
+        rows.append(row)
+    return table(rows)
+
+
+def against_controls(results: Results, regime: str) -> str:
+    """What each weighting gains on each of its controls: its name is theirs up to the last comma."""
+    known, choice = results.methods(regime), results.choice()
+    rows = [["control", "solved, %", "gain of the method on it", "with a choice"]]
+    for control in known:
+        name = control.rpartition(", ")[0]
+        if name not in known or control.endswith((", kept", "half", "double", "judge")):
+            continue
+        both = [results.solved(regime, each) for each in (name, control)]
+        some = [each[choice > 0] for each in both]
+        gains = [shown(difference(*both)), shown(difference(*some)) if len(some[0]) else ""]
+        rows.append([control, f"{100 * both[1].mean():.1f}", *gains])
+    return table(rows) if len(rows) > 1 else ""
 
 
 def where(places: dict[str, Sequence[Results]]) -> str:
@@ -209,7 +279,13 @@ def page(results: Results) -> str:
     for regime, title in TITLES.items():
         if results.methods(regime):
             parts += [f"## {title}\n", by_task(results, regime), against(results, regime, OTHERS[regime])]
-    if len(results.shares_wrong()) > 1:
+            if results.choice() is not None and "JSD" in results.methods(regime):
+                parts += [
+                    families(results, regime),
+                    by_choice(results, regime),
+                    against_controls(results, regime),
+                ]
+    if len(results.shares_wrong()) > 1 or results.systematic():
         parts.append("## Verifiers that err\n")
         parts += [worse_verifiers(results, name) for name in UNJUDGED if name in results.methods("own")]
     return "\n".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import methods as how
-from data import SYMBOLS, Batch, batch_of, draw, solved, steps_of, unbroken, verdicts
+from data import STOP, SYMBOLS, Batch, batch_of, draw, solved, steps_of, up_to_the_first_error, verdicts
 from methods import Method, Place
 from models import Shape, Stack
 from problems import Family, Problem
+from verifiers import RIGHT, Verifier
+
+# A batch, the student's actions and the teacher's -> whether each is valid, float.
+Judge = Callable[[Batch, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def longest(problems: Sequence[Problem]) -> int:
@@ -155,9 +160,16 @@ def _taught(
     models.load_state_dict(best[1])
     short = "" if best[0] >= wanted[0] else f", less than the wanted {wanted[0]:.1%}"
     say(f"of {models.shape.parameters} parameters solves {best[0]:.1%} after {step} steps{short}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(models.state_dict(), path)
+    store(models, path)
     return models
+
+
+def store(models: Stack, path: Path) -> None:
+    """Writes the file of a model, whole or not at all: several processes may train the same one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(f".{os.getpid()}")
+    torch.save(models.state_dict(), written)
+    written.rename(path)
 
 
 class Prefixes:
@@ -206,9 +218,10 @@ def distil(
     sizes: Sizes,
     seed: int,
     rate: float,
-    wrong: float = 0.0,
+    verifier: Verifier = RIGHT,
+    judge: Judge | None = None,
 ) -> Stack:
-    """Trains one student per method, from the same initial student. wrong: share of wrong verdicts."""
+    """Trains one student per method, from the same initial student. judge: for methods with this source of verdicts."""
     students = Stack(student.shape, len(chosen)).to(student.device)
     students.take(student, [0] * len(chosen))
     optimizer = optimizer_of(students, rate)
@@ -225,18 +238,12 @@ def distil(
         logits = students(batch.tokens.expand(len(chosen), -1, -1))
         # On the teacher's solutions all methods have the same tokens, so these values are computed once.
         marked = [_marked(batch.part(number)) for number in range(len(batch.tokens))]
-        losses = [
-            how.loss_of(
-                method,
-                logits[number],
-                taught[place],
-                _place(
-                    *marked[place], regime, generators[number], wrong, None if first is None else first[place]
-                ),
-            )
-            for number, method in enumerate(chosen)
-            for place in [number if regime == how.OWN else 0]
-        ]
+        losses = []
+        for number, method in enumerate(chosen):
+            place = number if regime == how.OWN else 0
+            where = _place(marked[place], regime, generators[number], verifier, judge)
+            where.first_logits = None if first is None else first[place]
+            losses.append(how.loss_of(method, logits[number], taught[place], where))
         paced(optimizer, rate, step, sizes.steps, 10)
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()  # the students have separate gradients
@@ -244,30 +251,50 @@ def distil(
     return students
 
 
-def _marked(batch: Batch) -> tuple[Batch, Tensor, Tensor, Tensor]:
-    """Steps, whether the next written token is correct, and whether all earlier ones are."""
-    return batch, steps_of(batch), *unbroken(batch)
+@dataclass(frozen=True)
+class Marked:
+    """A micro-batch, with what holds for all methods: steps, whether each written token is correct, positions."""
+
+    batch: Batch
+    steps: Tensor
+    written: Tensor
+    position: Tensor
+
+
+def _marked(batch: Batch) -> Marked:
+    position = torch.where(batch.counts, batch.counts.long().cumsum(-1) - 1, -1)
+    return Marked(batch, steps_of(batch), verdicts(batch, batch.labels.clamp(min=0)), position)
 
 
 def _place(
-    batch: Batch,
-    steps: Tensor,
-    written: Tensor,
-    before: Tensor,
-    regime: str,
-    generator: torch.Generator,
-    wrong: float,
-    first: Tensor | None,
+    marked: Marked, regime: str, generator: torch.Generator, verifier: Verifier, judge: Judge | None
 ) -> Place:
-    def judge(student_action: Tensor, teacher_action: Tensor) -> tuple[Tensor, Tensor]:
+    batch, written = marked.batch, marked.written
+
+    def verified(student_action: Tensor, teacher_action: Tensor) -> tuple[Tensor, Tensor]:
+        actions = torch.stack([student_action, teacher_action])
         found = torch.stack([verdicts(batch, student_action), verdicts(batch, teacher_action)])
-        if wrong:
-            found ^= (torch.rand(found.shape, generator=generator) < wrong).to(found.device)
-        return tuple(found.float())
+        return tuple(verifier(found, actions, generator).float())
+
+    def judged(student_action: Tensor, teacher_action: Tensor) -> tuple[Tensor, Tensor]:
+        return judge(batch, student_action, teacher_action)
 
     # The teacher makes errors too. Its tokens count as verified while its solution is correct.
     labels = torch.where(written, batch.labels, -1) if regime == how.TRACES else None
-    return Place(batch.counts, steps, labels, judge, before, generator, first)
+    unbroken = up_to_the_first_error(batch.counts, verifier(written, batch.labels, generator))
+    # A solution that does not end is not correct either.
+    solved = (written | ~batch.counts).all(-1) & (batch.labels == STOP).any(-1)
+    return Place(
+        batch.counts,
+        marked.steps,
+        labels,
+        batch.labels,
+        {"verifier": verified, "judge": judged},
+        unbroken,
+        solved[:, None].expand_as(batch.counts),
+        marked.position,
+        generator,
+    )
 
 
 def correct(students: Stack, problems: Sequence[Problem]) -> list[list[bool]]:

@@ -13,6 +13,7 @@ from data import draw
 from methods import OWN, TRACES
 from runs import family_of
 from train import correct, distil, student_of, teacher_of
+from verifiers import Verifier
 
 SIZES, RATE = CONFIGS["tiny"], 1e-3
 
@@ -26,7 +27,7 @@ def test_students_on_the_gpu_equal_those_on_the_cpu(regime, tmp_path):
         teacher = teacher_of(family, SIZES, tmp_path / "teacher.pt", print, device)
         student = student_of(family, SIZES, 0, tmp_path / "student.pt", print, device)
         chosen = [method for method in named("usual") if regime in method.regimes]
-        students = distil(chosen, regime, family, teacher, student, SIZES, 0, RATE, wrong=0.1)
+        students = distil(chosen, regime, family, teacher, student, SIZES, 0, RATE, Verifier(0.1))
         assert students.device.type == device
         found[device] = torch.cat([each.detach().cpu().flatten() for each in students.parameters()])
         solved[device] = correct(students, draw(family, random.Random(3), 4, held=True))

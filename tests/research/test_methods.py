@@ -15,6 +15,7 @@ from compared import methods, named, sets
 from methods import OWN, TRACES, Place
 from problems import Problem
 from vcrd.loss import reference
+from verifiers import RIGHT
 
 ROWS, LENGTH, VOCAB = 3, 7, 11
 METHODS = {method.name: method for method in methods()}
@@ -30,8 +31,11 @@ def place(labels: bool = True, judge=None) -> Place:
         counts,
         steps,
         found if labels else None,
-        judge or random_verdicts,
+        torch.where(counts, torch.randint(VOCAB, (ROWS, LENGTH), generator=generator), -1),
+        {source: judge or random_verdicts for source in ("verifier", "judge")},
         counts & (steps % 2 == 0),
+        torch.tensor([True, False, True])[:, None].expand(ROWS, LENGTH),
+        torch.where(counts, counts.long().cumsum(-1) - 1, -1),
         torch.Generator().manual_seed(2),
     )
 
@@ -51,6 +55,25 @@ def loss(name: str, where: Place) -> torch.Tensor:
     student, teacher = logits()
     where.first_logits = student.detach().roll(1, -1)
     return how.loss_of(METHODS[name], student, teacher, where)
+
+
+def observed(where: Place, divergence: str = "forward_kl") -> how.Seen:
+    student, teacher = logits()
+    stats = vcrd.vocab_parallel_divergence(
+        student, teacher, where.labels, divergence=divergence, mask=where.counts
+    )
+    return how.Seen(
+        stats,
+        teacher,
+        where.labels,
+        where.counts,
+        *random_verdicts(None, None),
+        where.unbroken,
+        where.solved,
+        where.steps,
+        where.position,
+        where.generator,
+    )
 
 
 def exact(where: Place, divergence: str = "forward_kl") -> dict[str, torch.Tensor]:
@@ -217,18 +240,7 @@ def test_weights_of_the_others_by_hand():
 
 def test_shuffled_weights_are_the_same_weights_at_other_tokens():
     where = place()
-    student, teacher = logits()
-    stats = vcrd.vocab_parallel_divergence(student, teacher, where.labels, mask=where.counts)
-    seen = how.Seen(
-        stats,
-        teacher,
-        where.labels,
-        where.counts,
-        *random_verdicts(None, None),
-        where.unbroken,
-        where.steps,
-        where.generator,
-    )
+    seen = observed(where)
     own, moved = METHODS["label"].weights(seen), METHODS["label, shuffled"].weights(seen)
     assert torch.equal(own[where.counts].sort().values, moved[where.counts].sort().values)
     assert not torch.equal(own, moved) and not moved[~where.counts].any()
@@ -275,9 +287,11 @@ def test_tokens_are_unbroken_up_to_the_first_error():
     problems = [Problem("1a+2b-3?", tasks.Chain(1, (("a", "+", 2), ("b", "-", 3))))] * 2
     batch = data.batch_of(problems, ["a1+2=4;b4-3=1;=1$", "a2+1=3;b3-3=0;=0$"], (1, 2))
     marked = train._marked(batch.part(0))
-    where = train._place(*marked, OWN, torch.Generator(), 0.0, None)
+    where = train._place(marked, OWN, torch.Generator(), RIGHT, None)
     assert where.labels is None
     assert where.unbroken[0].sum() == len("a1+2=4")  # the error itself is still after what is correct
     assert torch.equal(where.unbroken[1], where.counts[1])
-    labels = train._place(*marked, TRACES, torch.Generator(), 0.0, None).labels
+    assert where.solved[:, 0].tolist() == [False, True]
+    assert where.position[1][where.counts[1]].tolist() == list(range(len("a2+1=3;b3-3=0;=0$")))
+    labels = train._place(marked, TRACES, torch.Generator(), RIGHT, None).labels
     assert data.decode(labels[0][labels[0] >= 0].tolist()) == "a1+2="

@@ -12,9 +12,10 @@ import torch
 import estimators
 import privileged
 from data import SYMBOLS, decode
+from judges import AFTER_HINT, hint_of, hinted
 from methods import OWN, TRACES
 from models import Shape, Stack
-from privileged import AFTER_HINT, FAULTY, JUDGES, Proposals, aurocs, hint_of, hinted, proposals
+from privileged import FAULTY, JUDGES, Proposals, aurocs, proposals
 from problems import END
 from runs import TASKS, family_of
 from train import imitate, optimizer_of

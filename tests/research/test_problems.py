@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ import torch
 
 import data
 import gym
+import runs
 import tasks
+import underspecified
 from problems import END, Line, Problem, State
 
 FAMILIES = {
@@ -23,6 +26,16 @@ FAMILIES = {
         gym.chain_sum,
         gym.number_sorting,
         gym.palindrome_generation,
+        underspecified.walks,
+        underspecified.coins,
+        underspecified.orderings,
+        underspecified.reductions,
+        underspecified.edits,
+        underspecified.summands,
+        underspecified.coins_in_order,
+        underspecified.orderings_in_order,
+        underspecified.reductions_in_order,
+        underspecified.edits_in_order,
     )
 }
 
@@ -153,3 +166,91 @@ def test_steps_end_at_a_semicolon_and_have_different_numbers():
     assert [step - first[0] for step in first] == [0] * 7 + [1] * 3
     assert len(set(first) & set(second)) == 0
     assert (steps >= 0).equal(batch.counts)
+
+
+def test_every_family_has_a_name_for_the_command_line():
+    assert {runs.family_of(name) for names in runs.OURS.values() for name in names} == set(FAMILIES.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "prompt", "solution"),
+    [
+        (underspecified.walks, "af,bcd,cad,dae,ef?bf", "cdef$"),
+        (underspecified.coins, "14:952?", "509207502200$"),
+        (underspecified.orderings, "adfhk:fa,kd,ka?", "hkfda$"),
+        (underspecified.reductions, "3527?", "377;07;7$"),
+        (underspecified.edits, "badceg-bfdgea?", "4g6a2f$"),
+        (underspecified.summands, "17:4-38?", "5122106044$"),
+    ],
+)
+def test_the_examples_of_the_families_are_right(family, prompt, solution):
+    text = " ".join(family.__doc__.split())
+    assert f"`{prompt}`" in text and f"`{solution}`" in text
+    start = {
+        "walks": lambda: underspecified.Walk("b", "f", ("af", "bcd", "cad", "dae", "ef")),
+        "coins": lambda: underspecified.Payment(14, (9, 5, 2)),
+        "orderings": lambda: underspecified.Tasks("adfhk", ("fa", "kd", "ka")),
+        "reductions": lambda: underspecified.Sum("3527"),
+        "edits": lambda: underspecified.Edits(("2f", "4g", "6a")),
+        "summands": lambda: underspecified.Summands(17, 4, "38"),
+    }[family.__name__]()
+    assert Problem(prompt, start).is_correct(solution)
+
+
+def test_solutions_reach_what_the_prompt_asks_for():
+    """Without the states: what the text of the prompt and of the solution say."""
+    rng = random.Random(7)
+    for problem in problems(underspecified.walks, 60):
+        (edges, ends), walk = problem.prompt.split("?"), problem.solution(rng)[:-1]
+        assert walk[-1] == ends[1]
+        assert all(f",{edges}".split(f",{a}")[1].split(",")[0].count(b) for a, b in zip(ends[0] + walk, walk))
+    for problem in problems(underspecified.coins, 60):
+        amount, values = problem.prompt[:-1].split(":")
+        left = int(amount)
+        for coin, tens, ones in zip(*[iter(problem.solution(rng)[:-1])] * 3, strict=True):
+            left -= int(coin)
+            assert coin in values and left == int(tens + ones)
+        assert left == 0
+    for problem in problems(underspecified.orderings, 60):
+        (listed, pairs), order = problem.prompt[:-1].split(":"), problem.solution(rng)[:-1]
+        assert sorted(order) == list(listed)
+        assert all(order.index(a) < order.index(b) for a, b in pairs.split(","))
+    for problem in problems(underspecified.reductions, 60):
+        total = sum(map(int, problem.prompt[:-1])) % 10
+        parts = problem.solution(rng)[:-1].split(";")
+        assert [sum(map(int, part)) % 10 for part in parts] == [total] * len(parts)
+        assert [len(part) for part in parts] == list(range(len(problem.prompt) - 2, 0, -1))
+    for problem in problems(underspecified.edits, 60):
+        first, second = problem.prompt[:-1].split("-")
+        for place, letter in zip(*[iter(problem.solution(rng)[:-1])] * 2, strict=True):
+            assert first[int(place) - 1] != letter
+            first = first[: int(place) - 1] + letter + first[int(place) :]
+        assert first == second
+    for problem in problems(underspecified.summands, 60):
+        (number, rest), text = problem.prompt[:-1].split(":"), problem.solution(rng)[:-1]
+        digits = text[::3]
+        assert len(digits) == int(rest[0]) and sum(map(int, digits)) == int(number)
+        assert not set(digits) & set(rest[2:])
+
+
+def test_the_choice_that_a_family_leaves_by_hand():
+    """ "ab" or "ba": two correct first symbols, then one, then the end."""
+    either = lambda draw, longer: Problem("?", underspecified.Tasks("ab", ()))  # noqa: E731
+    found = underspecified.underspecification(either)
+    assert found["symbols"] == pytest.approx(4 / 3) and found["several"] == pytest.approx(1 / 3)
+    assert found["uniform"] == found["entropy"] == pytest.approx(math.log(2) / 3)
+    assert found["steps"] == pytest.approx(3 / 2)
+    # Three of four steps begin with the same symbol.
+    some = lambda draw, longer: Problem("?", underspecified.Edits(("1a", "1b", "1c", "2d")))  # noqa: E731
+    entropy = underspecified.underspecification(some, 2000)
+    assert entropy["uniform"] > entropy["entropy"] > 0
+
+
+def test_in_order_there_is_one_solution_and_the_problems_are_the_same():
+    for name in ("coins", "orderings", "reductions", "edits"):
+        free, ordered = (FAMILIES[each] for each in (name, f"{name}_in_order"))
+        for one, other in zip(problems(free, 30), problems(ordered, 30), strict=True):
+            (only,) = set(solutions(other.start))
+            assert one.prompt == other.prompt and one.is_correct(only)
+        assert underspecified.underspecification(ordered)["symbols"] == 1.0
+        assert underspecified.underspecification(free)["steps"] > 1.5

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -218,9 +217,12 @@ def test_the_best_rate_solves_the_most_and_is_the_smallest_of_equal_ones():
 
 def test_the_requested_seeds_and_wrong_verdicts_are_used():
     tuned = [{"task": "t", "regime": "own", "rate": 1e-3, "solved": {"JSD": 0.5, "scores, gate": 0.5}}]
-    found = runs.final_runs(tuned, replace(CONFIGS["tiny"], seeds=9), range(3, 5), [0.2])
-    assert [(each.seed, each.wrong, each.methods) for each in found] == [
-        (seed, wrong, names)
-        for seed in (3, 4)
-        for wrong, names in ((0.0, ("JSD", "scores, gate")), (0.2, ("scores, gate",)))
+    found = runs.final_runs(tuned, CONFIGS["tiny"], 3, [(0.2, False), (0.1, True)])
+    assert [(each.seed, each.wrong, each.systematic, each.methods) for each in found] == [
+        (3, wrong, systematic, names)
+        for wrong, systematic, names in (
+            (0.0, False, ("JSD", "scores, gate")),
+            (0.2, False, ("scores, gate",)),
+            (0.1, True, ("scores, gate",)),
+        )
     ]
