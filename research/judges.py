@@ -1,4 +1,4 @@
-"""A judge: the teacher after a further training on `hint % problem ? solution`, which sees a solution in its context."""
+"""A judge: the teacher after a further training on `hint % problem ? solution`. It sees a solution in its context."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ Writes OUT/privileged.json. OUT/models keeps the models, so the command continue
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import random
@@ -42,10 +41,10 @@ from estimators import ESTIMATORS
 from judges import hinted, judge_of
 from methods import OWN, TRACES
 from models import Stack
-from problems import END, Family, Problem
+from problems import Family
 from runs import TASKS, family_of, model
 from tables import TITLES, table
-from train import Sizes, imitate, longest, optimizer_of, paced, share_solved
+from train import Sizes, longest, share_solved
 
 FAULTY = 0.2  # share of the hints that are partial or wrong, half of them each
 # Name in the tables: share of faulty hints in the judge's training, and in the measurement; or one kind of hint.

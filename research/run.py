@@ -10,10 +10,10 @@
 Each task has a teacher, trained until it solves 90 to 97 % of its problems, and for each seed a student that has seen
 some correct solutions. All methods share a grid of learning rates. Each method uses the rate whose student solves the
 most problems of a validation set. The seed of these runs is used nowhere else. Then each method trains one student for
-each seed. Writes OUT/NAME.json after each seed, and at the end plots in OUT/NAME and the tables of tables.py. OUT/models
-keeps teachers and students, and OUT/runs keeps the result of each method, so the same command continues after an
-interruption, and a command with further methods or seeds uses what is there. After a change of the code, use an empty
-folder.
+each seed. Writes OUT/NAME.json after each seed, and at the end plots in OUT/NAME and the tables of tables.py.
+OUT/models keeps teachers and students, and OUT/runs keeps the result of each method. So the same command continues
+after an interruption, and a command with further methods or seeds uses what is there. After a change of the code, use
+an empty folder.
 """
 
 from __future__ import annotations
@@ -57,32 +57,7 @@ from underspecified import underspecification
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder of the results")
-    parser.add_argument("--config", choices=CONFIGS, default="small")
-    parser.add_argument("--tasks", default=TASKS)
-    parser.add_argument("--name", help="name of the results; default: that of the configuration")
-    parser.add_argument(
-        "--methods", default="usual", help=f"one of {', '.join(sets())}; or names, separated by ';'"
-    )
-    parser.add_argument(
-        "--wrong",
-        default=",".join(map(str, WRONG)),
-        help='further shares of wrong verdicts besides 0; "" for none',
-    )
-    parser.add_argument(
-        "--wrong-symbols",
-        default="",
-        help="shares of wrong verdicts of verifiers that are always wrong about the same symbols",
-    )
-    parser.add_argument(
-        "--prefixes", choices=("both", TRACES, OWN), default="both", help="of the teacher's solutions, or own"
-    )
-    parser.add_argument("--seeds", type=int, help="students per method; default: of the configuration")
-    parser.add_argument("--first-seed", type=int, default=0, help="first seed of the students")
-    parser.add_argument("--steps", type=int, help="steps of each training; default: of the configuration")
-    parser.add_argument("--jobs", type=int, default=2, help="processes with one thread each")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the models")
+    parser = _parser()
     options = parser.parse_args(arguments)
     sizes = CONFIGS[options.config]
     for name in ("seeds", "steps"):
@@ -129,6 +104,36 @@ def main(arguments: list[str] | None = None) -> None:
             path.write_text(json.dumps(results, indent=0) + "\n")
     print(f"{path}: {len(final)} runs in {(time.perf_counter() - began) / 60:.0f} minutes\n", flush=True)
     tables.main([str(path), "--plots", str(path.with_suffix(""))])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder of the results")
+    parser.add_argument("--config", choices=CONFIGS, default="small")
+    parser.add_argument("--tasks", default=TASKS)
+    parser.add_argument("--name", help="name of the results; default: that of the configuration")
+    parser.add_argument(
+        "--methods", default="usual", help=f"one of {', '.join(sets())}; or names, separated by ';'"
+    )
+    parser.add_argument(
+        "--wrong",
+        default=",".join(map(str, WRONG)),
+        help='further shares of wrong verdicts besides 0; "" for none',
+    )
+    parser.add_argument(
+        "--wrong-symbols",
+        default="",
+        help="shares of wrong verdicts of verifiers that are always wrong about the same symbols",
+    )
+    parser.add_argument(
+        "--prefixes", choices=("both", TRACES, OWN), default="both", help="of the teacher's solutions, or own"
+    )
+    parser.add_argument("--seeds", type=int, help="students per method; default: of the configuration")
+    parser.add_argument("--first-seed", type=int, default=0, help="first seed of the students")
+    parser.add_argument("--steps", type=int, help="steps of each training; default: of the configuration")
+    parser.add_argument("--jobs", type=int, default=2, help="processes with one thread each")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the models")
+    return parser
 
 
 def _prepared(

@@ -220,10 +220,8 @@ def by_choice(results: Results, regime: str) -> str:
         row = [name]
         for rival in rivals:
             both = [results.solved(regime, each) for each in (name, rival)]
-            row += [
-                "" if name == rival else shown(difference(*(each[those] for each in both)))
-                for those in places.values()
-            ]
+            for those in places.values():
+                row.append("" if name == rival else shown(difference(*(each[those] for each in both))))
         rows.append(row)
     return table(rows)
 

@@ -193,6 +193,7 @@ def test_the_interval_covers_the_true_difference():
         (["--methods", "magic"], "--methods: expected one of"),
         (["--wrong", "0.1,2"], "--wrong: expected numbers between 0 and 1, separated by ',', got '0.1,2'"),
         (["--first-seed", "997"], "--first-seed: expected seeds from 0 on without 999"),
+        (["--wrong-symbols", "1"], "--wrong-symbols: expected numbers between 0 and 1, separated by ','"),
         (["--wrong", "few"], "--wrong: expected numbers between 0 and 1, separated by ',', got 'few'"),
         pytest.param(
             *(["--device", "cuda"], "--device: expected a GPU that torch can use for 'cuda', got none"),
@@ -226,3 +227,75 @@ def test_the_requested_seeds_and_wrong_verdicts_are_used():
             (0.1, True, ("scores, gate",)),
         )
     ]
+
+
+@pytest.mark.slow
+def test_a_command_with_further_methods_uses_the_stored_results(results, tmp_path):
+    folder, _ = results
+    shutil.copytree(folder, tmp_path / "again")
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "again" / "runs").iterdir()}
+    arguments = ["--config", "tiny", "--out", str(tmp_path / "again"), "--jobs", "1", "--tasks", "arithmetic"]
+    arguments += ["--prefixes", "own", "--wrong", "0.1", "--wrong-symbols", "0.2", "--name", "more"]
+    run.main([*arguments, "--methods", "JSD; scores, gate; JSD x gap, kept"])
+    made = set((tmp_path / "again" / "runs").iterdir()) - set(stored)
+    # The new method: two rates, and for each seed three verifiers. The gate: one of the verifiers for each seed.
+    assert len(made) == (2 + 2 * 3) + 2 * 1
+    assert all(path.stat().st_mtime_ns == when for path, when in stored.items())
+    whole, part = (json.loads((tmp_path / "again" / f"{name}.json").read_text()) for name in ("tiny", "more"))
+
+    def of(content: dict) -> dict:
+        return {
+            (each["seed"], each["wrong"], method): solved
+            for each in content["runs"]
+            for method, solved in each["solved"].items()
+            if (each["task"], each["regime"], each["systematic"]) == ("arithmetic", OWN, False)
+            and method in ("JSD", "scores, gate")
+        }
+
+    shared = of(part)
+    assert len(shared) == 2 * 3 and shared == {
+        key: value for key, value in of(whole).items() if key in shared
+    }
+    assert part["underspecified"]["arithmetic"]["symbols"] > 1
+    text = tables.page(tables.Results(part))
+    assert "| 0 % | 10 % | 20 %, always the same symbols |" in text
+
+
+def test_gains_are_by_the_choice_that_a_family_leaves():
+    """Two families of four problems; the method gains in the one with a choice, its control in the other."""
+    solved = {
+        ("free", "JSD"): "8",
+        ("free", "JSD x gap"): "e",
+        ("free", "JSD x gap, shuffled"): "8",
+        ("fixed", "JSD"): "c",
+        ("fixed", "JSD x gap"): "8",
+        ("fixed", "JSD x gap, shuffled"): "f",
+    }
+    runs_ = [
+        {
+            **{"task": task, "seed": 0, "regime": OWN, "wrong": 0.0, "systematic": False},
+            "solved": {
+                name: {length: digit + "0" for length in tables.LENGTHS}
+                for (of, name), digit in solved.items()
+                if of == task
+            },
+        }
+        for task in ("free", "fixed")
+    ]
+    measured = {"free": {"entropy": 0.5}, "fixed": {"entropy": 0.0}}
+    for each in measured.values():
+        each |= {"steps": 1 + each["entropy"], "symbols": 1 + each["entropy"]}
+    results = tables.Results(
+        {"runs": runs_, "problems": dict.fromkeys(tables.LENGTHS, 4), "underspecified": measured}
+    )
+    head, _, first, second = tables.families(results, OWN).splitlines()
+    assert head == "| family | correct next steps | symbols | entropy, nats | JSD x gap |"
+    assert first.startswith("| fixed | 1.00 | 1.00 | 0.00 | -25.0 (")
+    assert second.startswith("| free | 1.50 | 1.50 | 0.50 | +50.0 (")
+    rows = {line.split(" | ")[0]: line for line in tables.by_choice(results, OWN).splitlines()}
+    assert rows["| method"] == "| method | with a choice, against JSD | without, against JSD |"
+    assert rows["| JSD"] == "| JSD |  |  |"
+    with_choice, without = (cell[:5] for cell in rows["| JSD x gap"].split(" | ")[1:])
+    assert (with_choice, without) == ("+50.0", "-25.0")
+    (row,) = tables.against_controls(results, OWN).splitlines()[2:]
+    assert re.fullmatch(r"\| JSD x gap, shuffled \| 62.5 \| -12.5 \(.*\) \| \+50.0 \(.*\) \|", row)

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from test_methods import LENGTH, METHODS, ROWS, exact, logits, loss, mean, observed, place, random_verdicts
 
 import data
 import judges
@@ -19,7 +20,6 @@ import weighting as by
 from compared import SIGNALS, controls, methods
 from models import Shape, Stack
 from problems import END, Line, Problem
-from test_methods import LENGTH, METHODS, ROWS, exact, logits, loss, mean, observed, place, random_verdicts
 from verifiers import Verifier
 
 SIGNALLED = [f"JSD x {signal}{kind}" for signal in SIGNALS for kind in ("", ", kept")]
@@ -123,7 +123,7 @@ def test_a_shuffle_within_bins_keeps_the_weights_of_each_bin(bins):
     ordered = seen.position[seen.counts] if bins is by.by_position else seen.stats.divergence[seen.counts]
     tops = [ordered[number == each].max() for each in number.unique()]
     lows = [ordered[number == each].min() for each in number.unique()]
-    assert all(top <= low for top, low in zip(tops, lows[1:]))
+    assert all(top <= low for top, low in zip(tops[:-1], lows[1:], strict=True))
 
 
 def test_rivals_without_a_verifier_by_hand():
@@ -200,8 +200,9 @@ def test_a_verifier_that_errs_ends_what_is_unbroken_earlier():
         assert where.unbroken.sum() == unbroken
 
 
-def test_a_judge_reads_the_solution_and_judges_the_right_tokens(tmp_path, monkeypatch):
-    """The stand-in for its model copies: after each symbol, the one that follows it in the hint."""
+@pytest.mark.parametrize(("times", "accepts"), [(100.0, False), (3.0, True)])
+def test_a_judge_reads_the_solution_and_judges_the_right_tokens(times, accepts, tmp_path, monkeypatch):
+    """Its stand-in copies the hint: the next symbol of it is so many times as probable as each other one."""
 
     class Copies:
         def to(self, device):
@@ -211,25 +212,20 @@ def test_a_judge_reads_the_solution_and_judges_the_right_tokens(tmp_path, monkey
             found = torch.zeros(*tokens.shape, len(data.SYMBOLS))
             for row, text in enumerate(tokens[0].tolist()):
                 hint, _, rest = data.decode(text).partition(judges.AFTER_HINT)
-                solution = hint + END
                 begins = len(hint) + 1 + rest.index("?")
-                for place in range(begins, len(text)):
-                    written = place - begins
-                    if written < len(solution):
-                        found[0, row, place, data.encode(solution[written])[0]] = math.log(ratio)
+                for written, symbol in enumerate((hint + END)[: len(text) - begins]):
+                    found[0, row, begins + written, data.encode(symbol)[0]] = math.log(times)
             return found
 
     monkeypatch.setattr(judges, "judge_of", lambda *_: Copies())
     problems = [Problem("12?", Line((f"abc{END}",))), Problem("345?", Line((f"defgh{END}",)))]
-    texts = [f"abc{END}", f"dexgh{END}"]
-    batch = data.batch_of(problems, texts)
+    batch = data.batch_of(problems, [f"abc{END}", f"dexgh{END}"])
     actions = batch.labels.clamp(min=0)
     teacher = Stack(Shape(8, 1, 1, len(data.SYMBOLS)))
-    for ratio, accepts in ((100.0, False), (3.0, True)):
-        judge = judges.judge_for(teacher, None, train.Sizes(), tmp_path / "none")
-        written, same = judge(batch, actions, torch.full_like(actions, data.encode("d")[0]))
-        expected = batch.counts.float()
-        if not accepts:
-            expected[1, batch.counts[1].nonzero()[2, 0]] = 0.0  # the "x"
-            assert same.sum() == 1
-        assert torch.equal(written, expected)
+    judge = judges.judge_for(teacher, None, train.Sizes(), tmp_path / "none")
+    written, same = judge(batch, actions, torch.full_like(actions, data.encode("d")[0]))
+    expected = batch.counts.float()
+    if not accepts:
+        expected[1, batch.counts[1].nonzero()[2, 0]] = 0.0  # the "x"
+        assert same.sum() == 1
+    assert torch.equal(written, expected)
