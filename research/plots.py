@@ -36,14 +36,17 @@ def draw(results: Results, folder: Path) -> None:
     with rc_context(_STYLE):
         for regime in TITLES:
             known = results.methods(regime)
-            if baseline := next(
-                (name for name in ("forward KL", "JSD") if name in known and known[1:]), None
-            ):
+            if baseline := _baseline(known):
                 _save(_ranked(results, regime, baseline), folder / f"methods-{regime}.svg")
             if results.choice() is not None and "JSD" in known and set(BY_CHOICE) & set(known):
                 _save(_by_choice(results, regime), folder / f"choice-{regime}.svg")
-        if len(results.shares_wrong()) > 1:
-            _save(_by_verifier(results), folder / "verifiers.svg")
+        if len(results.shares_wrong()) > 1 and (baseline := _baseline(results.methods("own"))):
+            _save(_by_verifier(results, baseline), folder / "verifiers.svg")
+
+
+def _baseline(known: list[str]) -> str | None:
+    """What the other methods are compared with; None if there is nothing to compare."""
+    return next((name for name in ("forward KL", "JSD") if name in known and known[1:]), None)
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -101,7 +104,7 @@ def _by_choice(results: Results, regime: str) -> Figure:
     return figure
 
 
-def _by_verifier(results: Results, baseline: str = "forward KL") -> Figure:
+def _by_verifier(results: Results, baseline: str) -> Figure:
     """The gain of each method on the student's own prefixes, by share of wrong verdicts."""
     plain = results.solved("own", baseline)
     shares = results.shares_wrong()
