@@ -30,7 +30,8 @@ OURS = {
     "gym": ("chain_sum", "number_sorting", "palindrome_generation"),
     "underspecified": (
         *("walks", "coins", "orderings", "reductions", "edits", "summands"),
-        *("coins_in_order", "orderings_in_order", "reductions_in_order", "edits_in_order"),
+        *("walks_in_order", "coins_in_order", "orderings_in_order"),
+        *("reductions_in_order", "edits_in_order", "summands_in_order"),
     ),
 }
 TASKS = ",".join((*OURS["tasks"], *OURS["gym"]))

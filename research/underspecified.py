@@ -156,16 +156,15 @@ class Edits(State):
 
 
 def edits(draw: random.Random, longer: bool) -> Problem:
-    """`badceg-bfdgea?` asks for the letters that change the first text into the second, in any order: `4g6a2f$`."""
-    length = 8 if longer else 6
-    first = [draw.choice(_LETTERS) for _ in range(length)]
-    second = list(first)
-    for place in draw.sample(range(length), 6 if longer else draw.randint(3, 5)):
-        second[place] = draw.choice(_LETTERS.replace(first[place], ""))
-    left = (
-        f"{place + 1}{new}" for place, (old, new) in enumerate(zip(first, second, strict=True)) if old != new
-    )
-    return Problem(f"{''.join(first)}-{''.join(second)}?", Edits(tuple(left)))
+    """`1aa2db3cc4eg5gg6ga?` has two letters for each place of a text, what is there and what should be. It asks for the
+    changes in any order: `4g6a2b$`.
+    """
+    length = 8 if longer else draw.randint(5, 6)
+    pairs = [letter * 2 for letter in draw.choices(_LETTERS[:8], k=length)]
+    for place in draw.sample(range(length), 5 if longer else draw.randint(2, 4)):
+        pairs[place] = "".join(draw.sample(_LETTERS[:8], 2))
+    left = tuple(f"{place}{new}" for place, (old, new) in enumerate(pairs, 1) if old != new)
+    return Problem(f"{''.join(f'{place}{pair}' for place, pair in enumerate(pairs, 1))}?", Edits(left))
 
 
 @dataclass(frozen=True)
@@ -231,11 +230,14 @@ def _in_order(family: Family) -> Family:
     return made
 
 
-# The largest possible coin; the first possible task of the alphabet; neighbours from the left; edits from the left.
+# The next node by the alphabet; the largest coin; the first task by the alphabet; neighbours from the left; places from
+# the left; the smallest digit.
+walks_in_order = _in_order(walks)
 coins_in_order = _in_order(coins)
 orderings_in_order = _in_order(orderings)
 reductions_in_order = _in_order(reductions)
 edits_in_order = _in_order(edits)
+summands_in_order = _in_order(summands)
 
 
 def underspecification(family: Family, problems: int = 200) -> dict[str, float]:

@@ -17,6 +17,7 @@ import tasks
 import underspecified
 from problems import END, Line, Problem, State
 
+CHOICES = ("walks", "coins", "orderings", "reductions", "edits", "summands")
 FAMILIES = {
     family.__name__: family
     for family in (
@@ -26,16 +27,7 @@ FAMILIES = {
         gym.chain_sum,
         gym.number_sorting,
         gym.palindrome_generation,
-        underspecified.walks,
-        underspecified.coins,
-        underspecified.orderings,
-        underspecified.reductions,
-        underspecified.edits,
-        underspecified.summands,
-        underspecified.coins_in_order,
-        underspecified.orderings_in_order,
-        underspecified.reductions_in_order,
-        underspecified.edits_in_order,
+        *(getattr(underspecified, f"{name}{kind}") for name in CHOICES for kind in ("", "_in_order")),
     )
 }
 
@@ -179,7 +171,7 @@ def test_every_family_has_a_name_for_the_command_line():
         (underspecified.coins, "14:952?", "509207502200$"),
         (underspecified.orderings, "adfhk:fa,kd,ka?", "hkfda$"),
         (underspecified.reductions, "3527?", "377;07;7$"),
-        (underspecified.edits, "badceg-bfdgea?", "4g6a2f$"),
+        (underspecified.edits, "1aa2db3cc4eg5gg6ga?", "4g6a2b$"),
         (underspecified.summands, "17:4-38?", "5122106044$"),
     ],
 )
@@ -191,7 +183,7 @@ def test_the_examples_of_the_families_are_right(family, prompt, solution):
         "coins": lambda: underspecified.Payment(14, (9, 5, 2)),
         "orderings": lambda: underspecified.Tasks("adfhk", ("fa", "kd", "ka")),
         "reductions": lambda: underspecified.Sum("3527"),
-        "edits": lambda: underspecified.Edits(("2f", "4g", "6a")),
+        "edits": lambda: underspecified.Edits(("2b", "4g", "6a")),
         "summands": lambda: underspecified.Summands(17, 4, "38"),
     }[family.__name__]()
     assert Problem(prompt, start).is_correct(solution)
@@ -222,11 +214,12 @@ def test_solutions_reach_what_the_prompt_asks_for():
         assert [sum(map(int, part)) % 10 for part in parts] == [total] * len(parts)
         assert [len(part) for part in parts] == list(range(len(problem.prompt) - 2, 0, -1))
     for problem in problems(underspecified.edits, 60):
-        first, second = problem.prompt[:-1].split("-")
+        text = problem.prompt
         for place, letter in zip(*[iter(problem.solution(rng)[:-1])] * 2, strict=True):
-            assert first[int(place) - 1] != letter
-            first = first[: int(place) - 1] + letter + first[int(place) :]
-        assert first == second
+            at = text.index(place) + 1
+            assert text[at] != letter == text[at + 1]
+            text = text[:at] + letter + text[at + 1 :]
+        assert all(a == b for a, b in zip(text[1::3], text[2::3], strict=True))
     for problem in problems(underspecified.summands, 60):
         (number, rest), text = problem.prompt[:-1].split(":"), problem.solution(rng)[:-1]
         digits = text[::3]
@@ -248,7 +241,7 @@ def test_the_choice_that_a_family_leaves_by_hand():
 
 
 def test_in_order_there_is_one_solution_and_the_problems_are_the_same():
-    for name in ("coins", "orderings", "reductions", "edits"):
+    for name in CHOICES:
         free, ordered = (FAMILIES[each] for each in (name, f"{name}_in_order"))
         for one, other in zip(problems(free, 30), problems(ordered, 30), strict=True):
             (only,) = set(solutions(other.start))
