@@ -126,13 +126,15 @@ def sets() -> dict[str, frozenset[str]]:
 
 
 def named(text: str) -> list[Method]:
-    """One of the sets, or methods by name, separated by ';'. ValueError for an unknown name."""
-    known = {method.name: method for method in methods()}
-    wanted = sets().get(text) or [name.strip() for name in text.split(";")]
-    if unknown := [name for name in wanted if name not in known]:
-        raise ValueError(
-            f"--methods: expected one of {list(sets())} or names among {list(known)}, got {unknown[0]!r}"
-        )
+    """Sets and methods by name, separated by ';'. ValueError for an unknown name."""
+    known, those = {method.name: method for method in methods()}, sets()
+    wanted: set[str] = set()
+    for name in (part.strip() for part in text.split(";")):
+        if name not in those and name not in known:
+            raise ValueError(
+                f"--methods: expected names among {list(those)} and {list(known)}, separated by ';', got {name!r}"
+            )
+        wanted |= those.get(name, {name})
     return [method for name, method in known.items() if name in wanted]
 
 

@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--name", help="name of the results; default: that of the configuration")
     parser.add_argument(
-        "--methods", default="usual", help=f"one of {', '.join(sets())}; or names, separated by ';'"
+        "--methods", default="usual", help=f"sets ({', '.join(sets())}) and methods by name, separated by ';'"
     )
     parser.add_argument(
         "--wrong",

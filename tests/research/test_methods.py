@@ -201,6 +201,11 @@ def test_the_sets_have_only_known_methods():
     assert frozenset().union(*sets().values()) == METHODS.keys()
     assert {name for pair in tables.GAINS for name in pair} <= sets()["gains"] | sets()["variants"]
     assert [method.name for method in named("margin; forward KL")] == ["forward KL", "margin"]
+    assert {method.name for method in named("margin; claims; weighting")} == {
+        "margin",
+        *sets()["claims"],
+        *sets()["weighting"],
+    }
 
 
 def test_weights_of_the_others_by_hand():

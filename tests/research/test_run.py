@@ -190,7 +190,7 @@ def test_the_interval_covers_the_true_difference():
     [
         (["--tasks", "juggling"], "--tasks: expected names of"),
         (["--tasks", "nowhere:sorting"], "got 'nowhere:sorting'"),
-        (["--methods", "magic"], "--methods: expected one of"),
+        (["--methods", "magic"], "--methods: expected names among"),
         (["--wrong", "0.1,2"], "--wrong: expected numbers between 0 and 1, separated by ',', got '0.1,2'"),
         (["--first-seed", "997"], "--first-seed: expected seeds from 0 on without 999"),
         (["--wrong-symbols", "1"], "--wrong-symbols: expected numbers between 0 and 1, separated by ','"),
