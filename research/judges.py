@@ -81,9 +81,8 @@ def judge_for(teacher: Stack, family: Family, sizes: Sizes, path: Path) -> Judge
             for problem in batch.problems
         ]
         with_hint = batch_of(seen, batch.solutions).to(batch.tokens.device)
-        log_p = judge(with_hint.tokens[None])[0][with_hint.counts].log_softmax(
-            -1
-        )  # the tokens of `batch`, in order
+        # The tokens that count are those of `batch`, in the same order.
+        log_p = judge(with_hint.tokens[None])[0][with_hint.counts].log_softmax(-1)
         found = []
         for action in (student_action, teacher_action):
             its = log_p.gather(-1, action[batch.counts][:, None])[:, 0]

@@ -19,6 +19,7 @@ import estimators
 import plots
 import privileged
 import tables
+from runs import TASKS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _TABLES = re.compile(r"(<!-- tables: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -39,6 +40,8 @@ def tables_of(name: str, folder: Path) -> str:
     if name == "map":
         places: dict[str, list[tables.Results]] = {}
         for results in known.values():
+            if not set(results.tasks) <= set(TASKS.split(",")):
+                continue  # other families
             places.setdefault(results.content["config"], []).append(results)
         return tables.where(places)
     return tables.page(known[name]).replace("## ", "### ")
