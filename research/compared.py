@@ -72,6 +72,11 @@ _SOURCES = (
     *("JSD x gap, judge", "JSD x gap, judge, kept", "JSD x scores, judge", "JSD x gate, judge, kept"),
     *("JSD x proposal gap", "JSD x proposal gap, kept", "JSD x confidence"),
 )
+# A verifier that judges a step after a wrong one by what is written.
+_LOCAL = (
+    *("JSD x gap, local", "JSD x gap, local, kept", "JSD x accepted mass, local, kept"),
+    *("JSD x scores, local", "JSD x gate, local, kept"),
+)
 # Candidates that are also trained with verifiers that err.
 JUDGED_WEIGHTS = (
     *("JSD x scores, kept", "JSD x gate, kept", "JSD x until the first error, kept"),
@@ -111,6 +116,7 @@ def sets() -> dict[str, frozenset[str]]:
         "weighting": frozenset(_WEIGHTING),
         "further": frozenset(_FURTHER),
         "sources": frozenset(_SOURCES),
+        "local": frozenset(_LOCAL),
         "erring": frozenset(("JSD", "KL + CE", "JSD x scores", *JUDGED_WEIGHTS)),
         **{
             f"controls of {signal}": frozenset(
@@ -286,6 +292,11 @@ def _weightings() -> list[Method]:
         ("judge", "gap, judge, kept", by.kept(by.scaled(by.gap))),
         ("judge", "scores, judge", calibrated("scores")),
         ("judge", "gate, judge, kept", by.kept(how.gate)),
+        ("local", "gap, local", by.scaled(by.gap)),
+        ("local", "gap, local, kept", by.kept(by.scaled(by.gap))),
+        ("local", "accepted mass, local, kept", by.kept(by.scaled(by.accepted_mass))),
+        ("local", "scores, local", calibrated("scores")),
+        ("local", "gate, local, kept", by.kept(how.gate)),
     ):
         asks = _LABELS if source == "outcome" else both
         found.append(

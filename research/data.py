@@ -55,11 +55,19 @@ class Batch:
     @cached_property
     def allowed(self) -> Tensor:
         """The tokens with which a correct continuation begins, bool [.., s, symbols]; none outside solutions."""
+        return self._allowed(local=False)
+
+    @cached_property
+    def allowed_locally(self) -> Tensor:
+        """As `allowed`, where a step after a wrong one is judged by what is written."""
+        return self._allowed(local=True)
+
+    def _allowed(self, local: bool) -> Tensor:
         length = self.tokens.shape[-1]
         places = [
             ((row * length + len(problem.prompt) - 1 + place) * len(SYMBOLS)) + _TOKEN[symbol]
             for row, (problem, solution) in enumerate(zip(self.problems, self.solutions, strict=True))
-            for place, symbols in enumerate(problem.allowed(solution))
+            for place, symbols in enumerate(problem.allowed(solution, local))
             for symbol in symbols
         ]
         found = torch.zeros(self.tokens.numel() * len(SYMBOLS), dtype=torch.bool)
@@ -85,9 +93,12 @@ def batch_of(problems: Sequence[Problem], solutions: Sequence[str], leading: tup
     )
 
 
-def verdicts(batch: Batch, actions: Tensor) -> Tensor:
-    """Whether a correct continuation begins with each action, bool as `actions` [.., s]; false outside solutions."""
-    return batch.allowed.gather(-1, actions[..., None])[..., 0]
+def verdicts(batch: Batch, actions: Tensor, local: bool = False) -> Tensor:
+    """Whether a correct continuation begins with each action, bool as `actions` [.., s]; false outside solutions.
+    local: a step after a wrong one is judged by what is written.
+    """
+    allowed = batch.allowed_locally if local else batch.allowed
+    return allowed.gather(-1, actions[..., None])[..., 0]
 
 
 def up_to_the_first_error(counts: Tensor, written: Tensor) -> Tensor:

@@ -50,8 +50,9 @@ class Method:
 
     group: "baseline", "vcrd", "control", "idea", or "variant" (other settings and combinations, compared only by name).
     asks: "labels", "verifier", if it needs them. source: of the verdicts and labels: the "verifier" of each token; the
-    "outcome", one verdict per solution, whose written tokens are verified if it is correct; or a "judge", a teacher
-    that sees a solution. regimes: where it can be used.
+    "outcome", one verdict per solution, whose written tokens are verified if it is correct; a "judge", a teacher that
+    sees a solution; or "local", a verifier that judges a step after a wrong one by what is written. regimes: where it
+    can be used.
     """
 
     name: str

@@ -23,6 +23,12 @@ class State(Protocol):
         No step is a prefix of another one.
         """
 
+    def after_wrong(self, text: str) -> State | None:
+        """The state after a complete step that is not correct, by what it says; None if the text is no complete step,
+        or if nothing can be said.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -37,28 +43,31 @@ class Problem:
             text += step
         return text
 
-    def allowed(self, solution: str) -> list[frozenset[str]]:
+    def allowed(self, solution: str, local: bool = False) -> list[frozenset[str]]:
         """For each prefix of a solution, the empty one first: the symbols with which a correct continuation begins.
 
-        One entry per symbol of the solution; empty after its first wrong symbol and after its end.
+        One entry per symbol of the solution; empty after its first wrong symbol and after its end. local: empty only
+        to the end of the wrong step, as far as its state can say what holds after it. The steps after it are then
+        judged by what is written, as if it were right.
         """
         found: list[frozenset[str]] = []
         state: State | None = self.start
         steps, begun = state.steps(), ""
         for symbol in solution:
-            going = (
-                frozenset(s[len(begun)] for s in steps if s.startswith(begun))
-                if state is not None
-                else frozenset()
-            )
+            going = frozenset(s[len(begun)] for s in steps if s.startswith(begun) and s != begun)
             found.append(going)
-            if symbol not in going:
-                state = None
-                continue
             begun += symbol
             if begun in steps:
                 state, begun = steps[begun], ""
-                steps = state.steps() if state is not None else {}
+            elif symbol in going:
+                continue
+            elif local and state is not None and (after := state.after_wrong(begun)) is not None:
+                state, begun = after, ""
+            elif not local:
+                state = None
+            else:
+                continue
+            steps = state.steps() if state is not None else {}
         return found
 
     def is_correct(self, solution: str) -> bool:

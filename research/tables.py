@@ -232,7 +232,7 @@ def against_controls(results: Results, regime: str) -> str:
     rows = [["control", "solved, %", "gain of the method on it", "with a choice"]]
     for control in known:
         name = control.rpartition(", ")[0]
-        if name not in known or control.endswith((", kept", "half", "double", "judge")):
+        if name not in known or control.endswith((", kept", "half", "double", "judge", "local")):
             continue
         both = [results.solved(regime, each) for each in (name, control)]
         some = [each[choice > 0] for each in both]

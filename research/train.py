@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -271,10 +272,9 @@ def _place(
 ) -> Place:
     batch, written = marked.batch, marked.written
 
-    def verified(student_action: Tensor, teacher_action: Tensor) -> tuple[Tensor, Tensor]:
-        actions = torch.stack([student_action, teacher_action])
-        found = torch.stack([verdicts(batch, student_action), verdicts(batch, teacher_action)])
-        return tuple(verifier(found, actions, generator).float())
+    def verified(local: bool, *actions: Tensor) -> tuple[Tensor, Tensor]:
+        found = torch.stack([verdicts(batch, action, local) for action in actions])
+        return tuple(verifier(found, torch.stack(actions), generator).float())
 
     def judged(student_action: Tensor, teacher_action: Tensor) -> tuple[Tensor, Tensor]:
         return judge(batch, student_action, teacher_action)
@@ -289,7 +289,7 @@ def _place(
         marked.steps,
         labels,
         batch.labels,
-        {"verifier": verified, "judge": judged},
+        {"verifier": partial(verified, False), "local": partial(verified, True), "judge": judged},
         unbroken,
         solved[:, None].expand_as(batch.counts),
         marked.position,

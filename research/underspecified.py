@@ -36,6 +36,9 @@ class Walk(State):
             if _reaches(node, self.goal, self.edges)
         }
 
+    def after_wrong(self, text: str) -> State | None:
+        return Walk(text, self.goal, self.edges) if len(text) == 1 else None
+
 
 def _after(node: str, edges: tuple[str, ...]) -> str:
     return next((those[1:] for those in edges if those[0] == node), "")
@@ -75,6 +78,10 @@ class Payment(State):
                 found[text if rest else text + END] = Payment(rest, self.coins) if rest else None
         return found
 
+    def after_wrong(self, text: str) -> State | None:
+        whole = len(text) == 3 and text.isdecimal() and int(text[1:])
+        return Payment(int(text[1:]), self.coins) if whole else None
+
 
 @cache
 def _payable(amount: int, coins: tuple[int, ...]) -> bool:
@@ -108,6 +115,10 @@ class Tasks(State):
             if not any(before in self.left for before, after in self.pairs if after == task)
         }
 
+    def after_wrong(self, text: str) -> State | None:
+        """A task that comes too early is done; one that is done or unknown changes nothing."""
+        return Tasks(self.left.replace(text, ""), self.pairs) if len(text) == 1 else None
+
 
 def orderings(draw: random.Random, longer: bool) -> Problem:
     """`adfhk:fa,kd,ka?`: these tasks in any order with f before a, k before d and k before a: `hkfda$`."""
@@ -135,6 +146,10 @@ class Sum(State):
             found.setdefault(left + (";" if left[1:] else END), Sum(left) if left[1:] else None)
         return found
 
+    def after_wrong(self, text: str) -> State | None:
+        whole = len(text) == len(self.digits) > 2 and text[-1] == ";" and text[:-1].isdecimal()
+        return Sum(text[:-1]) if whole else None
+
 
 def reductions(draw: random.Random, longer: bool) -> Problem:
     """`3527?` is a sum modulo 10. Each step adds any two neighbours: `377;07;7$`."""
@@ -153,6 +168,10 @@ class Edits(State):
         if len(self.left) == 1:
             return {f"{self.left[0]}{END}": None}
         return {edit: Edits(tuple(other for other in self.left if other != edit)) for edit in self.left}
+
+    def after_wrong(self, text: str) -> State | None:
+        """Nothing that remains is done."""
+        return self if len(text) == 2 and text[0].isdecimal() and text[1].isalpha() else None
 
 
 def edits(draw: random.Random, longer: bool) -> Problem:
@@ -185,6 +204,10 @@ class Summands(State):
                 )
         return found
 
+    def after_wrong(self, text: str) -> State | None:
+        whole = self.count > 1 and len(text) == 3 and text.isdecimal()
+        return Summands(int(text[1:]), self.count - 1, self.without) if whole else None
+
 
 @cache
 def _summable(number: int, count: int, without: str) -> bool:
@@ -216,8 +239,14 @@ class First(State):
     state: State
 
     def steps(self) -> Mapping[str, State | None]:
-        text, left = next(iter(self.state.steps().items()))
-        return {text: None if left is None else First(left)}
+        for text, left in self.state.steps().items():
+            return {text: None if left is None else First(left)}
+        return {}
+
+    def after_wrong(self, text: str) -> State | None:
+        """A step that is correct in another order leads where it would."""
+        left = self.state.steps().get(text) or self.state.after_wrong(text)
+        return None if left is None else First(left)
 
 
 def _in_order(family: Family) -> Family:

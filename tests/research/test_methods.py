@@ -32,7 +32,7 @@ def place(labels: bool = True, judge=None) -> Place:
         steps,
         found if labels else None,
         torch.where(counts, torch.randint(VOCAB, (ROWS, LENGTH), generator=generator), -1),
-        {source: judge or random_verdicts for source in ("verifier", "judge")},
+        {source: judge or random_verdicts for source in ("verifier", "judge", "local")},
         counts & (steps % 2 == 0),
         torch.tensor([True, False, True])[:, None].expand(ROWS, LENGTH),
         torch.where(counts, counts.long().cumsum(-1) - 1, -1),

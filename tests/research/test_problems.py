@@ -248,3 +248,45 @@ def test_in_order_there_is_one_solution_and_the_problems_are_the_same():
             assert one.prompt == other.prompt and one.is_correct(only)
         assert underspecified.underspecification(ordered)["symbols"] == 1.0
         assert underspecified.underspecification(free)["steps"] > 1.5
+
+
+@pytest.mark.parametrize(
+    ("start", "solution", "usual", "local"),
+    [
+        # A walk goes to a node without an edge, and continues from it.
+        (underspecified.Walk("b", "f", ("af", "bcd", "cad", "dae", "ef")), "aef$", "x---", "xx.."),
+        (underspecified.Walk("b", "f", ("af", "bcd", "cad", "dae", "ef")), "ef$", "x--", "x.."),
+        # 14 - 5 is not 8. The next coin is right for 8, and so is the last one.
+        (underspecified.Payment(14, (9, 5, 2)), "508206204202200$", "..x-------------", "..x............."),
+        # d before k, which is wrong. Without it the others are right.
+        (underspecified.Tasks("adfhk", ("fa", "kd", "ka")), "dhkfa$", "x-----", "x....."),
+        # 2 + 7 is not 8. The sum that is written is reduced correctly.
+        (underspecified.Sum("3527"), "358;88;6$", "..x------", "..xx....."),
+        (underspecified.Edits(("2b", "4g", "6a")), "4h2b4g6a$", ".x-------", ".x......."),
+        # 17 - 5 is not 13. Its last digits add up to that.
+        (underspecified.Summands(17, 3, "38"), "5137066$", "..x----", "..x...."),
+        # Of two orders only one counts, so h is wrong here, and after it d is the first.
+        (underspecified.First(underspecified.Tasks("dhk", ())), "hdk$", "x---", "x..."),
+    ],
+)
+def test_a_step_after_a_wrong_one_is_judged_by_what_is_written(start, solution, usual, local):
+    """x: wrong. -: not judged as correct because of it."""
+    problem = Problem("?", start)
+    for marks, is_local in ((usual, False), (local, True)):
+        found = [
+            symbol in those
+            for symbol, those in zip(solution, problem.allowed(solution, is_local), strict=True)
+        ]
+        assert found == [mark == "." for mark in marks]
+
+
+def test_local_verdicts_are_the_usual_ones_up_to_the_end_of_the_first_wrong_step(family):
+    rng = random.Random(9)
+    for problem in problems(family, 40):
+        solution = problem.solution(rng)
+        assert problem.allowed(solution, local=True) == problem.allowed(solution)
+        place = rng.randrange(len(solution))
+        text = solution[:place] + rng.choice("0123456789;abc$") + solution[place + 1 :]
+        usual, local = problem.allowed(text), problem.allowed(text, local=True)
+        assert local[: place + 1] == usual[: place + 1]
+        assert all(those <= others for those, others in zip(usual, local, strict=True))

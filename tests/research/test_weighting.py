@@ -161,7 +161,7 @@ def test_each_method_asks_its_own_source_of_verdicts():
         where = place(labels=False)
         where.judges = {
             source: random_verdicts if source == method.source else refuses
-            for source in ("verifier", "judge")
+            for source in ("verifier", "judge", "local")
         }
         loss(method.name, where)
 
