@@ -15,6 +15,7 @@ import methods as how
 import tasks
 import train
 import underspecified
+import vcrd
 import verifiers
 import weighting as by
 from compared import SIGNALS, controls, methods
@@ -229,3 +230,35 @@ def test_a_judge_reads_the_solution_and_judges_the_right_tokens(times, accepts, 
         expected[1, batch.counts[1].nonzero()[2, 0]] = 0.0  # the "x"
         assert same.sum() == 1
     assert torch.equal(written, expected)
+
+
+@pytest.mark.parametrize("normalization", ["none", "mass"])
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_gap_is_a_weighting_of_the_package(normalization, labels):
+    """With labels, and on own prefixes with the verdicts on the teacher's proposals."""
+    where = place(labels=labels)
+    student, teacher = logits()
+    settings = {"validity": "label"}
+    if not labels:
+        student_valid, teacher_valid = random_verdicts(None, None)
+        settings = {
+            "validity": "scores",
+            "student_validity": student_valid,
+            "teacher_validity": teacher_valid,
+        }
+    out = vcrd.validity_calibrated_kl(
+        student,
+        teacher,
+        where.labels,
+        divergence="jsd",
+        weighting="gap",
+        sharpness=1.0,
+        floor=by.FLOOR,
+        ceiling=by.CEILING,
+        normalization=normalization,
+        mask=where.counts,
+        **settings,
+    )
+    name = "JSD x gap, kept" if normalization == "mass" else "JSD x gap"
+    assert len(out.weight[where.counts].unique()) > 5
+    assert loss(name, where).item() == pytest.approx(mean(out.loss, where), rel=1e-5)
