@@ -19,6 +19,7 @@ import estimators
 import plots
 import privileged
 import tables
+from lm import page as lm
 from runs import TASKS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -33,7 +34,7 @@ def comparisons(folder: Path) -> dict[str, tables.Results]:
 
 
 def tables_of(name: str, folder: Path) -> str:
-    made_by = {"estimators": estimators, "anatomy": anatomy, "privileged": privileged}.get(name)
+    made_by = {"estimators": estimators, "anatomy": anatomy, "privileged": privileged, "lm": lm}.get(name)
     if made_by is not None:
         return made_by.page(json.loads((folder / f"{name}.json").read_text()))
     known = comparisons(folder)
@@ -61,6 +62,8 @@ def main() -> None:
     page.write_text(with_tables(page.read_text(), DOCS / "evidence"))
     for name, results in comparisons(DOCS / "evidence").items():
         plots.draw(results, DOCS / "images" / "evidence" / name)
+    if (found := DOCS / "evidence" / "lm.json").exists():
+        lm.draw(json.loads(found.read_text()), DOCS / "images" / "evidence" / "lm")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,11 @@ def test_names_are_unique_and_valid_file_names():
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_a_stage_is_short_and_names_its_claim_and_its_files(stage):
     assert stage.proves.endswith(".") and "\n" not in stage.proves
-    longer = {"build": stages.LIMIT_OF_THE_BUILD, "nccl-alive": stages.LIMIT_OF_THE_LOOK}
+    longer = {
+        "build": stages.LIMIT_OF_THE_BUILD,
+        "nccl-alive": stages.LIMIT_OF_THE_LOOK,
+        "language-model": stages.LIMIT_OF_THE_MODEL,
+    }
     assert stage.limit == longer.get(stage.name, LIMIT) and LIMIT <= 90
     assert 0 < stage.expected <= stage.limit
     for pattern in stage.sources:
@@ -189,3 +193,21 @@ def imported(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+
+
+def test_the_language_model_continues_in_the_next_call(monkeypatch):
+    """It ends itself in time, in the same folder each time; unfinished is not passed."""
+    commands = []
+
+    def run(command, seconds, show=False, **environment):
+        commands.append(command)
+        finding = {"passed": None, "how": "3 of 48 runs are finished"}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps(finding))
+        return process.Outcome(0, 1.0, "")
+
+    monkeypatch.setattr(stages, "run", run)
+    found = [stages.language_model(seconds) for seconds in (100.0, 80.0)]
+    assert [(each.passed, each.how) for each in found] == [(None, "3 of 48 runs are finished")] * 2
+    options = [dict(zip(command[2:-2:2], command[3:-2:2], strict=True)) for command in commands]
+    assert [each.pop("--seconds") for each in options] == ["75", "55"]
+    assert options[0] == options[1] and options[0]["--config"] == "gpu" and NAMES[-1] == "language-model"

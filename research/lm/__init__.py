@@ -1,0 +1,1 @@
+"""A real language model as teacher and student: does the calibration help there? See compare.py."""

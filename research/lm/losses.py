@@ -1,0 +1,81 @@
+"""The methods, each a configuration of vcrd's own loss; nothing else differs between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vcrd
+from lm.text import Rows
+from methods import OWN, TRACES
+
+_PLAIN = {"validity": "uniform"}
+
+
+def _constant(weight: float) -> dict[str, Any]:
+    return {**_PLAIN, "floor": weight, "ceiling": weight}
+
+
+@dataclass(frozen=True)
+class Method:
+    """options: of `vcrd.LossConfig`. labels, scores: whether it reads verified tokens, verdicts on both proposals.
+    shuffled: whether the weights are moved to other tokens of the micro-batch.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    labels: bool = False
+    scores: bool = False
+    shuffled: bool = False
+
+
+_SCORES = {"divergence": "jsd", "validity": "scores"}
+_GAP = {"divergence": "jsd", "validity": "label", "weighting": "gap"}
+# In the order in which they run.
+METHODS = {
+    method.name: method
+    for method in (
+        Method("JSD", {**_PLAIN, "divergence": "jsd"}),
+        Method("JSD x gap", _GAP, labels=True),
+        Method("JSD x scores", _SCORES, scores=True),
+        Method("KL + CE", {**_constant(0.5), "ce_weight": 0.5}, labels=True),
+        Method("SFT", {**_constant(0.0), "ce_weight": 1.0}, labels=True),
+        Method("forward KL", _PLAIN),
+        Method("JSD x gap, shuffled", _GAP, labels=True, shuffled=True),
+        Method("JSD x scores, shuffled", _SCORES, scores=True, shuffled=True),
+    )
+}
+REGIMES = (OWN, TRACES)
+
+
+def verified(rows: Rows, regime: str, teacher_action: Tensor) -> Tensor:
+    """Verified next tokens, int64 [n], -1 for none: on the student's own samples the teacher's proposal where the
+    verifier accepts it, else the teacher's written token where it is correct.
+    """
+    tokens = teacher_action if regime == OWN else rows.written.to(teacher_action.device)
+    return torch.where(rows.valid(tokens), tokens, -1)
+
+
+def loss_of(
+    method: Method, logits: Tensor, taught: Tensor, rows: Rows, regime: str, generator: torch.Generator
+) -> Tensor:
+    """The mean loss over the n places of `rows`. Both logits are [n, vocabulary]; the student's have a graph."""
+    given: dict[str, Tensor] = {}
+    labels = None
+    if method.labels or method.scores:
+        action = taught.argmax(-1)
+        if method.labels:
+            labels = verified(rows, regime, action)
+        if method.scores:
+            given["teacher_validity"] = rows.valid(action).float()
+            given["student_validity"] = rows.valid(logits.detach().argmax(-1)).float()
+    out = vcrd.validity_calibrated_kl(logits, taught, labels, **given, **method.options)
+    loss = out.loss
+    if method.shuffled:
+        # The same on every device.
+        order = torch.randperm(len(out.weight), generator=generator).to(out.weight.device)
+        loss = out.weight[order] * out.stats.divergence
+    return loss.mean()
