@@ -232,6 +232,7 @@ def test_a_gap_without_a_meaning_is_refused(options, sentence):
 
 
 def test_what_the_configuration_leaves_out_depends_on_the_weighting():
+    assert vcrd.LossConfig(weighting="gap").weight_map == (1, 0.05, 3)
     config = vcrd.LossConfig(ceiling=2.5)
     assert config.weight_map == (4, 0.1, 2.5) and config.pooled is None
     gap = vcrd.LossConfig(ceiling=2.5, weighting="gap")

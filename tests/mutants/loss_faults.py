@@ -9,6 +9,7 @@ _SHARDED = "tests/loss/test_sharded.py"
 _SKIPPED = "tests/loss/test_skipped_rows.py"
 _TOPK = "tests/loss/test_topk.py"
 _VALIDITY = "tests/loss/test_validity.py"
+_WEIGHTING = "tests/loss/test_weighting.py"
 
 
 def _fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
@@ -29,6 +30,76 @@ FAULTS = [
         "member = steps >= 0 if keep is None else (steps >= 0) & keep",
         "member = steps >= 0",
         *(_VALIDITY, "-k", "match_the_reference and True"),
+    ),
+    _fault(
+        "the gap is taken in log-probabilities",
+        "loss/validity.py",
+        "student, teacher = (each.double().exp() for each in judged)",
+        "student, teacher = (each.double() for each in judged)",
+        *(_WEIGHTING, "-k", "match_the_reference or by_hand"),
+    ),
+    _fault(
+        "the gap of the student's proposal instead of the teacher's",
+        "loss/validity.py",
+        "p, q = stats.teacher_logprob_of_teacher_action, stats.student_logprob_of_teacher_action",
+        "p, q = stats.teacher_logprob_of_student_action, stats.student_logprob_of_student_action",
+        *(_WEIGHTING, "-k", "as_far_as_it_is_accepted"),
+    ),
+    _fault(
+        "a proposal counts whether or not it is accepted",
+        "loss/validity.py",
+        "torch.where(unverified, 0.0, teacher * (p.double().exp() - q.double().exp()))",
+        "torch.where(unverified, 0.0, p.double().exp() - q.double().exp())",
+        *(_WEIGHTING, "-k", "as_far_as_it_is_accepted"),
+    ),
+    _fault(
+        "the mean square of the gap without its root",
+        "loss/validity.py",
+        "(squares / count.clamp(min=1)).sqrt()",
+        "(squares / count.clamp(min=1))",
+        *(_WEIGHTING, "-k", "match_the_reference"),
+    ),
+    _fault(
+        "tokens that the mask leaves out take part in the statistics of the weights",
+        "loss/validity.py",
+        "        counts = counts & keep\n",
+        "        pass\n",
+        *(_WEIGHTING, "-k", "match_the_reference"),
+    ),
+    _fault(
+        "a token that is no number takes part in the statistics of the weights",
+        "loss/validity.py",
+        "torch.where(counts, value.double(), 0.0).sum() for value in (a, b)",
+        "value.double().sum() for value in (a, b)",
+        *(_WEIGHTING, "-k", "no_number"),
+    ),
+    _fault(
+        "the mass is divided by the weighted mass",
+        "loss/validity.py",
+        "found / usual.clamp(min=1e-300), 1.0",
+        "usual / found.clamp(min=1e-300), 1.0",
+        *(_WEIGHTING, "-k", "mass_is_kept"),
+    ),
+    _fault(
+        "a gap has the ceiling of the sigmoid",
+        "loss/config.py",
+        '"gap": WeightMap(1.0, 0.05, 3.0)',
+        '"gap": WeightMap(1.0, 0.05, 1.9)',
+        *(_WEIGHTING, "-k", "by_hand"),
+    ),
+    _fault(
+        "the fused head divides by no normalization",
+        "loss/fused_head.py",
+        "            weights[0] /= ctx.divisor\n",
+        "",
+        *(_WEIGHTING, "-k", "match_the_reference"),
+    ),
+    _fault(
+        "the statistics of the weights are those of one rank",
+        "megatron/distillation.py",
+        "weight_group=self.layout.weight_group,",
+        "weight_group=None,",
+        *("tests/megatron/test_pooled_weights.py", "-k", "tp1-pp1-dp2"),
     ),
     _fault(
         "the mean weight is that of one rank's tokens",
