@@ -18,7 +18,7 @@ from train import Judge, Sizes, imitate, optimizer_of, paced, store
 
 AFTER_HINT = "%"  # no family uses it
 HINTS = ("right", "partial", "wrong", "none")
-STEPS = 150  # of the training of a judge for the distillation
+STEPS = 150  # training steps of a judge whose verdicts set weights
 ACCEPTED = 4.0  # an action is valid if the judge gives its own at most so many times the probability
 
 

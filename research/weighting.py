@@ -87,7 +87,9 @@ def signed_mass(seen: Seen) -> Tensor:
 
 
 def own_validity(seen: Seen) -> Tensor:
-    """Each model's probability of its own proposal if that is accepted, else 0: the teacher's minus the student's."""
+    """The probability that the teacher gives to its proposal, or 0 if the verifier rejects it, minus the same number of
+    the student.
+    """
     stats = seen.stats
     return (
         seen.teacher_valid * stats.teacher_logprob_of_teacher_action.exp()
@@ -144,7 +146,7 @@ def _bins(values: Tensor) -> Tensor:
 
 
 def shuffled_within(inner: Weights, bins: Callable[[Seen], Tensor]) -> Weights:
-    """The same weights, each at a random other token of its bin."""
+    """The same weights, moved to a random token of its bin."""
 
     def weights(seen: Seen) -> Tensor:
         found = inner(seen)

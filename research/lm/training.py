@@ -25,7 +25,7 @@ from runs import family_of
 from train import paced
 
 SAVE_EVERY = 300.0  # seconds
-PARTS = 3  # of a batch, by length
+PARTS = 3  # A batch is computed in this many groups of rows of similar length: less padding.
 _TINY = Shape(2, 24, 40, 4, 2, 6, 0, 1e-5, 10000.0)  # the vocabulary has its own size
 Say = Callable[[str], None]
 

