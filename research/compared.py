@@ -59,12 +59,13 @@ _WEIGHTING = (
     *("JSD x scores", "JSD x scores, kept", "JSD x until the first error, kept", "JSD x gate, kept"),
     *("JSD x gap", "JSD x gap, kept", "JSD x gap, gated, kept", "JSD x gap, shuffled"),
     *("JSD x accepted mass", "JSD x accepted mass, kept", "JSD x signed mass, kept"),
+    *("JSD x soft scores", "JSD x soft scores, kept", "JSD x verdicts, kept"),
 )
 # Further baselines and candidates.
 _FURTHER = (
     *("JSD + CE", "reverse KL", "skewed KL", "entropy gap", "JSD x entropy gap"),
     *("JSD x gap, half", "JSD x gap, double", "JSD x gap, double, kept", "JSD x log gap"),
-    *("JSD x verdicts, kept", "JSD x own validity, kept", "JSD x soft gate, kept", "JSD x valid spared"),
+    *("JSD x own validity, kept", "JSD x soft gate, kept", "JSD x valid spared"),
 )
 # Verdicts from other sources than a verifier of each token: the outcome, a judge that sees a solution, and none.
 _SOURCES = (
@@ -272,6 +273,8 @@ def _weightings() -> list[Method]:
         ("log gap", by.scaled(by.log_gap)),
         ("gate, kept", by.kept(how.gate)),
         ("soft gate, kept", by.kept(by.soft_gate)),
+        ("soft scores", by.soft_scores),
+        ("soft scores, kept", by.kept(by.soft_scores)),
         ("valid spared", by.spare_the_valid),
         ("until the first error, kept", by.kept(how.until_the_first_error)),
     ):

@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
             "config": options.config,
             "sizes": asdict(sizes),
             "torch": torch.__version__,
-            "rates": {f"{task}, {regime}": rates for (task, regime), rates in best_rates(tuned).items()},
+            "rates": best_rates(tuned),
             "problems": dict(zip(LENGTHS, counts(sizes), strict=True)),
             "underspecified": {task: underspecification(family_of(task)) for task in tasks},
         }

@@ -231,23 +231,28 @@ def final_runs(
     their share of wrong verdicts, and whether they err systematically.
     """
     runs = []
-    for (task, regime), rates in best_rates(tuned).items():
-        for rate in sizes.rates:
-            names = tuple(name for name, best in rates.items() if best == rate)
-            if names:
-                runs.append(Run(task, regime, seed, rate, names))
-            judged = tuple(name for name in names if name in JUDGED)
-            if regime == OWN and judged:
-                runs += [Run(task, regime, seed, rate, judged, *verifier) for verifier in verifiers]
+    for regime, rates in best_rates(tuned).items():
+        for task in dict.fromkeys(record["task"] for record in tuned):
+            for rate in sizes.rates:
+                names = tuple(name for name, best in rates.items() if best == rate)
+                if names:
+                    runs.append(Run(task, regime, seed, rate, names))
+                judged = tuple(name for name in names if name in JUDGED)
+                if regime == OWN and judged:
+                    runs += [Run(task, regime, seed, rate, judged, *verifier) for verifier in verifiers]
     return runs
 
 
-def best_rates(tuned: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
-    """The rate of each method for each task and regime; the smallest of equal ones."""
-    found: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+def best_rates(tuned: list[dict]) -> dict[str, dict[str, float]]:
+    """The rate of each method for each kind of prefixes, the best one in the mean over the tasks: a choice for each
+    task would add its noise to every difference. The smallest of equal ones.
+    """
+    solved: dict[str, dict[str, dict[float, float]]] = {}
     for record in sorted(tuned, key=lambda record: record["rate"]):
-        rates = found.setdefault((record["task"], record["regime"]), {})
         for name, share in record["solved"].items():
-            if name not in rates or share > rates[name][0]:
-                rates[name] = (share, record["rate"])
-    return {place: {name: rate for name, (_, rate) in rates.items()} for place, rates in found.items()}
+            shares = solved.setdefault(record["regime"], {}).setdefault(name, {})
+            shares[record["rate"]] = shares.get(record["rate"], 0.0) + share
+    return {
+        regime: {name: max(shares, key=shares.get) for name, shares in methods.items()}
+        for regime, methods in solved.items()
+    }

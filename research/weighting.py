@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import vcrd
 from methods import Seen, Weights
 
 Signal = Callable[[Seen], Tensor]
@@ -100,6 +101,19 @@ def own_validity(seen: Seen) -> Tensor:
 def soft_gate(seen: Seen) -> Tensor:
     """The teacher's probability of the accepted proposals."""
     return _mass(seen, seen.teacher_valid, seen.student_valid)[0]
+
+
+def soft_scores(seen: Seen) -> Tensor:
+    """The weights of `scores`, where the validity of a model is its probability of the accepted proposals."""
+    teacher, student = _mass(seen, seen.teacher_valid, seen.student_valid)
+    found, _ = vcrd.validity_weights(
+        seen.stats,
+        validity="scores",
+        teacher_validity=teacher.clamp(0, 1),
+        student_validity=student.clamp(0, 1),
+        mask=seen.counts,
+    )
+    return found
 
 
 def gated(inner: Weights) -> Weights:

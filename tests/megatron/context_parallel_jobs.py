@@ -213,9 +213,9 @@ def reference_loss(
             stats["student_action"],
             stats["teacher_action"],
         )
+        weight, _ = reference.weights(*verdicts, **jobs.weight_map(chosen), mask=options["mask"])
     else:
-        verdicts = reference.log_validities(stats, chosen.validity)
-    weight, _ = reference.weights(*verdicts, **jobs.weight_map(chosen), mask=options["mask"])
+        weight = jobs.expected_weights(chosen, stats, options["mask"])
     return weight * stats["divergence"]
 
 

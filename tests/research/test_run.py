@@ -208,12 +208,15 @@ def test_a_wrong_name_is_an_error(arguments, says, capsys, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_the_best_rate_solves_the_most_and_is_the_smallest_of_equal_ones():
-    def record(rate: float, **solved: float) -> dict:
-        return {"task": "t", "regime": "own", "rate": rate, "solved": solved}
+def test_the_best_rate_solves_the_most_over_all_tasks_and_is_the_smallest_of_equal_ones():
+    def record(task: str, rate: float, **solved: float) -> dict:
+        return {"task": task, "regime": "own", "rate": rate, "solved": solved}
 
-    tuned = [record(3.0, a=0.5, b=0.2), record(1.0, a=0.5, b=0.1), record(2.0, a=0.4, b=0.3)]
-    assert runs.best_rates(tuned) == {("t", "own"): {"a": 1.0, "b": 2.0}}
+    tuned = [
+        *(record("s", 3.0, a=0.5, b=0.2), record("s", 1.0, a=0.5, b=0.1), record("s", 2.0, a=0.4, b=0.3)),
+        *(record("t", 3.0, a=0.5, b=0.5), record("t", 1.0, a=0.5, b=0.3), record("t", 2.0, a=0.5, b=0.3)),
+    ]
+    assert runs.best_rates(tuned) == {"own": {"a": 1.0, "b": 3.0}}
 
 
 def test_the_requested_seeds_and_wrong_verdicts_are_used():
