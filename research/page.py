@@ -1,8 +1,8 @@
-"""Writes the tables of docs/evidence/*.json into docs/evidence.md, and draws its pictures.
+"""Writes the tables of docs/evidence/*.json into docs/evidence.md and docs/evidence-tables.md, and draws their pictures.
 
     python research/page.py
 
-A table is between `<!-- tables: NAME -->` and `<!-- end -->`. The table "map" uses all results.
+A table is between `<!-- tables: NAME -->` and `<!-- end -->`. The tables "map" and "summary" use several results.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lm import page as lm
 from runs import TASKS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = ("evidence.md", "evidence-tables.md")
 _TABLES = re.compile(r"(<!-- tables: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -45,6 +46,8 @@ def tables_of(name: str, folder: Path) -> str:
                 continue  # other families
             places.setdefault(results.content["config"], []).append(results)
         return tables.where(places)
+    if name == "summary":
+        return tables.summary(known)
     return tables.page(known[name]).replace("## ", "### ")
 
 
@@ -58,8 +61,9 @@ def with_tables(text: str, folder: Path) -> str:
 
 
 def main() -> None:
-    page = DOCS / "evidence.md"
-    page.write_text(with_tables(page.read_text(), DOCS / "evidence"))
+    for name in PAGES:
+        text = (DOCS / name).read_text()
+        (DOCS / name).write_text(with_tables(text, DOCS / "evidence"))
     for name, results in comparisons(DOCS / "evidence").items():
         plots.draw(results, DOCS / "images" / "evidence" / name)
     if (found := DOCS / "evidence" / "lm.json").exists():

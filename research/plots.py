@@ -81,25 +81,33 @@ def _ranked(results: Results, regime: str, baseline: str) -> Figure:
 
 
 def _by_choice(results: Results, regime: str) -> Figure:
-    """The gain of some methods on JSD in each family, by the entropy of its correct next symbols."""
+    """The gain of some methods on JSD in each family, the one with the least entropy of its correct next symbols
+    first.
+    """
     choice, jsd = results.choice(), results.solved(regime, "JSD")
+    order = np.argsort(choice, kind="stable")
     names = [name for name in BY_CHOICE if name in results.methods(regime)]
-    figure = Figure(figsize=(7, 1.5 * len(names)))
-    each = figure.subplots(len(names), sharex=True, sharey=True, squeeze=False)[:, 0]
-    for axes, name in zip(each, names, strict=True):
+    rows = -(-len(names) // 2)
+    figure = Figure(figsize=(8, 1.7 * rows + 0.8))
+    panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, name in zip(panels, names, strict=False):
         solved = results.solved(regime, name)
-        for place, entropy in enumerate(choice):
+        for place, task in enumerate(order):
             mean, low, high = (
-                100 * value for value in difference(*(x[place : place + 1] for x in (solved, jsd)))
+                100 * value for value in difference(*(x[task : task + 1] for x in (solved, jsd)))
             )
-            # Families that leave no choice are side by side.
-            at = entropy - 0.006 * (choice[:place] == entropy).sum()
-            axes.plot((at, at), (low, high), color="#1d4ed8", linewidth=1.4)
-            axes.plot(at, mean, "o", color="#1d4ed8", markersize=4)
+            axes.plot((place, place), (low, high), color="#1d4ed8", linewidth=1.4)
+            axes.plot(place, mean, "o", color="#1d4ed8", markersize=4)
         axes.axhline(0, color="#9ca3af", linewidth=1)
         axes.set_title(name, loc="left", fontsize=9)
-    each[-1].set_xlabel("mean entropy of the correct next symbols of a family, nats")
-    each[len(names) // 2].set_ylabel("points against JSD, and interval of 95 %")
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    labels = [f"{results.tasks[task].replace('_', ' ')}  {choice[task]:.2f}" for task in order]
+    for axes in panels[max(0, len(names) - 2) : len(names)]:
+        axes.xaxis.set_tick_params(labelbottom=True)
+        axes.set_xticks(range(len(order)), labels, rotation=50, ha="right", rotation_mode="anchor")
+    figure.supxlabel("family, and the mean entropy of its correct next symbols, nats", fontsize=9)
+    figure.supylabel("points against JSD, and interval of 95 %", fontsize=9)
     figure.tight_layout()
     return figure
 

@@ -31,6 +31,17 @@ BY_CHOICE = (
     *("KL + CE", "JSD x position", "JSD x gate, kept", "JSD x until the first error, kept", "JSD x scores"),
     *("JSD x gap", "JSD x gap, kept", "JSD x accepted mass, kept"),
 )
+# Those that ask for no verdicts.
+UNVERIFIED = ("JSD x position", "JSD x confidence, kept")
+# The columns of the summary: title, results, kind of prefixes, verifier, and whether the families leave a choice.
+SUMMARY = (
+    ("several next steps are correct", "choice", "own", 0.0, True),
+    ("one is", "choice", "own", 0.0, False),
+    ("20 % of the verdicts wrong", "choice-erring", "own", 0.2, True),
+    ("verdicts always wrong about some symbols", "choice-erring", "own", "symbols 0.2", True),
+    ("worse teachers", "choice-worse-teacher", "own", 0.0, True),
+    ("the teacher's solutions", "choice-solutions", "traces", 0.0, True),
+)
 # Gains of the calibration and its rivals, for the map.
 GAINS = (
     ("label", "forward KL"),
@@ -256,6 +267,32 @@ def where(places: dict[str, Sequence[Results]]) -> str:
             found = (both[0].solved(regime, name) for name in (a, b)) if both else ()
             row.append(shown(difference(*found)) if both else "")
         rows.append(row)
+    return table(rows)
+
+
+def summary(known: dict[str, Results]) -> str:
+    """What each of the methods that the summary shows gains on JSD, by SUMMARY. A method that asks for no verdicts is
+    the same whether or not these are right.
+    """
+    columns = [(title, known[name], *rest) for title, name, *rest in SUMMARY if name in known]
+    rows = [["method", *(title for title, *_ in columns)]]
+    rows.append(["families, seeds"])
+    for _, results, _, _, choice in columns:
+        rows[-1].append(f"{int(((results.choice() > 0) == choice).sum())}, {len(results.seeds)}")
+    rows.append(["JSD solves, %"])
+    for _, results, regime, _, choice in columns:
+        solved = results.solved(regime, "JSD")[(results.choice() > 0) == choice]
+        rows[-1].append(f"{100 * solved.mean():.1f}")
+    for name in BY_CHOICE:
+        rows.append([name])
+        for _, results, regime, verifier, choice in columns:
+            judged = name in results.methods(regime, verifier)
+            cell = ""
+            if judged or (verifier and name in UNVERIFIED and name in results.methods(regime)):
+                its = results.solved(regime, name, wrong=verifier if judged else 0.0)
+                pair = (each[(results.choice() > 0) == choice] for each in (its, results.solved(regime, "JSD")))
+                cell = shown(difference(*pair))
+            rows[-1].append(cell)
     return table(rows)
 
 

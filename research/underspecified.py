@@ -175,13 +175,13 @@ class Edits(State):
 
 
 def edits(draw: random.Random, longer: bool) -> Problem:
-    """`1aa2db3cc4eg5gg6ga?` has two letters for each place of a text, what is there and what should be. It asks for the
-    changes in any order: `4g6a2b$`.
+    """`1aa2db3cc4eg?` has two letters for each place of a text, what is there and what should be. It asks for the
+    changes in any order: `4g2b$`.
     """
-    length = 8 if longer else draw.randint(5, 6)
-    pairs = [letter * 2 for letter in draw.choices(_LETTERS[:8], k=length)]
-    for place in draw.sample(range(length), 5 if longer else draw.randint(2, 4)):
-        pairs[place] = "".join(draw.sample(_LETTERS[:8], 2))
+    length = 6 if longer else draw.randint(3, 4)
+    pairs = [letter * 2 for letter in draw.choices(_LETTERS[:6], k=length)]
+    for place in draw.sample(range(length), 4 if longer else draw.randint(2, 3)):
+        pairs[place] = "".join(draw.sample(_LETTERS[:6], 2))
     left = tuple(f"{place}{new}" for place, (old, new) in enumerate(pairs, 1) if old != new)
     return Problem(f"{''.join(f'{place}{pair}' for place, pair in enumerate(pairs, 1))}?", Edits(left))
 

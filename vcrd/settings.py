@@ -445,9 +445,9 @@ class DistillSettings:
     weighting: str = setting(
         "sigmoid",
         "What makes a weight of the validities. sigmoid: from floor to ceiling by the difference of the two log "
-        "validities. gap: by how much more probable a verified token is to the teacher than to the student, relative "
-        "to the root mean square of this over the micro-batches that all ranks process at the same time; with the "
-        "validity label, scores or privileged, or a verifier (docs/method.md).",
+        "validities. gap: by how much more probability the teacher gives to what is verified than the student "
+        "does, relative to the root mean square of this over the micro-batches that all ranks process at the same "
+        "time; with the validity label, scores or privileged, or a verifier (docs/method.md).",
         _text(),
     )
     sharpness: float | None = setting(

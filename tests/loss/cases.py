@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import kernels_under_test  # noqa: F401  before vcrd's operators
@@ -93,12 +94,12 @@ def expected_weights(
     stats: dict[str, Tensor],
     validities: tuple[Tensor, Tensor],
     weighting: str = "sigmoid",
-    teacher_validity: Tensor | None = None,
+    proposals: Sequence[Tensor] | None = None,
     **options,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.weights` with what the weighting is made with by default. teacher_validity: of its proposal, where the
-    gap is at that and not at the label."""
-    gap = reference.gaps(stats, teacher_validity) if weighting == "gap" else None
+    """`reference.weights` with what the weighting is made with by default. proposals: the validities of both, where the
+    gap is at these and not at the label."""
+    gap = reference.gaps(stats, proposals) if weighting == "gap" else None
     options = {**WEIGHTINGS[weighting]._asdict(), "divergence": stats["divergence"], "gap": gap, **options}
     return reference.weights(*validities, **options)
 

@@ -161,7 +161,7 @@ def _truth(case: JudgeCase, columns: list[slice], with_steps: bool, options: dic
     steps = tensors["steps"] if with_steps else None
     of_weights = {name: value for name, value in options.items() if name in ("weighting", "normalization")}
     weights, _ = expected_weights(
-        stats, validities, teacher_validity=validities[1].exp(), steps=steps, mask=mask, **of_weights
+        stats, validities, proposals=[each.exp() for each in validities], steps=steps, mask=mask, **of_weights
     )
     loss = weights * stats["divergence"] + options.get("ce_weight", 0.0) * stats["cross_entropy"]
     (loss * tensors["upstream"][1].double()).sum().backward()

@@ -78,19 +78,36 @@ def test_the_gap_by_hand(device):
 
 
 def test_a_proposal_counts_as_far_as_it_is_accepted(device):
-    """The teacher's proposals have the gaps 0.6, 0.3 and 0.4; the second is rejected, the third half accepted."""
-    p = torch.tensor([[0.8, 0.2], [0.1, 0.9], [0.5, 0.4]], device=device)
-    q = torch.tensor([[0.2, 0.8], [0.4, 0.6], [0.1, 0.9]], device=device)
-    teacher = torch.tensor([1.0, 0.0, 0.5], device=device)
-    gaps = torch.tensor([0.6, 0.0, 0.5 * (0.5 / 0.9 - 0.1)], device=device)
+    """The teacher's proposals have the gaps 0.6, 0.3, 0.3 and 0.1, the student's -0.6, the same token, -0.3 and -0.1.
+    Rejected: the student's of the first token, both of the second, the teacher's of the last. Half accepted: the
+    student's of the third."""
+    p = torch.tensor([[0.8, 0.2, 0.0], [0.1, 0.9, 0.0], [0.4, 0.35, 0.25], [0.45, 0.5, 0.05]], device=device)
+    q = torch.tensor([[0.2, 0.8, 0.0], [0.4, 0.6, 0.0], [0.1, 0.65, 0.25], [0.55, 0.4, 0.05]], device=device)
+    student = torch.tensor([0.0, 0.0, 0.5, 1.0], device=device)
+    teacher = torch.tensor([1.0, 0.0, 1.0, 0.0], device=device)
+    gaps = torch.tensor([0.6, 0.0, 0.3 - 0.15, -0.1], device=device)
     expected = 1 + gaps / gaps.square().mean().sqrt()
-    scores = dict(student_validity=torch.rand(3, device=device), teacher_validity=teacher)
     for options in (
-        {"validity": "scores", **scores},
-        {"validity": lambda stats: (scores["student_validity"], teacher)},
+        {"validity": "scores", "student_validity": student, "teacher_validity": teacher},
+        {"validity": lambda stats: (student, teacher)},
     ):
         out = vcrd.validity_calibrated_kl(q.log(), p.log(), **GAP, **options)
         torch.testing.assert_close(out.weight, expected)
+
+
+def test_a_proposal_of_both_models_counts_once(device):
+    p, q = torch.tensor([[0.8, 0.2], [0.9, 0.1]]), torch.tensor([[0.6, 0.4], [0.3, 0.7]])
+    ones = torch.ones(2, device=device)
+    out = vcrd.validity_calibrated_kl(
+        q.log().to(device),
+        p.log().to(device),
+        **GAP,
+        validity="scores",
+        student_validity=ones,
+        teacher_validity=ones,
+    )
+    # The second row has two accepted proposals, which have all the probability of both models.
+    torch.testing.assert_close(out.weight, torch.tensor([1 + 2**0.5, 1.0], device=device))
 
 
 def test_a_proposal_that_is_not_known_is_not_verified(device):
@@ -123,7 +140,7 @@ def test_scores_of_steps_say_nothing_of_tokens_without_a_step(device):
         {**stats._asdict(), "divergence": stats.divergence},
         (per_token.log(), per_token.log()),
         "gap",
-        per_token,
+        (per_token, per_token),
         steps=steps,
     )
     torch.testing.assert_close(weight.double(), expected)

@@ -66,7 +66,7 @@ def tensors(seed: int = 5) -> dict[str, Tensor]:
     mask[-1] = 0
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(2, ROWS, SEQUENCE, generator=generator)
-    scores[1] *= torch.rand(ROWS, SEQUENCE, generator=generator) < 0.6  # rejected proposals
+    scores *= torch.rand(2, ROWS, SEQUENCE, generator=generator) < 0.6  # rejected proposals
     return {"student": student, "teacher": teacher, "labels": labels, "mask": mask, "scores": scores}
 
 
@@ -82,7 +82,7 @@ def truth(weighing: Weighing, given: dict[str, Tensor]) -> tuple[Tensor, Tensor,
         stats,
         validities,
         weighing.weighting,
-        scores[1] if weighing.scored else None,
+        scores if weighing.scored else None,
         mask=given["mask"],
         steps=STEPS if weighing.with_steps else None,
         normalization=weighing.normalization,

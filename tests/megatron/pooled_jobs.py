@@ -117,7 +117,7 @@ def direct(settings: DistillSettings) -> SimpleNamespace:
                     mask=mask,
                     normalization=settings.normalization,
                     divergence=stats["divergence"],
-                    gap=reference.gaps(stats, scores[1]),
+                    gap=reference.gaps(stats, scores),
                 )
             else:
                 weight = jobs.expected_weights(settings, stats, mask)

@@ -68,11 +68,12 @@ class LossConfig:
         a callable: given `DivergenceStats`, returns the student's and the teacher's validity, each [...] in (0, 1].
     weighting: what makes a weight of the validities.
         "sigmoid": floor + (ceiling - floor) rho, of the relative validity rho = sigmoid(sharpness (log V_T - log V_S)).
-        "gap": 1 + sharpness d / RMS(d), clipped to [floor, ceiling]. d is how much more probable a verified token y is
-            to the teacher than to the student: p(y) - q(y). With "label" y is the label, and d is 0 without one. With
-            "scores", "privileged" and a callable, y is the teacher's most probable token, and d is multiplied by its
-            validity V_T, so that it is 0 where a verifier rejects the proposal. RMS(d), the root of the mean square, is
-            over all tokens that count, and at least 1e-6. The other estimators name no verified token.
+        "gap": 1 + sharpness d / RMS(d), clipped to [floor, ceiling]. d is how much more probability the teacher gives
+            to what is verified than the student does. With "label", d = p(y) - q(y) of the label y, and 0 without one.
+            With "scores", "privileged" and a callable, d is the sum of V(a) (p(a) - q(a)) over the most probable tokens
+            a of both models, once if they are the same: with the verdicts 0 and 1 of a verifier, the teacher's
+            probability of the accepted proposals minus the student's. RMS(d), the root of the mean square, is over
+            all tokens that count, and at least 1e-6. The other estimators verify no token.
     sharpness: how strongly the weight follows the validities. None: 4 for "sigmoid", 1 for "gap". 1 makes
         rho = V_T / (V_T + V_S).
     floor, ceiling: smallest and largest weight. None: 0.1 and 1.9 for "sigmoid", 0.05 and 3 for "gap". floor > ceiling

@@ -6,7 +6,7 @@ validity-calibrated distillation (Saadi and Wang, arXiv 2605.04078), see the REA
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -215,15 +215,20 @@ def privileged_log_validities(
     return tuple(torch.where(unknown, 0.0, each["teacher_label_logprob"]) for each in found)
 
 
-def gaps(stats: dict[str, Tensor], teacher_validity: Tensor | None = None) -> Tensor:
-    """p(y) - q(y), [...], at the verified token y: the label, 0 without one; or, given the validity of the teacher's
-    proposal, that token, times the validity, 0 where the proposal is unknown (-1).
+def gaps(stats: dict[str, Tensor], validities: Sequence[Tensor] | None = None) -> Tensor:
+    """p(y) - q(y), [...], at the label y, 0 without one; or, given the validities of the student's and the teacher's
+    proposal, the sum of validity times p - q over the proposals, once if they are the same token; 0 where the teacher's
+    is unknown (-1).
     """
-    if teacher_validity is None:
+    if validities is None:
         teacher = stats.get("teacher_label_log_validity", stats["teacher_label_logprob"])
         return teacher.exp() - stats["student_label_logprob"].exp()
-    p, q = stats["teacher_logprob_of_teacher_action"].exp(), stats["student_logprob_of_teacher_action"].exp()
-    return torch.where(stats["teacher_action"] < 0, 0.0, teacher_validity.double() * (p - q))
+    found = torch.zeros_like(validities[0], dtype=torch.float64)
+    for model, validity in zip(("student", "teacher"), validities, strict=True):
+        p, q = (stats[f"{whose}_logprob_of_{model}_action"].double().exp() for whose in ("teacher", "student"))
+        counted = (stats["student_action"] != stats["teacher_action"]) | (model == "teacher")
+        found = found + torch.where(counted, validity.double() * (p - q), 0.0)
+    return torch.where(stats["teacher_action"] < 0, 0.0, found)
 
 
 def weights(

@@ -6,8 +6,9 @@ At a prefix student and teacher each propose a next action. Each proposal has a 
     weight                = floor + (ceiling - floor) rho                                  "sigmoid"
     weight                = 1 + sharpness d / RMS(d), in [floor, ceiling]                  "gap"
 
-sets how strongly that prefix updates the student. Equal validity gives rho 1/2. The gap d = p(y) - q(y) compares both
-models at a verified token y. This is the project's own formalisation of validity-calibrated distillation (Saadi and
+sets how strongly that prefix updates the student. Equal validity gives rho 1/2. The gap d compares how much probability
+both models give to what is valid: d = p(y) - q(y) of a verified label y, or the sum over both proposals a of
+V(a) (p(a) - q(a)). This is the project's own formalisation of validity-calibrated distillation (Saadi and
 Wang, arXiv 2605.04078), of which only the abstract was available.
 
 RMS(d) and what a normalization divides by are statistics over the tokens of all ranks of `weight_group`: the tokens of
@@ -151,7 +152,9 @@ def _gap(
     steps: Tensor | None,
     teacher_validity: Tensor | None,
 ) -> Tensor:
-    """float64 [...]: p(y) - q(y) at the verified token y, times how valid y is; 0 where nothing is verified."""
+    """float64 [...]: p(y) - q(y) at the label y; or the sum of this over both proposals, each times how valid it is,
+    and once if they are the same token. 0 where nothing is verified.
+    """
     student, teacher = (each.double().exp() for each in judged)
     if config.validity == "label":
         return teacher - student  # 0 without a label, where both are 1
@@ -159,7 +162,11 @@ def _gap(
     if teacher_validity is not None and teacher_validity.shape != unverified.shape:  # one value per step
         unverified = unverified | (steps < 0)
     p, q = stats.teacher_logprob_of_teacher_action, stats.student_logprob_of_teacher_action
-    return torch.where(unverified, 0.0, teacher * (p.double().exp() - q.double().exp()))
+    of_teacher = teacher * (p.double().exp() - q.double().exp())
+    p, q = stats.teacher_logprob_of_student_action, stats.student_logprob_of_student_action
+    of_student = student * (p.double().exp() - q.double().exp())
+    of_student = torch.where(stats.student_action == stats.teacher_action, 0.0, of_student)
+    return torch.where(unverified, 0.0, of_teacher + of_student)
 
 
 def _average_over_steps(
