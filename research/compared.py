@@ -70,7 +70,8 @@ _FURTHER = (
 # Verdicts from other sources than a verifier of each token: the outcome, a judge that sees a solution, and none.
 _SOURCES = (
     *("JSD x outcome", "JSD x wrong outcome", "JSD x gap, outcome", "outcome + CE"),
-    *("JSD x gap, judge", "JSD x gap, judge, kept", "JSD x scores, judge", "JSD x gate, judge, kept"),
+    *("JSD x gap, judge, kept", "JSD x accepted mass, judge, kept"),
+    *("JSD x scores, judge", "JSD x gate, judge, kept"),
     *("JSD x proposal gap", "JSD x proposal gap, kept", "JSD x confidence"),
 )
 # A verifier that judges a step after a wrong one by what is written.
@@ -82,7 +83,7 @@ _LOCAL = (
 JUDGED_WEIGHTS = (
     *("JSD x scores, kept", "JSD x gate, kept", "JSD x until the first error, kept"),
     *("JSD x gap", "JSD x gap, kept", "JSD x accepted mass", "JSD x accepted mass, kept"),
-    *("JSD x signed mass, kept", "JSD x gap, gated, kept"),
+    *("JSD x signed mass, kept", "JSD x soft scores, kept"),
 )
 
 
@@ -291,8 +292,8 @@ def _weightings() -> list[Method]:
         ("outcome", "outcome", by.outcome_gate),
         ("outcome", "wrong outcome", by.wrong_outcome_gate),
         ("outcome", "gap, outcome", by.scaled(by.gap)),
-        ("judge", "gap, judge", by.scaled(by.gap)),
         ("judge", "gap, judge, kept", by.kept(by.scaled(by.gap))),
+        ("judge", "accepted mass, judge, kept", by.kept(by.scaled(by.accepted_mass))),
         ("judge", "scores, judge", calibrated("scores")),
         ("judge", "gate, judge, kept", by.kept(how.gate)),
         ("local", "gap, local", by.scaled(by.gap)),

@@ -33,19 +33,18 @@ class Method:
 
 
 _SCORES = {"divergence": "jsd", "validity": "scores"}
-_GAP = {"divergence": "jsd", "validity": "label", "weighting": "gap"}
+_MASS = {**_SCORES, "weighting": "gap", "normalization": "mass"}
 # In the order in which they run.
 METHODS = {
     method.name: method
     for method in (
         Method("JSD", {**_PLAIN, "divergence": "jsd"}),
-        Method("JSD x gap", _GAP, labels=True),
+        Method("JSD x accepted mass, kept", _MASS, scores=True),
         Method("JSD x scores", _SCORES, scores=True),
         Method("KL + CE", {**_constant(0.5), "ce_weight": 0.5}, labels=True),
         Method("SFT", {**_constant(0.0), "ce_weight": 1.0}, labels=True),
         Method("forward KL", _PLAIN),
-        Method("JSD x gap, shuffled", _GAP, labels=True, shuffled=True),
-        Method("JSD x scores, shuffled", _SCORES, scores=True, shuffled=True),
+        Method("JSD x accepted mass, kept, shuffled", _MASS, scores=True, shuffled=True),
     )
 }
 REGIMES = (OWN, TRACES)
@@ -77,5 +76,7 @@ def loss_of(
     if method.shuffled:
         # The same on every device.
         order = torch.randperm(len(out.weight), generator=generator).to(out.weight.device)
-        loss = out.weight[order] * out.stats.divergence
+        loss, mass = out.weight[order] * out.stats.divergence, out.loss.detach().sum()
+        if method.options.get("normalization") == "mass":
+            loss = loss * (mass / loss.detach().sum().clamp(min=1e-12))
     return loss.mean()

@@ -96,18 +96,14 @@ def test_a_proposal_counts_as_far_as_it_is_accepted(device):
 
 
 def test_a_proposal_of_both_models_counts_once(device):
-    p, q = torch.tensor([[0.8, 0.2], [0.9, 0.1]]), torch.tensor([[0.6, 0.4], [0.3, 0.7]])
-    ones = torch.ones(2, device=device)
-    out = vcrd.validity_calibrated_kl(
-        q.log().to(device),
-        p.log().to(device),
-        **GAP,
-        validity="scores",
-        student_validity=ones,
-        teacher_validity=ones,
-    )
-    # The second row has two accepted proposals, which have all the probability of both models.
-    torch.testing.assert_close(out.weight, torch.tensor([1 + 2**0.5, 1.0], device=device))
+    """The gaps are 0.2, of the one proposal; 0, since both proposals have all the probability; and 0.6."""
+    p = torch.tensor([[0.8, 0.2], [0.9, 0.1], [0.9, 0.1]], device=device)
+    q = torch.tensor([[0.6, 0.4], [0.3, 0.7], [0.3, 0.7]], device=device)
+    scores = {"student_validity": torch.tensor([1.0, 1.0, 0.0], device=device)}
+    scores["teacher_validity"] = torch.ones(3, device=device)
+    out = vcrd.validity_calibrated_kl(q.log(), p.log(), **GAP, validity="scores", **scores)
+    gaps = torch.tensor([0.2, 0.0, 0.6], device=device)
+    torch.testing.assert_close(out.weight, 1 + gaps / gaps.square().mean().sqrt())
 
 
 def test_a_proposal_that_is_not_known_is_not_verified(device):

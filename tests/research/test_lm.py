@@ -201,15 +201,20 @@ def direct(name: str, student, teacher, rows: Rows, regime: str) -> tuple[float,
     jsd = 0.5 * (p * (log_p - log_m)).sum(-1) + 0.5 * (q * (log_q - log_m)).sum(-1)
     ce = torch.where(valid, -log_q.gather(-1, y)[:, 0], 0.0)
     weight = torch.ones(len(valid), dtype=torch.float64)
-    if "gap" in name:
-        gap = torch.where(valid, (p - q).gather(-1, y)[:, 0], 0.0).detach()
-        weight = (1 + gap / gap.square().mean().sqrt()).clamp(0.05, 3.0)
+    proposals = [each.argmax(-1) for each in (p, q)]
+    teacher_valid, student_valid = map(rows.valid, proposals)
+    if "accepted mass" in name:
+        gaps = [(p - q).gather(-1, each[:, None])[:, 0] for each in proposals]
+        twice = proposals[0] == proposals[1]
+        gap = teacher_valid * gaps[0] + torch.where(twice, 0.0, student_valid * gaps[1])
+        weight = (1 + gap / gap.square().mean().sqrt()).clamp(0.05, 3.0).detach()
     elif "scores" in name:
-        teacher_valid, student_valid = (rows.valid(each.argmax(-1)) for each in (p, q))
         rho = 0.5 + 0.5 * (teacher_valid.double() - student_valid.double())  # sharpness 4 saturates
         weight = 0.1 + 1.8 * rho
     if "shuffled" in name:
         weight = weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(2))]
+    if "kept" in name:
+        weight = weight * (jsd.sum() / (weight * jsd).sum()).detach()
     loss = {"SFT": ce, "KL + CE": 0.5 * kl + 0.5 * ce, "forward KL": kl}.get(name, weight * jsd).mean()
     (gradient,) = torch.autograd.grad(loss, q_logits)
     return float(loss.detach()), gradient

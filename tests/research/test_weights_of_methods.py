@@ -235,7 +235,7 @@ def test_a_judge_reads_the_solution_and_judges_the_right_tokens(times, accepts, 
 @pytest.mark.parametrize("normalization", ["none", "mass"])
 @pytest.mark.parametrize("labels", [True, False])
 def test_the_gap_is_a_weighting_of_the_package(normalization, labels):
-    """With labels, and on own prefixes with the verdicts on the teacher's proposals."""
+    """With labels `gap`, with verdicts on both proposals `accepted mass`."""
     where = place(labels=labels)
     student, teacher = logits()
     settings = {"validity": "label"}
@@ -259,6 +259,8 @@ def test_the_gap_is_a_weighting_of_the_package(normalization, labels):
         mask=where.counts,
         **settings,
     )
-    name = "JSD x gap, kept" if normalization == "mass" else "JSD x gap"
+    name = "JSD x gap" if labels else "JSD x accepted mass"
+    if normalization == "mass":
+        name += ", kept"
     assert len(out.weight[where.counts].unique()) > 5
     assert loss(name, where).item() == pytest.approx(mean(out.loss, where), rel=1e-5)
