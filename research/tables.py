@@ -28,19 +28,21 @@ UNJUDGED = ("forward KL", "JSD")
 # Where families leave a choice of the next step: baselines, and the methods whose gain is shown by family.
 RIVALS = ("JSD", "KL + CE", "JSD x position")
 BY_CHOICE = (
-    *("KL + CE", "JSD x position", "JSD x gate, kept", "JSD x until the first error, kept", "JSD x scores"),
-    *("JSD x gap", "JSD x gap, kept", "JSD x accepted mass, kept"),
+    *("KL + CE", "JSD x position", "JSD x confidence, kept"),
+    *("JSD x until the first error, kept", "JSD x gate, kept", "JSD x scores"),
+    *("JSD x gap, kept", "JSD x soft scores, kept", "JSD x accepted mass, kept"),
 )
 # Those that ask for no verdicts.
 UNVERIFIED = ("JSD x position", "JSD x confidence, kept")
 # The columns of the summary: title, results, kind of prefixes, verifier, and whether the families leave a choice.
 SUMMARY = (
-    ("several next steps are correct", "choice", "own", 0.0, True),
-    ("one is", "choice", "own", 0.0, False),
-    ("20 % of the verdicts wrong", "choice-erring", "own", 0.2, True),
-    ("verdicts always wrong about some symbols", "choice-erring", "own", "symbols 0.2", True),
-    ("worse teachers", "choice-worse-teacher", "own", 0.0, True),
-    ("the teacher's solutions", "choice-solutions", "traces", 0.0, True),
+    ("good teachers, a choice", "choice", "own", 0.0, True),
+    ("no choice", "choice", "own", 0.0, False),
+    ("worse teachers, a choice", "choice-worse-teacher", "own", 0.0, True),
+    ("no choice", "choice-worse-teacher", "own", 0.0, False),
+    ("good teachers, a choice, 20 % of the verdicts wrong", "choice-erring", "own", 0.2, True),
+    ("always wrong about some symbols", "choice-erring", "own", "symbols 0.2", True),
+    ("the teacher's solutions, a choice", "choice-solutions", "traces", 0.0, True),
 )
 # Gains of the calibration and its rivals, for the map.
 GAINS = (

@@ -81,9 +81,33 @@ def test_the_map_takes_each_gain_from_the_first_results_that_have_it(monkeypatch
     assert rows[1].startswith("| c, against a | **-100.0 (-100.0 to -100.0)** |")
 
 
-def _content(config: str, **solved: str) -> dict:
-    """Results of one task and seed on the teacher's solutions."""
-    run = {"task": "t", "seed": 0, "regime": "traces", "wrong": 0.0}
+def test_the_summary_has_the_gains_on_jsd_where_families_leave_a_choice_and_where_not(monkeypatch):
+    monkeypatch.setattr(tables, "BY_CHOICE", ("JSD x position", "JSD x scores"))
+    contents = [
+        _content("small", "own", task, **{"JSD": "11000000", "JSD x position": "11110000", "JSD x scores": scores})
+        for task, scores in (("open", "10000000"), ("closed", "11111111"))
+    ]
+    erring = _content("small", "own", "open", 0.2, **{"JSD x scores": "00000000"})
+    both = {**contents[0], "runs": [run for content in contents for run in content["runs"]]}
+    both["underspecified"] = {"open": {"entropy": 0.5}, "closed": {"entropy": 0.0}}
+    wrong = {**both, "runs": [*contents[0]["runs"], *erring["runs"]]}
+    known = {"choice": tables.Results(both), "choice-erring": tables.Results(wrong)}
+    head, _, families, solved, position, scores = tables.summary(known).splitlines()
+    assert head == (
+        "| method | good teachers, a choice | no choice | good teachers, a choice, 20 % of the verdicts wrong | "
+        "always wrong about some symbols |"
+    )
+    assert families == "| families, seeds | 1, 1 | 1, 1 | 1, 1 | 1, 1 |"
+    assert solved == "| JSD solves, % | 25.0 | 25.0 | 25.0 | 25.0 |"
+    # Its weights are the same whatever the verdicts are.
+    assert position.count("+25.0 (+") == 4
+    assert [cell[:8] for cell in scores.split(" | ")[1:4]] == ["-12.5 (-", "**+75.0 ", "-25.0 (-"]
+    assert scores.endswith(" |  |"), "no run with this verifier"
+
+
+def _content(config: str, regime: str = "traces", task: str = "t", wrong: float = 0.0, **solved: str) -> dict:
+    """Results of one task and seed, by default on the teacher's solutions."""
+    run = {"task": task, "seed": 0, "regime": regime, "wrong": wrong}
     run |= {"before": {"usual": 0.3, "longer": 0.0}, "teacher": {"usual": 0.9, "longer": 0.0}}
     packed = {
         name: {length: f"{int(bits, 2):02x}" for length in tables.LENGTHS} for name, bits in solved.items()
