@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from compared import methods
-from tables import BY_CHOICE, TITLES, Results, difference
+from tables import TITLES, Results, difference
 
 _COLOURS = {
     "baseline": "#6b7280",
@@ -19,6 +19,11 @@ _COLOURS = {
     "idea": "#059669",
     "variant": "#7c3aed",
 }
+# The methods whose gain is drawn by family.
+_BY_CHOICE = (
+    *("KL + CE", "JSD x position", "JSD x gate, kept", "JSD x scores"),
+    *("JSD x soft scores, kept", "JSD x accepted mass, kept"),
+)
 # Without the salt the names of the parts of a picture would differ each time.
 _STYLE = {
     "svg.hashsalt": "vcrd",
@@ -38,7 +43,7 @@ def draw(results: Results, folder: Path) -> None:
             known = results.methods(regime)
             if baseline := _baseline(known):
                 _save(_ranked(results, regime, baseline), folder / f"methods-{regime}.svg")
-            if results.choice() is not None and "JSD" in known and set(BY_CHOICE) & set(known):
+            if results.choice() is not None and "JSD" in known and set(_BY_CHOICE) & set(known):
                 _save(_by_choice(results, regime), folder / f"choice-{regime}.svg")
         if len(results.shares_wrong()) > 1 and (baseline := _baseline(results.methods("own"))):
             _save(_by_verifier(results, baseline), folder / "verifiers.svg")
@@ -86,9 +91,9 @@ def _by_choice(results: Results, regime: str) -> Figure:
     """
     choice, jsd = results.choice(), results.solved(regime, "JSD")
     order = np.argsort(choice, kind="stable")
-    names = [name for name in BY_CHOICE if name in results.methods(regime)]
+    names = [name for name in _BY_CHOICE if name in results.methods(regime)]
     rows = -(-len(names) // 2)
-    figure = Figure(figsize=(8, 1.7 * rows + 0.8))
+    figure = Figure(figsize=(8, 1.6 * rows + 1.6), layout="constrained")
     panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flatten()
     for axes, name in zip(panels, names, strict=False):
         solved = results.solved(regime, name)
@@ -100,15 +105,11 @@ def _by_choice(results: Results, regime: str) -> Figure:
             axes.plot(place, mean, "o", color="#1d4ed8", markersize=4)
         axes.axhline(0, color="#9ca3af", linewidth=1)
         axes.set_title(name, loc="left", fontsize=9)
-    for axes in panels[len(names) :]:
-        axes.set_visible(False)
     labels = [f"{results.tasks[task].replace('_', ' ')}  {choice[task]:.2f}" for task in order]
-    for axes in panels[max(0, len(names) - 2) : len(names)]:
-        axes.xaxis.set_tick_params(labelbottom=True)
+    for axes in panels[-2:]:
         axes.set_xticks(range(len(order)), labels, rotation=50, ha="right", rotation_mode="anchor")
     figure.supxlabel("family, and the mean entropy of its correct next symbols, nats", fontsize=9)
     figure.supylabel("points against JSD, and interval of 95 %", fontsize=9)
-    figure.tight_layout()
     return figure
 
 
