@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import methods as how
 import weighting as by
-from methods import OWN, TRACES, Method, Weights, calibrated, halved, plain, shuffled
+from methods import OWN, TRACES, Method, calibrated, halved, plain, shuffled
 
 _LABELS, _VERIFIER = frozenset({"labels"}), frozenset({"verifier"})
 _TRACES, _OWN = frozenset({TRACES}), frozenset({OWN})
@@ -43,61 +43,57 @@ _CLAIMS = frozenset(
 )
 
 
-# Where the proposals of the models are weighed against each other: signals, and the names of their weights. Each has
-# its controls.
+# Signals by which the proposals of the models are weighed against each other, and the names of their weights.
 SIGNALS = {
     "gap": by.gap,
     "verdicts": by.verdict_difference,
     "accepted mass": by.accepted_mass,
     "signed mass": by.signed_mass,
-    "own validity": by.own_validity,
 }
-_CONTROLS = ("shuffled", "by position", "by divergence", "reversed", "sign", "size", "constant")
-# The first table of weightings: baselines, candidates, rivals and one control.
+# The weighting that has controls. Another control, a constant that keeps the sum of the divergence, is JSD itself.
+WINNER = "JSD x accepted mass, kept"
+CONTROLS = tuple(
+    f"{WINNER}, {control}"
+    for control in ("shuffled", "by position", "by divergence", "reversed", "sign", "size")
+)
+# Where families leave a choice: baselines, rivals and candidates.
 _WEIGHTING = (
     *("forward KL", "KL + CE", "JSD", "JSD x position", "JSD x confidence, kept"),
     *("JSD x scores", "JSD x scores, kept", "JSD x until the first error, kept", "JSD x gate, kept"),
-    *("JSD x gap", "JSD x gap, kept", "JSD x gap, gated, kept", "JSD x gap, shuffled"),
-    *("JSD x accepted mass", "JSD x accepted mass, kept", "JSD x signed mass, kept"),
-    *("JSD x soft scores", "JSD x soft scores, kept", "JSD x verdicts, kept"),
-)
-# Further baselines and candidates.
-_FURTHER = (
-    *("JSD + CE", "reverse KL", "skewed KL", "entropy gap", "JSD x entropy gap"),
-    *("JSD x gap, half", "JSD x gap, double", "JSD x gap, double, kept", "JSD x log gap"),
-    *("JSD x own validity, kept", "JSD x soft gate, kept", "JSD x valid spared"),
-)
-# Verdicts from other sources than a verifier of each token: the outcome, a judge that sees a solution, and none.
-_SOURCES = (
-    *("JSD x outcome", "JSD x wrong outcome", "JSD x gap, outcome", "outcome + CE"),
-    *("JSD x gap, judge, kept", "JSD x accepted mass, judge, kept"),
-    *("JSD x scores, judge", "JSD x gate, judge, kept"),
-    *("JSD x proposal gap", "JSD x proposal gap, kept", "JSD x confidence"),
-)
-# A verifier that judges a step after a wrong one by what is written.
-_LOCAL = (
-    *("JSD x gap, local", "JSD x gap, local, kept", "JSD x accepted mass, local, kept"),
-    *("JSD x scores, local", "JSD x gate, local, kept"),
+    *("JSD x gap", "JSD x gap, kept", "JSD x verdicts, kept"),
+    *(
+        "JSD x accepted mass",
+        WINNER,
+        "JSD x signed mass, kept",
+        "JSD x soft scores",
+        "JSD x soft scores, kept",
+    ),
+    # A verifier that judges a step after a wrong one by what is written.
+    *("JSD x scores, local", "JSD x gate, local, kept", "JSD x accepted mass, local, kept"),
 )
 # Candidates that are also trained with verifiers that err.
 JUDGED_WEIGHTS = (
-    *("JSD x scores, kept", "JSD x gate, kept", "JSD x until the first error, kept"),
-    *("JSD x gap", "JSD x gap, kept", "JSD x accepted mass", "JSD x accepted mass, kept"),
-    *("JSD x signed mass, kept", "JSD x soft scores, kept"),
+    *("JSD x gate, kept", "JSD x until the first error, kept"),
+    *("JSD x gap, kept", WINNER, "JSD x soft scores, kept"),
 )
+_UNJUDGED = ("JSD", "JSD x position", "JSD x confidence, kept")
+_WORSE = (*_WEIGHTING[1:4], "JSD x scores", *JUDGED_WEIGHTS, *CONTROLS[:4])
+# Further baselines and candidates.
+_FURTHER = (
+    *("JSD", "JSD + CE", "reverse KL", "skewed KL", "entropy gap", "JSD x entropy gap"),
+    *(WINNER, "JSD x accepted mass, half, kept", "JSD x accepted mass, double, kept", "JSD x valid spared"),
+)
+# Verdicts from other sources than a verifier of each token: the outcome, a judge that sees a solution, and none.
+_SOURCES = (
+    *("JSD", WINNER, "JSD x outcome", "JSD x wrong outcome", "JSD x gap, outcome", "outcome + CE"),
+    *("JSD x gap, judge, kept", "JSD x accepted mass, judge, kept", "JSD x scores, judge"),
+    *("JSD x proposal gap, kept", "JSD x confidence"),
+)
+_SOLUTIONS = ("KL + CE", *_UNJUDGED, "JSD x label", "JSD x scores", *JUDGED_WEIGHTS[2:], "JSD x gate, kept")
 
 
 def methods() -> list[Method]:
     return [*_usual(), *_variants(), *_weightings()]
-
-
-def controls(name: str) -> tuple[str, ...]:
-    """The names of the controls of a weighting. A constant that keeps the sum of the divergence is 1."""
-    return tuple(
-        f"{name}, {control}"
-        for control in _CONTROLS
-        if not (control == "constant" and name.endswith(", kept"))
-    )
 
 
 def sets() -> dict[str, frozenset[str]]:
@@ -116,20 +112,12 @@ def sets() -> dict[str, frozenset[str]]:
         "gains": _GAINS,
         "claims": _CLAIMS,
         "weighting": frozenset(_WEIGHTING),
+        "worse teachers": frozenset(_WORSE),
+        "controls": frozenset(("JSD", WINNER, *CONTROLS)),
+        "erring": frozenset((*_UNJUDGED, "JSD x scores", *JUDGED_WEIGHTS)),
         "further": frozenset(_FURTHER),
         "sources": frozenset(_SOURCES),
-        "local": frozenset(_LOCAL),
-        "erring": frozenset(("JSD", "KL + CE", "JSD x scores", *JUDGED_WEIGHTS)),
-        **{
-            f"controls of {signal}": frozenset(
-                (
-                    "JSD",
-                    *(name for kind in ("", ", kept") for name in _with_controls(f"JSD x {signal}{kind}")),
-                )
-            )
-            for signal in SIGNALS
-        },
-        "controls of scores": frozenset(("JSD", *_with_controls("JSD x scores"))) - {"JSD x scores, sign"},
+        "solutions": frozenset(_SOLUTIONS),
     }
 
 
@@ -243,37 +231,32 @@ def _variants() -> list[Method]:
     return found
 
 
-def _with_controls(name: str) -> tuple[str, ...]:
-    return name, *controls(name)
-
-
 def _weightings() -> list[Method]:
     """On both kinds of prefixes, with JSD. `kept`: the sum of the divergence of the micro-batch is kept."""
     both = _LABELS | _VERIFIER
     found = []
     for signal, of in SIGNALS.items():
-        found += _controlled(f"JSD x {signal}", by.scaled(of), of)
+        found.append(Method(f"JSD x {signal}, kept", "idea", by.kept(by.scaled(of)), "jsd", asks=both))
+    weights, mass = by.scaled(by.accepted_mass), by.accepted_mass
+    each = (
+        shuffled(weights),
+        by.shuffled_within(weights, by.by_position),
+        by.shuffled_within(weights, by.by_divergence),
+        by.scaled(by.reversed_(mass)),
+        by.scaled(by.sign_only(mass)),
+        by.scaled(by.size_only(mass)),
+    )
+    for name, its in zip(CONTROLS, each, strict=True):
+        found.append(Method(name, "control", by.kept(its), "jsd", asks=both))
     found.append(
         Method("JSD x scores, kept", "variant", by.kept(calibrated("scores")), "jsd", asks=_VERIFIER)
     )
-    # `JSD x scores` and its shuffled form are variants. Its signs alone are itself.
-    scores = calibrated("scores")
-    for control, weights in (
-        ("by position", by.shuffled_within(scores, by.by_position)),
-        ("by divergence", by.shuffled_within(scores, by.by_divergence)),
-        ("reversed", calibrated("scores", floor=1.9, ceiling=0.1)),
-        ("size", by.scaled(by.size_only(by.verdict_difference), 0.9)),
-        ("constant", by.constant(scores)),
-    ):
-        found.append(Method(f"JSD x scores, {control}", "control", weights, "jsd", asks=_VERIFIER))
     for name, weights in (
-        ("gap, half", by.scaled(by.gap, 0.5)),
-        ("gap, double", by.scaled(by.gap, 2.0)),
-        ("gap, double, kept", by.kept(by.scaled(by.gap, 2.0))),
-        ("gap, gated, kept", by.kept(by.gated(by.scaled(by.gap)))),
-        ("log gap", by.scaled(by.log_gap)),
+        ("gap", by.scaled(by.gap)),
+        ("accepted mass", by.scaled(by.accepted_mass)),
+        ("accepted mass, half, kept", by.kept(by.scaled(by.accepted_mass, 0.5))),
+        ("accepted mass, double, kept", by.kept(by.scaled(by.accepted_mass, 2.0))),
         ("gate, kept", by.kept(how.gate)),
-        ("soft gate, kept", by.kept(by.soft_gate)),
         ("soft scores", by.soft_scores),
         ("soft scores, kept", by.kept(by.soft_scores)),
         ("valid spared", by.spare_the_valid),
@@ -284,7 +267,6 @@ def _weightings() -> list[Method]:
         ("position", by.position),
         ("confidence, kept", by.kept(calibrated("confidence"))),
         ("entropy gap", how.entropy_gap),
-        ("proposal gap", by.scaled(by.proposal_gap)),
         ("proposal gap, kept", by.kept(by.scaled(by.proposal_gap))),
     ):
         found.append(Method(f"JSD x {name}", "variant", weights, "jsd"))
@@ -295,9 +277,6 @@ def _weightings() -> list[Method]:
         ("judge", "gap, judge, kept", by.kept(by.scaled(by.gap))),
         ("judge", "accepted mass, judge, kept", by.kept(by.scaled(by.accepted_mass))),
         ("judge", "scores, judge", calibrated("scores")),
-        ("judge", "gate, judge, kept", by.kept(how.gate)),
-        ("local", "gap, local", by.scaled(by.gap)),
-        ("local", "gap, local, kept", by.kept(by.scaled(by.gap))),
         ("local", "accepted mass, local, kept", by.kept(by.scaled(by.accepted_mass))),
         ("local", "scores, local", calibrated("scores")),
         ("local", "gate, local, kept", by.kept(how.gate)),
@@ -310,23 +289,4 @@ def _weightings() -> list[Method]:
     found.append(
         Method("outcome + CE", "variant", halved(plain), "jsd", 0.5, _LABELS, source="outcome", regimes=_OWN)
     )
-    return found
-
-
-def _controlled(name: str, weights: Weights, signal: by.Signal) -> list[Method]:
-    """A weighting, its kept form, and the controls of both."""
-    asks, found = _LABELS | _VERIFIER, []
-    for kind, form in (("", lambda inner: inner), (", kept", by.kept)):
-        found.append(Method(f"{name}{kind}", "idea", form(weights), "jsd", asks=asks))
-        each = (
-            shuffled(weights),
-            by.shuffled_within(weights, by.by_position),
-            by.shuffled_within(weights, by.by_divergence),
-            by.scaled(by.reversed_(signal)),
-            by.scaled(by.sign_only(signal)),
-            by.scaled(by.size_only(signal)),
-            by.constant(weights),
-        )
-        for control, its in zip(controls(f"{name}{kind}"), each, strict=not kind):
-            found.append(Method(control, "control", form(its), "jsd", asks=asks))
     return found

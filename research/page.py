@@ -1,8 +1,8 @@
-"""Writes the tables of docs/evidence/*.json into docs/evidence.md and docs/evidence-tables.md, and draws their pictures.
+"""Writes the tables of docs/evidence/*.json into docs/evidence.md and docs/evidence-tables.md, and draws the pictures.
 
     python research/page.py
 
-A table is between `<!-- tables: NAME -->` and `<!-- end -->`. The tables "map" and "summary" use several results.
+A table is between `<!-- tables: NAME -->` and `<!-- end -->`. The tables "map", "summary" and "controls" use several results.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ def tables_of(name: str, folder: Path) -> str:
         return tables.where(places)
     if name == "summary":
         return tables.summary(known)
+    if name == "controls":
+        both = {"good teachers": "choice-controls", "worse teachers": "choice-worse-teacher"}
+        return tables.against_controls({title: known[of] for title, of in both.items()})
     return tables.page(known[name]).replace("## ", "### ")
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from compared import CONTROLS, WINNER
+
 LENGTHS = ("usual", "longer")
 TITLES = {"traces": "Prefixes of the teacher's solutions", "own": "Prefixes of the student's own"}
 # Baselines for each method.
@@ -239,18 +241,18 @@ def by_choice(results: Results, regime: str) -> str:
     return table(rows)
 
 
-def against_controls(results: Results, regime: str) -> str:
-    """What each weighting gains on each of its controls: its name is theirs up to the last comma."""
-    known, choice = results.methods(regime), results.choice()
-    rows = [["control", "solved, %", "gain of the method on it", "with a choice"]]
-    for control in known:
-        name = control.rpartition(", ")[0]
-        if name not in known or control.endswith((", kept", "half", "double", "judge", "local")):
-            continue
-        both = [results.solved(regime, each) for each in (name, control)]
-        some = [each[choice > 0] for each in both]
-        gains = [shown(difference(*both)), shown(difference(*some)) if len(some[0]) else ""]
-        rows.append([control, f"{100 * both[1].mean():.1f}", *gains])
+def against_controls(places: dict[str, Results]) -> str:
+    """What the weighting that has controls gains on each of them, by title of the results; empty where none has any."""
+    rows = [["control", *places]]
+    for control in CONTROLS:
+        gains = [
+            shown(difference(*(results.solved("own", each) for each in (WINNER, control))))
+            if {WINNER, control} <= set(results.methods("own"))
+            else ""
+            for results in places.values()
+        ]
+        if any(gains):
+            rows.append([control, *gains])
     return table(rows) if len(rows) > 1 else ""
 
 
@@ -292,7 +294,9 @@ def summary(known: dict[str, Results]) -> str:
             cell = ""
             if judged or (verifier and name in UNVERIFIED and name in results.methods(regime)):
                 its = results.solved(regime, name, wrong=verifier if judged else 0.0)
-                pair = (each[(results.choice() > 0) == choice] for each in (its, results.solved(regime, "JSD")))
+                pair = (
+                    each[(results.choice() > 0) == choice] for each in (its, results.solved(regime, "JSD"))
+                )
                 cell = shown(difference(*pair))
             rows[-1].append(cell)
     return table(rows)
@@ -320,7 +324,7 @@ def page(results: Results) -> str:
                 parts += [
                     families(results, regime),
                     by_choice(results, regime),
-                    against_controls(results, regime),
+                    against_controls({f"gain of {WINNER} on it": results}) if regime == "own" else "",
                 ]
     if len(results.shares_wrong()) > 1 or results.systematic():
         parts.append("## Verifiers that err\n")

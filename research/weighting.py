@@ -46,12 +46,6 @@ def gap(seen: Seen) -> Tensor:
     return torch.where(seen.labels < 0, 0.0, found)
 
 
-def log_gap(seen: Seen) -> Tensor:
-    """log p(y) - log q(y) of the verified token, at most 5 either way; 0 without one."""
-    found = seen.stats.teacher_label_logprob - seen.stats.student_label_logprob
-    return torch.where(seen.labels < 0, 0.0, found.clamp(-5.0, 5.0))
-
-
 def proposal_gap(seen: Seen) -> Tensor:
     """p(a) - q(a) of the teacher's proposal a: the gap without a verifier."""
     stats = seen.stats
@@ -87,22 +81,6 @@ def signed_mass(seen: Seen) -> Tensor:
     return teacher - student
 
 
-def own_validity(seen: Seen) -> Tensor:
-    """The probability that the teacher gives to its proposal, or 0 if the verifier rejects it, minus the same number of
-    the student.
-    """
-    stats = seen.stats
-    return (
-        seen.teacher_valid * stats.teacher_logprob_of_teacher_action.exp()
-        - seen.student_valid * stats.student_logprob_of_student_action.exp()
-    )
-
-
-def soft_gate(seen: Seen) -> Tensor:
-    """The teacher's probability of the accepted proposals."""
-    return _mass(seen, seen.teacher_valid, seen.student_valid)[0]
-
-
 def soft_scores(seen: Seen) -> Tensor:
     """The weights of `scores`, where the validity of a model is its probability of the accepted proposals."""
     teacher, student = _mass(seen, seen.teacher_valid, seen.student_valid)
@@ -114,11 +92,6 @@ def soft_scores(seen: Seen) -> Tensor:
         mask=seen.counts,
     )
     return found
-
-
-def gated(inner: Weights) -> Weights:
-    """The weights where the verifier accepts the teacher's proposal, else 0."""
-    return lambda seen: inner(seen) * seen.teacher_valid
 
 
 def spare_the_valid(seen: Seen) -> Tensor:
@@ -174,17 +147,6 @@ def shuffled_within(inner: Weights, bins: Callable[[Seen], Tensor]) -> Weights:
         there[by_bin] = those[drawn]
         moved[seen.counts] = there
         return moved
-
-    return weights
-
-
-def constant(inner: Weights) -> Weights:
-    """One number per micro-batch, with the same sum of weight times divergence."""
-
-    def weights(seen: Seen) -> Tensor:
-        found, divergence = inner(seen)[seen.counts], seen.stats.divergence.detach()[seen.counts]
-        number = (found * divergence).sum() / divergence.sum().clamp(min=1e-12)
-        return number.expand_as(seen.stats.divergence)
 
     return weights
 
