@@ -2,7 +2,8 @@
 
     python research/page.py
 
-A table is between `<!-- tables: NAME -->` and `<!-- end -->`. The tables "map", "summary" and "controls" use several results.
+A table is between `<!-- tables: NAME -->` and `<!-- end -->`. The tables "map", "summary" and "controls" use several
+results.
 """
 
 from __future__ import annotations

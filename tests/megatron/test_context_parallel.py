@@ -31,7 +31,12 @@ def runs(live: DistillSettings, folder: Path) -> list[DistillSettings]:
         (("",), 4, 2, {"payload": "float32"}),
         (("math", "code"), 4, 1, {"payload": "float32"}),
         (("math", "code"), 2, 1, {"payload": "math=float32,code=hidden", "validity": "privileged"}),
-        (("",), 2, 1, {"payload": "float32", "weighting": "gap", "normalization": "mass", "divergence": "jsd"}),
+        (
+            ("",),
+            2,
+            1,
+            {"payload": "float32", "weighting": "gap", "normalization": "mass", "divergence": "jsd"},
+        ),
     ],
     ids=["cache", "teachers", "judges", "gap and mass"],
 )
@@ -39,7 +44,8 @@ def test_students_with_context_parallelism_learn_the_same_from_teachers_and_from
     names, size, tensor, changes, tmp_path
 ):
     """With TP 2, with DP 2 and teachers that share micro-batches, with a judge of each teacher, and with weights that
-    depend on the micro-batch of both ranks. Against the reference, and bit for bit between the links and the folders; rows and packed sequences, some with a context."""
+    depend on the micro-batch of both ranks. Against the reference, and bit for bit between the links and the folders;
+    rows and packed sequences, some with a context."""
     settings = of_one if names == ("",) else lambda **own: several.settings(names, **own)
     sizes = {"sequence_length": jobs.SEQUENCE, "teacher_context_length": cp.LONGEST}
     live = settings(**sizes, **changes)

@@ -225,7 +225,9 @@ def gaps(stats: dict[str, Tensor], validities: Sequence[Tensor] | None = None) -
         return teacher.exp() - stats["student_label_logprob"].exp()
     found = torch.zeros_like(validities[0], dtype=torch.float64)
     for model, validity in zip(("student", "teacher"), validities, strict=True):
-        p, q = (stats[f"{whose}_logprob_of_{model}_action"].double().exp() for whose in ("teacher", "student"))
+        p, q = (
+            stats[f"{whose}_logprob_of_{model}_action"].double().exp() for whose in ("teacher", "student")
+        )
         counted = (stats["student_action"] != stats["teacher_action"]) | (model == "teacher")
         found = found + torch.where(counted, validity.double() * (p - q), 0.0)
     return torch.where(stats["teacher_action"] < 0, 0.0, found)
