@@ -253,6 +253,6 @@ def best_rates(tuned: list[dict]) -> dict[str, dict[str, float]]:
             shares = solved.setdefault(record["regime"], {}).setdefault(name, {})
             shares[record["rate"]] = shares.get(record["rate"], 0.0) + share
     return {
-        regime: {name: max(shares, key=shares.get) for name, shares in methods.items()}
-        for regime, methods in solved.items()
+        regime: {name: max(shares, key=shares.get) for name, shares in by_method.items()}
+        for regime, by_method in solved.items()
     }
