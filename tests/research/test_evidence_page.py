@@ -57,6 +57,8 @@ def test_the_readme_has_the_numbers_of_the_page():
                 each
                 for each in found.values()
                 if each.content["config"] == config and {a, b} <= set(each.methods(regime))
+                # The table says so.
+                if title not in own or (len(each.tasks), len(each.seeds)) == (9, 8)
             )
             gain = tables.difference(*(results.solved(regime, name) for name in (a, b)))
             assert cell == tables.shown(gain).strip("*"), title
