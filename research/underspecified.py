@@ -175,8 +175,8 @@ class Edits(State):
 
 
 def edits(draw: random.Random, longer: bool) -> Problem:
-    """`1aa2db3cc4eg?` has two letters for each place of a text, what is there and what should be. It asks for the
-    changes in any order: `4g2b$`.
+    """`1aa2db3cc4ef?` has two letters for each place of a text, what is there and what should be. It asks for the
+    changes in any order: `4f2b$`.
     """
     length = 6 if longer else draw.randint(3, 4)
     pairs = [letter * 2 for letter in draw.choices(_LETTERS[:6], k=length)]
