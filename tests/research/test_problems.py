@@ -262,7 +262,7 @@ def test_in_order_there_is_one_solution_and_the_problems_are_the_same():
         (underspecified.Tasks("adfhk", ("fa", "kd", "ka")), "dhkfa$", "x-----", "x....."),
         # 2 + 7 is not 8. The sum that is written is reduced correctly.
         (underspecified.Sum("3527"), "358;88;6$", "..x------", "..xx....."),
-        (underspecified.Edits(("2b", "4f")), "4h2b4g6a$", ".x-------", ".x......."),
+        (underspecified.Edits(("2b", "4g", "6a")), "4h2b4g6a$", ".x-------", ".x......."),
         # 17 - 5 is not 13. Its last digits add up to that.
         (underspecified.Summands(17, 3, "38"), "5137066$", "..x-----", "..x....."),
         # Of two orders only one counts, so h is wrong here, and after it d is the first.
