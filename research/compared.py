@@ -61,13 +61,8 @@ _WEIGHTING = (
     *("forward KL", "KL + CE", "JSD", "JSD x position", "JSD x confidence, kept"),
     *("JSD x scores", "JSD x scores, kept", "JSD x until the first error, kept", "JSD x gate, kept"),
     *("JSD x gap", "JSD x gap, kept", "JSD x verdicts, kept"),
-    *(
-        "JSD x accepted mass",
-        WINNER,
-        "JSD x signed mass, kept",
-        "JSD x soft scores",
-        "JSD x soft scores, kept",
-    ),
+    *("JSD x accepted mass", WINNER, "JSD x signed mass, kept"),
+    *("JSD x soft scores", "JSD x soft scores, kept"),
     # A verifier that judges a step after a wrong one by what is written.
     *("JSD x scores, local", "JSD x gate, local, kept", "JSD x accepted mass, local, kept"),
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compared import CONTROLS, WINNER
+from compared import CONTROLS, WINNER, methods
 
 LENGTHS = ("usual", "longer")
 TITLES = {"traces": "Prefixes of the teacher's solutions", "own": "Prefixes of the student's own"}
@@ -34,8 +34,6 @@ BY_CHOICE = (
     *("JSD x until the first error, kept", "JSD x gate, kept", "JSD x scores"),
     *("JSD x gap, kept", "JSD x soft scores, kept", "JSD x accepted mass, kept"),
 )
-# Those that ask for no verdicts.
-UNVERIFIED = ("JSD x position", "JSD x confidence, kept")
 # The columns of the summary: title, results, kind of prefixes, verifier, and whether the families leave a choice.
 SUMMARY = (
     ("good teachers, a choice", "choice", "own", 0.0, True),
@@ -279,6 +277,7 @@ def summary(known: dict[str, Results]) -> str:
     the same whether or not these are right.
     """
     columns = [(title, known[name], *rest) for title, name, *rest in SUMMARY if name in known]
+    without_verdicts = {method.name for method in methods() if not method.asks}
     rows = [["method", *(title for title, *_ in columns)]]
     rows.append(["families, seeds"])
     for _, results, _, _, choice in columns:
@@ -292,7 +291,7 @@ def summary(known: dict[str, Results]) -> str:
         for _, results, regime, verifier, choice in columns:
             judged = name in results.methods(regime, verifier)
             cell = ""
-            if judged or (verifier and name in UNVERIFIED and name in results.methods(regime)):
+            if judged or (verifier and name in without_verdicts and name in results.methods(regime)):
                 its = results.solved(regime, name, wrong=verifier if judged else 0.0)
                 pair = (
                     each[(results.choice() > 0) == choice] for each in (its, results.solved(regime, "JSD"))

@@ -142,13 +142,17 @@ def test_scores_of_steps_say_nothing_of_tokens_without_a_step(device):
     torch.testing.assert_close(weight.double(), expected)
 
 
+def top_five(teacher: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The five largest log-probabilities, their ids, and the log-probability of all others."""
+    log_p = teacher.nan_to_num().double().log_softmax(-1)
+    logprobs, ids = log_p.topk(5, -1)
+    return logprobs.float(), ids, log_p.scatter(-1, ids, -torch.inf).logsumexp(-1).float()
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_a_label_outside_the_top_k_has_the_gap_of_the_tails(divergence, device):
     student, teacher, labels, mask = Case((6, 4), 40, with_mask=True, scale=1.0).tensors("cpu")
-    log_p = teacher.nan_to_num().double().log_softmax(-1)
-    logprobs, ids = log_p.topk(5, -1)
-    tail = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
-    top = (logprobs.float(), ids, tail.float())
+    top = top_five(teacher)
     expected = reference.topk_statistics(student, *top, labels, name=divergence, mask=mask)
     weights, _ = expected_weights(expected, reference.log_validities(expected, "label"), "gap", mask=mask)
     out = vcrd.validity_calibrated_kl(
@@ -159,8 +163,29 @@ def test_a_label_outside_the_top_k_has_the_gap_of_the_tails(divergence, device):
         divergence=divergence,
         **GAP,
     )
-    outside = (ids != labels[..., None]).all(-1) & (labels >= 0) & (mask != 0)
+    outside = (top[1] != labels[..., None]).all(-1) & (labels >= 0) & (mask != 0)
     assert outside.any() and (weights[outside] != 1).any()
+    torch.testing.assert_close(out.weight.cpu().double(), weights, rtol=1e-5, atol=1e-5)
+
+
+def test_a_proposal_of_the_student_outside_the_top_k_has_its_largest_probability(device):
+    student, teacher, _, mask = Case((6, 4), 40, with_mask=True, scale=1.0).tensors("cpu")
+    top = top_five(teacher)
+    scores = torch.rand(2, *mask.shape, generator=torch.Generator().manual_seed(4))
+    expected = reference.topk_statistics(student, *top, None, name="jsd", mask=mask)
+    outside = (top[1] != expected["student_action"][..., None]).all(-1) & (mask != 0)
+    assert outside.any()
+    weights, _ = expected_weights(expected, tuple(scores.double().log()), "gap", scores, mask=mask)
+    out = vcrd.validity_calibrated_kl(
+        student.to(device),
+        vcrd.TopKLogits(*(each.to(device) for each in top)),
+        mask=mask.to(device),
+        divergence="jsd",
+        validity="scores",
+        student_validity=scores[0].to(device),
+        teacher_validity=scores[1].to(device),
+        **GAP,
+    )
     torch.testing.assert_close(out.weight.cpu().double(), weights, rtol=1e-5, atol=1e-5)
 
 
