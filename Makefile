@@ -11,6 +11,8 @@ SKIP ?=
 PROFILE ?= thorough
 # Processes for the tests.
 JOBS ?= 2
+# make demo GPU=1: on the first GPU.
+GPU ?=
 # Time limit of make gpu-check for all of its stages.
 SECONDS ?= 420
 
@@ -43,6 +45,10 @@ SCRIPTS := .ci/run $(shell find docker examples -name '*.sh' -o -name '*.sbatch'
 # A stamp alone would not notice that the built file was removed, or built with another torch.
 BUILT_WITH := build/extension-$(PYTHON_TAG)
 BUILT := $(and $(wildcard vcrd/_C*$(PYTHON_TAG:cp%=%)*.so),$(filter $(TAG),$(shell cat $(BUILT_WITH) 2>/dev/null)))
+ifneq ($(GPU),)
+# An earlier build may have no CUDA kernels.
+BUILT := $(and $(BUILT),$(shell grep -l '"with_cuda": true' vcrd/_C*$(PYTHON_TAG:cp%=%)*.build.json 2>/dev/null))
+endif
 
 CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
@@ -51,7 +57,7 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 .PHONY: help environment constraints demo bridge-demo test test-all test-durations bench bench-link evidence estimators mutants build lint format cuda-check cuda-home container-check gpu-check clean always
 
 help:
-	@echo "make demo     distil a real model; the first run installs and builds"
+	@echo "make demo     distil a real model on the CPU; the first run installs and builds. make demo GPU=1  on a GPU"
 	@echo "make bridge-demo  distil a Hugging Face checkpoint by Megatron-Bridge and export it; needs Python 3.12"
 	@echo "make test     run the fast tests, which find nearly every error: some minutes"
 	@echo "make test-all  run every test   make test-durations  show the slowest tests of the last run"
@@ -70,7 +76,7 @@ help:
 	@echo "TORCH=2.15.0  build and test with another torch than the pinned one. EMULATED=no  without emulated CUDA kernels. SKIP=...  tests to leave out. PROFILE=fast  fewer examples of hypothesis in test-all."
 
 demo: $(DONE)/demo $(DONE)/extension
-	@$(RUN) -m examples.demo $(ARGS)
+	@$(RUN) -m examples.demo $(if $(GPU),--gpu) $(ARGS)
 
 # make passes PYTHON on to the script, where it would mean an interpreter without the packages.
 bridge-demo: $(SYSTEMS)/.done $(DONE)/extension
@@ -172,11 +178,11 @@ $(DONE)/bench: $(DONE)/core requirements/bench.txt requirements/bench-no-deps.tx
 	@$(PIP) -r requirements/bench.txt && $(PIP) --no-deps -r requirements/bench-no-deps.txt && touch $@
 
 # Built in place, so that ninja compiles only changed files. The .pth file makes vcrd importable from every folder.
-$(DONE)/extension: $(DONE)/core $(EXTENSION_SOURCES) $(if $(BUILT),,always)
+$(DONE)/extension: $(DONE)/core $(EXTENSION_SOURCES) $(if $(GPU),$(CUDA)/.done) $(if $(BUILT),,always)
 	@command -v "$${CXX:-g++}" >/dev/null || command -v c++ >/dev/null || { echo "vcrd: no C++ compiler found; install one (on Debian: apt-get install g++) or set CXX"; exit 1; }
 	@$(VENV)/bin/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "vcrd: Python.h of $(PYTHON) is missing (on Debian: apt-get install python3-dev)"; exit 1; }
 	@echo "==> building the extension vcrd._C (the output of the compiler is in $(VENV)/build.log)"
-	@$(RUN) setup.py -q build_ext --inplace $(if $(TORCH),--build-temp build/temp-$(TAG)) > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; echo "vcrd: the extension did not build; the output of the compiler is above"; exit 1; }
+	@$(if $(GPU),CUDA_HOME="$${CUDA_HOME:-$$($(CUDA)/bin/python $(CUDA_CHECK) --home)}") $(RUN) setup.py -q build_ext --inplace $(if $(TORCH),--build-temp build/temp-$(TAG)) > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; echo "vcrd: the extension did not build; the output of the compiler is above"; exit 1; }
 	@sed -n '/^vcrd._C built/,$$p' $(VENV)/build.log
 	@echo "$(CURDIR)" > "$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vcrd.pth"
 	@echo $(TAG) > $(BUILT_WITH) && touch $@

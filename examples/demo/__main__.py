@@ -55,7 +55,7 @@ def run(console: Console, settings: DemoSettings) -> None:
     console.print(
         "[bold]vcrd demo[/]  SmolLM2-135M-Instruct is the teacher of a student with "
         f"{len(KEPT_LAYERS)} of its 30 layers, on mathematical problems with step-by-step solutions\n"
-        "  teacher job  2 pipeline stages   student job  3 tensor ranks   Megatron-Core on CPU and gloo",
+        f"  {_where(settings)}",
         soft_wrap=True,
     )
     with console.status("reading model and text (the first run also converts them)"):
@@ -84,11 +84,22 @@ def run(console: Console, settings: DemoSettings) -> None:
     console.print(f"It took {seconds / 60:.1f} minutes.")
 
 
+def _where(settings: DemoSettings) -> str:
+    if settings.gpu:
+        return "teacher job and student job  one process each   Megatron-Core in bfloat16 on one GPU"
+    return (
+        f"teacher job  {settings.teacher_stages} pipeline stages   "
+        f"student job  {settings.student_tensor_size} tensor ranks   Megatron-Core on CPU and gloo"
+    )
+
+
 def _settings(arguments: list[str] | None) -> DemoSettings:
     default = DemoSettings(output="demo-results")
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=demo.__doc__)
     parser.add_argument(
-        "--steps", type=int, default=default.steps, help="optimizer steps (default: %(default)s)"
+        "--steps",
+        type=int,
+        help=f"optimizer steps (default: {default.steps}, on a GPU {default.on_one_gpu().steps})",
     )
     parser.add_argument(
         "--port",
@@ -103,21 +114,39 @@ def _settings(arguments: list[str] | None) -> DemoSettings:
         "--cache", default=str(CACHE), help="folder for the converted model (default: %(default)s)"
     )
     parser.add_argument(
+        "--gpu",
+        action="store_true",
+        help="both jobs on the first GPU in bfloat16, over NCCL if it can be used",
+    )
+    parser.add_argument(
         "--fast", action="store_true", help="a few short sequences, to check that everything works"
     )
     given = parser.parse_args(arguments)
+    if given.gpu:
+        _require_a_gpu()
+        default = default.on_one_gpu()
     settings = replace(
         default,
-        steps=given.steps,
+        steps=default.steps if given.steps is None else given.steps,
         port=given.port,
         output=str(Path(given.output).absolute()),
         cache=str(Path(given.cache).absolute()),
     )
-    if given.steps < 1:
+    if settings.steps < 1:
         raise ValueError(f"--steps: expected at least 1, got {given.steps}")
     if not 0 < given.port < 65536:
         raise ValueError(f"--port: expected 1 to 65535, got {given.port}")
     return replace(settings, sequence_length=96, held_out=2, micro_batches=1) if given.fast else settings
+
+
+def _require_a_gpu() -> None:
+    """ValueError that says why there is none."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise ValueError(f"--gpu: expected a torch with CUDA, got {torch.__version__}")
+    if not torch.cuda.is_available():
+        raise ValueError("--gpu: expected a GPU, got none that torch can use")
 
 
 def _fresh_folder(settings: DemoSettings) -> Path:

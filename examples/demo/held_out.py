@@ -77,4 +77,4 @@ def _table(batch: dict, out: Any) -> Tensor:
         stats.teacher_logprob_of_teacher_action.exp(),
     )
     given = (batch["labels"], batch["steps"])
-    return torch.stack([*(g.double() for g in given), *(c.t().double() for c in columns)], dim=-1)
+    return torch.stack([*(g.double() for g in given), *(c.t().double().cpu() for c in columns)], dim=-1)

@@ -1,10 +1,11 @@
 """One process of a job, started by torchrun as `-m examples.demo.job student|teacher SETTINGS`.
 
-Switches Megatron to CPU and gloo before any import of Megatron, and writes one clear message if it fails.
+Without a GPU it switches Megatron to CPU and gloo before any import of Megatron. If it fails, it writes one message.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -13,10 +14,9 @@ import threading
 import time
 from pathlib import Path
 
-from .settings import STUDENT_TENSOR_SIZE, TEACHER_STAGES, DemoSettings
+from .settings import DemoSettings
 
 LAUNCHER = "DEMO_LAUNCHER"  # environment: the process that started both jobs
-_PARALLEL = {"student": (STUDENT_TENSOR_SIZE, 1), "teacher": (1, TEACHER_STAGES)}  # tensor, pipeline
 
 
 def main(name: str, settings: DemoSettings) -> None:
@@ -48,15 +48,21 @@ def _run(name: str, settings: DemoSettings) -> None:
 
     from vcrd.megatron import cpu
 
+    tensor, pipeline = {
+        "student": (settings.student_tensor_size, 1),
+        "teacher": (1, settings.teacher_stages),
+    }[name]
     torch.set_num_threads(1)  # five processes on few cores
     torch.manual_seed(settings.seed)
-    with cpu.on_cpu():
+    if settings.gpu:
+        torch.cuda.set_device(0)
+    with contextlib.nullcontext() if settings.gpu else cpu.on_cpu():
         import torch.distributed as dist
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        dist.init_process_group("gloo")
-        parallel_state.initialize_model_parallel(*_PARALLEL[name])
+        dist.init_process_group("nccl" if settings.gpu else "gloo")
+        parallel_state.initialize_model_parallel(tensor, pipeline)
         model_parallel_cuda_manual_seed(settings.seed)
         importlib.import_module(f".{name}", __package__).run(settings)
         dist.destroy_process_group()

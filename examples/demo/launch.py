@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .job import LAUNCHER
-from .settings import STUDENT_TENSOR_SIZE, TEACHER_STAGES, DemoSettings
+from .settings import DemoSettings
 
 # Without these, glibc maps and unmaps every large tensor, and the page faults take a sixth of the time.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -67,7 +67,10 @@ def run_jobs(settings: DemoSettings, settings_file: Path, watch: Callable[[], No
     """Runs both jobs to their end and calls `watch` meanwhile. DemoFailed if one fails; then both are ended."""
     jobs: dict[str, subprocess.Popen] = {}
     try:
-        for name, processes in (("student", STUDENT_TENSOR_SIZE), ("teacher", TEACHER_STAGES)):
+        for name, processes in (
+            ("student", settings.student_tensor_size),
+            ("teacher", settings.teacher_stages),
+        ):
             jobs[name] = _start(name, processes, settings, settings_file)
         while any(job.poll() is None for job in jobs.values()):
             watch()
@@ -107,8 +110,8 @@ def _start(name: str, processes: int, settings: DemoSettings, settings_file: Pat
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
         LAUNCHER: str(os.getpid()),
+        **(_one_gpu(name) if settings.gpu else {"CUDA_VISIBLE_DEVICES": ""}),
     }
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     environment |= {"PYTHONWARNINGS": "ignore", **_KEEP_MEMORY}
@@ -119,6 +122,19 @@ def _start(name: str, processes: int, settings: DemoSettings, settings_file: Pat
         return subprocess.Popen(
             command, cwd=_ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
+
+
+def _one_gpu(name: str) -> dict[str, str]:
+    """NCCL refuses two ranks on one GPU of one host. With these it takes each job for a host of its own."""
+    return {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "NCCL_HOSTID": f"demo-{name}",
+        "NCCL_MULTI_RANK_GPU_ENABLE": "1",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_IB_DISABLE": "1",
+        "NCCL_NVLS_ENABLE": "0",
+        "NCCL_MNNVL_ENABLE": "0",
+    }
 
 
 def _end(jobs: dict[str, subprocess.Popen]) -> None:

@@ -54,8 +54,8 @@ class Shape:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
-def configure(shape: Shape, layers: int) -> TransformerConfig:
-    """Megatron's float32 configuration for `layers` layers. Megatron's parallel state must exist."""
+def configure(shape: Shape, layers: int, dtype: torch.dtype = torch.float32) -> TransformerConfig:
+    """Megatron's configuration for `layers` layers in float32 or bfloat16. Megatron's parallel state must exist."""
     from megatron.core import parallel_state
     from megatron.core.transformer import TransformerConfig
 
@@ -75,7 +75,9 @@ def configure(shape: Shape, layers: int) -> TransformerConfig:
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        pipeline_dtype=torch.float32,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
         use_cpu_initialization=True,
         perform_initialization=False,
         # These need a GPU or its compiler.
@@ -108,3 +110,11 @@ def build(shape: Shape, config: TransformerConfig, sequence_length: int, **stage
         rotary_base=int(shape.rope_base),
         **{**own, **stage},
     )
+
+
+def in_its_dtype(model: GPTModel) -> torch.nn.Module:
+    """The model on its device, wrapped as Megatron's scripts wrap a model in bfloat16."""
+    from megatron.core.transformer.module import Float16Module
+
+    model = model.cuda()
+    return Float16Module(model.config, model) if model.config.bf16 else model

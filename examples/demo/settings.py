@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 CACHE = Path(__file__).parents[2] / "build" / "demo"
 
@@ -12,14 +16,12 @@ CACHE = Path(__file__).parents[2] / "build" / "demo"
 # increased the divergence on CHAMP problems the least. Every third layer at even distances has twice the divergence.
 KEPT_LAYERS = (0, 1, 2, 8, 19, 20, 24, 27, 28, 29)
 
-TEACHER_STAGES = 2
-STUDENT_TENSOR_SIZE = 3
-
 
 @dataclass(frozen=True)
 class DemoSettings:
     """steps: optimizer steps. A step has micro_batches x micro_batch_size problems. held_out: problems for evaluation.
-    learning_rate: the maximum, after a short warm-up. sequence_length: longer solutions are cut."""
+    learning_rate: the maximum, after a short warm-up. sequence_length: longer solutions are cut. gpu: both jobs run on
+    the first GPU. bfloat16: the dtype of both models, otherwise float32; the optimizer keeps float32 weights."""
 
     output: str
     cache: str = str(CACHE)
@@ -31,6 +33,24 @@ class DemoSettings:
     held_out: int = 12
     learning_rate: float = 1e-3
     seed: int = 0
+    teacher_stages: int = 2
+    student_tensor_size: int = 3
+    gpu: bool = False
+    bfloat16: bool = False
+
+    def on_one_gpu(self) -> DemoSettings:
+        """Both jobs share one GPU, so each has one process. Larger and more steps, as a step takes less time."""
+        return replace(
+            self,
+            **{"gpu": True, "bfloat16": True, "teacher_stages": 1, "student_tensor_size": 1},
+            **{"steps": 60, "micro_batch_size": 4},
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16 if self.bfloat16 else torch.float32
 
     @property
     def folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""The student job: a shallower SmolLM2 over three tensor ranks, trained with Megatron's schedule and optimizer.
+"""The student job: a shallower SmolLM2 over its tensor ranks, trained with Megatron's schedule and optimizer.
 
 The only line for distillation is `forward_step = distill(forward_step)`.
 """
@@ -28,7 +28,7 @@ from vcrd.megatron import distill
 
 from . import data, held_out, source
 from .convert import load
-from .model import Shape, build, configure
+from .model import Shape, build, configure, in_its_dtype
 from .settings import KEPT_LAYERS, DemoSettings
 
 
@@ -77,8 +77,10 @@ def run(settings: DemoSettings) -> None:
 
 def forward_step(data_iterator: Iterator[dict], model: Any) -> tuple[Any, Callable]:
     """The forward step of a Megatron script: draws a batch, calls the model, returns loss_func."""
-    batch = next(data_iterator)
-    positions = torch.arange(batch["tokens"].shape[1]).expand_as(batch["tokens"])
+    batch = {name: tensor.cuda() for name, tensor in next(data_iterator).items()}
+    positions = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device).expand_as(
+        batch["tokens"]
+    )
     losses = model(batch["tokens"], positions, None, labels=batch["labels"], loss_mask=batch["loss_mask"])
 
     def loss_func(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -92,14 +94,18 @@ def set_up(settings: DemoSettings) -> tuple[Any, Any, Any]:
     """(model in Megatron's data-parallel wrapper, Megatron optimizer, learning-rate schedule)."""
     cache = Path(settings.cache)
     shape = Shape.load(cache / "shape.json")
-    model = build(shape, configure(shape, len(KEPT_LAYERS)), settings.sequence_length)
+    model = build(shape, configure(shape, len(KEPT_LAYERS), settings.dtype), settings.sequence_length)
     with source.weights(cache) as fetch:
         load(model, fetch, shape, KEPT_LAYERS)
     model.config.finalize_model_grads_func = finalize_model_grads
-    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    wrapped = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), in_its_dtype(model)
+    )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
+            bf16=settings.bfloat16,
+            params_dtype=settings.dtype,
             lr=settings.learning_rate,
             min_lr=0.1 * settings.learning_rate,
             weight_decay=0.0,

@@ -46,6 +46,7 @@ def test_a_stage_is_short_and_names_its_claim_and_its_files(stage):
     longer = {
         "build": stages.LIMIT_OF_THE_BUILD,
         "nccl-alive": stages.LIMIT_OF_THE_LOOK,
+        "demo": stages.LIMIT_OF_THE_DEMO,
         "language-model": stages.LIMIT_OF_THE_MODEL,
     }
     assert stage.limit == longer.get(stage.name, LIMIT) and LIMIT <= 90

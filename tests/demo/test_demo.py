@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import page_environment
 from ports import free_port
+from rich.console import Console
+
+from examples.demo.__main__ import run
+from examples.demo.settings import DemoSettings
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -53,6 +59,27 @@ def test_demo_distils_and_shows_it(demo_cache, tmp_path):
     report = (output / "report.html").read_text()
     assert f"1 to {STEPS}" in report and "2 ranks: pipeline 2" in report and "Weights in a text" in report
     assert (output / ".gitignore").read_text() == "*\n"
+
+
+def test_the_layout_of_one_gpu_distils_in_bfloat16(demo_cache, tmp_path):
+    """One process in each job and bfloat16, as with --gpu, on the CPU."""
+    settings = replace(
+        DemoSettings(output=str(tmp_path / "results"), cache=str(demo_cache), port=free_port()).on_one_gpu(),
+        gpu=False,
+        steps=STEPS,
+        micro_batches=1,
+        micro_batch_size=2,
+        sequence_length=96,
+        held_out=2,
+    )
+    said = io.StringIO()
+    run(Console(file=said, width=200), settings)
+    assert "1 pipeline stages" in said.getvalue() and "1 tensor ranks" in said.getvalue()
+    results = json.loads((settings.folder / "results.json").read_text())
+    before, after = results["held_out"]["before"], results["held_out"]["after"]
+    assert after["divergence"] < 0.9 * before["divergence"]
+    report = (settings.folder / "report.html").read_text()
+    assert f"1 to {STEPS}" in report
 
 
 def check_page(page: str, tokens: int) -> None:

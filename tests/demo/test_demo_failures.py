@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from ports import free_port
 from waiting import wait_until
 
@@ -109,6 +111,14 @@ def test_a_wrong_argument_is_one_message(demo_cache, tmp_path, arguments, senten
     arguments = command(tmp_path, demo_cache, *arguments)
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stdout.strip() == sentence
+
+
+def test_without_a_gpu_its_option_is_one_message(demo_cache, tmp_path):
+    arguments, none = command(tmp_path, demo_cache, "--gpu"), {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(arguments, cwd=ROOT, env=none, capture_output=True, text=True, timeout=60)
+    found = re.fullmatch(r"demo: --gpu: expected a (GPU|torch with CUDA), got (.*)", done.stdout.strip())
+    assert done.returncode == 1 and found, done.stdout
+    assert (found[1] == "GPU") == (torch.version.cuda is not None)
 
 
 def test_a_port_in_use_is_one_message_before_any_job_starts(demo_cache, tmp_path):
