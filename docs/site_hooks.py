@@ -15,7 +15,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 # Pages of the site that are files of other folders.
 ELSEWHERE = {"container.md": "docker/README.md"}
-LINK = re.compile(r"\[[^\]]*\]\(([^)#:\s]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<path>[^)#:\s]+)(?P<place>#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -24,18 +24,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Links that leave docs/ become the path in the checkout, because the public address of the repository is not known."""
+def on_page_markdown(markdown: str, page: Page, files: Files, **_: object) -> str:
+    """A link that leaves docs/ becomes its path in the checkout: the public address of the repository is not known."""
     source = ELSEWHERE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    uris = {path: uri for uri, path in ELSEWHERE.items()}
 
     def placed(link: re.Match) -> str:
-        path = os.path.normpath(os.path.join(os.path.dirname(source), link[1]))
-        uris = {path: uri for uri, path in ELSEWHERE.items()}
-        target = uris.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
-        if target is None:
+        path = os.path.normpath(os.path.join(os.path.dirname(source), link["path"]))
+        uri = uris.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
+        if uri is None:
             return f"`{path}`"
-        relative = os.path.relpath(target, os.path.dirname(page.file.src_uri))
-        return link[0].replace(f"({link[1]}", f"({relative}")
+        other = files.get_file_from_path(uri)
+        is_name = link["text"].endswith(".md") and other is not None and other.page is not None
+        text = other.page.title if is_name else link["text"]
+        return f"[{text}]({os.path.relpath(uri, os.path.dirname(page.file.src_uri))}{link['place'] or ''})"
 
     # Markdown inside of HTML is read by GitHub after an empty line, and by mkdocs where an attribute says so.
     markdown = markdown.replace("<details><summary>", '<details markdown="1"><summary markdown="span">')

@@ -1,4 +1,4 @@
-"""Fails if a page of a built site would load anything from another server. `make docs` runs it; standard library only."""
+"""Fails if a page of a built site would load anything from another server. `make docs` runs it. Needs no packages."""
 
 from __future__ import annotations
 
