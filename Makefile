@@ -211,9 +211,9 @@ $(DOCS)/.done: requirements/docs.txt
 	@echo "==> creating $(DOCS) with mkdocs"
 	@$(PYTHON) -m venv $(DOCS) && $(DOCS)/bin/python -m pip $(PIP_FLAGS) install -r requirements/docs.txt && touch $@
 
-# The sources are only read, so neither torch nor the extension is needed.
+# The sources are only read, so neither torch nor the extension is needed. With --quiet, --strict would overlook warnings.
 docs: $(DOCS)/.done
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs -q build --strict $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict $(ARGS)
 	@$(DOCS)/bin/python tests/docs/check_site.py build/site
 
 # cuobjdump, and a compiler if the machine has none. A linker expects these links in a toolkit.

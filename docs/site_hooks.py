@@ -15,7 +15,9 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 # Pages of the site that are files of other folders.
 ELSEWHERE = {"container.md": "docker/README.md"}
-LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<path>[^)#:\s]+)(?P<place>#[^)\s]*)?\)")
+LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<path>[^)#:\s/][^)#:\s]*)(?P<place>#[^)\s]*)?\)")
+
+SEVERAL = re.compile(r"^    \w+(?:, \w+)+(?=:\s)", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -44,8 +46,18 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: object) -> st
     return LINK.sub(placed, markdown)
 
 
-class LazyNames(griffe.Extension):
-    """Gives `vcrd` and `vcrd.megatron` the names that they load on first use, so that api.md can name them."""
+class Interface(griffe.Extension):
+    """Gives `vcrd` and `vcrd.megatron` the names that they load on first use, so that api.md can name them.
+
+    One entry of a docstring may describe several arguments, "floor, ceiling: ..". griffe would take what follows a
+    space for a type, so these spaces become en spaces.
+    """
+
+    def on_object(self, *, obj: griffe.Object, **_: object) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = SEVERAL.sub(
+                lambda names: names[0].replace(", ", ",\u2002"), obj.docstring.value
+            )
 
     def on_package(self, *, pkg: griffe.Module, **_: object) -> None:
         for module in (pkg, pkg["megatron"]):
