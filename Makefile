@@ -25,6 +25,7 @@ DONE := $(VENV)/.done
 # wherever it finds it, which takes seconds in every process.
 SYSTEMS := $(VENV)-systems
 LINT := .venv/lint-$(PYTHON_TAG)
+DOCS := .venv/docs-$(PYTHON_TAG)
 CUDA := .venv/cuda-$(PYTHON_TAG)
 CONTAINER := .venv/container-$(PYTHON_TAG)
 
@@ -54,7 +55,7 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help environment constraints demo bridge-demo test test-all test-durations bench bench-link evidence estimators mutants build lint format cuda-check cuda-home container-check gpu-check clean always
+.PHONY: help environment constraints demo bridge-demo test test-all test-durations bench bench-link evidence estimators mutants build lint format docs cuda-check cuda-home container-check gpu-check clean always
 
 help:
 	@echo "make demo     distil a real model on the CPU; the first run installs and builds. make demo GPU=1  on a GPU"
@@ -68,6 +69,7 @@ help:
 	@echo "make estimators  measure how well the estimators of validity find the wrong steps that people marked"
 	@echo "make build    build the extension vcrd._C"
 	@echo "make lint     check the style   make format   correct the style"
+	@echo "make docs     build the pages of docs/ as a site in build/site"
 	@echo "make cuda-check  compile the CUDA kernels and check their machine code; needs no GPU"
 	@echo "make container-check  run the steps of docker/install.sh in a clean environment; needs no container engine"
 	@echo "make gpu-check  on a machine with a GPU: run the stages that are due, with PYTHON, in SECONDS=420; ARGS=--list shows them"
@@ -209,6 +211,16 @@ format: $(LINT)/.done
 	$(LINT)/bin/ruff check --fix .
 	$(LINT)/bin/ruff format .
 	$(if $(FORMATTED),$(LINT)/bin/clang-format -i $(FORMATTED))
+
+$(DOCS)/.done: requirements/docs.txt
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "vcrd: $(PYTHON) cannot create environments (on Debian: apt-get install python3-venv)"; exit 1; }
+	@echo "==> creating $(DOCS) with mkdocs"
+	@$(PYTHON) -m venv $(DOCS) && $(DOCS)/bin/python -m pip $(PIP_FLAGS) install -r requirements/docs.txt && touch $@
+
+# The sources are only read, so neither torch nor the extension is needed. With --quiet, --strict would overlook warnings.
+docs: $(DOCS)/.done
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict $(ARGS)
+	@$(DOCS)/bin/python tests/docs/check_site.py build/site
 
 # cuobjdump, and a compiler if the machine has none. A linker expects these links in a toolkit.
 $(CUDA)/.done: requirements/cuda-check.txt requirements/cuda-toolkit.txt

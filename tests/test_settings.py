@@ -209,6 +209,24 @@ def test_the_page_is_that_table():
     assert page.endswith("\n\n" + help_table()), "python -m vcrd.settings makes the table of docs/settings.md"
 
 
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("sockets", "integer from 1 to 16"),
+        ("vocab_size", "integer of at least 1, or none"),
+        ("timeout", "number above 0"),
+        ("sharpness", "number, or none"),
+        ("fused_head", "`off`, `on`, `recompute`"),
+        ("top_k", "integer of at least 1; or by teacher"),
+        ("telemetry_dir", "path, or none"),
+    ],
+)
+def test_the_page_shows_the_type_and_the_meaning_of_a_setting(name, shown):
+    (row,) = [row for row in help_table().splitlines() if row.startswith(f"| `{variable_of(name)}` |")]
+    cells = [cell.strip() for cell in row.strip("|").split(" | ")]
+    assert cells[2] == shown and cells[4] == help_text(name) and len(cells) == 5
+
+
 def test_settings_import_neither_torch_nor_megatron():
     script = "import sys, vcrd.settings; print({'torch', 'megatron', 'vcrd.link'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

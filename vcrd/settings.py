@@ -36,12 +36,14 @@ class Kind(NamedTuple):
 
     check(name, value): raises ValueError or TypeError for a wrong value. read(text): the value that a text stands for,
     ValueError where it stands for none. what: the values in words. optional: the texts "" and "none" stand for None.
+    shown: the type in docs/settings.md.
     """
 
     check: Callable[[str, Any], None]
     read: Callable[[str], Any] = str
     what: str = "a text"
     optional: bool = False
+    shown: str = "text"
 
 
 def setting(default: Any, help: str, kind: Kind, argument: bool = True, **options: Any) -> Any:
@@ -92,21 +94,27 @@ def host_and_port(text: str) -> tuple[str, int] | None:
 
 
 def _integer(least: int, most: int | None = None, optional: bool = False) -> Kind:
-    return Kind(
-        partial(check_integer, least=least, most=most, optional=optional), int, "an integer", optional
-    )
+    right = partial(check_integer, least=least, most=most, optional=optional)
+    span = f"of at least {least}" if most is None else f"from {least} to {most}"
+    return Kind(right, int, "an integer", optional, f"integer {span}")
 
 
 def _number(optional: bool = False, **bounds: float) -> Kind:
-    return Kind(partial(check_number, optional=optional, **bounds), float, "a number", optional)
+    shown = " and ".join(f"{_BOUNDS[name]} {bound:g}" for name, bound in bounds.items())
+    right = partial(check_number, optional=optional, **bounds)
+    return Kind(right, float, "a number", optional, f"number {shown}".strip())
 
 
 def _choice(*names: str) -> Kind:
-    return Kind(partial(check_choice, choices=names), what=f"one of {', '.join(names)}")
+    shown = ", ".join(f"`{name}`" for name in names)
+    return Kind(partial(check_choice, choices=names), what=f"one of {', '.join(names)}", shown=shown)
 
 
 def _text(
-    right: Callable[[str], bool] = lambda text: True, what: str = "a text", optional: bool = False
+    right: Callable[[str], bool] = lambda text: True,
+    what: str = "a text",
+    optional: bool = False,
+    shown: str = "text",
 ) -> Kind:
     def check_text(name: str, value: Any) -> None:
         if value is None and optional:
@@ -116,7 +124,7 @@ def _text(
         if not right(value):
             raise expected(name, what, repr(value))
 
-    return Kind(check_text, what=what, optional=optional)
+    return Kind(check_text, what=what, optional=optional, shown=shown)
 
 
 def _check_path(name: str, value: Any) -> None:
@@ -184,7 +192,7 @@ def _by_teacher(kind: Kind) -> Kind:
     def read(text: str) -> Any:
         return text if _is_by_teacher(text) else kind.read(text)
 
-    return Kind(check_each, read, kind.what, kind.optional)
+    return Kind(check_each, read, kind.what, kind.optional, f"{kind.shown}; or by teacher")
 
 
 def _check_weights(name: str, value: Any) -> None:
@@ -219,18 +227,23 @@ def _is_address(text: str) -> bool:
 
 _NAMED = re.compile(r"[A-Za-z0-9_.-]+=")  # the name of a teacher, where there are several
 _PARTS = "name=value,name=value, each teacher once"
-_WEIGHTS = Kind(_check_weights, what=_PARTS, optional=True)
-_PATH = Kind(_check_path, what="a path", optional=True)
+_BOUNDS = {"least": "of at least", "above": "above", "most": "of at most", "below": "below"}
+_WEIGHTS = Kind(_check_weights, what=_PARTS, optional=True, shown="numbers above 0 by teacher")
+_PATH = Kind(_check_path, what="a path", optional=True, shown="path")
+# A name that `vcrd.loss.config` checks, which needs torch.
+_NAME_OF_THE_LOSS = _text(shown="name")
 _ADDRESS = _text(
     _all_named(_is_address),
     "host:port with a port from 1 to 65535, file:/absolute/path, cache:/absolute/path, or several of them as "
     "name=address,name=address",
     optional=True,
+    shown="address; or by teacher",
 )
 _TEACHER = _text(
     _all_named(_is_cache),
     "cache:/absolute/path, or several of them as name=cache:/absolute/path,..",
     optional=True,
+    shown="`cache:` and a path; or by teacher",
 )
 
 
@@ -427,7 +440,7 @@ class DistillSettings:
         "forward_kl",
         "Divergence between the teacher's distribution p and the student's q: forward_kl KL(p||q), reverse_kl "
         "KL(q||p), jeffreys (half of each), jsd, skew_kl or skew_reverse_kl.",
-        _text(),
+        _NAME_OF_THE_LOSS,
     )
     temperature: float = setting(
         1.0, "Temperature of both models in the divergence. Validity is always read at 1.", _number()
@@ -440,7 +453,7 @@ class DistillSettings:
         "token from the micro-batches. privileged: the probabilities by the teacher with the context that the "
         "micro-batches have for it, which the teacher that is distilled does not see. docs/validity.md describes these "
         "two. In Python also a callable.",
-        Kind(_check_validity),
+        Kind(_check_validity, shown="name"),
     )
     weighting: str = setting(
         "sigmoid",
@@ -448,7 +461,7 @@ class DistillSettings:
         "validities. gap: by how much more probability the teacher gives to what is verified than the student "
         "does, relative to the root mean square of this over the micro-batches that all ranks process at the same "
         "time; with the validity label, scores or privileged, or a verifier (docs/method.md).",
-        _text(),
+        _NAME_OF_THE_LOSS,
     )
     sharpness: float | None = setting(
         None,
@@ -468,7 +481,7 @@ class DistillSettings:
         "What all weights are divided by, taken over the tokens that count in the micro-batches that all ranks process "
         "at the same time. mean: their mean. mass: the sum of the weighted divergences over that of the divergences, "
         "so that the sum of the losses stays what it is without weights.",
-        _text(),
+        _NAME_OF_THE_LOSS,
     )
     ce_weight: float = setting(
         0.0, "Weight of the hard-label cross-entropy that is added. Validity does not change it.", _number()
@@ -641,13 +654,15 @@ def is_argument(name: str) -> bool:
 
 def help_table() -> str:
     """All settings as a Markdown table, for docs/settings.md."""
-    rows = ["| variable | argument | default | what it does |", "|---|---|---|---|"]
+    rows = ["| variable | argument | type | default | meaning |", "|---|---|---|---|---|"]
     for name, each in _FIELDS.items():
         argument = f"`{argument_of(name)}`" if is_argument(name) else "-"
         default = "none" if each.default is None else str(each.default)
         shown = f"`{default}`" if default else "-"
+        kind = each.metadata["kind"]
+        values = kind.shown + (", or none" if kind.optional else "")
         help = help_text(name).replace("|", r"\|")
-        rows.append(f"| `{variable_of(name)}` | {argument} | {shown} | {help} |")
+        rows.append(f"| `{variable_of(name)}` | {argument} | {values} | {shown} | {help} |")
     return "\n".join(rows) + "\n"
 
 

@@ -29,14 +29,15 @@ from vcrd.loss.config import LossConfig
 class CalibratedKDLoss(torch.nn.Module):
     """The validity-calibrated loss with the arguments of Automodel's `KDLoss`.
 
-    ignore_index: label of the tokens that do not count.
-    temperature: T, of both models in the divergence. The loss is multiplied by T squared, as Automodel's is (Hinton et
-        al., arXiv 1503.02531).
-    tp_group: the ranks that hold the shards of plain tensors; None if these hold the whole vocabulary. The placements
-        of DTensors name it.
-    fp32_upcast, chunk_size: accepted so that a recipe needs no change, and not used. All arithmetic is in float32, and
-        no matrix of probabilities is made.
-    options: fields of `LossConfig`.
+    Args:
+        ignore_index: label of the tokens that do not count.
+        temperature: T, of both models in the divergence. The loss is multiplied by T squared, as Automodel's is (Hinton
+            et al., arXiv 1503.02531).
+        tp_group: the ranks that hold the shards of plain tensors; None if these hold the whole vocabulary. The
+            placements of DTensors name it.
+        fp32_upcast, chunk_size: accepted so that a recipe needs no change, and not used. All arithmetic is in float32,
+            and no matrix of probabilities is made.
+        options: fields of `LossConfig`.
 
     Automodel gives the loss labels and nothing else. So validity "scores" and `steps` cannot be used here. `ce_weight`
     is refused, because the recipe's `kd_ratio` adds the cross-entropy.
@@ -77,11 +78,12 @@ class CalibratedKDLoss(torch.nn.Module):
     ) -> Tensor:
         """The sum over the tokens that count, divided by `num_batch_labels`, or by their number where it is None.
 
-        student_logits, teacher_logits: [..., vocabulary], float32, bfloat16 or float16. DTensors may be replicated, or
-            sharded along the vocabulary in one dimension of the mesh, evenly or not, and then both alike; the teacher's
-            may also be a plain tensor with this rank's columns. Shards of plain tensors need `tp_group`.
-        labels: [...], integers, each at the position whose logits predict it.
-        num_batch_labels: the tokens that count in all micro-batches of the step.
+        Args:
+            student_logits, teacher_logits: [..., vocabulary], float32, bfloat16 or float16. DTensors may be replicated,
+                or sharded along the vocabulary in one dimension of the mesh, evenly or not, and then both alike; the
+                teacher's may also be a plain tensor with this rank's columns. Shards of plain tensors need `tp_group`.
+            labels: [...], integers, each at the position whose logits predict it.
+            num_batch_labels: the tokens that count in all micro-batches of the step.
 
         Returns a scalar, float32, the same on every rank of a shard group. The gradient of the student's logits is
         placed as they are. Collectives: those of `validity_calibrated_kl` over the shard group.

@@ -38,8 +38,9 @@ class LogitsLoss(_Loss):
 
     The divergence is multiplied by the square of the temperature, as that of ModelOpt's `LogitsDistillationLoss` is.
 
-    config: default `LossConfig()`. ValueError for validity "scores", because ModelOpt gives a criterion no scores, and
-        for a `ce_weight`, because the model's loss balancer adds the cross-entropy.
+    Args:
+        config: default `LossConfig()`. ValueError for validity "scores", because ModelOpt gives a criterion no scores,
+            and for a `ce_weight`, because the model's loss balancer adds the cross-entropy.
     """
 
     def __init__(self, config: LossConfig | None = None) -> None:
@@ -54,9 +55,10 @@ class LogitsLoss(_Loss):
     ) -> Tensor:
         """The loss per token [...], float32.
 
-        student, teacher: logits [..., vocabulary], or outputs that have them as `logits`.
-        labels: [...], each at the position whose logits predict it: those of a Hugging Face batch must be shifted.
-        mask: [...]; where it is 0 the loss is 0. Default: labels of 0 and above count.
+        Args:
+            student, teacher: logits [..., vocabulary], or outputs that have them as `logits`.
+            labels: [...], each at the position whose logits predict it: those of a Hugging Face batch must be shifted.
+            mask: [...]; where it is 0 the loss is 0. Default: labels of 0 and above count.
 
         `compute_kd_loss` passes its keywords on to every criterion. Collectives: none. Errors: those of
         `validity_calibrated_kl`.
@@ -73,7 +75,8 @@ class MegatronLogitsLoss(_Loss):
 
     As in `LogitsKLLoss`, nothing is multiplied by the square of the temperature.
 
-    config: default `LossConfig()`. ValueError for validity "scores", because ModelOpt gives a criterion no scores.
+    Args:
+        config: default `LossConfig()`. ValueError for validity "scores", because ModelOpt gives a criterion no scores.
     """
 
     def __init__(self, config: LossConfig | None = None) -> None:
@@ -90,7 +93,10 @@ class MegatronLogitsLoss(_Loss):
     def forward(self, student: Any, teacher: Any) -> tuple[Tensor, bool, bool]:
         """The loss per token [b, s], float32, and that it needs neither a sum over tensor ranks nor a split mask.
 
-        student, teacher: logits [s, b, vocabulary / tp], or the output layer's (logits, bias). Collectives, over the
+        Args:
+            student, teacher: logits [s, b, vocabulary / tp], or the output layer's (logits, bias).
+
+        Collectives, over the
         tensor-parallel group: those of `validity_calibrated_kl`. ValueError unless the model was called before.
         """
         from megatron.core import parallel_state
@@ -124,10 +130,11 @@ def _checked(config: LossConfig | None) -> LossConfig:
 def attach(model: Model, config: LossConfig | None = None) -> Model:
     """Replaces the criterion of the logits in a converted Megatron model, and gives the new one labels and mask.
 
-    model: what `mtd.convert` returned, `adjust_distillation_model_for_mcore` applied, wrapped by Megatron or not; or
-        the list with it that Megatron-Bridge gives a pre-wrap hook. Call it on every rank: on stages of a pipeline
-        other than the last, which have no criterion, only the arguments are checked.
-    config: None also where the model was converted with a `MegatronLogitsLoss` of its own.
+    Args:
+        model: what `mtd.convert` returned, `adjust_distillation_model_for_mcore` applied, wrapped by Megatron or not;
+            or the list with it that Megatron-Bridge gives a pre-wrap hook. Call it on every rank: on stages of a
+            pipeline other than the last, which have no criterion, only the arguments are checked.
+        config: None also where the model was converted with a `MegatronLogitsLoss` of its own.
 
     The tokens that count are those of the model's argument `loss_mask`, or else those with a label of 0 and above.
     Losses of hidden states stay as they are. Returns `model`.

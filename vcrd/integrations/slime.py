@@ -70,9 +70,11 @@ def loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """For `--custom-loss-function-path`: the loss of one micro-batch, and figures of it, reduced by slime.
 
-    batch: slime's micro-batch of packed samples. logits: [1, tokens of this context-parallel rank, vocabulary of this
-        tensor rank], as the model gives them, without slime's rollout temperature. reduce: slime's sum over samples of
-        the mean over tokens, or sum over tokens.
+    Args:
+        batch: slime's micro-batch of packed samples.
+        logits: [1, tokens of this context-parallel rank, vocabulary of this tensor rank], as the model gives them,
+            without slime's rollout temperature.
+        reduce: slime's sum over samples of the mean over tokens, or sum over tokens.
 
     Figures: `loss`, `divergence`, `weight`, `relative_validity`, and `invalid_teacher_rows`, which the loss skips.
 

@@ -35,14 +35,16 @@ _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 class DistillationLoss:
     """The loss of each token of a batch, from a student and a teacher of transformers. For one device of a loop.
 
-    student, teacher: causal language models, the student perhaps a PeftModel. The teacher is put into eval mode.
-    config: default `LossConfig()`. Where it has no `vocab_size` and a tokenizer is given, the vocabulary ends with the
-        last id of the tokenizer: the columns of both models past it are padding, and may differ in number.
-    tokenizer: of both models.
-    fused_head: compute the loss from the last hidden states (`fused_validity_calibrated_kl`), of the tokens with a
-        label only. Neither model's logits are built then. The output layer must be a plain `nn.Linear` without bias;
-        a scale and a softcap of its logits are read from the configuration, and checked by running each model once.
-    product_dtype: what hidden states and output layer are rounded to for their product; None for their own dtypes.
+    Args:
+        student, teacher: causal language models, the student perhaps a PeftModel. The teacher is put into eval mode.
+        config: default `LossConfig()`. Where it has no `vocab_size` and a tokenizer is given, the vocabulary ends with
+            the last id of the tokenizer: the columns of both models past it are padding, and may differ in number.
+        tokenizer: of both models.
+        fused_head: compute the loss from the last hidden states (`fused_validity_calibrated_kl`), of the tokens with a
+            label only. Neither model's logits are built then. The output layer must be a plain `nn.Linear` without
+            bias; a scale and a softcap of its logits are read from the configuration, and checked by running each model
+            once.
+        product_dtype: what hidden states and output layer are rounded to for their product; None for their own dtypes.
 
     Raises TypeError or ValueError that names the argument.
     """
@@ -285,7 +287,9 @@ class CalibratedLossMixin(LogsTokenMeans):
 
         class CalibratedSFTTrainer(CalibratedLossMixin, trl.SFTTrainer): ...
 
-    Arguments besides those of the Trainer, by name:
+    These arguments are given by name, besides those of the Trainer.
+
+    Args:
         teacher_model: placed on the Trainer's device, in eval mode, without gradients. Not wrapped by DDP.
         loss_config: see `LossConfig`; validity "label" takes the labels of the data set as verified. The vocabulary
             ends with the last id of `processing_class`, if it is a tokenizer, unless `vocab_size` is set.

@@ -30,8 +30,14 @@ _DIGEST = re.compile(r"[0-9a-f]{0,64}")
 @dataclass(frozen=True)
 class Head:
     """The output layer of the teacher, for the payload "hidden": logits = scale * states @ weight.T, then
-    softcap * tanh(logits / softcap) unless softcap is None. size: of a hidden state, up to 65536. dtype: of states and
-    weight, "float32", "bfloat16" or "float16". ValueError for other values."""
+    softcap * tanh(logits / softcap) unless softcap is None.
+
+    Attributes:
+        size: of a hidden state, up to 65536.
+        dtype: of states and weight, "float32", "bfloat16" or "float16".
+
+    ValueError for other values.
+    """
 
     size: int
     dtype: str
@@ -55,9 +61,16 @@ class Head:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """The tokenizer of a job. kind: its type, up to 200 characters. size: how many tokens it has. digest: of its
-    vocabulary, 64 hexadecimal digits, equal for two tokenizers in which every id is the same token; "" for a tokenizer
-    without a vocabulary, such as NullTokenizer of Megatron. ValueError for other values."""
+    """The tokenizer of a job.
+
+    Attributes:
+        kind: its type, up to 200 characters.
+        size: how many tokens it has.
+        digest: of its vocabulary, 64 hexadecimal digits, equal for two tokenizers in which every id is the same token;
+            "" for a tokenizer without a vocabulary, such as NullTokenizer of Megatron.
+
+    ValueError for other values.
+    """
 
     kind: str
     size: int
@@ -77,9 +90,16 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a teacher states besides its layout. tokenizer: the one that the model was trained with. weights: this
-    rank's share of a digest of the weights, from 0 to 2^62 - 1; the shares of the ranks are added modulo 2^62.
-    checkpoint: a name of these weights for people. None or "": not known."""
+    """What a teacher states besides its layout.
+
+    Attributes:
+        tokenizer: the one that the model was trained with.
+        weights: this rank's share of a digest of the weights, from 0 to 2^62 - 1; the shares of the ranks are added
+            modulo 2^62.
+        checkpoint: a name of these weights for people.
+
+    Each is None or "" where it is not known.
+    """
 
     tokenizer: Tokenizer | None = None
     weights: int | None = None
@@ -90,7 +110,10 @@ class Identity:
 class TeacherPlace:
     """A rank's place in the teacher job: replica (data-parallel rank) and tensor rank, each with how many there are.
 
-    is_last_stage: whether the rank belongs to the last pipeline stage. ValueError for ranks out of range.
+    Attributes:
+        is_last_stage: whether the rank belongs to the last pipeline stage.
+
+    ValueError for ranks out of range.
     """
 
     replica: int = 0

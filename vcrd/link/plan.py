@@ -153,9 +153,12 @@ def context_rows(
     """The positions of a sequence that a context-parallel rank holds, in the order in which it holds them.
 
     This is the zig-zag order of Megatron, which gives every rank the same share of causal attention. Each sequence is
-    cut into 2 context_size equal chunks, and rank r holds chunk r, then chunk 2 context_size - 1 - r. boundaries: edges
-    of packed sequences, 0 and `sequence` included; each packed sequence is cut by itself. ValueError where a sequence
-    cannot be cut.
+    cut into 2 context_size equal chunks, and rank r holds chunk r, then chunk 2 context_size - 1 - r.
+
+    Args:
+        boundaries: edges of packed sequences, 0 and `sequence` included; each packed sequence is cut by itself.
+
+    ValueError where a sequence cannot be cut.
     """
     if not 0 <= context_rank < context_size:
         raise expected("context_rank", f"an integer in [0, {context_size})", context_rank)

@@ -22,9 +22,11 @@ _PARTING = 5.0  # seconds that sending the answer to a goodbye may take
 class Request:
     """A micro-batch to answer.
 
-    number: of the micro-batch within student data-parallel rank `data_rank`. tokens: int64 [b, s]. boundaries: edges of
-    the sequences that are packed into it, int64 from 0 to s; empty if it is not packed. context: what the teacher sees
-    besides the tokens.
+    Attributes:
+        number: of the micro-batch within student data-parallel rank `data_rank`.
+        tokens: int64 [b, s].
+        boundaries: edges of the sequences that are packed into it, int64 from 0 to s; empty if it is not packed.
+        context: what the teacher sees besides the tokens.
     """
 
     number: int

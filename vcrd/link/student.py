@@ -69,7 +69,9 @@ class StudentLink:
     """One rank of the last pipeline stage of the student, linked to the teacher replica that serves its data-parallel
     rank.
 
-    columns: the true vocabulary columns that `receive` returns. waits: how long `receive` has waited, and for what.
+    Attributes:
+        columns: the true vocabulary columns that `receive` returns.
+        waits: how long `receive` has waited, and for what.
     """
 
     def __init__(
@@ -113,10 +115,15 @@ class StudentLink:
         """Connects to the teacher. Every rank of the last pipeline stage of the student calls it, and blocks until the
         teacher is connected. Rank 0 of the student's world calls `host_rendezvous` before or at the same time.
 
-        vocab_size: true columns. padded_vocab_size: that of the student, a multiple of tensor_size. sequence_length: of
-        the longest request, before any split over context_size. data_rank: without context parallelism. device: where
-        `receive` puts its result. tokenizer: the one that made the tokens, the same on every rank; None if not known.
-        called: the name of the teacher in the log, where there are several.
+        Args:
+            vocab_size: true columns.
+            padded_vocab_size: that of the student, a multiple of tensor_size.
+            sequence_length: of the longest request, before any split over context_size.
+            data_rank: without context parallelism.
+            device: where `receive` puts its result.
+            tokenizer: the one that made the tokens, the same on every rank; None if not known.
+            called: the name of the teacher in the log, where there are several.
+
         Raises TeacherLost or LinkError after `connect_timeout`, HandshakeRefused when the jobs do not fit.
         """
         for name, rank, size in (
@@ -195,10 +202,14 @@ class StudentLink:
         and context rank 0). Blocks only where a teacher has stopped and megabytes of tokens are unsent, and then for at
         most `timeout` seconds.
 
-        tokens: the whole sequences, before any split over context ranks. boundaries: for sequences that are packed into
-        one row (b = 1), their edges from 0 to s, as cu_seqlens in Megatron. No token then attends to another sequence,
-        `sequence_length` limits each sequence, and `max_tokens` limits the row. context: tokens that only the teacher
-        sees; it answers for `tokens` alone. The setting `teacher_context_length` limits it for each sequence.
+        Args:
+            tokens: the whole sequences, before any split over context ranks.
+            boundaries: for sequences that are packed into one row (b = 1), their edges from 0 to s, as cu_seqlens in
+                Megatron. No token then attends to another sequence, `sequence_length` limits each sequence, and
+                `max_tokens` limits the row.
+            context: tokens that only the teacher sees; it answers for `tokens` alone. The setting
+                `teacher_context_length` limits it for each sequence.
+
         Returns the number of the micro-batch: 0, 1, 2 .. The request is sent at once if a credit is free, else as soon
         as `receive` frees one. It is sent again to a teacher that replaces a lost one.
         """

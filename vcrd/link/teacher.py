@@ -44,7 +44,8 @@ class TeacherLink:
     `next_batch` waits for a lost student and drops its requests, because the student sends them again. A replica that
     loses one of its own ranks fails as a whole, with LinkError on every rank.
 
-    blocked: seconds in which `respond` has waited for earlier answers to be sent.
+    Attributes:
+        blocked: seconds in which `respond` has waited for earlier answers to be sent.
     """
 
     def __init__(
@@ -91,13 +92,19 @@ class TeacherLink:
     ) -> TeacherLink:
         """Joins the student job. Every rank of the replica calls it, and blocks until the student ranks are connected.
 
-        vocab_size: true columns. padded_vocab_size: that of the teacher, a multiple of the tensor size. group: all
-        ranks of this replica, any backend; None when this rank is the whole replica. Its rank 0 receives the requests.
-        tensor_group: the tensor-parallel group, for the row maximum and the top k; None when there is one tensor rank.
-        head, head_weight: with the payload "hidden", on the last stage: the output layer, and the rows of it that this
-        rank has, [padded_vocab_size / tensor size, head.size]. device: where `respond`'s outputs lie; None: the current
-        GPU, or the CPU where torch finds none. identity: its tokenizer and checkpoint count on rank 0 only. positions:
-        the longest sequence that the model takes, with the context that the student does not see; 0 for no limit.
+        Args:
+            vocab_size: true columns.
+            padded_vocab_size: that of the teacher, a multiple of the tensor size.
+            group: all ranks of this replica, any backend; None when this rank is the whole replica. Its rank 0 receives
+                the requests.
+            tensor_group: the tensor-parallel group, for the row maximum and the top k; None when there is one tensor
+                rank.
+            head, head_weight: with the payload "hidden", on the last stage: the output layer, and the rows of it that
+                this rank has, [padded_vocab_size / tensor size, head.size].
+            device: where `respond`'s outputs lie; None: the current GPU, or the CPU where torch finds none.
+            identity: its tokenizer and checkpoint count on rank 0 only.
+            positions: the longest sequence that the model takes, with the context that the student does not see; 0 for
+                no limit.
 
         Raises on every rank: StudentLost or LinkError after `connect_timeout`, HandshakeRefused
         when the jobs do not fit, ValueError when the arguments of the ranks differ.
@@ -154,11 +161,16 @@ class TeacherLink:
     def respond(self, request: Request, output: Tensor) -> None:
         """Sends the answer, of any float dtype, to the student ranks that need it.
 
-        output: logits [s, b, padded_vocab_size / tensor_size]; with the payload "hidden" the last hidden states
-        [s, b, head.size], the same on every tensor rank. Called on every rank of the last stage, for each request of a
-        batch in order. Encodes at once and sends in the background. Blocks while four responses are under way. The loss
-        of a student raises its error in `next_batch`, not here. Collectives over `tensor_group`: one all-reduce
-        for the payloads that are relative to the row's maximum; for "topk" those of `top_k_of`.
+        Args:
+            output: logits [s, b, padded_vocab_size / tensor_size]; with the payload "hidden" the last hidden states [s,
+                b, head.size], the same on every tensor rank.
+
+        Called on every rank of the last stage, for each request of a batch in order. Encodes at once and sends in
+        the background. Blocks while four responses are under way. The loss of a student raises its error in
+        `next_batch`, not here.
+
+        Collectives over `tensor_group`: one all-reduce for the payloads that are relative to the row's maximum; for
+        "topk" those of `top_k_of`.
         """
         if self._place.sender is None:
             raise expected("respond", "a call on a rank of the last stage", "one on another stage")

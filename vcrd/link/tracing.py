@@ -34,8 +34,10 @@ def span(what: str, number: int) -> record_function:
 def trace(path: str | Path, name: str | None = None) -> Iterator[None]:
     """Records all threads of this process and its GPU, and writes them to `path` as a Chrome trace.
 
-    name: the name of the process in the trace; None: the name of the file. Every event is held in memory, so trace a
-    few steps at a time. torch before 2.7 records the calling thread only.
+    Args:
+        name: the name of the process in the trace; None: the name of the file.
+
+    Every event is held in memory, so trace a few steps at a time. torch before 2.7 records the calling thread only.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

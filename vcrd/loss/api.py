@@ -16,11 +16,18 @@ from vcrd.teacher_logits import TeacherLogits
 
 
 class CalibratedLoss(NamedTuple):
-    """Per-token results, each [...] float32, equal on every rank of the group; nothing is reduced over tokens."""
+    """Per-token results, each [...] float32, equal on every rank of the group; nothing is reduced over tokens.
 
-    loss: Tensor  # differentiable
-    weight: Tensor  # detached
-    relative_validity: Tensor  # rho in [0, 1], detached; above 1/2 the teacher is the more valid
+    Attributes:
+        loss: differentiable.
+        weight: detached.
+        relative_validity: rho in [0, 1], detached; above 1/2 the teacher is the more valid.
+        stats: what it was computed from.
+    """
+
+    loss: Tensor
+    weight: Tensor
+    relative_validity: Tensor
     stats: DivergenceStats
 
 

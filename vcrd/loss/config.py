@@ -45,59 +45,65 @@ class LossConfig:
 
     Each field may also be given to a function of the loss as a keyword, which counts before the one in `config`.
 
-    divergence: of the teacher's p and the student's q. "forward_kl" KL(p||q), "reverse_kl" KL(q||p), "jeffreys" half of
-        each. "jsd" beta KL(p||m) + (1 - beta) KL(q||m) with m = beta p + (1 - beta) q (GKD, arXiv 2306.13649).
-        "skew_kl" KL(p || alpha p + (1 - alpha) q), "skew_reverse_kl" KL(q || alpha q + (1 - alpha) p) (DistiLLM,
-        arXiv 2402.03898).
-    temperature: of both models in the divergence, above 0. Everything else is read at temperature 1.
-    alpha: in [0, 1), for the two skewed divergences. beta: in (0, 1), for "jsd".
-    vocab_size: the true vocabulary. Columns at and past it are padding: no probability, zero gradient. None: all
-        columns are true.
-    validity: how the validity V of a model m is estimated.
-        "label": pi_m(y), the chance that m's sampled proposal is the verified next token y. Tokens without a label
-            (negative) have no verdict: both validities are 1. Labels must be verified tokens, not the teacher's own
-            samples, which would raise the weight exactly where the teacher errs.
-        "margin": geometric mean of both models' probabilities at m's most probable token.
-        "confidence": exp(-entropy of m).
-            Where only the teacher's top k are known, "confidence" of the teacher is an upper bound, and so is
-            "margin" of the student whose token is not among them.
-        "scores": `student_validity` and `teacher_validity`, from a verifier, a process reward model or rollouts.
-        "privileged": the probability that a judge gives m's most probable token. The judge is a teacher that knows
-            more than the one that is distilled, for example the solution: `judge`, an argument of the loss.
-        "uniform": 1, so the weight is (floor + ceiling) / 2 everywhere: the plain-distillation control.
-        a callable: given `DivergenceStats`, returns the student's and the teacher's validity, each [...] in (0, 1].
-    weighting: what makes a weight of the validities.
-        "sigmoid": floor + (ceiling - floor) rho, of the relative validity rho = sigmoid(sharpness (log V_T - log V_S)).
-        "gap": 1 + sharpness d / RMS(d), clipped to [floor, ceiling]. d is how much more probability the teacher gives
-            to what is verified than the student does. With "label", d = p(y) - q(y) of the label y, and 0 without one.
-            With "scores", "privileged" and a callable, d is the sum of V(a) (p(a) - q(a)) over the most probable tokens
-            a of both models, once if they are the same: with the verdicts 0 and 1 of a verifier, the teacher's
-            probability of the accepted proposals minus the student's. RMS(d), the root of the mean square, is over
-            all tokens that count, and at least 1e-6. The other estimators verify no token.
-    sharpness: how strongly the weight follows the validities. None: 4 for "sigmoid", 1 for "gap". 1 makes
-        rho = V_T / (V_T + V_S).
-    floor, ceiling: smallest and largest weight. None: 0.1 and 1.9 for "sigmoid", 0.05 and 3 for "gap". floor > ceiling
-        reverses the direction of "sigmoid", for an ablation.
-    steps_group: the ranks that hold parts of the same steps, each as many tokens (context parallelism). The ids in
-        `steps` are then below the number of tokens of all of them.
-    normalization: what all weights are divided by. "none". "mean": their mean. "mass": sum w D / sum D, which keeps the
-        sum of the losses without a cross-entropy that all weights 1 would have.
-    weight_group: the ranks over whose tokens RMS(d), "mean" and "mass" are taken, for example all data- and
-        context-parallel ranks; each calls the loss as often, also without a token that counts. None: over the tokens of
-        this call. A token that the mask leaves out, or whose value is not finite, takes no part.
-    ce_weight: weight of the hard-label cross-entropy, which shares the one backward pass; not calibrated.
-    skip_invalid_teacher: treat rows whose teacher is no distribution as masked: those with a NaN or +inf, with nothing
-        above -inf, or, of codes without `row_max`, with none below 255 (how the link marks them). All of their
-        statistics are 0; `DivergenceStats.skipped` says which they are. A row in which the student has a NaN is never
-        skipped. Found in the merged statistics, so alike on every rank, at no cost and without waiting for the device.
-    inplace_gradient: let backward overwrite the student's logits with their gradient, which saves a buffer of their
-        size. Backward then runs once. It raises autograd's version counter, as every in-place operation of torch:
-        where another term or a second loss on the same logits needs them later, torch raises RuntimeError.
-        "if_unused": only where nothing else holds the logits by then, that is no other node of the graph, no view and
-        no Python variable; otherwise into a buffer. Always into a buffer under torch.compile, which plans its own, and
-        for logits whose rows are not evenly spaced, that share memory with each other (`expand`) or with the teacher.
-        On CPU, where fresh pages cost more than the arithmetic, the buffer of the last large gradient is kept for the
-        next one, if the teacher is dense. The fused head has no logits, and does not read this.
+    Attributes:
+        divergence: of the teacher's p and the student's q. "forward_kl" KL(p||q), "reverse_kl" KL(q||p), "jeffreys"
+            half of each. "jsd" beta KL(p||m) + (1 - beta) KL(q||m) with m = beta p + (1 - beta) q (GKD, arXiv
+            2306.13649). "skew_kl" KL(p || alpha p + (1 - alpha) q), "skew_reverse_kl" KL(q || alpha q + (1 - alpha) p)
+            (DistiLLM, arXiv 2402.03898).
+        temperature: of both models in the divergence, above 0. Everything else is read at temperature 1.
+        alpha: in [0, 1), for the two skewed divergences.
+        beta: in (0, 1), for "jsd".
+        vocab_size: the true vocabulary. Columns at and past it are padding: no probability, zero gradient. None: all
+            columns are true.
+        validity: how the validity V of a model m is estimated.
+
+            - "label": pi_m(y), the chance that m's sampled proposal is the verified next token y. Tokens without a
+              label (negative) have no verdict: both validities are 1. Labels must be verified tokens, not the teacher's
+              own samples, which would raise the weight exactly where the teacher errs.
+            - "margin": geometric mean of both models' probabilities at m's most probable token.
+            - "confidence": exp(-entropy of m). Where only the teacher's top k are known, "confidence" of the teacher is
+              an upper bound, and so is "margin" of the student whose token is not among them.
+            - "scores": `student_validity` and `teacher_validity`, from a verifier, a process reward model or rollouts.
+            - "privileged": the probability that a judge gives m's most probable token. The judge is a teacher that
+              knows more than the one that is distilled, for example the solution: `judge`, an argument of the loss.
+            - "uniform": 1, so the weight is (floor + ceiling) / 2 everywhere: the plain-distillation control.
+            - a callable: given `DivergenceStats`, returns the student's and the teacher's validity, each [...] in (0,
+              1].
+        weighting: what makes a weight of the validities.
+
+            - "sigmoid": floor + (ceiling - floor) rho, of the relative validity rho = sigmoid(sharpness (log V_T - log
+              V_S)).
+            - "gap": 1 + sharpness d / RMS(d), clipped to [floor, ceiling]. d is how much more probability the teacher
+              gives to what is verified than the student does. With "label", d = p(y) - q(y) of the label y, and 0
+              without one. With "scores", "privileged" and a callable, d is the sum of V(a) (p(a) - q(a)) over the most
+              probable tokens a of both models, once if they are the same: with the verdicts 0 and 1 of a verifier, the
+              teacher's probability of the accepted proposals minus the student's. RMS(d), the root of the mean square,
+              is over all tokens that count, and at least 1e-6. The other estimators verify no token.
+        sharpness: how strongly the weight follows the validities. None: 4 for "sigmoid", 1 for "gap". 1 makes rho = V_T
+            / (V_T + V_S).
+        floor, ceiling: smallest and largest weight. None: 0.1 and 1.9 for "sigmoid", 0.05 and 3 for "gap". floor >
+            ceiling reverses the direction of "sigmoid", for an ablation.
+        steps_group: the ranks that hold parts of the same steps, each as many tokens (context parallelism). The ids in
+            `steps` are then below the number of tokens of all of them.
+        normalization: what all weights are divided by. "none". "mean": their mean. "mass": sum w D / sum D, which keeps
+            the sum of the losses without a cross-entropy that all weights 1 would have.
+        weight_group: the ranks over whose tokens RMS(d), "mean" and "mass" are taken, for example all data- and
+            context-parallel ranks; each calls the loss as often, also without a token that counts. None: over the
+            tokens of this call. A token that the mask leaves out, or whose value is not finite, takes no part.
+        ce_weight: weight of the hard-label cross-entropy, which shares the one backward pass; not calibrated.
+        skip_invalid_teacher: treat rows whose teacher is no distribution as masked: those with a NaN or +inf, with
+            nothing above -inf, or, of codes without `row_max`, with none below 255 (how the link marks them). All of
+            their statistics are 0; `DivergenceStats.skipped` says which they are. A row in which the student has a NaN
+            is never skipped. Found in the merged statistics, so alike on every rank, at no cost and without waiting for
+            the device.
+        inplace_gradient: let backward overwrite the student's logits with their gradient, which saves a buffer of their
+            size. Backward then runs once. It raises autograd's version counter, as every in-place operation of torch:
+            where another term or a second loss on the same logits needs them later, torch raises RuntimeError.
+            "if_unused": only where nothing else holds the logits by then, that is no other node of the graph, no view
+            and no Python variable; otherwise into a buffer. Always into a buffer under torch.compile, which plans its
+            own, and for logits whose rows are not evenly spaced, that share memory with each other (`expand`) or with
+            the teacher. On CPU, where fresh pages cost more than the arithmetic, the buffer of the last large gradient
+            is kept for the next one, if the teacher is dense. The fused head has no logits, and does not read this.
 
     Raises TypeError or ValueError that names the field.
     """
@@ -175,25 +181,27 @@ class HeadConfig:
 
     Each field may also be given to the function as a keyword.
 
-    scale, softcap: of the logits; None for no bound.
-    sequence_parallel: `hidden` is gathered in the function, and its gradient reduced and scattered.
-    accumulate_main_grad: the weight's gradient is added to `weight.main_grad` in backward, and
-        `weight.grad_added_to_main_grad`, where there is one, is set, as Megatron does.
-    upstream: what is known of the gradient that backward will bring for `loss`. It is even where it is the same for all
-        tokens that count, up to the values of a floating `mask`, as it is for a masked sum or mean over tokens.
-        "look": nothing is known. Gradients are made in forward, where the logits are at hand: three products with the
-            weight in all. They are kept until backward: float32 of the shapes of `hidden` and `weight`. Backward waits
-            for the device once, to see whether the upstream gradient is even. Where it is not, or where something
-            besides `loss` is differentiated, backward makes the logits again: a fourth and a fifth product.
-        "even": a promise. As "look", but backward waits for nothing. Where the upstream gradient is not even, the
-            gradient of `weight` is NaN.
-        "uneven": backward makes the logits again in any case: four products, and nothing is kept but some numbers per
-            token. It is always so with `steps`, a callable `validity` or "privileged", the weighting "gap", or
-            a normalization beside a `ce_weight`.
-    found_uneven: one float32 on the device of `hidden`, to which backward adds 1 where it looked at the upstream
-        gradient of `loss`, or was promised an even one, and it was not even. It does not wait for it.
-    chunk_bytes: of float32 logits at a time, of the teacher's as well where they are made here. The same on every rank.
-        A chunk costs one pass over `weight` and two over its float32 gradient.
+    Attributes:
+        scale, softcap: of the logits; None for no bound.
+        sequence_parallel: `hidden` is gathered in the function, and its gradient reduced and scattered.
+        accumulate_main_grad: the weight's gradient is added to `weight.main_grad` in backward, and
+            `weight.grad_added_to_main_grad`, where there is one, is set, as Megatron does.
+        upstream: what is known of the gradient that backward will bring for `loss`. It is even where it is the same for
+            all tokens that count, up to the values of a floating `mask`, as it is for a masked sum or mean over tokens.
+
+            - "look": nothing is known. Gradients are made in forward, where the logits are at hand: three products with
+              the weight in all. They are kept until backward: float32 of the shapes of `hidden` and `weight`. Backward
+              waits for the device once, to see whether the upstream gradient is even. Where it is not, or where
+              something besides `loss` is differentiated, backward makes the logits again: a fourth and a fifth product.
+            - "even": a promise. As "look", but backward waits for nothing. Where the upstream gradient is not even, the
+              gradient of `weight` is NaN.
+            - "uneven": backward makes the logits again in any case: four products, and nothing is kept but some numbers
+              per token. It is always so with `steps`, a callable `validity` or "privileged", the weighting "gap", or a
+              normalization beside a `ce_weight`.
+        found_uneven: one float32 on the device of `hidden`, to which backward adds 1 where it looked at the upstream
+            gradient of `loss`, or was promised an even one, and it was not even. It does not wait for it.
+        chunk_bytes: of float32 logits at a time, of the teacher's as well where they are made here. The same on every
+            rank. A chunk costs one pass over `weight` and two over its float32 gradient.
 
     Raises TypeError or ValueError that names the field.
     """

@@ -44,7 +44,16 @@ class DivergenceStats(NamedTuple):
     where no token is known; a log-probability of a token that is not known is an upper bound, and `teacher_entropy` a
     lower one.
 
-    `skipped` is True in the rows that `skip_invalid_teacher` has skipped; all other fields are 0 there.
+    Attributes:
+        divergence: of the student from the teacher.
+        cross_entropy: of the student and the label.
+        student_label_logprob, teacher_label_logprob: log-probability of the label by each model.
+        student_logprob_of_student_action, student_logprob_of_teacher_action: log-probability of each action by the
+            student.
+        teacher_logprob_of_student_action, teacher_logprob_of_teacher_action: the same by the teacher.
+        student_entropy, teacher_entropy: of each distribution.
+        student_action, teacher_action: ids of the whole vocabulary.
+        skipped: True in the rows that `skip_invalid_teacher` has skipped; all other fields are 0 there.
     """
 
     divergence: Tensor

@@ -47,7 +47,14 @@ from vcrd.settings import DistillSettings
 
 
 class Observation(NamedTuple):
-    """One micro-batch as the loss saw it. `out` and its statistics are [s, b], labels and loss_mask [b, s]."""
+    """One micro-batch as the loss saw it.
+
+    Attributes:
+        number: of the micro-batch on this data-parallel rank.
+        labels: [b, s].
+        loss_mask: [b, s].
+        out: what the loss returned, [s, b], also its statistics.
+    """
 
     number: int
     labels: Tensor
@@ -77,15 +84,19 @@ def distill(
     (`model.training` False) stays plain cross-entropy and asks the teacher nothing. The tokens that count are given by
     the `loss_mask` that the model is given, or else by the micro-batch, or by labels below 0 (`LossMask`).
 
-    settings: default `DistillSettings.from_environment()`, the VCRD_* variables.
-    tokens: the key of the input tokens [b, s] in what the data iterator yields, or a function that finds them.
-    verifier: judges both models' actions, in place of the settings' validity; see `ExternalValidity` for its arguments.
-    teacher: None for a teacher job at the other end of the link, or for its answers in a cache. Or a frozen Megatron
-        model in the student's own ranks: this rank's part, the list of its chunks if the student interleaves, or a
-        function that returns either and is called at the first training step. `ColocatedTeacher` says what it must
-        have in common with the student and how to build it. ValueError beside settings that name other teachers.
-    tokenizer: the one that made the data, to be compared with the teacher job's: Megatron's, Hugging Face's or a
-        `vcrd.link.Tokenizer`, the same on every rank. None: that of `megatron.training` or Megatron-Bridge, if it runs.
+    Args:
+        settings: default `DistillSettings.from_environment()`, the VCRD_* variables.
+        tokens: the key of the input tokens [b, s] in what the data iterator yields, or a function that finds them.
+        verifier: judges both models' actions, in place of the settings' validity; see `ExternalValidity` for its
+            arguments.
+        teacher: None for a teacher job at the other end of the link, or for its answers in a cache. Or a frozen
+            Megatron model in the student's own ranks: this rank's part, the list of its chunks if the student
+            interleaves, or a function that returns either and is called at the first training step. `ColocatedTeacher`
+            says what it must have in common with the student and how to build it. ValueError beside settings that name
+            other teachers.
+        tokenizer: the one that made the data, to be compared with the teacher job's: Megatron's, Hugging Face's or a
+            `vcrd.link.Tokenizer`, the same on every rank. None: that of `megatron.training` or Megatron-Bridge, if it
+            runs.
 
     Every rank calls it. The process group and the model's groups (`Groups`) must exist by the first training step,
     where rank 0 opens the rendezvous and the ranks of the last stage wait for the teacher job. That step raises
@@ -103,8 +114,10 @@ def distill(
 class Distillation:
     """The forward step that `distill` returns: call it, read `report`, and `close` it when the run ends.
 
-    report: sums over the tokens of this rank's training micro-batches; see `Report.take`. With `megatron.training` and
-    Megatron-Bridge it is taken every log interval and written to their logs (`vcrd.megatron.metrics`).
+    Attributes:
+        report: sums over the tokens of this rank's training micro-batches; see `Report.take`. With `megatron.training`
+            and Megatron-Bridge it is taken every log interval and written to their logs (`vcrd.megatron.metrics`).
+
     If a run does not call `close`, the interpreter does at its end.
     """
 
@@ -203,7 +216,9 @@ class Distillation:
     def measure(self, observer: Observer | None = None) -> Iterator[Report]:
         """Inside the block evaluation asks the teacher too; its figures go to the yielded report.
 
-        observer: called after each micro-batch with everything per token, on the ranks of the last stage.
+        Args:
+            observer: called after each micro-batch with everything per token, on the ranks of the last stage.
+
         Every rank opens the block. Give evaluation an iterator of its own, after training drew all it asked for.
         """
         self._teacher.end_step()  # no training step is in progress

@@ -44,8 +44,12 @@ def fill_cache_by_link(
 ) -> Filled:
     """Asks a served teacher about the micro-batches of a training's data iterator, as `vcrd.cache.fill.fill` does.
 
-    micro_batches: this rank's, whole sequences, as the script's iterator yields them. tokens_of: as of `distill`.
-    tokenizer: the student's, as of `distill`. The other arguments, errors and collectives as of `vcrd.cache.fill.fill`.
+    Args:
+        micro_batches: this rank's, whole sequences, as the script's iterator yields them.
+        tokens_of: as of `distill`.
+        tokenizer: the student's, as of `distill`.
+
+    The other arguments, errors and collectives as of `vcrd.cache.fill.fill`.
     """
     questions = (question_of(batch, tokens_of) for batch in micro_batches)
     return fill(
@@ -74,14 +78,17 @@ def fill_cache(
 ) -> Filled:
     """Answers micro-batches with a teacher in these processes and writes what the cache lacks, without a link.
 
-    model, microbatches, tokenizer, checkpoint: as of `serve`. Every rank of the teacher calls it, with tensor and
-        pipeline parallelism of any size. Each data-parallel rank is a replica that fills with its own micro-batches.
-    micro_batches: read on the first rank of each replica only, which has tensor rank 0 and the first stage: whole
-        sequences, as a script's data iterator yields them. tokens_of: as of `distill`.
-    settings: default `DistillSettings.from_environment()`: payload, top_k, vocab_size, sequence_length and
-        teacher_context_length are read, and validity as in `vcrd.cache.fill.fill`.
-    file_bytes: a rank writes a file when it has answers of that size, and at the end.
-    report: called on the first rank of each replica with its state, about every 10 seconds.
+    Args:
+        model, microbatches, tokenizer, checkpoint: as of `serve`. Every rank of the teacher calls it, with tensor and
+            pipeline parallelism of any size. Each data-parallel rank is a replica that fills with its own
+            micro-batches.
+        micro_batches: read on the first rank of each replica only, which has tensor rank 0 and the first stage: whole
+            sequences, as a script's data iterator yields them.
+        tokens_of: as of `distill`.
+        settings: default `DistillSettings.from_environment()`: payload, top_k, vocab_size, sequence_length and
+            teacher_context_length are read, and validity as in `vcrd.cache.fill.fill`.
+        file_bytes: a rank writes a file when it has answers of that size, and at the end.
+        report: called on the first rank of each replica with its state, about every 10 seconds.
 
     Each tensor rank of the last stage writes its own columns, in the form in which the link would deliver them, bit
     for bit. With a payload that does not depend on columns the tensor ranks take turns. What is skipped, and what an

@@ -49,16 +49,23 @@ class OfTeacher(NamedTuple):
 class Figures:
     """Means over the tokens that counted in an interval of training; all are 0 if there were none.
 
-    loss, divergence, cross_entropy: nats per token. weight: mean weight. student_more_valid: share of tokens
-    with relative validity below 1/2. agreement: share of tokens where both models' most probable token is the
-    same. validity_histogram: tokens by relative validity, BINS equal bins over [0, 1]. teacher_wait: seconds
-    this rank waited for answers. link_bytes: payload bytes that reached this rank. verifier_time: seconds that
-    tensor rank 0 spent in the verifier, the same on all its tensor ranks. invalid_rows: tokens that were skipped,
-    because the teacher's logits were no distribution; no other figure counts them. weight_histogram: see
-    `weight_quantile`. micro_batches: their number on all ranks. micro_batch_tokens, micro_batch_deviation: mean and
-    standard deviation of the tokens that the mask keeps in each; the deviation is exactly 0 if these are equal.
-    unlike_mask: tokens of training that the mask keeps and loss_func gives no gradient, or the other way round.
-    teachers: of each teacher that has a name, in the order of the settings. loss is after `teacher_weights`.
+    Attributes:
+        loss, divergence, cross_entropy: nats per token.
+        weight: mean weight.
+        student_more_valid: share of tokens with relative validity below 1/2.
+        agreement: share of tokens where both models' most probable token is the same.
+        validity_histogram: tokens by relative validity, BINS equal bins over [0, 1].
+        teacher_wait: seconds this rank waited for answers.
+        link_bytes: payload bytes that reached this rank.
+        verifier_time: seconds that tensor rank 0 spent in the verifier, the same on all its tensor ranks.
+        invalid_rows: tokens that were skipped, because the teacher's logits were no distribution; no other figure
+            counts them.
+        weight_histogram: see `weight_quantile`.
+        micro_batches: their number on all ranks.
+        micro_batch_tokens, micro_batch_deviation: mean and standard deviation of the tokens that the mask keeps in
+            each; the deviation is exactly 0 if these are equal.
+        unlike_mask: tokens of training that the mask keeps and loss_func gives no gradient, or the other way round.
+        teachers: of each teacher that has a name, in the order of the settings. loss is after `teacher_weights`.
 
     With the payload "topk" agreement is exact, divergence a lower bound, and weight and student_more_valid use
     bounds where the teacher's probability is not known: see `TopKLogits`.
@@ -99,8 +106,9 @@ class Figures:
 class Report:
     """Running sums on the device of the losses. Adding a micro-batch does not wait for the device.
 
-    checks: warn with each `take` if a teacher's figures can only mean an error. names: of the teachers; none for one
-    without a name.
+    Args:
+        checks: warn with each `take` if a teacher's figures can only mean an error.
+        names: of the teachers; none for one without a name.
     """
 
     def __init__(self, checks: Sequence[TeacherCheck] = (), names: Sequence[str] = ()) -> None:
@@ -121,8 +129,11 @@ class Report:
 
     @torch.no_grad()
     def add(self, out: CalibratedLoss, mask: Tensor | None, owners: Tensor | None = None) -> None:
-        """Adds one micro-batch; `mask` [s, b] or None, as given to the loss. owners: integers [s, b], the number of
-        the teacher of each token; None if all have the first one."""
+        """Adds one micro-batch; `mask` [s, b] or None, as given to the loss.
+
+        Args:
+            owners: integers [s, b], the number of the teacher of each token; None if all have the first one.
+        """
         stats, rho = out.stats, out.relative_validity
         bad = stats.skipped
         read = torch.ones_like(bad) if mask is None else mask != 0
@@ -173,8 +184,9 @@ class Report:
     def end_step(self, repeated: bool = False) -> None:
         """Ends a step. Without this call all micro-batches since `take` count.
 
-        repeated: Megatron ran the step a second time, to compare. Its tokens are counted already, so its sums are
-            dropped.
+        Args:
+            repeated: Megatron ran the step a second time, to compare. Its tokens are counted already, so its sums are
+                dropped.
         """
         step, self._step = self._step, None
         if step is not None and not repeated:
@@ -194,9 +206,10 @@ class Report:
     def take(self, group: dist.ProcessGroup | None = None) -> Figures:
         """Figures since the last call; the sums start anew. Waits for the device.
 
-        group: ranks whose tokens are added up, for example the data-parallel group: one all-reduce, and one for each
-            teacher that is checked, and each of its ranks must call this. None: the tokens of this rank. Only ranks of
-            the last pipeline stage have any.
+        Args:
+            group: ranks whose tokens are added up, for example the data-parallel group: one all-reduce, and one for
+                each teacher that is checked, and each of its ranks must call this. None: the tokens of this rank. Only
+                ranks of the last pipeline stage have any.
         """
         self.end_step()
         for check in self._checks:

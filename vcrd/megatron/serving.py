@@ -57,20 +57,21 @@ def serve(
 ) -> int:
     """Answers requests with the model's logits until every student has said goodbye; returns the number of answers.
 
-    model: this rank's part of the teacher, in a list or not, wrapped or not. It is called as
-        model(tokens [b, s], position_ids [b, s], None), applies a causal mask of its own, and must return logits
-        [b, s, padded vocabulary / tensor size] on the last stage. For packed sequences see `PackedInputs`. Heads of
-        multi-token prediction are not run. A request with a context that the student does not see gets longer rows, and
-        is answered for the student's positions (`TeacherRows`). With the payload "hidden" its output layer runs on a
-        few test states only, in one pass of 16, the first among them.
-    settings: default `DistillSettings.from_environment()`; the loss fields are not read.
-    microbatches: the most queued requests that go through the pipeline together, so that its stages overlap.
-        Default: twice the number of stages.
-    stay: after a student job has said goodbye or died, wait for the next, until none has come for `connect_timeout`
-        seconds. A job that does not fit is refused, and the teacher job goes on.
-    tokenizer: the one that the model was trained with, to be compared with the student's: Megatron's, Hugging Face's or
-        a `vcrd.link.Tokenizer`. Default: that of `megatron.training`, if it runs.
-    checkpoint: a name of these weights, for messages. Default: the --load of `megatron.training`.
+    Args:
+        model: this rank's part of the teacher, in a list or not, wrapped or not. It is called as model(tokens [b, s],
+            position_ids [b, s], None), applies a causal mask of its own, and must return logits [b, s, padded
+            vocabulary / tensor size] on the last stage. For packed sequences see `PackedInputs`. Heads of multi-token
+            prediction are not run. A request with a context that the student does not see gets longer rows, and is
+            answered for the student's positions (`TeacherRows`). With the payload "hidden" its output layer runs on a
+            few test states only, in one pass of 16, the first among them.
+        settings: default `DistillSettings.from_environment()`; the loss fields are not read.
+        microbatches: the most queued requests that go through the pipeline together, so that its stages overlap.
+            Default: twice the number of stages.
+        stay: after a student job has said goodbye or died, wait for the next, until none has come for `connect_timeout`
+            seconds. A job that does not fit is refused, and the teacher job goes on.
+        tokenizer: the one that the model was trained with, to be compared with the student's: Megatron's, Hugging
+            Face's or a `vcrd.link.Tokenizer`. Default: that of `megatron.training`, if it runs.
+        checkpoint: a name of these weights, for messages. Default: the --load of `megatron.training`.
 
     The student refuses a teacher with another vocabulary, and one with other weights than the first teacher of the run,
     after a restart or in another replica (the setting `identity`). So each rank reads its weights once before it joins.
