@@ -35,12 +35,16 @@ def test_the_times_of_the_cpu_are_those_of_the_page_of_performance():
     page = (ROOT / "docs/performance.md").read_text()
     (cells,) = re.findall(r"^\| \[512, 131072\] \| bfloat16 \| 1 \| (.*) \|$", page, re.MULTILINE)
     plain, in_place, modelopt, compiled = (float(cell.split("(")[0]) for cell in cells.split("|"))
-    shown = [float(cell.removesuffix(" ms") or "nan") for cell in row("two CPU cores, [512, 131072] bfloat16")]
+    shown = [
+        float(cell.removesuffix(" ms") or "nan") for cell in row("two CPU cores, [512, 131072] bfloat16")
+    ]
     assert [*shown[:3], shown[5]] == [plain, in_place, round(compiled), round(modelopt)]
 
 
 def test_the_overhead_of_the_link_is_that_of_the_page_of_performance():
     page = (ROOT / "docs/performance.md").read_text()
-    table = re.search(r"^\| payload \| bytes \| step, ready answers.*?\n\n", page, re.MULTILINE | re.DOTALL)[0]
+    table = re.search(r"^\| payload \| bytes \| step, ready answers.*?\n\n", page, re.MULTILINE | re.DOTALL)[
+        0
+    ]
     ratios = [line.split("|")[5].strip() for line in table.strip().splitlines()[2:]]
     assert f"took {min(ratios)} to {max(ratios)} times" in README
