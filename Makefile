@@ -6,9 +6,8 @@ ARGS ?=
 TORCH ?=
 # no: leave out the tests on emulated CUDA kernels, which are the same for every Python and torch.
 EMULATED ?= yes
-# Tests to leave out: files, folders or single tests.
-SKIP ?=
-PROFILE ?= thorough
+# make test with the slow tests of these files or folders: make test SLOW="tests/slurm tests/link/test_rejoin.py"
+SLOW ?=
 # Processes for the tests.
 JOBS ?= 2
 # make demo GPU=1: on the first GPU.
@@ -75,7 +74,7 @@ help:
 	@echo "make gpu-check  on a machine with a GPU: run the stages that are due, with PYTHON, in SECONDS=420; ARGS=--list shows them"
 	@echo "make clean    remove environments, builds and caches; results stay"
 	@echo "PYTHON=...    the interpreter (default python3; 3.10 or newer). ARGS=... are arguments of the command."
-	@echo "TORCH=2.15.0  build and test with another torch than the pinned one. EMULATED=no  without emulated CUDA kernels. SKIP=...  tests to leave out. PROFILE=fast  fewer examples of hypothesis in test-all."
+	@echo "TORCH=2.15.0  build and test with another torch than the pinned one. EMULATED=no  without emulated CUDA kernels. SLOW=...  with the slow tests of these files or folders."
 
 demo: $(DONE)/demo $(DONE)/extension
 	@$(RUN) -m examples.demo $(if $(GPU),--gpu) $(ARGS)
@@ -94,7 +93,7 @@ NAMED := $(if $(WITH_SYSTEMS),$(filter tests/integrations% tests/slurm/test_brid
 SECOND := $(if $(WITH_SYSTEMS),$(if $(ARGS),$(NAMED),both))
 LEFT_OUT := $(if $(WITH_SYSTEMS),$(OF_SYSTEMS)) $(if $(filter no,$(EMULATED)),tests/cuda_emulation/test_emulated.py)
 # Argument: which tests.
-run_first = $(if $(NAMED),,$(RUN) $(PYTEST) --junitxml=build/tests-$(TAG).xml $(LEFT_OUT:%=--ignore=%) $(SKIP:%=--deselect=%) $(1) $(ARGS))
+run_first = $(if $(NAMED),,$(RUN) $(PYTEST) --junitxml=build/tests-$(TAG).xml $(LEFT_OUT:%=--ignore=%) $(1) $(ARGS))
 run_second = $(if $(SECOND),$(RUN_SYSTEMS) $(PYTEST) --junitxml=build/tests-$(TAG)-systems.xml $(1) $(or $(ARGS),$(OF_SYSTEMS)))
 PACKAGES := $(DONE)/demo $(DONE)/test $(DONE)/evidence $(if $(WITH_SYSTEMS),$(SYSTEMS)/.done)
 TESTS := $(PACKAGES) $(DONE)/extension $(if $(filter no,$(EMULATED)),,$(DONE)/emulation)
@@ -105,15 +104,17 @@ environment: $(PACKAGES)
 constraints: $(PACKAGES)
 	@$(if $(WITH_SYSTEMS),$(RUN_SYSTEMS),$(RUN)) requirements/constrain.py
 
+WHICH = $(if $(SLOW),$(SLOW:%=--slow-of=%),-m "not slow")
+
 test: $(TESTS)
-	@echo "==> running the fast tests with $(VENV)"
-	@$(call run_first,-m "not slow")
-	@$(call run_second,-m "not slow")
+	@echo "==> running the fast tests with $(VENV)$(if $(SLOW), and the slow ones of $(SLOW))"
+	@$(call run_first,$(WHICH))
+	@$(call run_second,$(WHICH))
 
 test-all: $(TESTS)
 	@echo "==> running every test with $(VENV)"
-	@$(call run_first,--hypothesis-profile $(PROFILE))
-	@$(call run_second,--hypothesis-profile $(PROFILE))
+	@$(call run_first,--hypothesis-profile thorough)
+	@$(call run_second,--hypothesis-profile thorough)
 
 test-durations:
 	@$(PYTHON) tests/durations.py build/tests-$(TAG).xml
