@@ -25,6 +25,8 @@ SYSTEMS := $(VENV)-systems
 LINT := .venv/lint-$(PYTHON_TAG)
 CUDA := .venv/cuda-$(PYTHON_TAG)
 CONTAINER := .venv/container-$(PYTHON_TAG)
+# PyPA build, on top of $(VENV), because a wheel is built with the torch of that environment.
+DIST := .venv/dist-$(TAG)
 
 # Tested versions of the dependencies of the pins. A Python that is not tested gets the newest versions that fit.
 # The variable replaces constraints in pip's configuration, which may exclude a pinned version.
@@ -48,7 +50,7 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help environment constraints demo bridge-demo test test-all test-durations bench bench-link evidence estimators mutants build lint format cuda-check cuda-home container-check gpu-check clean always
+.PHONY: help environment constraints demo bridge-demo test test-all test-durations bench bench-link evidence estimators mutants build lint format cuda-check cuda-home container-check gpu-check dist clean always
 
 help:
 	@echo "make demo     distil a real model; the first run installs and builds"
@@ -65,6 +67,7 @@ help:
 	@echo "make cuda-check  compile the CUDA kernels and check their machine code; needs no GPU"
 	@echo "make container-check  run the steps of docker/install.sh in a clean environment; needs no container engine"
 	@echo "make gpu-check  on a machine with a GPU: run the stages that are due, with PYTHON, in SECONDS=420; ARGS=--list shows them"
+	@echo "make dist     build the files of a release into dist/: sdist, CPU wheel and, if torch has CUDA, CUDA wheel"
 	@echo "make clean    remove environments, builds and caches; results stay"
 	@echo "PYTHON=...    the interpreter (default python3; 3.10 or newer). ARGS=... are arguments of the command."
 	@echo "TORCH=2.15.0  build and test with another torch than the pinned one. EMULATED=no  without emulated CUDA kernels. SKIP=...  tests to leave out. PROFILE=fast  fewer examples of hypothesis in test-all."
@@ -238,6 +241,20 @@ container-check:
 # Runs with PYTHON as it is and without network, so everything must already be installed.
 gpu-check:
 	@$(PYTHON) -m benchmarks.gpu.check --seconds $(SECONDS) $(ARGS)
+
+$(DIST)/.done: $(DONE)/core requirements/dist.txt
+	@echo "==> creating $(DIST) with PyPA build"
+	@rm -rf $(DIST) && $(VENV)/bin/python -m venv --without-pip $(DIST)
+	@echo "import site; site.addsitedir('$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	    > "$$($(DIST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	@$(CONSTRAINTS) $(DIST)/bin/python -m pip $(PIP_FLAGS) install -r requirements/dist.txt && touch $@
+
+# With a torch that has CUDA and no toolkit on the machine, the toolkit is that of `make cuda-home`.
+dist: $(DIST)/.done
+	@echo "==> building the release with $(VENV)"
+	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' && [ -z "$$CUDA_HOME" ]; then \
+	    CUDA_HOME="$$($(MAKE) -s cuda-home PYTHON=$(PYTHON))" && export CUDA_HOME; \
+	fi; PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(DIST)/bin/python release/dist.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info vcrd/_C*.so vcrd/_C*.build.json .pytest_cache .ruff_cache .hypothesis
