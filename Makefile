@@ -25,8 +25,6 @@ SYSTEMS := $(VENV)-systems
 LINT := .venv/lint-$(PYTHON_TAG)
 CUDA := .venv/cuda-$(PYTHON_TAG)
 CONTAINER := .venv/container-$(PYTHON_TAG)
-# PyPA build, on top of $(VENV), because a wheel is built with the torch of that environment.
-DIST := .venv/dist-$(TAG)
 
 # Tested versions of the dependencies of the pins. A Python that is not tested gets the newest versions that fit.
 # The variable replaces constraints in pip's configuration, which may exclude a pinned version.
@@ -242,19 +240,13 @@ container-check:
 gpu-check:
 	@$(PYTHON) -m benchmarks.gpu.check --seconds $(SECONDS) $(ARGS)
 
-$(DIST)/.done: $(DONE)/core requirements/dist.txt
-	@echo "==> creating $(DIST) with PyPA build"
-	@rm -rf $(DIST) && $(VENV)/bin/python -m venv --without-pip $(DIST)
-	@echo "import site; site.addsitedir('$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
-	    > "$$($(DIST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
-	@$(CONSTRAINTS) $(DIST)/bin/python -m pip $(PIP_FLAGS) install -r requirements/dist.txt && touch $@
-
-# With a torch that has CUDA and no toolkit on the machine, the toolkit is that of `make cuda-home`.
-dist: $(DIST)/.done
+# PyPA build is one of the packages of the tests. With a torch that has CUDA and no CUDA_HOME, the toolkit is that of
+# `make cuda-home`.
+dist: $(DONE)/test
 	@echo "==> building the release with $(VENV)"
 	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' && [ -z "$$CUDA_HOME" ]; then \
 	    CUDA_HOME="$$($(MAKE) -s cuda-home PYTHON=$(PYTHON))" && export CUDA_HOME; \
-	fi; PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(DIST)/bin/python release/dist.py $(ARGS)
+	fi; $(RUN) release/dist.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info vcrd/_C*.so vcrd/_C*.build.json .pytest_cache .ruff_cache .hypothesis
