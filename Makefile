@@ -241,11 +241,11 @@ gpu-check:
 	@$(PYTHON) -m benchmarks.gpu.check --seconds $(SECONDS) $(ARGS)
 
 # PyPA build is one of the packages of the tests. With a torch that has CUDA and no CUDA_HOME, the toolkit is that of
-# `make cuda-home`.
+# `make cuda-home`. With $(MAKE) in its place, `make --dry-run` would build.
 dist: $(DONE)/test
 	@echo "==> building the release with $(VENV)"
 	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' && [ -z "$$CUDA_HOME" ]; then \
-	    CUDA_HOME="$$($(MAKE) -s cuda-home PYTHON=$(PYTHON))" && export CUDA_HOME; \
+	    CUDA_HOME="$$(make -s cuda-home PYTHON=$(PYTHON))" && export CUDA_HOME; \
 	fi; $(RUN) release/dist.py $(ARGS)
 
 clean:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import Distribution
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,3 +148,44 @@ def test_pip_installs_the_sdist_into_an_environment_with_this_torch(sdists, tmp_
     versions = call(python, "-m", "vcrd", "--version", cwd=tmp_path, env=env).splitlines()
     assert versions[0].split() == ["vcrd", vcrd.__version__]
     assert f"loads; built with torch {torch.__version__}, CPU kernels only" in versions[1]
+
+
+FAKE_TORCH = {
+    "torch/__init__.py": "from torch import utils\n__version__ = '99.0.0'\n",
+    "torch/utils/__init__.py": "",
+    "torch/utils/cpp_extension.py": "CUDA_HOME = CppExtension = CUDAExtension = None\n"
+    "from setuptools.command.build_ext import build_ext as BuildExtension\n",
+}
+
+
+def repack(folder: Path, package: Distribution) -> None:
+    """Makes a wheel of an installed package again."""
+    tag = next(
+        line.split(": ")[1] for line in package.read_text("WHEEL").splitlines() if line.startswith("Tag: ")
+    )
+    made = folder / f"{package.name}-{package.version}-{tag}.whl"
+    with zipfile.ZipFile(made, "w") as archive:
+        for file in package.files:
+            if ".." not in file.parts and file.suffix != ".pyc":
+                archive.write(package.locate_file(file), str(file))
+
+
+@pytest.mark.slow
+def test_pips_isolation_with_another_torch_says_what_to_add(sdists, tmp_path):
+    """pip fetches a torch for the build, newer than that of the environment."""
+    for package in page_environment.with_needs(["setuptools", "wheel", "ninja", "pybind11"]).values():
+        repack(tmp_path, package)
+    with zipfile.ZipFile(tmp_path / "torch-99.0.0-py3-none-any.whl", "w") as archive:
+        meta = {"METADATA": "Metadata-Version: 2.1\nName: torch\nVersion: 99.0.0\n", "RECORD": ""}
+        meta["WHEEL"] = "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        for name, text in (FAKE_TORCH | {f"torch-99.0.0.dist-info/{n}": t for n, t in meta.items()}).items():
+            archive.writestr(name, text)
+    python = page_environment.create(tmp_path / "venv", page_environment.with_needs(["torch", "pip"]))
+    env = page_environment.environment(python) | {"PIP_CONSTRAINT": "", "PIP_FIND_LINKS": str(tmp_path)}
+    install = [python, "-m", "pip", "install", "--no-index", "--no-deps", sdists[0]]
+    done = subprocess.run(install, cwd=tmp_path, env=env, capture_output=True, text=True)
+    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "vcrd: " in line]
+    assert done.returncode != 0 and said == [
+        f"vcrd: this isolated build has torch 99.0.0 and the environment has torch {torch.__version__}, which could "
+        "not load the extension: add --no-build-isolation"
+    ], (done.stdout + done.stderr)[-3000:]
