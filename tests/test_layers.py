@@ -56,10 +56,14 @@ LAYERS = (
     ),
     Layer(
         "vcrd/doctor/versions.py",
-        ("vcrd", "vcrd.build_record", "vcrd.doctor.findings", "vcrd.doctor.packages"),
+        ("vcrd", "vcrd.doctor.findings", "vcrd.doctor.packages"),
         packages=(),
     ),
-    Layer("vcrd/doctor/loaded.py", ("vcrd.doctor.findings", "vcrd.loss.ops"), packages=("torch", "pynvml")),
+    Layer(
+        "vcrd/doctor/loaded.py",
+        ("vcrd.build_record", "vcrd.doctor.findings", "vcrd.loss.ops"),
+        packages=("torch", "pynvml"),
+    ),
     Layer("vcrd/doctor/command.py", ("vcrd.doctor", "vcrd.plan.command", "vcrd.plan.scenario")),
     Layer(
         "vcrd/doctor/gpus.py", ("vcrd.doctor.checks", "vcrd.doctor.findings"), packages=("torch", "pynvml")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def read() -> dict:
-    """torch: the version that it was built with. with_cuda, cuda: whether it has CUDA kernels, and the version of CUDA
-    of that torch. sources: SHA-256 of each source file. Empty if there is no record, or no extension."""
+    """torch: the version that it was built with. with_cuda: whether it has CUDA kernels. cuda: the version of CUDA of
+    that torch, if it has. sources: SHA-256 of each source file. Empty if there is no record, or no extension."""
     try:
         found = importlib.util.find_spec("vcrd._C")
         record = json.loads(Path(found.origin).with_suffix(".build.json").read_text())
@@ -19,19 +19,24 @@ def read() -> dict:
     return record if isinstance(record, dict) else {}
 
 
-def refusal(built: str | None, here: str) -> str:
-    """Why an extension that was built with one torch is not loaded beside another; empty if it is.
+def refusal(record: dict, torch_version: str, cuda: str | None) -> str:
+    """Why an extension with this record is not loaded beside a torch of this version and CUDA; empty if it is.
 
-    The C++ interface of torch changes with each minor version. None: it is not known with which torch it was built.
+    The C++ interface of torch changes with each minor version, and CUDA kernels need the CUDA runtime of torch.
     """
-    if built is None or _minor(built) == _minor(here):
+    built, needs = record.get("torch"), record.get("cuda")
+    if built is None or (
+        _numbers(built, 2) == _numbers(torch_version, 2)
+        and (needs is None or _numbers(needs, 1) == _numbers(cuda or "", 1))
+    ):
         return ""
-    wanted = ".".join(_minor(here))
+    here = f" {'without CUDA' if cuda is None else f'with CUDA {cuda}'}" if needs else ""
     return (
-        f"vcrd's extension was built with torch {built} and this is torch {here}: install vcrd's wheel for torch "
-        f"{wanted}, or build it with this torch (`pip install --no-build-isolation`, from a checkout or the sdist)"
+        f"vcrd's extension was built with torch {built}{f' and CUDA {needs}' if needs else ''}, but this is torch "
+        f"{torch_version}{here}: install vcrd's wheel for this torch, or build it with this torch "
+        "(`pip install --no-build-isolation`, from a checkout or the sdist)"
     )
 
 
-def _minor(version: str) -> list[str]:
-    return re.findall(r"\d+", version)[:2]
+def _numbers(version: str, count: int) -> list[str]:
+    return re.findall(r"\d+", version)[:count]

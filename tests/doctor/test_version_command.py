@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import subprocess
 import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,5 +121,8 @@ def test_the_versions_of_nccl(monkeypatch):
 
 
 def test_an_extension_with_cuda_kernels_names_its_cuda(monkeypatch):
-    monkeypatch.setattr(versions.build_record, "read", lambda: json.loads('{"cuda": "13.0"}'))
-    assert versions._cuda_of_extension() == ", built with CUDA 13.0"
+    built = SimpleNamespace(torch_version="2.11.0", with_cuda=True, cuda_architectures="9.0a")
+    monkeypatch.setattr(ops, "_C", built)
+    monkeypatch.setattr(loaded.build_record, "read", lambda: {"cuda": "13.0"})
+    line = "loads; built with torch 2.11.0, CUDA kernels for 9.0a, built with CUDA 13.0"
+    assert loaded.extension() == {"extension": line}

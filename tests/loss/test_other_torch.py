@@ -29,7 +29,22 @@ pytestmark = pytest.mark.cpu_kernels
     ],
 )
 def test_the_minor_versions_must_agree(built, here, fits):
-    assert (build_record.refusal(built, here) == "") is fits
+    assert (build_record.refusal({"torch": built}, here, None) == "") is fits
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "says"),
+    [
+        ("13.0", "13.1", ""),
+        (None, None, ""),
+        (None, "13.0", ""),
+        ("13.0", None, "and CUDA 13.0, but this is torch 2.11.0 without CUDA: install"),
+        ("13.0", "12.8", "and CUDA 13.0, but this is torch 2.11.0 with CUDA 12.8: install"),
+    ],
+)
+def test_cuda_kernels_need_the_cuda_of_torch(built, here, says):
+    said = build_record.refusal({"torch": "2.11.0", "cuda": built}, "2.11.0", here)
+    assert says in said and bool(said) is bool(says)
 
 
 def imported(folder: Path) -> str:
@@ -47,11 +62,10 @@ def test_a_wrong_torch_is_one_sentence_and_the_file_is_not_loaded(tmp_path):
     record.write_text(json.dumps({"torch": torch.__version__}))
     assert imported(tmp_path) == ""
     record.write_text(json.dumps({"torch": "1.9.1+cu111"}))
-    here = ".".join(torch.__version__.split(".")[:2])
     assert imported(tmp_path) == (
-        f"ImportError: vcrd's extension was built with torch 1.9.1+cu111 and this is torch {torch.__version__}: "
-        f"install vcrd's wheel for torch {here}, or build it with this torch (`pip install --no-build-isolation`, "
-        "from a checkout or the sdist)"
+        f"ImportError: vcrd's extension was built with torch 1.9.1+cu111, but this is torch {torch.__version__}: "
+        "install vcrd's wheel for this torch, or build it with this torch (`pip install --no-build-isolation`, from a "
+        "checkout or the sdist)"
     )
     # Loading it would have been a crash.
     (tmp_path / "vcrd" / built.name).unlink()

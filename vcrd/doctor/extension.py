@@ -55,9 +55,8 @@ def extension(job: Job) -> list[Finding]:
 
 def _import_problem(error: ImportError) -> Finding:
     cause = str(error.__cause__ or error)
-    built = build_record.read().get("torch")
-    if build_record.refusal(built, torch.__version__):
-        text = f"built with torch {built}, but this is {torch.__version__}"
+    if refusal := build_record.refusal(build_record.read(), torch.__version__, torch.version.cuda):
+        text = refusal.partition(": ")[0].removeprefix("vcrd's extension was ")
     elif "undefined symbol" in cause or "symbol not found" in cause:
         text = f"it was not built with this torch, {torch.__version__} (undefined symbol)"
     elif "cannot import name '_C'" in cause or "No module named 'vcrd._C'" in cause:

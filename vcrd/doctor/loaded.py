@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from vcrd import build_record
 from vcrd.doctor.findings import first_line
 
 _DRIVER = Path("/proc/driver/nvidia")
@@ -90,5 +91,7 @@ def extension() -> dict[str, str]:
         built = importlib.import_module("vcrd.loss.ops")._C
     except Exception as error:
         return {"extension": f"does not load: {first_line(error)}"}
+    cuda = build_record.read().get("cuda")
     kernels = f"CUDA kernels for {built.cuda_architectures}" if built.with_cuda else "CPU kernels only"
+    kernels += f", built with CUDA {cuda}" if cuda else ""
     return {"extension": f"loads; built with torch {built.torch_version}, {kernels}"}

@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import vcrd
-from vcrd import build_record
 from vcrd.doctor.findings import first_line
 from vcrd.doctor.packages import is_installed, version_of
 
@@ -33,7 +32,7 @@ def lines(seconds: float = _SECONDS) -> dict[str, str]:
     loaded = _loaded(seconds)
     return {
         "vcrd": _known(_vcrd),
-        "extension": loaded["extension"] + _known(_cuda_of_extension),
+        "extension": loaded["extension"],
         "Python": _known(lambda: f"{platform.python_version()}, {platform.platform()}"),
         "torch": loaded["torch"],
         "CUDA of torch": loaded["CUDA of torch"],
@@ -64,11 +63,6 @@ def _vcrd() -> str:
         return f"{vcrd.__version__}, a checkout"
     place = Path(str(package.locate_file("vcrd")))
     return package.version if place.exists() and place.samefile(folder) else f"{vcrd.__version__}, a checkout"
-
-
-def _cuda_of_extension() -> str:
-    cuda = build_record.read().get("cuda")
-    return f", built with CUDA {cuda}" if cuda else ""
 
 
 def _package(module: str, *names: str) -> str:
