@@ -18,7 +18,7 @@ import re
 import shutil
 import site
 import subprocess
-from importlib.metadata import distributions
+from importlib import metadata
 from pathlib import Path
 
 import pybind11
@@ -85,12 +85,15 @@ def check_torch(folders: list[str]) -> None:
     interpreter of the environment, so `site` still names them. Other tools build in an environment of their own, and
     vcrd refuses at its first import.
     """
-    isolated = "pip-build-env-" in torch.__file__
-    for found in distributions(name="torch", path=folders):
-        if isolated and found.version != torch.__version__:
+    if "pip-build-env-" not in torch.__file__:
+        return
+    # Not torch.__version__, which may have a local version that the metadata lack: 2.11.0+cu130 for 2.11.0 of PyPI.
+    used = metadata.version("torch")
+    for found in metadata.distributions(name="torch", path=folders):
+        if found.version != used:
             raise SystemExit(
-                f"vcrd: this isolated build has torch {torch.__version__} and the environment has torch "
-                f"{found.version}, which could not load the extension: add --no-build-isolation"
+                f"vcrd: this isolated build has torch {used} and the environment has torch {found.version}, which "
+                "could not load the extension: add --no-build-isolation"
             )
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from importlib.metadata import Distribution
+from importlib.metadata import Distribution, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,6 +186,6 @@ def test_pips_isolation_with_another_torch_says_what_to_add(sdists, tmp_path):
     done = subprocess.run(install, cwd=tmp_path, env=env, capture_output=True, text=True)
     said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "vcrd: " in line]
     assert done.returncode != 0 and said == [
-        f"vcrd: this isolated build has torch 99.0.0 and the environment has torch {torch.__version__}, which could "
-        "not load the extension: add --no-build-isolation"
+        f"vcrd: this isolated build has torch 99.0.0 and the environment has torch {version('torch')}, which could not "
+        "load the extension: add --no-build-isolation"
     ], (done.stdout + done.stderr)[-3000:]

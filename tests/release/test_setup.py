@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from importlib.metadata import distributions
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,17 +20,29 @@ def functions(torch_version: str, torch_file: str = "/env/torch/__init__.py", la
     tree = ast.parse((ROOT / "setup.py").read_text())
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     torch = SimpleNamespace(__version__=torch_version, __file__=torch_file)
-    names = {"ROOT": ROOT, "re": re, "torch": torch, "distributions": distributions, "LABEL": label}
+    # The metadata of PyPI's torch have no local version.
+    own = SimpleNamespace(version=lambda name: torch_version, distributions=metadata.distributions)
+    torch.__version__ += "" if "+" in torch_version else "+cu130"
+    names = {"ROOT": ROOT, "re": re, "torch": torch, "metadata": own, "LABEL": label}
     exec(compile(tree, "setup.py", "exec"), names)
     return names
 
 
+def packages(folder: Path, version: str) -> list[str]:
+    """The packages of an environment with this torch."""
+    (folder / f"torch-{version}.dist-info").mkdir(parents=True)
+    (folder / f"torch-{version}.dist-info/METADATA").write_text(f"Name: torch\nVersion: {version}\n")
+    return [str(folder)]
+
+
 @pytest.fixture
 def environment(tmp_path) -> list[str]:
-    """The packages of an environment with torch 2.13.0+cpu."""
-    (tmp_path / "torch-2.13.0+cpu.dist-info").mkdir()
-    (tmp_path / "torch-2.13.0+cpu.dist-info/METADATA").write_text("Name: torch\nVersion: 2.13.0+cpu\n")
-    return [str(tmp_path)]
+    return packages(tmp_path / "cpu", "2.13.0+cpu")
+
+
+@pytest.fixture
+def of_pypi(tmp_path) -> list[str]:
+    return packages(tmp_path / "pypi", "2.11.0")
 
 
 OVERLAY = "/tmp/pip-build-env-abc/overlay/lib/python3.11/site-packages/torch/__init__.py"
@@ -45,8 +57,9 @@ def test_an_isolated_build_with_another_torch_is_refused_in_one_sentence(environ
     )
 
 
-def test_other_builds_are_not_refused(environment, tmp_path):
+def test_other_builds_are_not_refused(environment, of_pypi, tmp_path):
     functions("2.13.0+cpu", OVERLAY)["check_torch"](environment)
+    functions("2.11.0", OVERLAY)["check_torch"](of_pypi)
     functions("2.15.0", OVERLAY)["check_torch"]([str(tmp_path / "empty")])
     functions("2.15.0")["check_torch"](environment)  # for example a torch in PYTHONPATH
 
