@@ -142,13 +142,19 @@ def label(cuda: bool) -> str:
 
 def wheel(sdist: Path, folder: Path, cuda: bool, variables: Mapping[str, str]) -> Path:
     """Built from the sdist, so that an incomplete sdist is noticed."""
+    import torch
+
     folder.mkdir()
     unpack(sdist.read_bytes(), folder)
     (source,) = folder.iterdir()
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES) if cuda else "none"
     own = {"VCRD_LOCAL_VERSION": label(cuda), "TORCH_CUDA_ARCH_LIST": architectures, **compiler_flags(source)}
     made = build(source, "wheel", folder / "out", {**variables, **own})
-    check(made, cuda, [str(source), *(str(Path(path)) for path in (ROOT, Path.home(), sys.prefix))])
+    check(
+        made,
+        cuda,
+        [str(source), str(ROOT), str(Path.home()), sys.prefix, str(Path(torch.__file__).parents[1])],
+    )
     return made
 
 
@@ -172,6 +178,8 @@ def no_cuda() -> str:
 
     if torch.version.cuda is None:
         return f"this torch, {torch.__version__}, has no CUDA"
+    if os.environ.get("TORCH_CUDA_ARCH_LIST") == "none":
+        return "TORCH_CUDA_ARCH_LIST is none"
     return "" if CUDA_HOME is not None else "there is no CUDA toolkit; set CUDA_HOME"
 
 
