@@ -54,7 +54,7 @@ CUDA_CHECK := $(CURDIR)/tests/cuda_build/cuda_check.py
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help environment constraints demo bridge-demo test test-all test-durations bench bench-link evidence estimators mutants build lint format docs cuda-check cuda-home container-check gpu-check clean always
+.PHONY: help environment constraints demo bridge-demo test test-all test-durations bench bench-link evidence estimators mutants build lint format docs cuda-check cuda-home container-check gpu-check dist clean always
 
 help:
 	@echo "make demo     distil a real model on the CPU; the first run installs and builds. make demo GPU=1  on a GPU"
@@ -72,6 +72,7 @@ help:
 	@echo "make cuda-check  compile the CUDA kernels and check their machine code; needs no GPU"
 	@echo "make container-check  run the steps of docker/install.sh in a clean environment; needs no container engine"
 	@echo "make gpu-check  on a machine with a GPU: run the stages that are due, with PYTHON, in SECONDS=420; ARGS=--list shows them"
+	@echo "make dist     build the files of a release into dist/: sdist, CPU wheel and, if torch has CUDA, CUDA wheel"
 	@echo "make clean    remove environments, builds and caches; results stay"
 	@echo "PYTHON=...    the interpreter (default python3; 3.10 or newer). ARGS=... are arguments of the command."
 	@echo "TORCH=2.15.0  build and test with another torch than the pinned one. EMULATED=no  without emulated CUDA kernels. SLOW=...  with the slow tests of these files or folders."
@@ -257,6 +258,14 @@ container-check:
 # Runs with PYTHON as it is and without network, so everything must already be installed.
 gpu-check:
 	@$(PYTHON) -m benchmarks.gpu.check --seconds $(SECONDS) $(ARGS)
+
+# PyPA build is one of the packages of the tests. With a torch that has CUDA and no CUDA_HOME, the toolkit is that of
+# `make cuda-home`. With $(MAKE) in its place, `make --dry-run` would build.
+dist: $(DONE)/test
+	@echo "==> building the release with $(VENV)"
+	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' && [ -z "$$CUDA_HOME" ]; then \
+	    CUDA_HOME="$$(make -s cuda-home PYTHON=$(PYTHON))" && export CUDA_HOME; \
+	fi; $(RUN) release/dist.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info vcrd/_C*.so vcrd/_C*.build.json .pytest_cache .ruff_cache .hypothesis

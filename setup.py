@@ -4,6 +4,9 @@ The CPU kernels are always built. The CUDA kernels are built too if torch has CU
 sources. The build must use the torch that will run the extension, so build without isolation:
 
     pip install --no-build-isolation -e .
+
+Variables: TORCH_CUDA_ARCH_LIST (none: no CUDA kernels), CUDA_HOME, and VCRD_LOCAL_VERSION for a wheel that others
+install (`make dist`): 0.2.0 becomes 0.2.0+LABEL, and the wheel requires the minor version of torch of its build.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import json
 import os
 import re
 import shutil
+import site
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import pybind11
@@ -54,14 +59,42 @@ CXX_FLAGS = [
     "-ffp-contract=fast",
     "-fvisibility=hidden",
 ]
-# Denormals are flushed, so that an exponential is one instruction on the special-function unit.
-NVCC_FLAGS = ["-O3", "-ftz=true", "-lineinfo"]
+LABEL = os.environ.get("VCRD_LOCAL_VERSION", "")
+# Denormals are flushed, so that an exponential is one instruction on the special-function unit. Line numbers are for
+# profilers. They contain the path of the sources, which a wheel for other machines must not.
+NVCC_FLAGS = ["-O3", "-ftz=true", *([] if LABEL else ["-lineinfo"])]
 # For a machine where torch finds no GPU.
 DEFAULT_CUDA_ARCHITECTURES = "9.0a"
 
 
 def version() -> str:
-    return re.search(r'^__version__ = "(.+)"', (ROOT / "vcrd/__init__.py").read_text(), re.M).group(1)
+    number = re.search(r'^__version__ = "(.+)"', (ROOT / "vcrd/__init__.py").read_text(), re.M).group(1)
+    return f"{number}+{LABEL}" if LABEL else number
+
+
+def required_torch() -> str:
+    """What pip installs beside this package: for a wheel that others install, the torch that its extension fits."""
+    major, minor = torch.__version__.split(".")[:2]
+    return f"torch=={major}.{minor}.*" if LABEL else "torch>=2.6"
+
+
+def check_torch(folders: list[str]) -> None:
+    """SystemExit if pip builds with a torch of its own and the environment has another one.
+
+    folders: where the environment has its packages. pip's isolation hides them from the build, but it runs the
+    interpreter of the environment, so `site` still names them. Other tools build in an environment of their own, and
+    vcrd refuses at its first import.
+    """
+    if "pip-build-env-" not in torch.__file__:
+        return
+    # Not torch.__version__, which may have a local version that the metadata lack: 2.11.0+cu130 for 2.11.0 of PyPI.
+    used = metadata.version("torch")
+    for found in metadata.distributions(name="torch", path=folders):
+        if found.version != used:
+            raise SystemExit(
+                f"vcrd: this isolated build has torch {used} and the environment has torch {found.version}, which "
+                "could not load the extension: add --no-build-isolation"
+            )
 
 
 def sources() -> tuple[list[str], bool]:
@@ -112,12 +145,16 @@ class SummarisedBuild(BuildExtension):
         before = built_from()  # before compiling: later changes of the sources may be missing in the build
         super().run()
         _, with_cuda = sources()
-        if self.inplace:
-            # benchmarks/gpu/build.py reads this record to find out whether a copied build is up to date. File times do
-            # not matter on another machine.
-            record = {"sources": before, "torch": torch.__version__, "with_cuda": with_cuda}
-            built = Path(self.get_ext_fullpath("vcrd._C"))
-            built.with_suffix(".build.json").write_text(json.dumps(record, indent=1) + "\n")
+        # vcrd/build_record.py reads this before it loads the extension. benchmarks/gpu/build.py finds out with it
+        # whether a copied build is up to date; file times do not matter on another machine.
+        record = {
+            "sources": before,
+            "torch": torch.__version__,
+            "with_cuda": with_cuda,
+            "cuda": torch.version.cuda if with_cuda else None,
+        }
+        built = Path(self.get_ext_fullpath("vcrd._C"))
+        built.with_suffix(".build.json").write_text(json.dumps(record, indent=1) + "\n")
         if with_cuda:
             architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "this machine's architecture")
             cuda = f"{architectures}, CUDA {torch.version.cuda}, toolkit {CUDA_HOME}"
@@ -134,6 +171,7 @@ class SummarisedBuild(BuildExtension):
         print("\nvcrd._C built:\n" + "\n".join(f"  {name:<13}{value}" for name, value in rows.items()))
 
 
+check_torch(site.getsitepackages())
 setup(
     name="vcrd",
     version=version(),
@@ -144,7 +182,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["vcrd", "vcrd.*"]),
     package_data={"vcrd.report": ["page.html"]},
-    install_requires=["torch>=2.6"],
+    install_requires=[required_torch()],
     extras_require={
         "nccl": ["nccl4py>=0.6"],
         "megatron": ["megatron-core>=0.16"],

@@ -14,7 +14,12 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 # Pages of the site that are files of other folders.
-ELSEWHERE = {"container.md": "docker/README.md"}
+ELSEWHERE = {
+    "container.md": "docker/README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "security.md": "SECURITY.md",
+}
 LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?P<path>[^)#:\s/][^)#:\s]*)(?P<place>#[^)\s]*)?\)")
 
 SEVERAL = re.compile(r"^    \w+(?:, \w+)+(?=:\s)", re.MULTILINE)

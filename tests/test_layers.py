@@ -40,10 +40,11 @@ ERRORS = "vcrd.errors"
 LAYERS = (
     Layer("vcrd/__init__.py", packages=()),
     Layer("vcrd/errors.py", packages=()),
+    Layer("vcrd/build_record.py", packages=()),
     Layer("vcrd/settings.py", ("vcrd.errors",), packages=()),
     Layer(
         "vcrd/__main__.py",
-        ("vcrd.cache.command", "vcrd.doctor.command", "vcrd.plan", "vcrd.report"),
+        ("vcrd.cache.command", "vcrd.doctor.command", "vcrd.doctor.versions", "vcrd.plan", "vcrd.report"),
         packages=(),
     ),
     Layer("vcrd/doctor/findings.py", packages=("rich",)),
@@ -52,6 +53,16 @@ LAYERS = (
         "vcrd/doctor/checks.py",
         ("vcrd.doctor.findings", "vcrd.doctor.processes", "vcrd.plan.scenario", "vcrd.settings"),
         packages=(),
+    ),
+    Layer(
+        "vcrd/doctor/versions.py",
+        ("vcrd", "vcrd.doctor.findings", "vcrd.doctor.packages"),
+        packages=(),
+    ),
+    Layer(
+        "vcrd/doctor/loaded.py",
+        ("vcrd.build_record", "vcrd.doctor.findings", "vcrd.loss.ops"),
+        packages=("torch", "pynvml"),
     ),
     Layer("vcrd/doctor/command.py", ("vcrd.doctor", "vcrd.plan.command", "vcrd.plan.scenario")),
     Layer(
@@ -66,6 +77,7 @@ LAYERS = (
         "vcrd/doctor/extension.py",
         (
             "vcrd",
+            "vcrd.build_record",
             "vcrd.doctor.checks",
             "vcrd.doctor.findings",
             "vcrd.doctor.packages",
@@ -149,7 +161,7 @@ LAYERS = (
     Layer("vcrd/loss/teacher_blocks.py", ("vcrd.loss.checks", "vcrd.loss.ops", "vcrd.teacher_logits")),
     Layer("vcrd/loss/checks.py", ("vcrd.loss.config", "vcrd.teacher_logits")),
     Layer("vcrd/loss/config.py"),
-    Layer("vcrd/loss/ops.py", ("vcrd._C",)),
+    Layer("vcrd/loss/ops.py", ("vcrd._C", "vcrd.build_record")),
     Layer("vcrd/loss/reference.py"),
     Layer("vcrd/teacher_logits.py"),
     Layer("vcrd/link/errors.py", packages=()),

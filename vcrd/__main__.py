@@ -1,4 +1,4 @@
-"""`python -m vcrd <command>`."""
+"""`python -m vcrd <command>`, and `python -m vcrd --version`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from vcrd.cache import command as cache
 from vcrd.doctor import command as doctor
+from vcrd.doctor import versions
 from vcrd.errors import OptionError
 from vcrd.plan import command as plan
 from vcrd.report import command as report
@@ -21,8 +22,20 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(versions.text())
+        parser.exit()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m vcrd", description="Validity-calibrated reasoning distillation.")
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        help="print the versions of vcrd, its extension and what it runs on, for a report of an error",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
     for name, command in (("plan", plan), ("doctor", doctor), ("report", report), ("cache", cache)):
         one = commands.add_parser(

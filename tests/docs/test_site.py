@@ -16,10 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = (ROOT / "mkdocs.yml").read_text()
 API = (ROOT / "docs/api.md").read_text()
 INDEX = (ROOT / "docs/README.md").read_text()
+ELSEWHERE = {
+    page: f"../{path}"
+    for page, path in re.findall(r'"([a-z]+\.md)": "([^"]+)"', (ROOT / "docs/site_hooks.py").read_text())
+}
 
 
 def groups_of_nav() -> dict[str, list[str]]:
-    """The pages of each group in mkdocs.yml. The page container.md is docker/README.md."""
+    """The pages of each group in mkdocs.yml, with the paths of those that are files of other folders."""
     nav = re.search(r"\nnav:\n(.*?)\n\n", CONFIG, re.DOTALL)[1]
     found: dict[str, list[str]] = {}
     for line in nav.splitlines():
@@ -27,7 +31,7 @@ def groups_of_nav() -> dict[str, list[str]]:
         if page is None:
             found[title] = []
         elif found:
-            list(found.values())[-1].append({"container.md": "../docker/README.md"}.get(page, page))
+            list(found.values())[-1].append(ELSEWHERE.get(page, page))
     return found
 
 
@@ -50,7 +54,7 @@ def test_the_index_and_the_site_have_the_same_groups():
     assert groups_of_index() == nav
     pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")} - {"README.md"}
     listed = [page for group in nav.values() for page in group]
-    assert len(listed) == len(set(listed)) and set(listed) - {"../docker/README.md"} == pages
+    assert len(listed) == len(set(listed)) and set(listed) - set(ELSEWHERE.values()) == pages
 
 
 def lazy_names(package: str) -> list[str]:

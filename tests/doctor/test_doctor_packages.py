@@ -142,6 +142,14 @@ def test_an_extension_that_was_built_with_another_torch_names_both(monkeypatch):
     assert line.status == PROBLEM and line.found == f"built with torch 2.6.0, but this is {torch.__version__}"
 
 
+def test_an_extension_that_is_refused_because_of_its_torch_names_both(monkeypatch):
+    """It has not been loaded, so its record says with which torch it was built."""
+    monkeypatch.setattr(extension.build_record, "read", lambda: {"torch": "1.9.1"})
+    line = extension._import_problem(ImportError("vcrd's extension was built with torch 1.9.1"))
+    assert line.status == PROBLEM
+    assert line.found == f"built with torch 1.9.1, but this is torch {torch.__version__}"
+
+
 @pytest.mark.parametrize(("number", "status"), [("0.15.3", PROBLEM), ("0.16.0", OK)])
 def test_a_megatron_that_is_too_old_is_a_problem(monkeypatch, number, status):
     monkeypatch.setattr(packages, "version", lambda name: number)

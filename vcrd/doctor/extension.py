@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import vcrd
+from vcrd import build_record
 from vcrd.doctor.checks import Job, import_crash
 from vcrd.doctor.findings import Finding, first_line, ok, problem, unchecked
 from vcrd.doctor.packages import ARCHITECTURE, runs_on
@@ -54,7 +55,9 @@ def extension(job: Job) -> list[Finding]:
 
 def _import_problem(error: ImportError) -> Finding:
     cause = str(error.__cause__ or error)
-    if "undefined symbol" in cause or "symbol not found" in cause:
+    if refusal := build_record.refusal(build_record.read(), torch.__version__, torch.version.cuda):
+        text = refusal.partition(": ")[0].removeprefix("vcrd's extension was ")
+    elif "undefined symbol" in cause or "symbol not found" in cause:
         text = f"it was not built with this torch, {torch.__version__} (undefined symbol)"
     elif "cannot import name '_C'" in cause or "No module named 'vcrd._C'" in cause:
         folder = Path(vcrd.__file__).parent

@@ -130,7 +130,7 @@ class ImportFailure(NamedTuple):
 
 def import_failure(module: str) -> ImportFailure | None:
     """None if the module can be imported, or is not installed."""
-    if not _installed(module):
+    if not is_installed(module):
         return None
     try:
         with warnings.catch_warnings():
@@ -163,7 +163,7 @@ def megatron_core(job: Job) -> list[Finding]:
         # With its dependencies, pip could replace the torch of an image.
         fix = "Reinstall it in this environment: `pip install --force-reinstall --no-deps megatron-core`."
         return [problem("megatron-core", f"{number} cannot be imported: {failure.text}", fix)]
-    training = "with" if _installed("megatron.training") else "without"
+    training = "with" if is_installed("megatron.training") else "without"
     return [ok("megatron-core", f"{number}, {training} megatron.training", _SAME_VERSION)]
 
 
@@ -179,7 +179,7 @@ def transformer_engine(job: Job) -> list[Finding]:
     if find_spec(_ENGINE) is None:
         text = "not installed: no FP8, context parallelism or sequence parallelism"
         return [info("transformer engine", text, _SAME_VERSION)]
-    number = _version_of("transformer_engine", "transformer-engine") or "a checkout"
+    number = version_of("transformer_engine", "transformer-engine") or "a checkout"
     import torch
 
     gpu = torch.cuda.is_available()
@@ -240,7 +240,7 @@ def rich(job: Job) -> list[Finding]:
     return [info("rich", "not installed, so this table has no colours; run `pip install rich`")]
 
 
-def _version_of(*names: str) -> str | None:
+def version_of(*names: str) -> str | None:
     for name in names:
         try:
             return version(name)
@@ -249,7 +249,7 @@ def _version_of(*names: str) -> str | None:
     return None
 
 
-def _installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
     """Whether the module is installed. To find it, Python imports its parent packages, which may fail."""
     try:
         return find_spec(module) is not None

@@ -9,6 +9,11 @@ from __future__ import annotations
 import torch
 from torch import library
 
+from vcrd import build_record
+
+# Loading an extension of another torch may crash, so its record is compared first.
+if reason := build_record.refusal(build_record.read(), torch.__version__, torch.version.cuda):
+    raise ImportError(reason)
 try:
     from vcrd import _C
 except ImportError as error:
