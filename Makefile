@@ -265,7 +265,7 @@ dist: $(DONE)/test
 	@echo "==> building the release with $(VENV)"
 	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' && [ -z "$$CUDA_HOME" ]; then \
 	    CUDA_HOME="$$(make -s cuda-home PYTHON=$(PYTHON))" && export CUDA_HOME; \
-	fi; $(RUN) release/dist.py $(ARGS)
+	fi; $(RUN) .ci/dist.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info vcrd/_C*.so vcrd/_C*.build.json .pytest_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ import torch
 import vcrd
 
 ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("vcrd_release_dist", ROOT / "release/dist.py")
+SPEC = importlib.util.spec_from_file_location("vcrd_release_dist", ROOT / ".ci/dist.py")
 dist = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(dist)
 
@@ -110,7 +110,7 @@ def sdists(tmp_path_factory) -> list[Path]:
         finally:
             os.umask(before)
         options = ["--only", "sdist", "--place", folder / f"place-{name}"]
-        call(sys.executable, "release/dist.py", *options, cwd=folder / name)
+        call(sys.executable, ".ci/dist.py", *options, cwd=folder / name)
         made += (folder / name / "dist").glob("vcrd-*.tar.gz")
     return made
 
