@@ -93,6 +93,8 @@ RC = {
     "grid.color": GRID,
     "axes.axisbelow": True,
     "axes.formatter.limits": (-4, 6),
+    "figure.constrained_layout.h_pad": 0.07,
+    "figure.constrained_layout.w_pad": 0.07,
 }
 _FONTS = "'DejaVu Sans', Verdana, Helvetica, Arial, sans-serif"
 
