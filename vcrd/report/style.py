@@ -176,7 +176,7 @@ def label_ends(axes: Any, labels: Sequence[tuple[str, float, str]], size: float 
 def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
     """The middles of labels that do not overlap, as near to the wanted ones as possible.
 
-    wanted: ascending. The least sum of squared moves, by pooling neighbours that are too close.
+    wanted: ascending. None reaches below 0. The least sum of squared moves, by pooling neighbours that are too close.
     """
     between = [(a + b) / 2 for a, b in itertools.pairwise(heights)]
     offsets = list(itertools.accumulate(between, initial=0.0))[: len(wanted)]
@@ -186,7 +186,8 @@ def spread(wanted: Sequence[float], heights: Sequence[float]) -> list[float]:
         while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
             pools[-2:] = [pools[-2] + pools[-1]]
     middles = [_mean(pool) for pool in pools for _ in pool]
-    return [middle + offset for middle, offset in zip(middles, offsets, strict=True)]
+    least = heights[0] / 2 if heights else 0.0
+    return [max(least, middle) + offset for middle, offset in zip(middles, offsets, strict=True)]
 
 
 def _mean(values: Sequence[float]) -> float:
