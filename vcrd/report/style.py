@@ -161,7 +161,7 @@ def label_ends(axes: Any, labels: Sequence[tuple[str, float, str]], size: float 
     size = size or axes.xaxis.label.get_size()
     order = sorted(labels, key=lambda label: label[1])
     ends = [axes.transAxes.inverted().transform(axes.transData.transform((0, y)))[1] for _, y, _ in order]
-    heights = [1.25 * size * (text.count("\n") + 1) / points for text, _, _ in order]
+    heights = [1.35 * size * (text.count("\n") + 1) / points for text, _, _ in order]
     for (text, _, colour), place in zip(order, spread(ends, heights), strict=True):
         axes.text(
             *(1.02, place, text),
