@@ -83,8 +83,11 @@ class Browser:
         os.close(self._from)
         shutil.rmtree(self._profile.name, ignore_errors=True)
 
-    def look(self, page: Path, width: int, *expressions: str) -> Seen:
-        """Opens the page in a window of that width. expressions: JavaScript, evaluated after loading."""
+    def look(self, page: Path, width: int, *expressions: str, dark: bool = False) -> Seen:
+        """Opens the page in a window of that width. expressions: JavaScript, evaluated after loading.
+
+        dark: for a user who prefers dark pages.
+        """
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._events.clear()
@@ -92,6 +95,8 @@ class Browser:
             self._call(f"{domain}.enable", session)
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self._call("Emulation.setDeviceMetricsOverride", session, **metrics)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._call("Emulation.setEmulatedMedia", session, features=[scheme])
         self._call("Page.navigate", session, url=page.resolve().as_uri())
         self._await("Page.loadEventFired")
         seen = Seen()

@@ -75,7 +75,7 @@ def run(console: Console, settings: DemoSettings) -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     solutions = json.loads((folder / "logs" / "held_out.json").read_text())
     plots.draw(folder / "curves.png", results, solutions)
-    page.write(folder / "page.html", results, solutions, Path(settings.cache), folder / "curves.png")
+    page.write(folder / "page.html", results, solutions, Path(settings.cache))
     page.write_tokens(folder / "records" / TOKENS, results, solutions, Path(settings.cache))
     (folder / "report.html").write_text(run_report.text_of(load(folder / "records"), "demo"))
     console.print()

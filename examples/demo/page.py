@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from statistics import pstdev
 from typing import Any
 
-from . import source
+from vcrd.report import style
+
+from . import plots, source
 from .show import figure_rows
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _FIRST_LENGTH = range(110, 220)  # tokens of the first solution, which should fill a screen
 
 
-def write(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache: Path, picture: Path) -> None:
+def write(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache: Path) -> None:
     """results: as in results.json. solutions: as in logs/held_out.json. cache: of the demo, with text and tokenizer."""
     tokenizer, fields = source.tokenizer(cache), solutions["fields"]
     problems = _problems(tokenizer, solutions, cache)
@@ -37,7 +38,7 @@ def write(path: Path, results: dict[str, Any], solutions: dict[str, Any], cache:
     }
     # Inside a script element only "</" could end the data.
     text = _TEMPLATE.read_text().replace("@DATA@", json.dumps(data).replace("</", "<\\/"))
-    text = text.replace("@PICTURE@", base64.b64encode(picture.read_bytes()).decode())
+    text = text.replace("@COLOURS@", style.css()).replace("@CHARTS@", plots.in_page(results, solutions))
     path.write_text(text.replace("@FOOTER@", _footer(results)))
 
 
@@ -122,6 +123,6 @@ def _footer(results: dict[str, Any]) -> str:
     method = results["method"]
     return (
         f"Student: {len(results['student_layers'])} of the teacher's 30 layers, {results['settings']['steps']} steps. "
-        f"Validity: {method['validity']}; sharpness {method['sharpness']:g}; divergence "
+        f"Settings of vcrd: validity {method['validity']}, sharpness {method['sharpness']:g}, divergence "
         f"{method['divergence']}. Model: SmolLM2-135M-Instruct. Problems and solutions: CHAMP (Mao, Kim, Zhou 2024)."
     )

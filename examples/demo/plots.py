@@ -1,92 +1,103 @@
-"""The picture of a run: its curves and the histogram of the weights."""
+"""The pictures of a run: its curves and the histogram of the weights, as files and in a page."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
-TEACHER, STUDENT, INK, FAINT = "#3b6fb6", "#dd7a2b", "#22262b", "#9aa3ad"
+from vcrd.report import charts, style
+
 _BINS = 24
+_LABEL = 15  # characters of a line of a label beside a chart
+# Inches of a chart in a file.
+_HEIGHT = 2.7
 
 
-def draw(path: Path, results: dict[str, Any], solutions: dict[str, Any]) -> None:
-    """Writes a PNG. results: as in results.json. solutions: as in logs/held_out.json."""
+def draw(path: Path, results: dict[str, Any], solutions: dict[str, Any], across: bool = True) -> None:
+    """Writes the three charts into one PNG or SVG. results: as in results.json. solutions: as in logs/held_out.json.
+
+    across: side by side instead of below each other.
+    """
     # Not pyplot, which needs a screen.
-    style = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": FAINT,
-        "axes.labelcolor": INK,
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titlepad": 10,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.grid": True,
-        "grid.color": "#e6e9ed",
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-    }
-    with rc_context(style):
-        figure = Figure(figsize=(14, 4.1), layout="constrained")
-        losses, judgement, weights = figure.subplots(1, 3)
-        _draw_losses(losses, results)
-        _draw_judgement(judgement, results)
-        _draw_weights(weights, results, solutions)
-        figure.savefig(path, dpi=130)
+    with rc_context({**style.RC, "axes.titlepad": 10}):
+        size = (2.8 * style.WIDTH, 3.9) if across else (style.WIDTH, 3 * _HEIGHT)
+        figure = Figure(figsize=size, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
+        shape = (1, 3) if across else (3, 1)
+        for axes, (title, unit, drawn) in zip(
+            figure.subplots(*shape), _charts(results, solutions), strict=True
+        ):
+            axes.set(title=title, ylabel=unit)
+            drawn(axes)
+        style.save(figure, path)
+
+
+def in_page(results: dict[str, Any], solutions: dict[str, Any]) -> str:
+    """The charts as elements of a page with the colours of `style.css`."""
+    return "".join(charts.chart(*each) for each in _charts(results, solutions))
+
+
+def _charts(
+    results: dict[str, Any], solutions: dict[str, Any]
+) -> Iterator[tuple[str, str, Callable[[Any], None]]]:
+    """Title, unit and drawing of each."""
+    yield "The student approaches the teacher", "nats per token", lambda axes: _draw_losses(axes, results)
+    yield "... and is more valid more often", "% of tokens", lambda axes: _draw_judgement(axes, results)
+    yield (
+        "Weights of the held-out tokens",
+        "% of tokens, log scale",
+        lambda axes: _draw_weights(axes, results, solutions),
+    )
 
 
 def _draw_losses(axes: Any, results: dict[str, Any]) -> None:
-    steps = [step["number"] + 1 for step in results["training"]]
-    before, after = results["held_out"]["before"], results["held_out"]["after"]
-    for name, label, colour in (
-        ("cross_entropy", "cross-entropy", FAINT),
-        ("divergence", "KL(teacher || student)", TEACHER),
-    ):
-        values = [step["figures"][name] for step in results["training"]]
-        axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
-        axes.plot([0, steps[-1]], [before[name], after[name]], "o", color=colour, markersize=7, clip_on=False)
-        for x, value, offset, side in (
-            (0, before[name], (9, -4), "left"),
-            (steps[-1], after[name], (0, 9), "right"),
-        ):
-            axes.annotate(
-                f"{value:.2f}",
-                (x, value),
-                offset,
-                textcoords="offset points",
-                ha=side,
-                color=colour,
-                weight="bold",
-            )
-    axes.plot([], [], "o", color=INK, markersize=6, label="on held-out problems")
-    axes.set(
-        title="The student approaches the teacher", xlabel="step", ylabel="nats per token", ylim=(0, None)
+    curves = (
+        ("cross_entropy", "cross-entropy of the solution", style.FAINT),
+        ("divergence", "KL divergence, teacher to student", style.TEACHER),
     )
-    axes.set_xlim(-0.03 * steps[-1], None)
-    axes.legend(loc="upper right")
+    _draw_curves(axes, results, curves, 1, "{:.2f}")
 
 
 def _draw_judgement(axes: Any, results: dict[str, Any]) -> None:
+    curves = (
+        ("agreement", "both prefer the same token", style.TEACHER),
+        ("student_more_valid", "student more valid", style.STUDENT),
+    )
+    _draw_curves(axes, results, curves, 100, "{:.1f} %")
+
+
+def _draw_curves(
+    axes: Any, results: dict[str, Any], curves: tuple[tuple[str, str, str], ...], factor: float, form: str
+) -> None:
+    """Lines of the training; points of the held-out problems before and after it."""
     steps = [step["number"] + 1 for step in results["training"]]
-    for name, label, colour in (
-        ("student_more_valid", "student the more valid", STUDENT),
-        ("agreement", "both prefer the same token", TEACHER),
-    ):
-        values = [100 * step["figures"][name] for step in results["training"]]
-        axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
-        ends = [100 * results["held_out"][stage][name] for stage in ("before", "after")]
-        axes.plot([0, steps[-1]], ends, "o", color=colour, markersize=7, clip_on=False)
-    axes.set(title="... and is more valid more often", xlabel="step", ylabel="% of tokens")
-    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
-    axes.legend(loc="upper left")
+    ends = []
+    for name, label, colour in curves:
+        values = [factor * step["figures"][name] for step in results["training"]]
+        before, after = (factor * results["held_out"][stage][name] for stage in ("before", "after"))
+        axes.plot(steps, values, color=colour, linewidth=1.8)
+        axes.plot([0, steps[-1]], [before, after], "o", color=colour, markersize=7, clip_on=False)
+        axes.annotate(
+            form.format(before),
+            (0, before),
+            (-7, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            color=style.text_colour(colour),
+        )
+        ends.append((f"{form.format(after)}\n{style.wrapped(label, _LABEL)}", after, colour))
+    axes.set(xlabel="step; points: held-out problems", ylim=(0, None))
+    axes.set_xlim(-0.3 * steps[-1], None)  # room for the labels of the first points
+    axes.xaxis.set_major_locator(
+        FixedLocator([0, *MaxNLocator(3, integer=True).tick_values(1, steps[-1])[1:]])
+    )
+    style.label_ends(axes, ends)
 
 
 def _draw_weights(axes: Any, results: dict[str, Any], solutions: dict[str, Any]) -> None:
@@ -101,28 +112,34 @@ def _draw_weights(axes: Any, results: dict[str, Any], solutions: dict[str, Any])
     _, _, bars = axes.hist(values["after"], weights=share["after"], **options)
     for bar in bars:
         middle = (bar.get_x() + bar.get_width() / 2 - low) / (high - low)
-        bar.set(color=STUDENT if middle < 0.5 else TEACHER, alpha=0.25 + 0.65 * abs(2 * middle - 1))
+        bar.set(
+            color=style.STUDENT if middle < 0.5 else style.TEACHER, alpha=0.25 + 0.65 * abs(2 * middle - 1)
+        )
     axes.hist(
         values["before"],
         weights=share["before"],
         histtype="step",
-        color=INK,
+        color=style.INK,
         linewidth=1.4,
         **options,
     )
-    axes.axvline((low + high) / 2, ymax=0.85, color=INK, linewidth=1, linestyle=":")
-    axes.set(
-        title="Weights of the held-out tokens",
-        xlabel="weight of the token",
-        ylabel="% of tokens (log)",
-    )
+    axes.axvline((low + high) / 2, ymax=0.8, color=style.INK, linewidth=1, linestyle=":")
+    axes.set(xlabel="weight of a token; bars: after training, line: before")
     axes.set_yscale("log")
-    axes.set_ylim(None, 6 * axes.get_ylim()[1])
+    axes.set_ylim(None, 12 * axes.get_ylim()[1])
     axes.yaxis.set_major_formatter("{x:g}")
-    handles = [
-        Patch(color=STUDENT, alpha=0.9, label="after: student more valid"),
-        Patch(color=TEACHER, alpha=0.9, label="after: teacher more valid"),
-        Line2D([], [], color=INK, linewidth=1.4, label="before training"),
-        Line2D([], [], color=INK, linewidth=1, linestyle=":", label="plain distillation"),
-    ]
-    axes.legend(handles=handles, loc="upper center", fontsize=9, ncols=2)
+    axes.minorticks_off()
+    for x, text, side, colour in (
+        (0.01, "student\nmore valid", "left", style.STUDENT),
+        (0.5, "1: plain\ndistillation", "center", style.INK),
+        (0.99, "teacher\nmore valid", "right", style.TEACHER),
+    ):
+        axes.text(
+            *(x, 0.98, text),
+            transform=axes.transAxes,
+            ha=side,
+            va="top",
+            color=style.text_colour(colour),
+            fontsize=axes.xaxis.label.get_size(),
+            linespacing=1.1,
+        )

@@ -15,11 +15,11 @@ from rich.table import Table
 from .settings import DemoSettings
 
 _ROWS = (
-    ("divergence  KL(teacher || student)", "divergence", "{:.3f} nats"),
-    ("cross-entropy of the written solution", "cross_entropy", "{:.3f} nats"),
-    ("agreement of the most probable token", "agreement", "{:.1%}"),
+    ("KL divergence, teacher to student, nats per token", "divergence", "{:.3f}"),
+    ("cross-entropy of the written solution, nats per token", "cross_entropy", "{:.3f}"),
+    ("tokens where both models prefer the same token", "agreement", "{:.1%}"),
     ("mean weight of a token", "weight", "{:.3f}"),
-    ("share of tokens where the student is more valid", "student_more_valid", "{:.1%}"),
+    ("tokens where the student is more valid", "student_more_valid", "{:.1%}"),
 )
 
 

@@ -9,13 +9,18 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-_COLOURS = ("#9aa3ad", "#22262b", "#4c9a6a", "#dd7a2b", "#3b6fb6")
-_STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "svg.hashsalt": "vcrd",
+from vcrd.report import style
+
+# By where the prefixes come from, which begins the name of a method. The rest is what decides the weights.
+_PANELS = {
+    "off-policy": "Off-policy: trained on right solutions",
+    "on-policy": "On-policy: trained on the student's own samples",
+}
+_COLOURS = {
+    "uniform": (style.SOFT, "o"),
+    "label": (style.GREEN, "D"),
+    "confidence": (style.PURPLE, "s"),
+    "scores": (style.TEACHER, "^"),
 }
 
 
@@ -30,15 +35,38 @@ def draw(path: Path, results: dict[str, Any]) -> None:
         curves.setdefault(run["method"], []).append(
             [100 * (share - run["solved"][0]) for share in run["solved"]]
         )
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(7.5, 4.2), layout="constrained")  # not pyplot, which needs a screen
-        axes = figure.subplots()
-        for colour, (name, each) in zip(_COLOURS, curves.items(), strict=False):
+    with rc_context(style.RC):
+        # Not pyplot, which needs a screen.
+        figure = Figure(figsize=(style.WIDTH, 5.8), layout="constrained")
+        panels = figure.subplots(len(_PANELS), sharex=True, sharey=True)
+        ends: dict[str, list[tuple[str, float, str]]] = {where: [] for where in _PANELS}
+        for name, each in curves.items():
+            where, _, weights = name.partition(", ")
+            colour, marker = _COLOURS[weights]
+            axes, apart = panels[list(_PANELS).index(where)], 0.06 * interval * (len(ends[where]) - 1)
             updates = [interval * number for number in range(len(each[0]))]
             middle, low, high = (list(map(pick, zip(*each, strict=True))) for pick in (median, min, max))
-            axes.plot(updates, middle, color=colour, linewidth=2, label=name)
-            axes.fill_between(updates, low, high, color=colour, alpha=0.12, linewidth=0)
-        axes.axhline(0, color="#22262b", linewidth=1, linestyle=":")
-        axes.set(xlabel="updates", ylabel="held-out problems solved, gain in points")
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-        figure.savefig(path, metadata={"Date": None})
+            axes.vlines(
+                [update + apart for update in updates], low, high, color=colour, linewidth=1.2, alpha=0.7
+            )
+            axes.plot(
+                *([update + apart for update in updates], middle),
+                color=colour,
+                marker=marker,
+                markersize=5.5,
+                linewidth=1.8,
+            )
+            ends[where].append((f"{weights} {middle[-1]:+.1f}", middle[-1], colour))
+        for axes, (where, title) in zip(panels, _PANELS.items(), strict=True):
+            axes.axhline(0, color=style.FAINT, linewidth=1, zorder=0.5)
+            axes.set_title(title)
+            axes.set_xticks(updates)
+            style.label_ends(axes, ends[where])
+        panels[-1].set_xlabel("updates")
+        figure.supylabel("gain in held-out problems solved, points", fontsize=11, color=style.SOFT)
+        said = (
+            "Names: what decides the weight of a token; uniform: nothing.\n"
+            f"Marks: median of {len(each)} seeds; upright lines: from the least to the most."
+        )
+        figure.supxlabel(said, x=0.015, ha="left", fontsize=10, color=style.SOFT, linespacing=1.25)
+        style.save(figure, path)

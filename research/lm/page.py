@@ -92,25 +92,24 @@ def draw(content: dict, folder: Path) -> None:
     from matplotlib.figure import Figure
 
     import plots
+    from vcrd.report import style
 
     folder.mkdir(parents=True, exist_ok=True)
     for regime in REGIMES:
         results = results_of(content, regime)
         if results is None or len(names := [name for name in results.methods(regime) if name != "JSD"]) < 1:
             continue
-        with rc_context(plots._STYLE):
-            figure = Figure(figsize=(7, 0.34 * len(names) + 1))
-            axes = figure.subplots()
-            for number, (task, colour) in enumerate(zip(results.tasks, ("#1d4ed8", "#d97706"), strict=True)):
-                for place, name in enumerate(reversed(names)):
-                    pair = (results.solved(regime, each)[number : number + 1] for each in (name, "JSD"))
-                    mean, low, high = (100 * value for value in difference(*pair))
-                    height = place + 0.16 * (0.5 - number)
-                    axes.plot((low, high), (height, height), color=colour, linewidth=1.6)
-                    axes.plot(mean, height, "o", color=colour, markersize=4.5, label=None if place else task)
-            axes.axvline(0, color="#9ca3af", linewidth=1)
-            axes.set_yticks(range(len(names)), names[::-1])
-            axes.set_xlabel("percentage points of exact match against JSD, and interval of 95 %")
-            axes.set_title(TITLES[regime])
-            axes.legend(loc="lower right")
-            plots._save(figure, folder / f"methods-{regime}.svg")
+        with rc_context(style.RC):
+            figure = Figure(figsize=(style.WIDTH, 0.26 * len(names) + 1.3), layout="constrained")
+            panels = figure.subplots(1, len(results.tasks), sharex=True, sharey=True, squeeze=False).flatten()
+            for number, (axes, task) in enumerate(zip(panels, results.tasks, strict=True)):
+                pairs = {
+                    name: (results.solved(regime, each)[number : number + 1] for each in (name, "JSD"))
+                    for name in names
+                }
+                plots.ranked(axes, [(name, difference(*pair)) for name, pair in pairs.items()])
+                axes.set_title(task)
+                axes.set_xlabel("points over JSD")
+            figure.suptitle(TITLES[regime], x=0.015, ha="left", fontsize=11, weight="bold")
+            plots.caption(figure, f"{plots.POINTS} {plots.INTERVAL} {plots.explained(['JSD', *names])}")
+            style.save(figure, folder / f"methods-{regime}.svg")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,13 @@ def test_a_teacher_job_is_asked_ahead_within_a_round_and_trains_the_same_student
     for mine, theirs in zip(linked, colocated, strict=True):
         for name, value in mine.items():
             torch.testing.assert_close(value, theirs[name], atol=1e-6, rtol=1e-5)
+
+
+def test_the_committed_picture_has_the_gains_of_the_table_on_the_page():
+    page = (ROOT / "docs/on-policy.md").read_text()
+    rows = re.findall(r"^\| (?:off|on)-policy, `(\w+)` \|.*\| ([+-][0-9.]+) \|$", page, re.MULTILINE)
+    shown = re.findall(r">(\w+ [+-][0-9.]+)<", (ROOT / "docs/images/on-policy.svg").read_text())
+    assert len(rows) == 5 and sorted(shown) == sorted(" ".join(row) for row in rows)
 
 
 @pytest.mark.slow

@@ -57,8 +57,8 @@ def test_the_page_has_every_section(page):
 
 
 @BROWSER
-@pytest.mark.parametrize("width", [1400, 400])
-def test_a_browser_shows_the_whole_page(page, width):
+@pytest.mark.parametrize(("width", "dark"), [(1440, False), (390, False), (390, True)])
+def test_a_browser_shows_the_whole_page(page, width, dark):
     sizes = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     drawn = "[...document.querySelectorAll('figure')].map(f => [...f.querySelectorAll('svg')]"
     drawn += ".filter(s => s.getBoundingClientRect().width > 100).length)"
@@ -67,23 +67,26 @@ def test_a_browser_shows_the_whole_page(page, width):
     )
     smallest += ".map(t => t.getBoundingClientRect().height))"
     with Browser() as browser:
-        seen = browser.look(page, width, sizes, drawn, smallest)
+        seen = browser.look(page, width, sizes, drawn, smallest, dark=dark)
     assert not seen.complaints and not seen.requests
     (scrolled, shown), charts, text = seen.values
     assert scrolled <= shown <= width, "no horizontal scrolling"
     assert len(charts) >= 13 and set(charts) == {1}, "each figure shows one chart"
     assert text >= 9, "pixels; smaller text cannot be read"
-    assert_a_picture(seen.picture)
+    assert_a_picture(seen.picture, dark)
 
 
-def assert_a_picture(png: bytes) -> None:
-    """Checks that the picture is not blank: light, with the colours of both jobs and dark text."""
+def assert_a_picture(png: bytes, dark: bool) -> None:
+    """Checks that the picture is not blank: on the ground of the page, with the colours of both jobs and of text."""
     from PIL import Image
 
+    from vcrd.report import style
+
     pixels = numpy.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=int).reshape(-1, 3)
-    assert 0.5 < (pixels.min(1) > 230).mean() < 0.98
-    for colour in ((59, 111, 182), (194, 97, 26), (34, 38, 43), (47, 74, 107)):
-        near = (abs(pixels - colour) < 12).all(1).mean()
+    assert 0.5 < (pixels.max(1) < 70 if dark else pixels.min(1) > 230).mean() < 0.98
+    for colour in (style.TEACHER, style.STUDENT, style.INK, style.GREYS[0]):
+        shown = style.on_dark(colour) if dark else colour
+        near = (abs(pixels - [int(shown[n : n + 2], 16) for n in (1, 3, 5)]) < 12).all(1).mean()
         assert near > 1e-4, colour
 
 

@@ -14,43 +14,26 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-TEACHER, STUDENT, INK, SOFT, FAINT = "#3b6fb6", "#c2611a", "#22262b", "#5f6a76", "#9aa3ad"
-# From dark to light, so that lightness alone distinguishes them.
-REPLICAS = ("#8f3d0a", "#d9772a", "#f0ac68", "#f7d3ab")
-# The parts of a step, also from dark to light.
-COMPUTE = ("#2f4a6b", "#5f7fa6", "#93adcb", "#c9d6e6")
-VERIFIER, IDLE = "#6b4c86", "#dfe4ea"
-_STYLE = {
-    "font.family": "DejaVu Sans",  # matplotlib includes it; it warns of a missing font
-    "font.size": 10,
-    "svg.fonttype": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": SOFT,
-    "text.color": INK,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#e6e9ed",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "axes.formatter.limits": (-4, 6),
-}
+from vcrd.report import style
+
+# The parts of a step are grey, and the waits are orange.
+COMPUTE, REPLICAS = style.GREYS, style.ORANGES
+VERIFIER, IDLE = style.PURPLE, style.GRID
+_RC = {**style.RC, "font.size": 10, "axes.labelsize": 10, "xtick.labelsize": 10, "ytick.labelsize": 10}
 # Inches. A wide chart is drawn a second time for narrow screens, on which its text would be too small.
 _NARROW, _WIDE = (4.0, 2.5), (11.6, 3.1)
+_LEGEND_ROW = 0.2  # inches
+_LABEL = 13  # characters of a line of a label beside a chart
 _EACH = 8  # at most so many ranks have a line each; more ranks are a band
 _FEW = 60  # a curve of fewer points has a marker on each
-_HEAT = LinearSegmentedColormap.from_list("weights", ["#eaf1fa", "#9dbfe6", TEACHER, "#16325c"])
+_HEAT = LinearSegmentedColormap.from_list("weights", ["#e3eff7", "#8fc1de", style.TEACHER, "#00314d"])
 
 
 def chart(title: str, unit: str, draw: Callable[[Any], str | None], wide: bool = False) -> str:
     """A figure of the page. draw: draws on matplotlib axes, and returns the text under the chart."""
     pictures = []
     for size in (_WIDE, _NARROW) if wide else (_NARROW,):
-        with mpl.rc_context({**_STYLE, "svg.hashsalt": f"{title} {size}"}):
+        with mpl.rc_context({**_RC, "svg.hashsalt": f"{title} {size}"}):
             figure = Figure(figsize=size, layout="constrained")
             said = draw(figure.subplots())
             out = io.StringIO()
@@ -69,23 +52,29 @@ def lines(
     band: tuple[str, np.ndarray, np.ndarray] | None = None,
     least: float | None = None,
 ) -> str:
-    """curves: (name, colour, values over iterations x). band: (name, lower, upper) behind the first curve."""
+    """curves: (name, colour, values over iterations x). band: (name, lower, upper) behind the first curve.
+
+    Several curves, or a curve and a band, have their names at their ends.
+    """
 
     def draw(axes: Any) -> None:
         if all(np.isnan(values).all() for _, _, values in curves):
             axes.set_axis_off()
-            axes.text(0.5, 0.5, "all values are NaN", ha="center", color=SOFT, transform=axes.transAxes)
+            axes.text(0.5, 0.5, "all values are NaN", ha="center", color=style.SOFT, transform=axes.transAxes)
             return
         if band:
-            axes.fill_between(x, band[1], band[2], color=curves[0][1], alpha=0.18, linewidth=0, label=band[0])
-        for name, colour, values in curves:
+            axes.fill_between(x, band[1], band[2], color=curves[0][1], alpha=0.18, linewidth=0)
+        for _, colour, values in curves:
             marks = {"marker": "o", "markersize": 3} if len(x) < _FEW else {}
-            axes.plot(x, values, color=colour, linewidth=1.8, label=name, **marks)
+            axes.plot(x, values, color=colour, linewidth=1.8, **marks)
         _iterations(axes)
         if least is not None:
             axes.set_ylim(bottom=least)
         if len(curves) > 1 or band:
-            _legend(axes)
+            ends = [(name, _end(values), colour) for name, colour, values in curves]
+            if band:
+                ends.append((band[0], (_end(band[1]) + _end(band[2])) / 2, style.FAINT))
+            _label(axes, ends)
 
     return chart(title, unit, draw)
 
@@ -103,7 +92,7 @@ def bands(
     factor, word = (3600, "seconds") if end < 1 / 20 else (factor, word)
 
     def draw(axes: Any) -> str:
-        for name, colour, hours, rows in groups:
+        for _, colour, hours, rows in groups:
             x = hours * factor
             if len(rows) > _EACH:
                 axes.fill_between(
@@ -112,11 +101,11 @@ def bands(
             elif len(rows) > 1:
                 axes.plot(x, rows.T, color=colour, linewidth=0.7, alpha=0.45)
             marks = {"marker": "o", "markersize": 3} if len(x) < _FEW else {}
-            axes.plot(x, np.nanmean(rows, 0), color=colour, linewidth=1.8, label=name, **marks)
+            axes.plot(x, np.nanmean(rows, 0), color=colour, linewidth=1.8, **marks)
         axes.set_xlabel(f"{word} since the start")
         axes.set_ylim(0, most)
         axes.margins(x=0.02)
-        _legend(axes)
+        _label(axes, [(name, _end(np.nanmean(rows, 0)), colour) for name, colour, _, rows in groups])
         return said
 
     return chart(title, unit, draw)
@@ -155,7 +144,9 @@ def stacked(
 def heat(
     title: str, unit: str, x: np.ndarray, counts: np.ndarray, low: float, per_octave: int, mean: np.ndarray
 ) -> str:
-    """counts: [bins, len(x)] tokens. A bin is 1 / per_octave octave wide; the first begins at 2^low. mean: a line."""
+    """counts: [bins, len(x)] tokens. A bin is 1 / per_octave octave wide; the first begins at 2^low. mean: a line,
+    which the unit explains.
+    """
 
     def draw(axes: Any) -> str:
         share = 100 * counts / np.maximum(1.0, counts.sum(axis=0))
@@ -176,7 +167,7 @@ def heat(
             interpolation="nearest",
         )
         with np.errstate(divide="ignore"):
-            axes.plot(x, np.log2(mean), color=STUDENT, linewidth=1.8, label="mean weight")
+            axes.plot(x, np.log2(mean), color=style.STUDENT, linewidth=1.8)
         octaves = np.arange(np.ceil(extent[2]), np.floor(extent[3]) + 1)
         axes.yaxis.set_major_locator(FixedLocator(octaves))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda octave, _: f"{2.0**octave:g}"))
@@ -185,7 +176,6 @@ def heat(
         axes.grid(False)
         _iterations(axes)
         axes.set_xlim(edges[0], edges[-1])
-        _legend(axes)
         bar = axes.figure.colorbar(image, ax=axes, pad=0.015, aspect=16)
         bar.outline.set_visible(False)
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
@@ -203,13 +193,28 @@ def _iterations(axes: Any) -> None:
     axes.margins(x=0.02)
 
 
+def _label(axes: Any, ends: Sequence[tuple[str, float, str]]) -> None:
+    style.label_ends(
+        axes,
+        [(style.wrapped(name, _LABEL), value, colour) for name, value, colour in ends if not np.isnan(value)],
+    )
+
+
+def _end(values: np.ndarray) -> float:
+    """The last value that is a number."""
+    found = values[~np.isnan(values)]
+    return float(found[-1]) if len(found) else float("nan")
+
+
 def _legend(axes: Any) -> None:
-    """Above the chart, where it covers nothing."""
+    """Above the chart, where it covers nothing: parts may be too thin for labels. The figure grows by its rows."""
     handles, names = axes.get_legend_handles_labels()
-    inches = axes.figure.get_size_inches()[0] - 0.6
+    figure = axes.figure
+    width, height = figure.get_size_inches()
     columns = len(handles)
-    while columns > 1 and columns * (0.35 + 0.075 * max(map(len, names))) > inches:
+    while columns > 1 and columns * (0.35 + 0.085 * max(map(len, names))) > width - 0.6:
         columns -= 1
+    figure.set_size_inches(width, height + _LEGEND_ROW * (-(-len(handles) // columns) - 1))
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),
@@ -227,7 +232,7 @@ def _edges(x: np.ndarray) -> np.ndarray:
 
 
 def _cleaned(svg: str, label: str) -> str:
-    """The <svg> element alone, without unused parts, with a label for screen readers."""
+    """The <svg> element alone, without unused parts, with the colours of the page and a label for screen readers."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
@@ -237,4 +242,5 @@ def _cleaned(svg: str, label: str) -> str:
     svg = re.sub(r'"[^"]*"', lambda quoted: re.sub(r"(\d+\.\d\d)\d+", r"\1", quoted[0]), svg)
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page sets its own font
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S)
+    svg = style.with_variables(svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vcrd.report import charts
+from vcrd.report import charts, style
 from vcrd.report.bins import Bins, over_time
 from vcrd.report.run import Run
 
@@ -18,9 +18,13 @@ from vcrd.report.run import Run
 _BINS, _PER_OCTAVE, _LOWEST = 256, 16, -8
 _COLUMNS = 200  # of a wide chart
 _REPLICAS = 4  # replicas that get a chart of their own
-_LOW, _HIGH = (221, 122, 43), (59, 111, 182)  # colours of the smallest and the largest weight
 _SAMPLES = 2  # texts that the page shows
-_ROLES = (("student", charts.STUDENT), ("teacher", charts.TEACHER))
+_DIVERGENCES = {
+    "forward_kl": "KL divergence, teacher to student",
+    "reverse_kl": "KL divergence, student to teacher",
+    "jsd": "Jensen-Shannon divergence",
+}
+_ROLES = (("student", style.STUDENT), ("teacher", style.TEACHER))
 
 
 def text_of(run: Run, name: str = "") -> str:
@@ -36,7 +40,7 @@ def text_of(run: Run, name: str = "") -> str:
         body.append(_tokens(run.tokens))
     body.append(_settings(run))
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    filled = {"@TITLE@": f"vcrd: {name}", "@SCALE@": _colour_scale()}
+    filled = {"@TITLE@": f"vcrd: {name}", "@COLOURS@": style.css(), "@SCALE@": _colour_scale()}
     for mark, text in filled.items():
         template = template.replace(mark, text)
     return template.replace("@BODY@", "\n".join(part for part in body if part))
@@ -106,14 +110,14 @@ def _curves(run: Run) -> str:
     step = Bins(figures["steps"])
     rate = step.sum(figures["tokens"]) / np.maximum(1e-9, step.sum(figures["seconds"]))
     found = [
-        charts.lines("Loss", "nats per token", x, [("loss", charts.INK, mean["loss"])], least=0),
+        charts.lines("Loss", "nats per token", x, [("loss", style.INK, mean["loss"])], least=0),
         charts.lines(
             "Divergence and cross-entropy",
             "nats per token",
             x,
             [
-                ("divergence from the teacher", charts.TEACHER, mean["divergence"]),
-                ("cross-entropy", charts.FAINT, mean["cross_entropy"]),
+                (_divergence(run), style.TEACHER, mean["divergence"]),
+                ("cross-entropy of the next token", style.FAINT, mean["cross_entropy"]),
             ],
             least=0,
         ),
@@ -121,7 +125,7 @@ def _curves(run: Run) -> str:
             "Weight",
             "of a token; 1 is plain distillation",
             x,
-            [("mean", charts.TEACHER, mean["weight"])],
+            [("mean", style.TEACHER, mean["weight"])],
             ("10th to 90th percentile", mean["weight_p10"], mean["weight_p90"]),
             least=0,
         ),
@@ -130,19 +134,25 @@ def _curves(run: Run) -> str:
             "% of tokens",
             x,
             [
-                ("both prefer the same token", charts.TEACHER, 100 * mean["agreement"]),
-                ("student more valid", charts.STUDENT, 100 * mean["student_more_valid"]),
+                ("both prefer the same token", style.TEACHER, 100 * mean["agreement"]),
+                ("student more valid", style.STUDENT, 100 * mean["student_more_valid"]),
             ],
             least=0,
         ),
-        charts.lines("Speed", "tokens per second", x, [("tokens", charts.INK, rate)], least=0),
+        charts.lines("Speed", "tokens per second", x, [("tokens", style.INK, rate)], least=0),
     ]
     bad = bins.sum(figures["invalid_rows"])
     if bad.any():
         found.append(
-            charts.lines("Skipped tokens", "invalid teacher rows", x, [("", charts.STUDENT, bad)], least=0)
+            charts.lines("Skipped tokens", "invalid teacher rows", x, [("", style.STUDENT, bad)], least=0)
         )
     return f'<h2>Training</h2><div class="grid">{"".join(found)}</div>'
+
+
+def _divergence(run: Run) -> str:
+    """What the curve of the divergence shows, in words."""
+    first = next((record for record in run.starts if record["role"] == "student"), {})
+    return _DIVERGENCES.get((first.get("settings") or {}).get("divergence"), "divergence from the teacher")
 
 
 def _weights(run: Run) -> str:
@@ -153,7 +163,7 @@ def _weights(run: Run) -> str:
     mean = bins.mean(run.figures["weight"])
     drawn = charts.heat(
         "Weights of the tokens",
-        "% of tokens in each bin, over the run",
+        "% of tokens in each bin, over the run; orange: the mean",
         bins.last(run.figures["iteration"]),
         counts,
         _LOWEST,
@@ -257,7 +267,7 @@ def _teacher_chart(title: str, ranks: Sequence[dict[str, np.ndarray]], begin: fl
     sending = np.minimum(sending, answering)
     computing = answering - sending
     parts = [
-        ("computing", charts.TEACHER, 100 * computing),
+        ("computing", style.TEACHER, 100 * computing),
         ("sending", charts.REPLICAS[2], 100 * sending),
         ("idle", charts.IDLE, 100 * idle),
     ]
@@ -289,7 +299,9 @@ def _machines(run: Run) -> str:
             if any((~np.isnan(each)).any() for each in values):
                 hours, rows = over_time(list(ranks.values()), values, begin, end)
                 rows = rows[~np.isnan(rows).all(axis=1)]
-                groups.append((f"{role}, {_count(len(rows), 'rank')}", colour, hours, rows))
+                # The no-break space keeps the number beside its word.
+                name = f"{role}, {_count(len(rows), 'rank')}".replace(" rank", "\N{NO-BREAK SPACE}rank")
+                groups.append((name, colour, hours, rows))
                 if values_of is not _link_rate:
                     said.append(_outlier(role, list(ranks), values))
         if groups:
@@ -313,15 +325,8 @@ def _outlier(role: str, ranks: Sequence[int], values: Sequence[np.ndarray]) -> s
     return f"{_capital(role)} rank {ranks[most]} has the largest mean, {means[most]:.3g}."
 
 
-def _token_colour(part: float) -> str:
-    """part: from 0 for the smallest weight to 1 for the largest. The middle, plain distillation, is white."""
-    end = _LOW if part < 0.5 else _HIGH
-    strength = 0.68 * abs(2 * min(1.0, max(0.0, part)) - 1) ** 0.8
-    return "#" + "".join(f"{round(255 + (channel - 255) * strength):02x}" for channel in end)
-
-
 def _colour_scale() -> str:
-    return f"linear-gradient(90deg, {', '.join(_token_colour(step / 20) for step in range(21))})"
+    return f"linear-gradient(90deg, {', '.join(style.token_background(step / 20) for step in range(21))})"
 
 
 def _tokens(content: dict[str, Any]) -> str:
@@ -330,7 +335,7 @@ def _tokens(content: dict[str, Any]) -> str:
     parts = [
         "<h2>Weights in a text</h2>",
         '<p class="soft">Solutions that were not used in training, as written. Blue: a large weight, because '
-        "the teacher is more valid. Orange: a small weight, because the student is more valid. White: as in plain "
+        "the teacher is more valid. Orange: a small weight, because the student is more valid. No colour: as in plain "
         "distillation.</p>",
         '<section class="card"><div class="scale"></div><div class="ends">',
         f"<span>weight {low:g}</span><span>{(low + high) / 2:g}</span><span>{high:g}</span></div>",
@@ -349,7 +354,9 @@ def _tokens(content: dict[str, Any]) -> str:
 def _token(text: str, weight: float, low: float, high: float) -> str:
     part = 0.5 if high == low else (weight - low) / (high - low)
     shown = html.escape(text)
-    return f'<span style="background:{_token_colour(part)}" title="weight {weight:.2f}">{shown}</span>'
+    return (
+        f'<span style="background:{style.token_background(part)}" title="weight {weight:.2f}">{shown}</span>'
+    )
 
 
 def _settings(run: Run) -> str:
