@@ -60,9 +60,10 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
 ]
 LABEL = os.environ.get("VCRD_LOCAL_VERSION", "")
-# Denormals are flushed, so that an exponential is one instruction on the special-function unit. Line numbers are for
-# profilers. They contain the path of the sources, which a wheel for other machines must not.
-NVCC_FLAGS = ["-O3", "-ftz=true", *([] if LABEL else ["-lineinfo"])]
+# Denormals are flushed, so that an exponential is one instruction on the special-function unit.
+NVCC_FLAGS = ["-O3", "-ftz=true"]
+# For profilers. Line numbers contain the path of the sources, which a wheel for other machines must not.
+LINES = [] if LABEL else ["-lineinfo"]
 # For a machine where torch finds no GPU.
 DEFAULT_CUDA_ARCHITECTURES = "9.0a"
 
@@ -134,7 +135,7 @@ def extension():
         "vcrd._C",
         files,
         include_dirs=include_dirs,
-        extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": flags, "nvcc": [*NVCC_FLAGS, *LINES]},
     )
 
 
