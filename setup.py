@@ -80,7 +80,7 @@ def required_torch() -> str:
 
 
 def check_torch(folders: list[str]) -> None:
-    """SystemExit if pip builds with a torch of its own and the environment has another one.
+    """SystemExit if pip builds with another torch than that of the environment.
 
     folders: where the environment has its packages. pip's isolation hides them from the build, but it runs the
     interpreter of the environment, so `site` still names them. Other tools build in an environment of their own, and

@@ -30,8 +30,8 @@ SHOWN = (
     ("Liger KL", "Liger KL", "KL divergence"),
     ("ModelOpt", "ModelOpt", "KL divergence"),
 )
-_HEIGHT = 0.42  # of a bar; the distance of two bars is 1
-_INSIDE = 4.0  # ms; a part that is shorter has no label of its own
+_HEIGHT = 0.42  # height of a bar; two bars are 1 apart
+_INSIDE = 4.0  # ms; shorter parts have no label
 
 
 def derived() -> dict[str, dict[str, float]]:

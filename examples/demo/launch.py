@@ -125,7 +125,7 @@ def _start(name: str, processes: int, settings: DemoSettings, settings_file: Pat
 
 
 def _one_gpu(name: str) -> dict[str, str]:
-    """NCCL refuses two ranks on one GPU of one host. With these it takes each job for a host of its own."""
+    """NCCL refuses two ranks on one GPU of one host. With these variables each job counts as a separate host."""
     return {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "NCCL_HOSTID": f"demo-{name}",

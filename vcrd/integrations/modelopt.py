@@ -134,7 +134,7 @@ def attach(model: Model, config: LossConfig | None = None) -> Model:
         model: what `mtd.convert` returned, `adjust_distillation_model_for_mcore` applied, wrapped by Megatron or not;
             or the list with it that Megatron-Bridge gives a pre-wrap hook. Call it on every rank: on stages of a
             pipeline other than the last, which have no criterion, only the arguments are checked.
-        config: None also where the model was converted with a `MegatronLogitsLoss` of its own.
+        config: may also be None if the model already has a `MegatronLogitsLoss` from its conversion.
 
     The tokens that count are those of the model's argument `loss_mask`, or else those with a label of 0 and above.
     Losses of hidden states stay as they are. Returns `model`.
