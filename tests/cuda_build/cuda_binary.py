@@ -1,4 +1,4 @@
-"""Reads what nvcc made of the kernels: registers, spills, loads and stores. Text in, facts out; runs no tool."""
+"""Reads what nvcc made of the kernels: registers, local memory, loads and stores. Text in, facts out; runs no tool."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ class Rule:
 class Kernel:
     symbol: str
     registers: int = 0
-    stack: int = 0
-    spills: int = 0
+    stack: int = 0  # bytes; registers that spill are on it
     shared: int = 0
     threads: int = 0
     local_accesses: int = 0
@@ -51,27 +50,14 @@ class Kernel:
         return f"{self.name}<{', '.join(shown)}>" if shown else self.name
 
 
-def resources(ptxas: str) -> dict[str, Kernel]:
-    """Kernels by symbol, from the lines of `nvcc -Xptxas -v`. What device functions of their own spill is added to the
-    kernel that was compiled when they were reported."""
-    kernels: dict[str, Kernel] = {}
-    kernel = None
-    for line in ptxas.splitlines():
-        if found := re.search(r"Compiling entry function '(\S+)' for", line):
-            kernel = kernels[found[1]] = Kernel(found[1])
-        elif kernel is None:
-            continue
-        elif found := re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", line
-        ):
-            stack, stored, loaded = map(int, found.groups())
-            kernel.stack += stack
-            kernel.spills += stored + loaded
-        elif found := re.search(r"Used (\d+) registers", line):
-            kernel.registers = int(found[1])
-            shared = re.search(r"(\d+) bytes smem", line)
-            kernel.shared = int(shared[1]) if shared else 0
-    return kernels
+def resources(usage: str, counted: int) -> dict[str, Kernel]:
+    """Kernels by symbol, from `cuobjdump -res-usage`. counted: the bytes of a block's shared memory there that are the
+    driver's."""
+    found = re.findall(r"^ *Function (\S+):\n *REG:(\d+) STACK:(\d+) SHARED:(\d+) ", usage, re.MULTILINE)
+    return {
+        symbol: Kernel(symbol, int(registers), int(stack), max(0, int(shared) - counted))
+        for symbol, registers, stack, shared in found
+    }
 
 
 def launch_bounds(elf: str) -> dict[str, int]:
@@ -172,10 +158,11 @@ def _parts(signature: str) -> tuple[str, tuple[str, ...]]:
 def faults(kernel: Kernel, rule: Rule | None) -> list[str]:
     """A sentence on each thing that the kernel must not do. `rule` None: it reads no rows of logits."""
     out = []
-    if kernel.spills:
-        out.append(f"spills {kernel.spills} bytes of registers")
     if kernel.stack or kernel.local_accesses:
-        out.append(f"uses local memory: {kernel.stack} bytes of stack, {kernel.local_accesses} accesses")
+        out.append(
+            f"spills registers or has arrays in local memory: {kernel.stack} bytes of stack, "
+            f"{kernel.local_accesses} accesses"
+        )
     if rule is None:
         return out
     widest = max(BYTES[kernel.types[i]] for i in (*rule.loads, *rule.stores))
@@ -200,15 +187,19 @@ def faults(kernel: Kernel, rule: Rule | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Chip:
-    """Of one multiprocessor. Every block also takes 1 KB of shared memory that the driver keeps."""
+    """Of one multiprocessor. Every block also takes 1 KB of shared memory that the driver keeps.
+
+    counted: how much of it cuobjdump counts for a kernel with shared memory.
+    """
 
     shared: int
+    counted: int = 0
     registers: int = 65536
     threads: int = 2048
     blocks: int = 32
 
 
-CHIPS = {"sm_80": Chip(164 << 10), "sm_90a": Chip(228 << 10), "sm_100": Chip(228 << 10)}
+CHIPS = {"sm_80": Chip(164 << 10), "sm_90a": Chip(228 << 10, 1024), "sm_100": Chip(228 << 10, 1024)}
 
 
 def occupancy(kernel: Kernel, chip: Chip, threads: int) -> float:

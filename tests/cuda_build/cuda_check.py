@@ -1,6 +1,8 @@
-"""Compiles the CUDA kernels as the extension does and looks at the machine code; needs no GPU.
+"""Looks at the machine code of the CUDA kernels; needs no GPU.
 
-    python tests/cuda_build/cuda_check.py [--arch sm_90a ...] [--jobs 2]
+    python tests/cuda_build/cuda_check.py [--arch sm_90a ...] [--jobs 2 | --objects build/temp.../csrc/cuda]
+
+It compiles them as the extension does, or reads the object files of a build of the extension.
 
 For every kernel: registers, shared memory, theoretical occupancy, the loads and stores of a loop. Fails, with a
 sentence on each kernel, where registers spill, local memory is used, or rows are not read and written 16 bytes at a
@@ -97,27 +99,27 @@ def divergence_names() -> dict[str, str]:
     return {f"(vcrd::Divergence){number}": name for number, name in enumerate(names)}
 
 
-def compile_source(nvcc: Path, source: Path, arch: str, folder: str) -> tuple[Path, str, float]:
-    """The binary, what ptxas said, and the seconds it took; SystemExit when it does not compile."""
-    binary = Path(folder) / f"{source.stem}.cubin"
+def compile_source(nvcc: Path, source: Path, arch: str, folder: str) -> Path:
+    """The object file; SystemExit when it does not compile."""
+    compiled = Path(folder) / f"{source.stem}.o"
     virtual = arch.replace("sm_", "compute_")
-    started = time.monotonic()
-    flags = [*nvcc_flags(), *TORCH_FLAGS, f"-gencode=arch={virtual},code={arch}", "-Xptxas=-v"]
-    run = subprocess.run([nvcc, "-cubin", *flags, source, "-o", binary], capture_output=True, text=True)
+    flags = [*nvcc_flags(), *TORCH_FLAGS, f"-gencode=arch={virtual},code={arch}"]
+    run = subprocess.run([nvcc, "-cubin", *flags, source, "-o", compiled], capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"{run.stdout}{run.stderr}\n{source.name} does not compile for {arch}")
-    return binary, run.stdout + run.stderr, time.monotonic() - started
+    return compiled
 
 
-def kernels_of(cuobjdump: Path, binary: Path, ptxas: str) -> list[Kernel]:
+def kernels_of(cuobjdump: Path, compiled: Path, arch: str) -> list[Kernel]:
     # cuobjdump calls nvdisasm, which lies beside it.
     environment = {**os.environ, "PATH": f"{cuobjdump.parent}:{os.environ['PATH']}"}
 
     def dump(what: str) -> str:
-        command = [cuobjdump, what, binary]
+        command = [cuobjdump, "-arch", arch, what, compiled]
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
-    kernels, bounds, accesses = resources(ptxas), launch_bounds(dump("-elf")), memory_accesses(dump("-sass"))
+    kernels = resources(dump("-res-usage"), CHIPS[arch].counted)
+    bounds, accesses = launch_bounds(dump("-elf")), memory_accesses(dump("-sass"))
     names, divergences = demangled(list(kernels)), divergence_names()
     for symbol, kernel in kernels.items():
         kernel.threads = bounds.get(symbol, 0)
@@ -128,23 +130,31 @@ def kernels_of(cuobjdump: Path, binary: Path, ptxas: str) -> list[Kernel]:
     return sorted(kernels.values(), key=lambda k: k.title)
 
 
+def outdated(compiled: list[Path]) -> Path | None:
+    """The first object file that is missing, or older than a file of csrc."""
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    return next((path for path in compiled if not path.exists() or path.stat().st_mtime < newest), None)
+
+
 def widest(stretches: list[list[int]]) -> str:
     """4x128 2x64: the accesses of the stretch that moves most, by width in bits."""
     most = max(stretches, key=sum, default=[])
     return " ".join(f"{most.count(w)}x{w * 8}" for w in sorted(set(most), reverse=True)) or "-"
 
 
-def check(arch: str, jobs: int, nvcc: Path, cuobjdump: Path, sources: list[Path]) -> list[str]:
+def compile_sources(nvcc: Path, sources: list[Path], arch: str, folder: str, jobs: int) -> list[Path]:
+    started = time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        compiled = list(pool.map(lambda source: compile_source(nvcc, source, arch, folder), sources))
+    print(f"{arch}: compiled {len(compiled)} files in {time.monotonic() - started:.0f} s")
+    return compiled
+
+
+def check(arch: str, kernels: list[Kernel]) -> list[str]:
     """Prints the table of one architecture; sentences on what is wrong."""
-    wrong, started = [], time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda source: compile_source(nvcc, source, arch, folder), sources))
-        kernels = [k for binary, ptxas, _ in results for k in kernels_of(cuobjdump, binary, ptxas)]
-    compiled = ", ".join(
-        f"{s.name} {seconds:.0f} s" for s, (*_, seconds) in zip(sources, results, strict=True)
-    )
-    print(f"{arch}: {len(kernels)} kernels in {time.monotonic() - started:.0f} s ({compiled})")
-    width = max(len(kernel.title) for kernel in kernels)
+    wrong = [] if kernels else [f"{arch}: there is no kernel for this architecture"]
+    print(f"{arch}: {len(kernels)} kernels")
+    width = max((len(kernel.title) for kernel in kernels), default=0)
     print(f"{'kernel':{width}}  threads  registers  shared B  occupancy  loads in a loop   stores in a loop")
     for kernel in kernels:
         share = occupancy(kernel, CHIPS[arch], kernel.threads or 256)
@@ -162,6 +172,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", default=["sm_90a"], choices=sorted(CHIPS))
     parser.add_argument("--jobs", type=int, default=2, help="files compiled at a time")
+    parser.add_argument(
+        "--objects", type=Path, help="folder with the object files of a build, to be read in place"
+    )
     parser.add_argument("--home", action="store_true", help="only print where the CUDA toolkit is")
     parser.add_argument("--sources", nargs="+", type=Path, default=sorted((ROOT / "csrc/cuda").glob("*.cu")))
     options = parser.parse_args()
@@ -175,15 +188,23 @@ def main() -> int:
         return _stop("no cuobjdump found; install requirements/cuda-check.txt")
     if not options.sources:
         return _stop("there are no kernels in csrc/cuda")
-    nvcc = toolkit / "bin/nvcc"
-    version = subprocess.run(
-        [nvcc, "--version"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()[-2]
-    print(f"{version}, {' '.join(nvcc_flags())}")
-    wrong = [w for a in options.arch for w in check(a, options.jobs, nvcc, cuobjdump, options.sources)]
+    wrong = []
+    with tempfile.TemporaryDirectory() as folder:
+        for arch in options.arch:
+            if options.objects:
+                compiled = [options.objects / f"{source.stem}.o" for source in options.sources]
+                if old := outdated(compiled):
+                    return _stop(
+                        f"--objects: expected {old} of a build of these sources; build the extension first"
+                    )
+            else:
+                compiled = compile_sources(toolkit / "bin/nvcc", options.sources, arch, folder, options.jobs)
+            wrong += check(
+                arch, [kernel for file in compiled for kernel in kernels_of(cuobjdump, file, arch)]
+            )
     for sentence in wrong:
         print(f"FAULT {sentence}", file=sys.stderr)
-    print("no spill, no local memory, rows move 16 bytes at a time" if not wrong else f"{len(wrong)} faults")
+    print("nothing in local memory, rows move 16 bytes at a time" if not wrong else f"{len(wrong)} faults")
     return bool(wrong)
 
 

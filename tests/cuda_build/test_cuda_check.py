@@ -29,9 +29,9 @@ SAMPLES = Path(__file__).parent / "samples"
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, Kernel]:
-    read = {name: (SAMPLES / f"{name}.txt").read_text() for name in ("ptxas", "elf", "sass")}
+    read = {name: (SAMPLES / f"{name}.txt").read_text() for name in ("usage", "elf", "sass")}
     found, bounds, accesses = (
-        resources(read["ptxas"]),
+        resources(read["usage"], CHIPS["sm_90a"].counted),
         launch_bounds(read["elf"]),
         memory_accesses(read["sass"]),
     )
@@ -48,7 +48,7 @@ def test_reads_resources_and_names(kernels):
     assert gradient.arguments == ("__nv_bfloat16", "float", "(vcrd::Divergence)1")
     assert gradient.types == ["__nv_bfloat16", "float"]
     assert gradient.title == "gradient_kernel<bf16, f32, 1>"
-    assert (gradient.registers, gradient.threads, gradient.stack, gradient.spills) == (16, 256, 0, 0)
+    assert (gradient.registers, gradient.threads, gradient.stack, gradient.shared) == (16, 256, 0, 0)
     assert kernels["merge_statistics"].arguments == ()
     assert [kernels[name].threads for name in ("row_maxima", "merge_statistics")] == [128, 64]
 
@@ -83,15 +83,25 @@ def test_local_memory_is_a_fault(kernels):
     assert "256 bytes of stack, 19 accesses" in fault
 
 
-def test_spills_are_a_fault():
-    (kernel,) = resources(
-        "ptxas info    : Compiling entry function 'k' for 'sm_90a'\n"
-        "ptxas info    : Function properties for k\n"
-        "    312 bytes stack frame, 592 bytes spill stores, 644 bytes spill loads\n"
-        "ptxas info    : Used 32 registers, used 1 barriers, 312 bytes cumulative stack size, 1024 bytes smem\n"
-    ).values()
+def test_spills_are_a_fault_and_the_shared_memory_of_the_driver_is_not_the_kernels():
+    """ptxas said of this kernel: 768 bytes spill stores, 788 bytes spill loads, 1024 bytes smem."""
+    usage = (
+        " Function k:\n  REG:32 STACK:536 SHARED:2048 LOCAL:0 CONSTANT[0]:548 TEXTURE:0 SURFACE:0 SAMPLER:0\n"
+    )
+    (kernel,) = resources(usage, CHIPS["sm_90a"].counted).values()
     assert (kernel.registers, kernel.shared) == (32, 1024)
-    assert faults(kernel, None)[0] == "spills 1236 bytes of registers"
+    (fault,) = faults(kernel, None)
+    assert "536 bytes of stack" in fault
+
+
+def test_a_build_of_other_sources_is_not_read(tmp_path):
+    """Files of a build: one is missing, one is older than the sources, the third is as new as they are."""
+    missing, old, new = (tmp_path / f"{name}.o" for name in ("missing", "old", "new"))
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, 0))
+    os.utime(new, (2**33, 2**33))
+    assert [cuda_check.outdated([new, file]) for file in (missing, old, new)] == [missing, old, None]
 
 
 @pytest.mark.parametrize(
