@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 examples/bridge/distill.py --student-hf FOLDER --keep-layers 0,2,4-9 --data FOLDER \\
         --save RUN --teacher host:port --tp 2 train.train_iters=1000 optimizer.lr=1e-4
 
---teacher is the address where the student listens for a job of teacher.py. Or --teacher-hf names a Hugging Face
-checkpoint that runs in the same processes. --data is a folder with training.jsonl, and perhaps validation.jsonl; each
+--teacher is the address where the student listens for a job of teacher.py, or cache:FOLDER, the answers of a teacher on
+disk. With an address, --vcrd-teacher cache:FOLDER keeps the answers there. Or --teacher-hf names a Hugging Face checkpoint
+that runs in the same processes. --data is a folder with training.jsonl, and perhaps validation.jsonl; each
 line has `messages` for the chat template of the tokenizer. Only the assistant's tokens count.
 
 Everything else that Bridge can configure follows as section.name=value. If RUN has checkpoints, training continues from
@@ -42,7 +43,9 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     teacher = parser.add_mutually_exclusive_group()
     teacher.add_argument(
-        "--teacher", metavar="ADDRESS", help="of a teacher job; another name of --vcrd-address"
+        "--teacher",
+        metavar="ADDRESS",
+        help="of a teacher job, or cache:FOLDER; another name of --vcrd-address or --vcrd-teacher",
     )
     teacher.add_argument("--teacher-hf", help="a teacher in the same processes, with the same parallelism")
     parser.add_argument("--data", required=True, type=Path, help="folder with training.jsonl")
@@ -54,7 +57,8 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.save = args.save.absolute()
     if args.teacher:
-        args.vcrd_address = args.teacher
+        setting = "vcrd_teacher" if args.teacher.startswith("cache:") else "vcrd_address"
+        setattr(args, setting, args.teacher)
     return args, overrides
 
 
@@ -115,7 +119,8 @@ def config_of(args: argparse.Namespace, hf: str, provider: Any, overrides: list[
     provider.calculate_per_token_loss = True  # each token of a step counts alike, whatever is masked
     # Megatron's distributed optimizer cannot resume with torch's Adam, which takes the place of Transformer Engine's.
     distributed = not models.ON_CPU
-    fixed_length = args.pp > 1 or args.cp > 1  # pipeline stages expect one shape
+    # Pipeline stages expect one shape. A cache has answers to whole rows, so padding must not depend on the micro-batch.
+    fixed_length = args.pp > 1 or args.cp > 1 or args.vcrd_teacher is not None
     config = bridge.ConfigContainer(
         model=provider,
         train=bridge.TrainingConfig(

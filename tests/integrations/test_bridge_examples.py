@@ -207,7 +207,7 @@ def check_conversions(
 
 
 class Pair:
-    """A run of distil.py on a pruned student, with a teacher job or with the teacher in its own ranks."""
+    """A run of distill.py on a pruned student, with a teacher job or another teacher."""
 
     STEPS = 16
 
@@ -216,10 +216,14 @@ class Pair:
         self.log = folder / "student.log"
 
     def train(
-        self, steps: int = STEPS, layout: tuple = ("--tp", 2), teacher: tuple | None = ("--tp", 2)
+        self,
+        steps: int = STEPS,
+        layout: tuple = ("--tp", 2),
+        teacher: tuple | None = ("--tp", 2),
+        more: tuple = (),
     ) -> None:
-        """teacher: the layout of its job; None for one in the student's ranks."""
-        environment = {"VCRD_ADDRESS": f"file:{self.folder}/address", "VCRD_PAYLOAD": "float32"}
+        """teacher: the layout of its job; None if there is no such job. more: arguments of the student."""
+        environment = {"VCRD_PAYLOAD": "float32"}
         words = [
             "examples/bridge/distill.py",
             "--student-hf",
@@ -237,11 +241,10 @@ class Pair:
             *layout,
         ]
         words += [f"train.train_iters={steps}", "train.global_batch_size=4", "train.micro_batch_size=2"]
-        words += ["optimizer.lr=1e-2", "optimizer.min_lr=1e-2", "dataset.num_workers=0"]
+        words += ["optimizer.lr=1e-2", "optimizer.min_lr=1e-2", "dataset.num_workers=0", *more]
         jobs = []
-        if teacher is None:
-            words += ["--teacher-hf", self._from / "llama"]
-        else:
+        if teacher is not None:
+            environment["VCRD_ADDRESS"] = f"file:{self.folder}/address"
             served = ("--hf", self._from / "llama", "--seq-length", SEQUENCE, *teacher)
             log = self.folder / "teacher.log"
             jobs += [Job(script, ("examples/bridge/teacher.py", *served), log, 2, environment)]
@@ -298,9 +301,22 @@ def test_a_student_is_distilled_from_a_teacher_job_and_exported(linked, checkpoi
 @pytest.mark.slow
 def test_a_teacher_in_the_students_ranks_gives_the_same_losses(linked, bridge, checkpoints, tmp_path):
     pair = Pair(bridge, checkpoints, tmp_path)
-    pair.train(3, layout=("--pp", 2), teacher=None)
+    pair.train(3, layout=("--pp", 2), teacher=None, more=("--teacher-hf", checkpoints / "llama"))
     assert pair.losses() == pytest.approx(linked.losses()[:3], rel=1e-3)
     pair.export()
+
+
+@needs_bridge
+@pytest.mark.slow
+def test_a_run_with_a_teacher_job_leaves_answers_for_one_without(linked, bridge, checkpoints, tmp_path):
+    asks, reads = (Pair(bridge, checkpoints, tmp_path / name) for name in ("asks", "reads"))
+    cache = f"cache:{tmp_path / 'cache'}"
+    for pair in (asks, reads):
+        pair.folder.mkdir()
+    asks.train(3, more=("--vcrd-teacher", cache))
+    reads.train(3, layout=("--pp", 2), teacher=None, more=("--teacher", cache))
+    assert reads.losses() == pytest.approx(asks.losses(), rel=1e-5)
+    assert asks.losses() == pytest.approx(linked.losses()[:3], rel=1e-3)
 
 
 @needs_bridge
