@@ -4,8 +4,8 @@
         --save RUN --teacher host:port --tp 2 train.train_iters=1000 optimizer.lr=1e-4
 
 --teacher is the address where the student listens for a job of teacher.py, or cache:FOLDER, the answers of a teacher on
-disk. With an address, --vcrd-teacher cache:FOLDER keeps the answers there. Or --teacher-hf names a Hugging Face checkpoint
-that runs in the same processes. --data is a folder with training.jsonl, and perhaps validation.jsonl; each
+disk. With an address, --vcrd-teacher cache:FOLDER keeps the answers there. Or --teacher-hf names a Hugging Face
+checkpoint that runs in the same processes. --data is a folder with training.jsonl, and perhaps validation.jsonl; each
 line has `messages` for the chat template of the tokenizer. Only the assistant's tokens count.
 
 Everything else that Bridge can configure follows as section.name=value. If RUN has checkpoints, training continues from
@@ -119,7 +119,7 @@ def config_of(args: argparse.Namespace, hf: str, provider: Any, overrides: list[
     provider.calculate_per_token_loss = True  # each token of a step counts alike, whatever is masked
     # Megatron's distributed optimizer cannot resume with torch's Adam, which takes the place of Transformer Engine's.
     distributed = not models.ON_CPU
-    # Pipeline stages expect one shape. A cache has answers to whole rows, so padding must not depend on the micro-batch.
+    # Pipeline stages expect one shape. A cache has answers to whole rows, so padding may not depend on their neighbours.
     fixed_length = args.pp > 1 or args.cp > 1 or args.vcrd_teacher is not None
     config = bridge.ConfigContainer(
         model=provider,
