@@ -119,7 +119,7 @@ def config_of(args: argparse.Namespace, hf: str, provider: Any, overrides: list[
     provider.calculate_per_token_loss = True  # each token of a step counts alike, whatever is masked
     # Megatron's distributed optimizer cannot resume with torch's Adam, which takes the place of Transformer Engine's.
     distributed = not models.ON_CPU
-    # Pipeline stages expect one shape. A cache has answers to whole rows, so padding may not depend on their neighbours.
+    # Pipeline stages expect one shape. A cache has answers to whole rows, so padding must not depend on others.
     fixed_length = args.pp > 1 or args.cp > 1 or args.vcrd_teacher is not None
     config = bridge.ConfigContainer(
         model=provider,
