@@ -183,7 +183,8 @@ def check_refusals() -> None:
         "model: expected a Megatron language model that mtd.convert", jobs.model(STUDENT, 1), error=TypeError
     )
     model = converted()
-    refused("validity: expected one without scores", model, LossConfig(validity="scores"))
+    for validity in ("scores", "privileged"):
+        refused("validity: expected one without scores", model, LossConfig(validity=validity))
     refused("model: expected one chunk", [model, model])
     model.config.use_mup = True
     refused("got use_mup", model)

@@ -98,11 +98,15 @@ def test_two_ranks(job, tmp_path):
     [
         ({"ce_weight": 0.1}, "ce_weight: expected 0, because the recipe's kd_ratio"),
         ({"validity": "scores"}, "validity: expected one without scores"),
+        ({"validity": "privileged"}, "validity: expected one without scores"),
         ({"temperature": 0.0}, "temperature: expected a finite number above 0, got 0.0"),
+        ({"divergense": "jsd"}, "divergense: expected an argument of this function or a field of LossConfig"),
+        ({"ignore_index": None}, "ignore_index: expected an integer, got NoneType"),
+        ({"tp_group": 3}, "tp_group: expected a process group or None, got int"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
         CalibratedKDLoss(**options)
 
 
@@ -110,6 +114,14 @@ def test_labels_of_another_size_are_refused():
     student, teacher, labels = batch()
     with pytest.raises(ValueError, match="labels: expected one for each of 36 tokens, got 27"):
         CalibratedKDLoss()(student, teacher, labels[:3])
+
+
+def test_what_is_no_tensor_is_refused():
+    student, teacher, labels = batch()
+    with pytest.raises(TypeError, match="labels: expected a tensor, got NoneType"):
+        CalibratedKDLoss()(student, teacher, None)
+    with pytest.raises(TypeError, match="student_logits: expected a tensor, got list"):
+        CalibratedKDLoss()([student], teacher, labels)
 
 
 def test_the_configuration_of_the_page_makes_this_loss():

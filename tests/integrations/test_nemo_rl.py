@@ -121,6 +121,10 @@ def test_it_names_its_kind_in_nemo_rls_own_enumerations(monkeypatch):
             {"vocab_size": VOCAB, "validity": "scores"},
             "validity: expected one that is read from the two models",
         ),
+        (
+            {"vocab_size": VOCAB, "validity": "privileged"},
+            "validity: expected one that is read from the two models",
+        ),
         ({"vocab_size": VOCAB, "normalization": "mean"}, "normalization: expected 'none'"),
         ({"vocab_size": VOCAB, "weighting": "gap"}, "weighting: expected 'sigmoid'"),
     ],

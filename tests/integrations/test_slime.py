@@ -114,15 +114,22 @@ def test_without_init_nothing_works():
     [
         ({"recompute_loss_function": True}, {}, "--recompute-loss-function: expected off"),
         ({"allgather_cp": True, "context_parallel_size": 2}, {}, "--allgather-cp: expected off"),
-        ({"use_critic": True}, {}, "--use-critic: expected off"),
+        ({"use_critic": True}, {}, "--advantage-estimator: expected another than ppo"),
         ({"qkv_format": "bshd"}, {}, "--qkv-format: expected thd"),
         ({}, {"normalization": "mean"}, "VCRD_NORMALIZATION: expected none"),
         ({}, {"weighting": "gap"}, "VCRD_WEIGHTING: expected sigmoid"),
         ({}, {"invalid_rows": "stop"}, "VCRD_INVALID_ROWS: expected skip"),
         ({}, {"fused_head": "on"}, "VCRD_FUSED_HEAD: expected off"),
         ({}, {"telemetry_dir": "records"}, "VCRD_TELEMETRY_DIR: expected none"),
+        ({}, {"validity": "labels"}, "validity: expected one of label, "),
+        (
+            {},
+            {"validity": "privileged", "teacher_context_length": 8},
+            "VCRD_VALIDITY: expected another one, because the teacher is asked once",
+        ),
+        ({}, {"address": "a=host:1,b=host:2"}, "VCRD_ADDRESS: expected that of one teacher"),
     ],
 )
 def test_what_the_loss_cannot_follow(given, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
-        slime._refuse(slime_jobs.arguments(**given), DistillSettings(**settings))
+        slime._refuse(slime_jobs.arguments(**given), DistillSettings().replaced(**settings))

@@ -329,6 +329,16 @@ def test_what_cannot_be_right_is_refused(tmp_path):
     refused("^loss_config: expected a LossConfig or None, got str", TypeError, loss_config="jsd")
     refused("^fused_head: expected True or False", TypeError, fused_head=1)
     refused("^columns: expected one of steps", columns=("step",))
+    refused("^columns: expected a sequence of names, got str", TypeError, columns="steps")
+    scores, privileged = (vcrd.LossConfig(validity=name) for name in ("scores", "privileged"))
+    refused("^columns: expected student_validity and teacher_validity with", loss_config=scores)
+    refused("^validity: expected another one, because no judge answers", loss_config=privileged)
+    refused(
+        "^teacher_model: expected a causal language model",
+        TypeError,
+        teacher=torch.nn.Linear(2, 2),
+        fused_head=True,
+    )
     refused("^fused_head: expected neither FSDP", settings={"torch_compile": True}, fused_head=True)
     trainer = trainer_with(tmp_path)
     for name, method in (("tensor", "get_tp_size"), ("context", "get_cp_size"), ("sequence", "get_sp_size")):
@@ -370,6 +380,18 @@ def test_a_batch_without_labels_is_refused(tmp_path):
     inputs = {name: values[None] for name, values in dataset(tiny.rows())[0].items()}
     with pytest.raises(ValueError, match="^num_items_in_batch: expected the Trainer's count"):
         trainer.compute_loss(trainer.model.train(), inputs)
+
+
+def test_what_a_loop_gives_the_loss_is_checked():
+    student, teacher, ids = tiny.model(), tiny.model(seed=2), torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(TypeError, match="^tokenizer: expected a tokenizer or None, got str"):
+        DistillationLoss(student, teacher, tokenizer="gpt2")
+    with pytest.raises(TypeError, match="^product_dtype: expected a torch.dtype or None, got str"):
+        DistillationLoss(student, teacher, product_dtype="bf16")
+    with pytest.raises(TypeError, match="^labels: expected a tensor, got NoneType"):
+        DistillationLoss(student, teacher)(student, {"input_ids": ids}, None)
+    with pytest.raises(ValueError, match="^student: expected the model of the constructor, or a wrapper"):
+        DistillationLoss(student, teacher, fused_head=True)(tiny.model(), {"input_ids": ids}, ids)
 
 
 def test_a_batch_in_which_no_token_counts_has_loss_and_gradient_0():

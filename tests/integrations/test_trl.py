@@ -312,6 +312,8 @@ def test_labels_that_nobody_verified_are_refused(tmp_path):
     for options in ({"validity": "label"}, {"validity": "scores"}):
         with pytest.raises(ValueError, match="^validity: expected confidence, margin, uniform or a callable"):
             gkd(tmp_path, loss_config=vcrd.LossConfig(**options), lmbda=0.5)
+    with pytest.raises(TypeError, match="^loss_config: expected a LossConfig or None, got dict"):
+        gkd(tmp_path, loss_config={"divergence": "jsd"})
     with pytest.raises(ValueError, match="^ce_weight: expected 0 where a model samples"):
         distillation(tmp_path, loss_config=vcrd.LossConfig(validity="margin", ce_weight=0.1))
     with pytest.raises(ValueError, match="^beta: expected 0.5, the default, where loss_config names"):

@@ -218,6 +218,7 @@ def test_the_module_of_the_page_registers_while_verl_is_imported(tmp_path):
     [
         ({"temperature": 2.0}, "temperature: expected 1"),
         ({"validity": "scores"}, "validity: expected one that is read from the two models"),
+        ({"validity": "privileged"}, "validity: expected one that is read from the two models"),
         ({"normalization": "mean"}, "normalization: expected 'none'"),
         ({"weighting": "gap"}, "weighting: expected 'sigmoid'"),
     ],

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from vcrd.errors import expected
+from vcrd.errors import check_integer, expected, wrong_type
 from vcrd.loss.api import validity_calibrated_kl
-from vcrd.loss.config import LossConfig
+from vcrd.loss.config import loss_config, refuse_given_validity
 
 
 class CalibratedKDLoss(torch.nn.Module):
@@ -39,8 +39,8 @@ class CalibratedKDLoss(torch.nn.Module):
             and no matrix of probabilities is made.
         options: fields of `LossConfig`.
 
-    Automodel gives the loss labels and nothing else. So validity "scores" and `steps` cannot be used here. `ce_weight`
-    is refused, because the recipe's `kd_ratio` adds the cross-entropy.
+    Automodel gives the loss labels and nothing else. So validity "scores" and "privileged", and `steps`, cannot be used
+    here. `ce_weight` is refused, because the recipe's `kd_ratio` adds the cross-entropy.
 
     Raises TypeError or ValueError that names the argument.
     """
@@ -55,15 +55,17 @@ class CalibratedKDLoss(torch.nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.config = LossConfig(temperature=temperature, **options)
+        check_integer("ignore_index", ignore_index)
+        if not isinstance(tp_group, (dist.ProcessGroup, type(None))):
+            raise wrong_type("tp_group", "a process group or None", tp_group)
+        self.config = loss_config(None, {"temperature": temperature, **options})
         if self.config.ce_weight != 0:
             raise expected(
                 "ce_weight", "0, because the recipe's kd_ratio adds the cross-entropy", self.config.ce_weight
             )
-        if self.config.validity == "scores":
-            raise expected(
-                "validity", "one without scores, which Automodel does not give the loss", "'scores'"
-            )
+        refuse_given_validity(
+            self.config, "one without scores or a second answer, which Automodel does not give the loss"
+        )
         # The recipe reads these two.
         self.ignore_index = ignore_index
         self.temperature = temperature
@@ -90,9 +92,13 @@ class CalibratedKDLoss(torch.nn.Module):
 
         Raises TypeError or ValueError that names the argument.
         """
+        if not isinstance(student_logits, Tensor):
+            raise wrong_type("student_logits", "a tensor", student_logits)
         student, teacher, group = self._local(student_logits, teacher_logits)
         if isinstance(labels, DTensor):
             labels = labels.full_tensor()
+        if not isinstance(labels, Tensor):
+            raise wrong_type("labels", "a tensor", labels)
         if labels.numel() != student.shape[:-1].numel():
             raise expected("labels", f"one for each of {student.shape[:-1].numel()} tokens", labels.numel())
         labels = labels.reshape(student.shape[:-1])

@@ -28,7 +28,7 @@ from torch.nn.modules.loss import _Loss
 
 from vcrd.errors import expected, wrong_type
 from vcrd.loss.api import validity_calibrated_kl
-from vcrd.loss.config import LossConfig
+from vcrd.loss.config import LossConfig, refuse_given_validity
 
 Model = TypeVar("Model", torch.nn.Module, list[torch.nn.Module])
 
@@ -39,8 +39,8 @@ class LogitsLoss(_Loss):
     The divergence is multiplied by the square of the temperature, as that of ModelOpt's `LogitsDistillationLoss` is.
 
     Args:
-        config: default `LossConfig()`. ValueError for validity "scores", because ModelOpt gives a criterion no scores,
-            and for a `ce_weight`, because the model's loss balancer adds the cross-entropy.
+        config: default `LossConfig()`. ValueError for validity "scores" and "privileged", because ModelOpt gives a
+            criterion nothing for them, and for a `ce_weight`, because the model's loss balancer adds the cross-entropy.
     """
 
     def __init__(self, config: LossConfig | None = None) -> None:
@@ -76,7 +76,8 @@ class MegatronLogitsLoss(_Loss):
     As in `LogitsKLLoss`, nothing is multiplied by the square of the temperature.
 
     Args:
-        config: default `LossConfig()`. ValueError for validity "scores", because ModelOpt gives a criterion no scores.
+        config: default `LossConfig()`. ValueError for validity "scores" and "privileged", because ModelOpt gives a
+            criterion nothing for them.
     """
 
     def __init__(self, config: LossConfig | None = None) -> None:
@@ -122,8 +123,9 @@ def _checked(config: LossConfig | None) -> LossConfig:
     config = LossConfig() if config is None else config
     if not isinstance(config, LossConfig):
         raise wrong_type("config", "a LossConfig or None", config)
-    if config.validity == "scores":
-        raise expected("validity", "one without scores, which ModelOpt does not give the loss", "'scores'")
+    refuse_given_validity(
+        config, "one without scores or a second answer, which ModelOpt does not give the loss"
+    )
     return config
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vcrd.errors import expected
 from vcrd.loss.api import validity_calibrated_kl
-from vcrd.loss.config import LossConfig, loss_config, refuse_pooled
+from vcrd.loss.config import LossConfig, loss_config, refuse_given_validity, refuse_pooled
 
 
 class ValidityCalibratedLoss:
@@ -42,8 +42,7 @@ class ValidityCalibratedLoss:
         if self.config.vocab_size is None:
             what = "len(student_tokenizer), because both models may pad their output layers"
             raise expected("vocab_size", what, "None")
-        if self.config.validity == "scores":
-            raise expected("validity", "one that is read from the two models", "'scores'")
+        refuse_given_validity(self.config, "one that is read from the two models")
         refuse_pooled(self.config)
 
     @property

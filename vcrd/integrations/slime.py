@@ -290,7 +290,16 @@ def _refuse(args: Namespace, settings: DistillSettings) -> None:
             "--allgather-cp", "off: the teacher's answers are split in Megatron's zigzag order", "on"
         )
     if getattr(args, "use_critic", False):
-        raise expected("--use-critic", "off, because a critic would open a second rendezvous", "on")
+        what = "another than ppo, whose critic would open a second rendezvous"
+        raise expected("--advantage-estimator", what, "ppo")
+    # Refused here, and not by the first loss, which comes after the first rollout.
+    LossConfig(**settings.loss_arguments())
+    if settings.validity == "privileged":
+        what = "another one, because the teacher is asked once for each micro-batch"
+        raise expected("VCRD_VALIDITY", what, settings.validity)
+    if len(settings.link.teachers()) > 1:
+        what = "that of one teacher, which answers every sample"
+        raise expected("VCRD_ADDRESS", what, settings.link.address)
     if settings.pooled is not None:
         what = f"{DistillSettings().value(settings.pooled)}: a statistic over one micro-batch depends on its size"
         raise expected(variable_of(settings.pooled), what, settings.value(settings.pooled))

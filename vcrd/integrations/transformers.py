@@ -67,6 +67,13 @@ class DistillationLoss:
                 raise wrong_type(name, "a model", model)
         if teacher is student:
             raise expected("teacher_model", "another model than the student", "the student")
+        if config.validity == "privileged":
+            what = "another one, because no judge answers beside the teacher"
+            raise expected("validity", what, "'privileged'")
+        if isinstance(tokenizer, str):
+            raise wrong_type("tokenizer", "a tokenizer or None", tokenizer)
+        if not isinstance(product_dtype, (torch.dtype, type(None))):
+            raise wrong_type("product_dtype", "a torch.dtype or None", product_dtype)
         check_bool("fused_head", fused_head)
         self.teacher = teacher.eval()
         self.config = _with_vocabulary(config, tokenizer)
@@ -94,6 +101,8 @@ class DistillationLoss:
         inputs = dict(inputs)
         targets = inputs.pop("shift_labels", None)
         if targets is None:
+            if not isinstance(labels, Tensor):
+                raise wrong_type("labels", "a tensor", labels)
             targets = _one_earlier(labels, IGNORED)
         columns = {name: _one_earlier(value, COLUMNS[name]) for name, value in columns.items()}
         if "steps" in columns:
@@ -156,6 +165,8 @@ class OutputLayer:
     def of(cls, name: str, model: nn.Module) -> OutputLayer:
         """That of a causal language model. Raises ValueError where the model's own logits are not what it says."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not hasattr(base, "get_output_embeddings"):
+            raise wrong_type(name, "a causal language model of transformers for fused_head", model)
         head, text = base.get_output_embeddings(), base.config.get_text_config()
         # Adapters of PEFT on the layer are subclasses or wrappers.
         if type(head) is not nn.Linear or head.bias is not None:
@@ -197,6 +208,8 @@ class OutputLayer:
             model(**inputs, logits_to_keep=1)
         finally:
             hook.remove()
+        if not found:
+            raise expected("student", "the model of the constructor, or a wrapper of it", "another model")
         return found[0]
 
 
@@ -315,9 +328,14 @@ class CalibratedLossMixin(LogsTokenMeans):
         columns: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
+        if isinstance(columns, str):
+            raise wrong_type("columns", "a sequence of names", columns)
         for name in columns:
             check_choice("columns", name, tuple(COLUMNS))
         self.columns = tuple(columns)
+        scores = ("student_validity", "teacher_validity")
+        if getattr(loss_config, "validity", None) == "scores" and not {*scores} <= {*columns}:
+            raise expected("columns", f"{' and '.join(scores)} with validity 'scores'", f"{self.columns}")
         super().__init__(*args, **kwargs)
         check_trainer(self, fused_head)
         if self.compute_loss_func is not None:

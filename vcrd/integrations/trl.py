@@ -16,7 +16,7 @@ from trl import DistillationTrainer, SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 from trl.models.utils import unwrap_model_for_generation
 
-from vcrd.errors import expected
+from vcrd.errors import expected, wrong_type
 from vcrd.integrations.transformers import (
     IGNORED,
     CalibratedLossMixin,
@@ -41,13 +41,15 @@ def config_for_samples(
     beta: the trainer's: 0 is forward_kl, 1 is reverse_kl, between them the jsd of the same beta.
     sampled: whether the student or the teacher writes the completions. They are not verified tokens then.
     """
+    if not isinstance(config, (LossConfig, type(None))):
+        raise wrong_type("loss_config", "a LossConfig or None", config)
     if config is None:
         divergence = {0: {"divergence": "forward_kl"}, 1: {"divergence": "reverse_kl"}}
         chosen = divergence.get(beta, {"divergence": "jsd", "beta": beta})
         return LossConfig(validity="confidence", temperature=temperature, **chosen)
     if beta != default_beta:
         raise expected("beta", f"{default_beta}, the default, where loss_config names the divergence", beta)
-    if sampled and config.validity in ("label", "scores"):
+    if sampled and config.validity in ("label", "scores", "privileged"):
         what = "confidence, margin, uniform or a callable where a model samples the completions"
         raise expected("validity", what, repr(config.validity))
     if sampled and config.ce_weight != 0:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vcrd.errors import expected
 from vcrd.loss.api import validity_calibrated_kl
-from vcrd.loss.config import LossConfig, loss_config, refuse_pooled
+from vcrd.loss.config import LossConfig, loss_config, refuse_given_validity, refuse_pooled
 from vcrd.teacher_logits import TopKLogits
 
 NAME = "vcrd"
@@ -50,8 +50,7 @@ def register(config: LossConfig | None = None, **options: Any) -> None:
         raise expected(
             "temperature", "1, because verl's teacher answers at temperature 1", config.temperature
         )
-    if config.validity == "scores":
-        raise expected("validity", "one that is read from the two models", "'scores'")
+    refuse_given_validity(config, "one that is read from the two models")
     refuse_pooled(config)
     from verl.trainer.distillation import losses
 

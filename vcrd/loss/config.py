@@ -266,6 +266,15 @@ def refuse_pooled(config: LossConfig) -> None:
         raise expected(name, what, repr(getattr(config, name)))
 
 
+def refuse_given_validity(config: LossConfig, what: str) -> None:
+    """ValueError for a validity that comes beside the two models' logits, where a framework gives nothing more.
+
+    what: which validity is right there.
+    """
+    if config.validity in ("scores", "privileged"):
+        raise expected("validity", what, repr(config.validity))
+
+
 def _given(name: str, config: Config | None, default: Config) -> Config:
     if config is None:
         return default
