@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from lm import judged, page
-from lm.losses import METHODS, REGIMES
+from lm.losses import METHODS, REGIMES, names_of
 from lm.sizes import CONFIGS, Sizes
 from lm.training import Decoder, OutOfTime, Setting, distil, store, student_of, teacher_of
 from methods import OWN
@@ -51,7 +51,12 @@ class Run:
 
 def runs_of(sizes: Sizes) -> list[Run]:
     """In this order, so that the first results already compare all methods on the student's own prefixes."""
-    return [Run(regime, seed, name) for regime in REGIMES for seed in range(sizes.seeds) for name in METHODS]
+    return [
+        Run(regime, seed, name)
+        for regime in REGIMES
+        for seed in range(sizes.seeds)
+        for name in names_of(regime)
+    ]
 
 
 class Folder:

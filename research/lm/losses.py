@@ -19,10 +19,13 @@ def _constant(weight: float) -> dict[str, Any]:
     return {**_PLAIN, "floor": weight, "ceiling": weight}
 
 
+REGIMES = (OWN, TRACES)
+
+
 @dataclass(frozen=True)
 class Method:
     """options: of `vcrd.LossConfig`. labels, scores: whether it reads verified tokens, verdicts on both proposals.
-    shuffled: whether the weights are moved to other tokens of the micro-batch.
+    shuffled: whether the weights are moved to other tokens of the micro-batch. regimes: the prefixes that it is for.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Method:
     labels: bool = False
     scores: bool = False
     shuffled: bool = False
+    regimes: tuple[str, ...] = REGIMES
 
 
 _SCORES = {"divergence": "jsd", "validity": "scores"}
@@ -45,9 +49,16 @@ METHODS = {
         Method("SFT", {**_constant(0.0), "ce_weight": 1.0}, labels=True),
         Method("forward KL", _PLAIN),
         Method("JSD x accepted mass, kept, shuffled", _MASS, scores=True, shuffled=True),
+        # On the student's own samples the labels are the teacher's proposals, so `scores` is the same question.
+        Method("label", {"validity": "label"}, labels=True, regimes=(TRACES,)),
+        Method("JSD x label", {"divergence": "jsd", "validity": "label"}, labels=True, regimes=(TRACES,)),
     )
 }
-REGIMES = (OWN, TRACES)
+
+
+def names_of(regime: str) -> list[str]:
+    """The methods that are compared on these prefixes."""
+    return [method.name for method in METHODS.values() if regime in method.regimes]
 
 
 def verified(rows: Rows, regime: str, teacher_action: Tensor) -> Tensor:

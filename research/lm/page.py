@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lm.judged import NAMES
-from lm.losses import METHODS, REGIMES
+from lm.losses import REGIMES, names_of
 from privileged import ABOUT
 from tables import TITLES, Results, against, by_task, difference, table
 
@@ -23,7 +23,8 @@ def results_of(content: dict, regime: str) -> Results | None:
     for record in content["students"]:
         if record["regime"] == regime:
             by_seed.setdefault(record["seed"], []).append(record)
-    complete = {seed: records for seed, records in by_seed.items() if len(records) == len(METHODS)}
+    wanted = len(names_of(regime))
+    complete = {seed: records for seed, records in by_seed.items() if len(records) == wanted}
     runs = []
     for seed, records in (complete or dict(list(by_seed.items())[:1])).items():
         for number, family in enumerate(content["sizes"]["families"]):
