@@ -37,7 +37,9 @@ _WORDS = {
     "reverse KL": "Reverse KL: student to teacher.",
     "JSD": "JSD: Jensen-Shannon divergence.",
     "CE": "CE: cross-entropy of the written tokens, half of each.",
+    "SFT": "SFT: cross-entropy of the verified tokens alone.",
     " x ": "A x B: loss A with the weights B.",
+    "label": "Weights without a loss: forward KL with them.",
     "kept": "Kept: times a factor that keeps the sum of the loss.",
 }
 POINTS = "Points: percentage points of problems solved."
