@@ -45,18 +45,22 @@ def run(command: list[str], seconds: float, show: bool = False, **environment: s
     paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
     ours = {"PATH": path, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
+    # A signal between the start of the command and `try` would leave its processes behind.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     with TemporaryDirectory() as folder, open(Path(folder) / "output", "w+") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **ours, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        shown, returncode = 0, None
+        process, shown, returncode = None, 0, None
         try:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **ours, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, before),
+            )
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             while returncode is None and time.monotonic() - started < seconds:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     returncode = process.wait(
@@ -67,10 +71,12 @@ def run(command: list[str], seconds: float, show: bool = False, **environment: s
                     print(text[shown:], end="", flush=True)
                     shown = len(text)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            # A process that hangs in the driver does not die. The other stages must still run.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)
+            if process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                # A process that hangs in the driver does not die. The other stages must still run.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=10)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         text = (Path(folder) / "output").read_text(errors="replace")
         return Outcome(returncode, time.monotonic() - started, text)
