@@ -45,10 +45,10 @@ def run(command: list[str], seconds: float, show: bool = False, **environment: s
     paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
     ours = {"PATH": path, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
-    # A signal between the start of the command and `try` would leave its processes behind.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     with TemporaryDirectory() as folder, open(Path(folder) / "output", "w+") as output:
         process, shown, returncode = None, 0, None
+        # A signal while the command starts would leave its processes behind, so it waits until `process` is known.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             process = subprocess.Popen(
                 command,
