@@ -84,7 +84,11 @@ _SOURCES = (
     *("JSD x gap, judge, kept", "JSD x accepted mass, judge, kept", "JSD x scores, judge"),
     *("JSD x proposal gap, kept", "JSD x confidence"),
 )
-_SOLUTIONS = ("KL + CE", *_UNJUDGED, "JSD x label", "JSD x scores", *JUDGED_WEIGHTS[2:], "JSD x gate, kept")
+# On the teacher's solutions: the defaults of the package, their controls, and the candidates.
+_SOLUTIONS = (
+    *("forward KL", "KL + CE", "label", "label, shuffled", "label, reversed", *_UNJUDGED),
+    *("JSD x label", "JSD x label, shuffled", "JSD x scores", *JUDGED_WEIGHTS[2:], "JSD x gate, kept"),
+)
 
 
 def methods() -> list[Method]:

@@ -30,6 +30,7 @@ UNJUDGED = ("forward KL", "JSD")
 # Where families leave a choice of the next step: baselines, and the methods whose gain is shown by family.
 RIVALS = ("JSD", "KL + CE", "JSD x position")
 BY_CHOICE = (
+    *("forward KL", "label", "JSD x label"),
     *("KL + CE", "JSD x position", "JSD x confidence, kept"),
     *("JSD x until the first error, kept", "JSD x gate, kept", "JSD x scores"),
     *("JSD x gap, kept", "JSD x soft scores, kept", "JSD x accepted mass, kept"),

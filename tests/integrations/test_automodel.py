@@ -122,6 +122,8 @@ def test_what_is_no_tensor_is_refused():
         CalibratedKDLoss()(student, teacher, None)
     with pytest.raises(TypeError, match="student_logits: expected a tensor, got list"):
         CalibratedKDLoss()([student], teacher, labels)
+    with pytest.raises(TypeError, match="num_batch_labels: expected an integer or None, got str"):
+        CalibratedKDLoss()(student, teacher, labels, num_batch_labels="8")
 
 
 def test_the_configuration_of_the_page_makes_this_loss():

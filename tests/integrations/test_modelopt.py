@@ -164,6 +164,12 @@ def test_uniform_forward_kl_of_a_plain_model_is_modelopts_own_loss():
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
+def test_labels_that_are_no_tensor_are_refused():
+    logits = torch.randn(2, 3, 8)
+    with pytest.raises(TypeError, match="labels: expected .*, got list"):
+        LogitsLoss()(logits, logits, [[1, 2, 3], [4, 5, 6]])
+
+
 def test_cross_entropy_of_a_plain_model_is_refused():
     with pytest.raises(ValueError, match="ce_weight: expected 0"):
         LogitsLoss(LossConfig(ce_weight=0.1))

@@ -94,6 +94,7 @@ class CalibratedKDLoss(torch.nn.Module):
         """
         if not isinstance(student_logits, Tensor):
             raise wrong_type("student_logits", "a tensor", student_logits)
+        check_integer("num_batch_labels", num_batch_labels, least=0, optional=True)
         student, teacher, group = self._local(student_logits, teacher_logits)
         if isinstance(labels, DTensor):
             labels = labels.full_tensor()

@@ -63,7 +63,7 @@ class LogitsLoss(_Loss):
         `compute_kd_loss` passes its keywords on to every criterion. Collectives: none. Errors: those of
         `validity_calibrated_kl`.
         """
-        if mask is None and labels is not None:
+        if mask is None and isinstance(labels, Tensor):
             mask = labels >= 0
         student, teacher = (getattr(output, "logits", output) for output in (student, teacher))
         out = validity_calibrated_kl(student, teacher, labels, config=self.config, mask=mask)
