@@ -24,11 +24,36 @@ def test_the_times_and_the_memory_of_the_gpu():
     times = row("one H100, [4096, 131072] bfloat16")
     share = round(100 * case["derived"]["vcrd"]["forward_backward_share_of_copy"])
     assert times[0].endswith(f"{share} % of a copy's bandwidth")
-    for name, time, memory in zip(COLUMNS, times, row("extra memory, in gradients"), strict=True):
+    for name, time, memory in zip(COLUMNS, times, row("extra memory beyond the logits, GiB"), strict=True):
         derived = case["derived"][name]
         shown = float(re.match(r"([0-9.]+) ms", time)[1])
         assert abs(shown / derived["forward_backward_ms"] - 1) < 0.005, name
+        # A gradient of this size is 1 GiB.
         assert int(memory) == round(derived["extra_gradients"]), name
+    assert f"JSD takes {case['derived']['vcrd jsd']['forward_backward_ms']:.2f} ms" in README
+
+
+def test_the_table_of_the_page_of_performance():
+    measured = json.loads((ROOT / "docs/performance/loss-h100.json").read_text())
+    page = (ROOT / "docs/performance.md").read_text()
+    names = ("vcrd", "vcrd in place", "vcrd calibrated", "vcrd jsd", "compiled KL")
+    names += ("Liger KL", "Liger JSD", "ModelOpt", "Megatron CE")
+    for case in measured["cases"]:
+        shape = f"{case['case']['tokens']} x {case['case']['columns']}"
+        (cells,) = re.findall(
+            rf"^\| {shape}(?: \(of 131072\))? \| (0\.\d\d, .*|3\.25, .*) \|$", page, re.MULTILINE
+        )
+        known = [name for name in names if name in case["derived"]]
+        for name, cell in zip(known, cells.split("|"), strict=False):
+            derived = case["derived"][name]
+            shown = [float(part) for part in re.findall(r"\d+\.\d+", cell)]
+            for value, exact in zip(
+                shown, (derived["forward_ms"], derived["forward_backward_ms"]), strict=True
+            ):
+                assert value == float(f"{exact:.{3 if exact >= 1 else 2}{'g' if exact >= 1 else 'f'}}"), (
+                    shape,
+                    name,
+                )
 
 
 def test_the_times_of_the_cpu_are_those_of_the_page_of_performance():

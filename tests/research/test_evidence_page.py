@@ -12,7 +12,6 @@ import torch
 import anatomy
 import page
 import tables
-from compared import WINNER
 from data import SYMBOLS
 from lm import page as lm
 from problems import END, Line, Problem
@@ -43,7 +42,6 @@ def test_the_readme_has_the_numbers_of_the_page():
     }
     own = {
         "student's own samples, a verifier: JSD with the default weights over JSD": ("JSD x scores", "JSD"),
-        'the same with `weighting="gap"`, mass kept': (WINNER, "JSD"),
     }
     found = page.comparisons(page.DOCS / "evidence")
     content = json.loads((page.DOCS / "evidence/lm.json").read_text())
