@@ -89,6 +89,11 @@ _SOLUTIONS = (
     *("forward KL", "KL + CE", "label", "label, shuffled", "label, reversed", *_UNJUDGED),
     *("JSD x label", "JSD x label, shuffled", "JSD x scores", *JUDGED_WEIGHTS[2:], "JSD x gate, kept"),
 )
+# For families that nobody has looked at: what is recommended, its rivals and controls.
+_HELD_OUT = (
+    *("forward KL", "KL + CE", "label", "label, shuffled"),
+    *("JSD", "JSD x label", "JSD x scores", "JSD x scores, shuffled", WINNER, CONTROLS[0]),
+)
 
 
 def methods() -> list[Method]:
@@ -117,6 +122,7 @@ def sets() -> dict[str, frozenset[str]]:
         "further": frozenset(_FURTHER),
         "sources": frozenset(_SOURCES),
         "solutions": frozenset(_SOLUTIONS),
+        "held out": frozenset(_HELD_OUT),
     }
 
 

@@ -33,6 +33,7 @@ OURS = {
         *("walks_in_order", "coins_in_order", "orderings_in_order"),
         *("reductions_in_order", "edits_in_order", "summands_in_order"),
     ),
+    "held_out": ("pins", "matchings", "circles", "machines"),
 }
 TASKS = ",".join((*OURS["tasks"], *OURS["gym"]))
 LENGTHS = ("usual", "longer")
