@@ -12,6 +12,7 @@ import torch
 
 import data
 import gym
+import held_out
 import runs
 import tasks
 import underspecified
@@ -28,6 +29,7 @@ FAMILIES = {
         gym.number_sorting,
         gym.palindrome_generation,
         *(getattr(underspecified, f"{name}{kind}") for name in CHOICES for kind in ("", "_in_order")),
+        *(held_out.pins, held_out.matchings, held_out.circles, held_out.machines),
     )
 }
 
