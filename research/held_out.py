@@ -1,5 +1,6 @@
-"""Four families for one check of what docs/evidence.md claims. Its methods were chosen before these were written, by
-somebody who had seen no comparison. `pins` and `matchings` leave a choice; `circles` and `machines` have one solution.
+"""Four families for one check of what docs/evidence.md claims, written by somebody who had seen no comparison.
+
+`pins` and `matchings` leave a choice; `circles` and `machines` have one solution.
 """
 
 from __future__ import annotations
