@@ -3,7 +3,7 @@
     python research/page.py
 
 A table is between `<!-- tables: NAME -->` and `<!-- end -->`. The tables "map", "summary" and "controls" use several
-results.
+results, and "check" a part of one.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def tables_of(name: str, folder: Path) -> str:
         return tables.where(places)
     if name == "summary":
         return tables.summary(known)
+    if name == "check":
+        return tables.check(known["held-out"])
     if name == "controls":
         both = {"good teachers": "choice-controls", "worse teachers": "choice-worse-teacher"}
         return tables.against_controls({title: known[of] for title, of in both.items()})

@@ -45,6 +45,14 @@ SUMMARY = (
     ("always wrong about some symbols", "choice-erring", "own", "symbols 0.2", True),
     ("the teacher's solutions, a choice", "choice-solutions", "traces", 0.0, True),
 )
+# What the held-out families check: the prefixes, a method, and the loss whose tokens it weighs.
+CHECKED = (
+    ("own", "JSD x scores", "JSD"),
+    ("own", WINNER, "JSD"),
+    ("traces", "label", "forward KL"),
+    ("traces", "JSD x label", "JSD"),
+    ("traces", "JSD x scores", "JSD"),
+)
 # Gains of the calibration and its rivals, for the map.
 GAINS = (
     ("label", "forward KL"),
@@ -253,6 +261,22 @@ def against_controls(places: dict[str, Results]) -> str:
         if any(gains):
             rows.append([control, *gains])
     return table(rows) if len(rows) > 1 else ""
+
+
+def check(results: Results) -> str:
+    """What each of CHECKED gains on its loss without weights, on its weights shuffled if they ran, and on `KL + CE`."""
+    rows = [
+        ["prefixes", "method", "loss", "against it alone", "against its weights shuffled", "against KL + CE"]
+    ]
+    for regime, name, plain in CHECKED:
+        gains = [
+            shown(difference(*(results.solved(regime, each) for each in (name, other))))
+            if other in results.methods(regime)
+            else ""
+            for other in (plain, f"{name}, shuffled", "KL + CE")
+        ]
+        rows.append([TITLES[regime].removeprefix("Prefixes of the "), name, plain, *gains])
+    return table(rows)
 
 
 def where(places: dict[str, Sequence[Results]]) -> str:
